@@ -1,0 +1,250 @@
+"""Stage 3, offline reinforcement learning: DPO with online merging (report section 4.2).
+
+The SFT model answers new queries several times; answers that pass the check are "chosen", answers
+that fail are "rejected". With h the policy's gain of chosen over rejected against the frozen SFT
+policy, log-probabilities summed over the response's tokens (DPO paper, eq. 7),
+
+    h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]
+    L = - log sigmoid(beta * h)
+
+and the step is taken by the Online Merging Optimizer (Lu et al. 2024), which blends each update
+with the direction from the pre-trained to the SFT model, so that less is forgotten.
+
+The report's: about 150,000 pairs, 1 epoch, learning rate 7e-7, online merging. Our choice (not
+disclosed): beta, batch, schedule, the OnDARE variant with its alpha and p.
+
+    python dpo.py --init runs/demo/sft --base runs/demo/pretrain --out runs/demo/dpo
+    python dpo.py --init Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 7e-7 --out ...
+
+--data: JSONL of {"prompt": str or messages, "chosen": str or messages, "rejected": ...}.
+
+Expect: the loss starts at exactly ln 2 = 0.693 and the accuracy (share of pairs with h > 0) rises
+to 0.7-0.9. Both log-probabilities may fall, the rejected one faster: that is DPO, not a fault. A
+fall of the chosen one by more than a few nats is one: lower --lr or raise --beta.
+"""
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import tasks
+from common import (
+    InputError, Run, clip_and_step, cli, epoch_order, lr_at, read_jsonl, require, rng, setup,
+    write_jsonl)
+from model import Qwen2
+from sample import completion_logprobs, rollout
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Args:
+    init: str = "runs/sft"           # SFT model: initial policy and reference
+    base: str = ""                   # pre-trained model, for online merging; empty: plain AdamW
+    out: str = "runs/dpo"            # where the run goes
+    data: str = ""                   # preference pairs (JSONL); empty: resample --init on queries
+    queries: str = "rl"              # query split or file to resample on
+    n_queries: int = 128             # how many of them
+    responses: int = 8               # answers sampled to each
+    pairs_per_query: int = 2         # at most so many pairs of each query's answers
+    temperature: float = 1.0         # of the sampling
+    max_new_tokens: int = 128        # longest sampled answer
+    max_len: int = 1024              # pairs with a longer prompt + answer are dropped
+    epochs: float = 1.0              # passes over the pairs
+    batch_size: int = 32             # pairs a step
+    micro_batch: int = 32            # pairs a forward pass: memory only
+    beta: float = 0.1                # strength of the tie to the reference
+    nll: float = 0.0                 # weight of -log pi(chosen) per token, added to the loss
+    lr: float = 1e-4                 # peak learning rate (the report's models: 7e-7)
+    warmup: int = 5                  # steps of linear warm-up
+    final_lr: float = 0.1            # last learning rate / peak
+    merge_alpha: float = 1e-7        # share of the SFT direction in each update
+    reserve: float = 0.5             # share of entries that OnDARE keeps (and scales by its inverse)
+    clip: float = 1.0                # largest gradient norm
+    save_every: int = 200            # steps between resumable states
+    seed: int = 0                    # of sampling, pairing and order
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
+    resume: bool = False             # continue an interrupted run
+    overwrite: bool = False          # replace what --out holds
+
+
+# ---------------------------------------------------------------------------------------------
+# pairs
+
+def pair_up(groups: list, per_query: int, seed: int) -> list[dict]:
+    """Passing = chosen, failing = rejected, within one query's answers. A query whose answers all
+    pass or all fail teaches nothing here and gives no pair; equal texts are one answer."""
+    r, pairs = random.Random(seed), []
+    for group in groups:
+        passed = sorted({a.text for a in group if a.score == 1})
+        failed = sorted({a.text for a in group if a.score < 1 and a.finished})
+        k = min(per_query, len(passed), len(failed))
+        for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
+            pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen,
+                          "rejected": rejected, "domain": group[0].query["domain"]})
+    return pairs
+
+
+def read_pairs(path: str) -> list[dict]:
+    pairs = []
+    for number, row in read_jsonl(path):
+        if not {"prompt", "chosen", "rejected"} <= row.keys():
+            raise InputError(f'{path}:{number}: want "prompt", "chosen" and "rejected"')
+        pairs.append(row)
+    return pairs
+
+
+def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int], list[int]]:
+    """-> ids of the prompt, of the chosen and of the rejected answer (content + <|im_end|>)."""
+    prompt = pair["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    out = [tokenizer.render(messages, add_generation_prompt=True)[0]]
+    for answer in (pair["chosen"], pair["rejected"]):
+        text = answer if isinstance(answer, str) else answer[-1]["content"]
+        out.append(tokenizer.encode(text) + [tokenizer.im_end_id])
+    return tuple(out)
+
+
+# ---------------------------------------------------------------------------------------------
+# loss and optimizer
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: float):
+    """Summed log-probabilities (B,) -> loss (B,), implicit rewards of chosen and of rejected (B,):
+    beta * log(pi / pi_ref) (DPO paper, eq. 7)."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
+
+
+class OnlineMerging(torch.optim.Optimizer):
+    """Online Merging Optimizer, OnDARE (Lu et al. 2024, algorithm 1):
+
+        theta += (1 - alpha) F(delta) + alpha F(tau)
+
+    delta is Adam's update, tau = theta_SFT - theta_base is fixed, F keeps a random share p of the
+    entries. As in the authors' code, and unlike eq. 4, the survivors are divided by p (unbiased),
+    and tau is masked once. Every mask is a pure function of (seed, step, tensor)."""
+
+    def __init__(self, params, taus, lr: float, alpha: float, reserve: float, seed: int = 0,
+                 betas=(0.9, 0.95), eps: float = 1e-8):
+        require(0 < reserve <= 1, f"--reserve wants a share in (0, 1], got {reserve}")
+        require(0 <= alpha < 1, f"--merge_alpha wants a share in [0, 1), got {alpha}")
+        super().__init__(list(params), {"lr": lr})
+        self.alpha, self.reserve, self.seed, self.betas, self.eps = alpha, reserve, seed, betas, eps
+        self.taus = [self.drop(tau, -1, i) for i, tau in enumerate(taus)]
+
+    def drop(self, x, step: int, index: int):
+        if self.reserve == 1:
+            return x
+        generator = rng(self.seed, step + 1, index, device=x.device)
+        keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
+        return x * keep / self.reserve
+
+    @torch.no_grad()
+    def step(self) -> None:
+        beta1, beta2 = self.betas
+        (group,) = self.param_groups
+        for i, (p, tau) in enumerate(zip(group["params"], self.taus, strict=True)):
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
+            t = int(state["step"])
+            state["m"].lerp_(p.grad, 1 - beta1)
+            state["v"].lerp_(p.grad.square(), 1 - beta2)
+            m, v = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
+            delta = -group["lr"] * m / (v.sqrt() + self.eps)
+            p += (1 - self.alpha) * self.drop(delta, t, i) + self.alpha * tau
+
+
+# ---------------------------------------------------------------------------------------------
+
+def main(args: Args) -> dict:
+    # set-up
+    device, autocast = setup(args)
+    tokenizer = Tokenizer.from_pretrained(args.init)
+    model = Qwen2.from_pretrained(args.init, device=device)
+    run = Run(args, "dpo")
+
+    # data
+    if args.data:
+        pairs = read_pairs(args.data)
+    else:
+        queries = tasks.load(args.queries, args.n_queries, args.seed)
+        groups = rollout(model, tokenizer, queries, args.responses, args.max_new_tokens,
+                         args.temperature, args.seed)
+        pairs = pair_up(groups, args.pairs_per_query, args.seed)
+        mean = sum(a.score for g in groups for a in g) / len(groups) / args.responses
+        print(f"{args.init} passes {mean:.1%} of {len(queries)} queries x {args.responses}: "
+              f"{len(pairs)} pairs")
+    write_jsonl(run.path / "pairs.jsonl", pairs)
+    rows = [tokenize_pair(tokenizer, pair) for pair in pairs]
+    rows = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= args.max_len]
+    require(len(rows) > 0, "no preference pair: every query's answers all pass or all fail; "
+            "choose other --queries or a higher --temperature")
+    steps = max(1, int(args.epochs * len(rows) / args.batch_size))
+
+    def sequence_logprobs(batch):
+        """-> (B,) sums of chosen, (B,) of rejected; both sides go through in one forward pass."""
+        logprobs, mask = completion_logprobs(model, [row[0] for row in batch] * 2,
+                                             [row[1] for row in batch] + [row[2] for row in batch])
+        return logprobs.sum(-1).chunk(2), mask.sum(-1).chunk(2)[0]
+
+    # reference: the policy before its first step, so one model is enough
+    reference = []
+    with torch.no_grad(), autocast:
+        for i in range(0, len(rows), args.micro_batch):
+            (chosen, rejected), _ = sequence_logprobs(rows[i:i + args.micro_batch])
+            reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
+
+    # optimizer, resume
+    params = dict(model.named_parameters())
+    if args.base:
+        base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
+        taus = [(params[name] - base[name]).detach() for name in params]
+        optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
+                                  args.seed)
+    else:
+        optimizer = torch.optim.AdamW(params.values(), args.lr, (0.9, 0.95), weight_decay=0.0)
+    start = run.load_state(model, optimizer)
+
+    # loop
+    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=None)
+    for step in bar:
+        batch = epoch_order(step, args.batch_size, len(rows), args.seed)
+        batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        sums = dict.fromkeys(("loss", "accuracy", "reward_chosen", "reward_rejected"), 0.0)
+        for i in range(0, len(batch), args.micro_batch):
+            micro = batch[i:i + args.micro_batch]
+            ref_chosen, ref_rejected = torch.tensor([reference[j] for j in micro], device=device).T
+            with autocast:
+                (chosen, rejected), length = sequence_logprobs([rows[j] for j in micro])
+            loss, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
+                                                            ref_rejected, args.beta)
+            loss = loss - args.nll * chosen / length
+            (loss.sum() / len(batch)).backward()
+            for name, value in (("loss", loss), ("accuracy", reward_chosen > reward_rejected),
+                                ("reward_chosen", reward_chosen),
+                                ("reward_rejected", reward_rejected)):
+                sums[name] += value.sum().item() / len(batch)
+        lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
+        norm = clip_and_step(model, optimizer, lr, args.clip)
+        run.log(step + 1, steps, bar, **sums, lr=lr, grad_norm=norm,
+                margin=sums["reward_chosen"] - sums["reward_rejected"])
+        if (step + 1) % args.save_every == 0 and step + 1 < steps:
+            run.save_state(step + 1, model, optimizer)
+
+    # save, with a look at what it says now
+    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1, args.max_new_tokens,
+                     1.0, args.seed)
+    run.save_samples([group[0] for group in groups])
+    run.finish(model, tokenizer, pairs=len(rows), **sums)
+    return sums
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,248 @@
+"""What a stage gained: pass@1 and greedy accuracy a domain with 95% intervals, bits per byte of
+held-out text, and the report of a whole run.
+
+Every stage answers the same held-out queries (split "test", which nothing trains on or is tuned on):
+`samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
+2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
+(--few_shot 3), gets worked examples as plain text. Intervals are over queries, normal, from the
+spread of the queries' means: several samples of one query are not independent.
+
+    python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
+    python evaluate.py --init runs/demo/pretrain --few_shot 3 --text runs/demo/data
+    python evaluate.py --report runs/demo                          # report.md and report.json
+"""
+import json
+import math
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import kernels
+import tasks
+from common import (
+    cli, is_held_out, pad_rows, peak_rss_mb, read_json, require, setup, write_atomic, write_jsonl)
+from model import Qwen2
+from sample import generate, rollout
+from tokenizer import Tokenizer
+
+STAGES = ("pretrain", "sft", "sft_control", "dpo", "rl_first", "reward", "grpo")
+
+
+@dataclass
+class Args:
+    init: str = "runs/sft"           # model directory to evaluate
+    queries: str = "test"            # query split or file
+    n_queries: int = 480             # how many of them
+    samples: int = 4                 # answers a query at temperature 1, for pass@1
+    max_new_tokens: int = 128        # longest answer
+    few_shot: int = 0                # worked examples before each query, as plain text: base models
+    text: str = ""                   # bits per byte on the held-out documents of this directory
+    report: str = ""                 # write the report of the runs in this directory instead
+    seed: int = 0                    # of the samples
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics
+
+def pass_at_k(n: int, passed: int, k: int) -> float:
+    """Unbiased pass@k from n samples: 1 - C(n - passed, k) / C(n, k)."""
+    return 1.0 - comb(n - passed, k) / comb(n, k)
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean of per-query values and its normal 95% interval."""
+    n, mean = len(values), sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    return {"mean": mean, "low": max(0.0, mean - 1.96 * spread),
+            "high": min(1.0, mean + 1.96 * spread), "n": n}
+
+
+def by_domain(queries: list[dict], values: list[float]) -> dict[str, dict]:
+    domains = sorted({q["domain"] for q in queries})
+    return {"total": interval(values)} | {
+        d: interval([v for q, v in zip(queries, values, strict=True) if q["domain"] == d])
+        for d in domains}
+
+
+@torch.no_grad()
+def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len: int = 512) -> dict:
+    """-log2 p(text) over its UTF-8 bytes, so that tokenizers of any vocabulary compare. Documents
+    are cut into windows of max_len tokens; the first token of a window is given, not predicted."""
+    device, nats, n_bytes = model.head_weight.device, 0.0, 0
+    windows = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        windows += [ids[i:i + max_len] for i in range(0, len(ids) - 1, max_len - 1)]
+    windows = sorted((w for w in windows if len(w) > 1), key=len)
+    for i in range(0, len(windows), 16):
+        ids = pad_rows(windows[i:i + 16], 0).to(device)
+        lengths = torch.tensor([[len(w)] for w in windows[i:i + 16]], device=device)
+        targets = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1], device=device) >= lengths,
+                                         -100)
+        nats += kernels.linear_cross_entropy(model.hidden(ids[:, :-1]), model.head_weight, targets,
+                                             reduction="sum").item()
+        n_bytes += sum(len(tokenizer.token_bytes(t)) for w in windows[i:i + 16] for t in w[1:])
+    return {"bits_per_byte": nats / math.log(2) / n_bytes, "bytes": n_bytes}
+
+
+# ---------------------------------------------------------------------------------------------
+# answers
+
+def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
+    """-> one list of n (text, score) a query."""
+    if not args.few_shot:
+        groups = rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed)
+        return [[(a.text, a.score) for a in group] for group in groups]
+    # A base model goes on with the next question after its answer: the blank line ends it.
+    prompts = [tokenizer.encode(tasks.few_shot(q, args.few_shot, args.seed)) for q in queries]
+    stops = tokenizer.stop_ids + tuple(ids[0] for ids in [tokenizer.encode("\n\n")] if len(ids) == 1)
+    out = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
+                   stop_ids=stops, valid_vocab=tokenizer.n_vocab)
+    texts = [tokenizer.decode(c.ids).split("\n\n")[0].strip() for c in out]
+    scores = tasks.score_many([q for q in queries for _ in range(n)], texts)
+    pairs = list(zip(texts, scores, strict=True))
+    return [pairs[i:i + n] for i in range(0, len(pairs), n)]
+
+
+def evaluate(args: Args) -> dict:
+    device, autocast = setup(args)
+    tokenizer = Tokenizer.from_pretrained(args.init)
+    model = Qwen2.from_pretrained(args.init, device=device)
+    require(args.samples > 0, "--samples wants 1 or more")
+    queries = tasks.load(args.queries, args.n_queries)
+    with autocast:
+        sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
+        greedy = answer(model, tokenizer, queries, args, 1, 0.0)
+    passed = [sum(score == 1 for _, score in group) for group in sampled]
+    metrics = {"pass@1": by_domain(queries, [pass_at_k(args.samples, c, 1) for c in passed])}
+    if args.samples > 1:
+        metrics[f"pass@{args.samples}"] = by_domain(
+            queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
+    metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
+    if args.text:
+        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
+                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
+        texts = [text for text in texts if is_held_out(text)]
+        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+        metrics |= bits_per_byte(model, tokenizer, texts)
+    write_jsonl(Path(args.init) / "eval_samples.jsonl", (
+        {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
+         "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1]}
+        for q, g, s in zip(queries, greedy, sampled, strict=True)))
+    settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
+                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+    write_atomic(Path(args.init) / "eval.json", json.dumps(
+        {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
+    print(table([(Path(args.init).name, metrics)]))
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------
+# tables and the report of a run
+
+def cell(value: dict) -> str:
+    return f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
+def table(rows: list[tuple[str, dict]]) -> str:
+    """Markdown: stages x domains, percent with 95% intervals; one table a metric."""
+    out = []
+    for metric in ("pass@1", "greedy"):
+        domains = list(rows[0][1][metric])
+        out += [f"| {metric}, % | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+        out += [f"| {name} | " + " | ".join(cell(metrics[metric][d]) for d in domains) + " |"
+                for name, metrics in rows]
+        out.append("")
+    out += [f"{name}: {metrics['bits_per_byte']:.3f} bits per byte of held-out text"
+            for name, metrics in rows if "bits_per_byte" in metrics]
+    return "\n".join(out)
+
+
+def plot_curves(root: Path, stages: list[str]) -> list[str]:
+    """One small picture of each stage's curve, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shown = {"pretrain": "loss", "sft": "loss", "sft_control": "loss", "dpo": "accuracy",
+             "rl_first": "pass", "reward": "accuracy", "grpo": "pass"}
+    fig, axes = plt.subplots(1, len(stages), figsize=(2.6 * len(stages), 2.2), squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
+        rows = [json.loads(line) for line in open(root / stage / "log.jsonl", encoding="utf-8")]
+        metric = shown[stage]
+        axis.plot([r["step"] for r in rows], [r[metric] for r in rows], lw=1)
+        axis.set_title(f"{stage}: {metric}", fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    fig.tight_layout()
+    (root / "plots").mkdir(exist_ok=True)
+    fig.savefig(root / "plots" / "curves.png", dpi=110)
+    plt.close(fig)
+    return ["", "![curves of every stage](plots/curves.png)"]
+
+
+def write_report(root: Path) -> None:
+    """report.json and report.md of the stages found under root, from their run.json, eval.json and
+    samples: what ran, how long, what it gained, and how answers changed."""
+    found = [s for s in STAGES if (root / s / "run.json").exists()]
+    require(len(found) > 0, f"--report {root}: no stage in it ({', '.join(STAGES)})")
+    stages = []
+    for name in found:
+        run, path = read_json(root / name / "run.json"), root / name / "eval.json"
+        record = {"name": name, "seconds": run.get("seconds"), "peak_rss_mb": run.get("peak_rss_mb"),
+                  "command": "python " + run["command"], "result": run.get("result", {}),
+                  "metrics": read_json(path)["metrics"] if path.exists() else {}}
+        stages.append(record)
+        seed = run["seed"]
+    total = sum(s["seconds"] or 0 for s in stages)
+    started = root / "started"
+    if started.exists():  # demo.sh's clock: data, tokenizer and evaluations included
+        import time
+        total = time.time() - float(started.read_text())
+    write_atomic(root / "report.json", json.dumps(
+        {"stages": stages, "seed": seed, "total_seconds": round(total)}, indent=1))
+
+    rows = [(s["name"], s["metrics"]) for s in stages if s["metrics"]]
+    lines = [f"# {root.name}: seed {seed}, {total / 60:.1f} minutes in all", ""]
+    if rows:
+        lines += ["Held-out queries (n a cell in report.json), mean [95% interval].", "", table(rows)]
+    lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
+    lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
+              for s in stages if s["seconds"]]
+    lines += plot_curves(root, [s for s in found if (root / s / "log.jsonl").stat().st_size])
+    chats = {s: [json.loads(line) for line in open(root / s / "eval_samples.jsonl", encoding="utf-8")]
+             for s in ("sft", "grpo") if (root / s / "eval_samples.jsonl").exists()}
+    if len(chats) == 2:
+        lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
+        pairs = list(zip(chats["sft"], chats["grpo"], strict=False))
+        for label, want in (("learned", (0, 1)), ("lost", (1, 0))):
+            some = [p for p in pairs if (p[0]["greedy_score"], p[1]["greedy_score"]) == want]
+            lines += [f"{len(some)} queries {label}; the first of each domain:", ""]
+            for domain in tasks.DOMAINS:
+                for before, after in [p for p in some if p[0]["domain"] == domain][:1]:
+                    lines += [f"- **{before['prompt']}**", f"  - SFT: `{before['greedy']!r}`",
+                              f"  - GRPO: `{after['greedy']!r}`"]
+            lines.append("")
+    write_atomic(root / "report.md", "\n".join(lines) + "\n")
+    print("\n".join(lines[:lines.index("") + 40]))
+    print(f"\nwritten: {root / 'report.md'}, {root / 'report.json'}")
+
+
+def main(args: Args) -> None:
+    if args.report:
+        write_report(Path(args.report))
+    else:
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    cli(main, Args)

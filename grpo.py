@@ -1,0 +1,244 @@
+"""Stage 5, online reinforcement learning: GRPO (report section 4.3; DeepSeekMath, eq. 3).
+
+For each query the policy writes a group of G = 8 responses. Each response's advantage is its reward
+against its own group, A_i = (r_i - mean(r)) / std(r), the same for all its tokens, and the policy
+climbs, per token,
+
+    min(rho A, clip(rho, 1 - eps, 1 + eps) A) - kl * (pi_ref/pi - log(pi_ref/pi) - 1)
+
+with rho = pi / pi_old. As in the report, an episode is one optimizer step on fresh samples (2048 =
+256 queries x 8 there), so rho = 1 and the clip is idle unless --inner_steps is raised; and queries
+are taken in order of the variance of the reward model's scores over their responses, highest
+first. The reward is Qwen2.5-Math's, verifier and reward model together (eq. in its section 4):
+
+    r = sigmoid(r_m / 2) + (r_v - 1):  right answers get (0, 1), wrong ones (-1, 0)
+
+so the reward model ranks answers but can never make a wrong one beat a right one. Not disclosed, so
+our choice: learning rate, clip, KL coefficient, temperature, length, number of episodes, and that
+the variance is measured once, with the initial policy.
+
+    python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
+
+Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
+Watch reward and pass instead: they rise within the first 20 steps. Dead groups (all 8 rewards
+equal) grow as queries are solved. Entropy falls; if it falls to near 0 while pass stalls, lower --lr.
+"""
+import copy
+import random
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import tasks
+from common import (
+    Run, adamw, clip_and_step, cli, lr_at, require, setup)
+from model import Qwen2
+from reward import RewardModel
+from sample import completion_logprobs, rollout
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Args:
+    init: str = "runs/sft"           # initial policy, and the reference of the KL term
+    reward_model: str = ""           # reward model directory; empty: the verifier alone
+    out: str = "runs/grpo"           # where the run goes
+    queries: str = "rl"              # query split or file
+    n_queries: int = 128             # pool of queries, ordered by variance
+    steps: int = 15                  # episodes: one optimizer step each
+    batch_queries: int = 16          # queries an episode
+    group: int = 8                   # responses a query (the report's 8)
+    temperature: float = 1.0         # of the sampling, and of the log-probabilities
+    max_new_tokens: int = 128        # longest response
+    inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
+    micro_batch: int = 128           # responses a forward pass: memory only
+    clip_eps: float = 0.2            # width of the ratio's clip
+    kl: float = 0.0                  # weight of the KL to the initial policy
+    normalise: str = "group"         # advantages over the group's standard deviation, or "none"
+    aggregate: str = "seq_mean"      # token losses: seq_mean (the paper), token_mean, constant
+    lr: float = 1e-4                 # peak learning rate
+    warmup: int = 5                  # steps of linear warm-up
+    final_lr: float = 0.1            # last learning rate / peak
+    clip: float = 1.0                # largest gradient norm
+    save_every: int = 50             # steps between resumable states
+    seed: int = 0                    # of queries and samples
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
+    resume: bool = False             # continue an interrupted run
+    overwrite: bool = False          # replace what --out holds
+
+
+# ---------------------------------------------------------------------------------------------
+# reward, order, advantage, loss
+
+def shaped_reward(verified, model_score=None):
+    """Qwen2.5-Math: sigmoid(0.5 r_m) + (r_v - 1); without a reward model, r_v itself."""
+    return verified if model_score is None else torch.sigmoid(0.5 * model_score) + verified - 1
+
+
+def query_order(scores):
+    """scores (Q, G) -> indices (Q,) by the variance of each query's scores, highest first: queries
+    whose answers all score alike have nothing to tell apart. Ties keep their order."""
+    return scores.var(dim=1, unbiased=False).argsort(descending=True, stable=True)
+
+
+def group_advantages(rewards, normalise: str = "group"):
+    """rewards (Q, G) -> advantages (Q, G), centred within each query's own group and, with
+    "group", over its population standard deviation (the paper's std; TRL's is Bessel's).
+
+    A group of equal rewards gets exactly 0, decided by max - min: through rounding, seven rewards
+    of 0.1 have a mean that is not 0.1, and dividing by std + 1e-8 makes 0.4 of that (R12.3)."""
+    require(rewards.shape[1] > 1, "a group of 1 has no advantage: --group wants 2 or more")
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if normalise == "group":
+        centred = centred / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
+    dead = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return centred.masked_fill(dead, 0.0)
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps: float = 0.2,
+              kl: float = 0.0, aggregate: str = "seq_mean", count: float | None = None):
+    """DeepSeekMath eq. 3, negated. logprobs, old_logprobs, ref_logprobs (or None) and mask are
+    (B, R), advantages (B,). Returns the loss and a dict of sums to log.
+
+    aggregate: "seq_mean" averages tokens within a response, then responses (the paper: tokens of
+    long responses weigh less); "token_mean" is over all tokens (DAPO); "constant" divides by
+    responses x R (Dr. GRPO). count: the divisor for the whole step (responses, tokens, responses x
+    length), when this is one micro-batch of it (R12.4)."""
+    ratio = (logprobs - old_logprobs).exp()
+    advantages = advantages[:, None]
+    objective = torch.minimum(ratio * advantages,
+                              ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+    k3 = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        # k3's value is unbiased, its gradient is not; times the ratio (1 in value when on-policy)
+        # it is, because then the score function comes along (R12.6).
+        log_ratio = ref_logprobs - logprobs
+        k3 = ratio * (log_ratio.exp() - log_ratio - 1)
+    per_token = (kl * k3 - objective) * mask
+    if aggregate == "seq_mean":
+        loss = (per_token.sum(1) / mask.sum(1)).sum() / (count or len(mask))
+    elif aggregate == "token_mean":
+        loss = per_token.sum() / (count or mask.sum())
+    else:
+        loss = per_token.sum() / (count or mask.numel())
+    clipped = ((ratio - 1).abs() > clip_eps) & mask
+    gap = ((logprobs - old_logprobs).abs() * mask).max()
+    return loss, {"clipped": clipped.sum().item(), "kl": (k3 * mask).sum().item(),
+                  "entropy": -(logprobs * mask).sum().item(), "gap": gap.item()}
+
+
+# ---------------------------------------------------------------------------------------------
+# one episode
+
+def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: int):
+    """-> answers (a list of Q*G rollouts), verdicts (Q, G), rewards (Q, G), RM scores or None."""
+    groups = rollout(model, tokenizer, queries, args.group, args.max_new_tokens, args.temperature,
+                     seed)
+    answers = [answer for group in groups for answer in group]
+    verified = torch.tensor([[a.score for a in group] for group in groups])
+    scores = None
+    if reward_model is not None:
+        scores = torch.tensor(reward_model.score([a.prompt_ids for a in answers],
+                                                 [a.ids for a in answers])).view_as(verified)
+    return answers, verified, shaped_reward(verified, scores), scores
+
+
+def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
+    """Sample each query once with the initial policy; highest variance of scores first. Refuses to
+    train where there is nothing to learn from (R12.7)."""
+    answers, verified, rewards, scores = sample_episode(model, reward_model, tokenizer, queries, args,
+                                                        args.seed)
+    truncated = sum(not a.finished for a in answers) / len(answers)
+    mixed = ((verified.amax(1) != verified.amin(1)).float().mean()).item()
+    print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries pass only sometimes, "
+          f"{truncated:.1%} of responses cut")
+    require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens")
+    require(mixed > 0, "every query passes always or never, so all advantages are 0: choose easier "
+            "or harder --queries, or more SFT")
+    return [queries[i] for i in query_order(rewards if scores is None else scores).tolist()]
+
+
+# ---------------------------------------------------------------------------------------------
+
+def main(args: Args) -> dict:
+    # set-up
+    device, autocast = setup(args)
+    require(args.aggregate in ("seq_mean", "token_mean", "constant"),
+            f"--aggregate wants seq_mean, token_mean or constant, got {args.aggregate!r}")
+    require(args.normalise in ("group", "none"), f"--normalise wants group or none, got "
+            f"{args.normalise!r}")
+    require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
+    tokenizer = Tokenizer.from_pretrained(args.init)
+    model = Qwen2.from_pretrained(args.init, device=device)
+    reward_model = None
+    if args.reward_model:
+        reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
+    run = Run(args, "grpo")
+
+    # data
+    queries = tasks.load(args.queries, args.n_queries, args.seed)
+    with autocast:
+        queries = order_queries(model, reward_model, tokenizer, queries, args)
+    reference = copy.deepcopy(model) if args.kl else None
+
+    # optimizer, resume
+    optimizer = adamw(model, args.lr, weight_decay=0.0)
+    start = run.load_state(model, optimizer)
+
+    # loop
+    bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps, disable=None)
+    for step in bar:
+        batch = [queries[(step * args.batch_queries + i) % len(queries)]
+                 for i in range(args.batch_queries)]
+        with autocast:
+            answers, verified, rewards, scores = sample_episode(
+                model, reward_model, tokenizer, batch, args, args.seed * 100_003 + step + 1)
+        advantages = group_advantages(rewards, args.normalise).flatten()
+        # A response of a dead group has neither advantage nor, without KL, gradient: skip it.
+        alive = [i for i in range(len(answers)) if args.kl or advantages[i] != 0]
+        alive.sort(key=lambda i: len(answers[i].prompt_ids) + len(answers[i].ids))
+        tokens = sum(len(a.ids) for a in answers)
+        count = {"seq_mean": len(answers), "token_mean": tokens,
+                 "constant": len(answers) * args.max_new_tokens}[args.aggregate]
+        for _ in range(args.inner_steps):
+            loss, sums = 0.0, {"clipped": 0, "kl": 0.0, "entropy": 0.0, "gap": 0.0}
+            for i in range(0, len(alive), args.micro_batch):
+                micro = [answers[j] for j in alive[i:i + args.micro_batch]]
+                inputs = ([a.prompt_ids for a in micro], [a.ids for a in micro], args.temperature,
+                          tokenizer.n_vocab)
+                with autocast:
+                    logprobs, mask = completion_logprobs(model, *inputs)
+                    with torch.no_grad():
+                        ref = completion_logprobs(reference, *inputs)[0] if reference else None
+                old = torch.zeros_like(logprobs).masked_scatter(mask, torch.tensor(
+                    [p for a in micro for p in a.logprobs], device=device))
+                micro_loss, logs = grpo_loss(
+                    logprobs, old, ref, advantages[alive[i:i + args.micro_batch]].to(device), mask,
+                    clip_eps=args.clip_eps, kl=args.kl, aggregate=args.aggregate, count=count)
+                micro_loss.backward()
+                loss += micro_loss.item()
+                sums = {k: max(sums[k], v) if k == "gap" else sums[k] + v for k, v in logs.items()}
+            lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
+            norm = clip_and_step(model, optimizer, lr, args.clip)
+        finished = [len(a.ids) for a in answers if a.finished]
+        trained = sum(len(answers[i].ids) for i in alive) or 1
+        run.log(step + 1, args.steps, bar, reward=rewards.mean().item(),
+                **{"pass": verified.mean().item()},
+                score=scores.mean().item() if scores is not None else 0.0,
+                dead=1 - len(alive) / len(answers), cut=1 - len(finished) / len(answers),
+                length=sum(finished) / max(1, len(finished)), loss=loss, lr=lr, grad_norm=norm,
+                entropy=sums["entropy"] / trained, kl=sums["kl"] / trained,
+                clipped=sums["clipped"] / trained, gap=sums["gap"])
+        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            run.save_state(step + 1, model, optimizer)
+
+    # save
+    run.save_samples(random.Random(args.seed).sample(answers, min(32, len(answers))))
+    run.finish(model, tokenizer, **{"pass": verified.mean().item()}, reward=rewards.mean().item())
+    return {"pass": verified.mean().item()}
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,492 @@
+"""The tensor functions that decide speed and memory, each beside its plain reference twin.
+
+    attention             softmax(q k^T) v without keeping the T x S probabilities
+    linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
+    token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
+    expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
+
+`*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
+the two equal in float64, and so does `python kernels.py`, which also times them in about 20 s on
+one CPU core (`--compile` adds that variant).
+
+Letters: B batch, T queries, S keys, D head dim, Hq/Hkv query/kv heads, G = Hq/Hkv; N rows (tokens),
+C hidden, V vocabulary; E experts, F an expert's inner width. "fp32" means: float64 stays float64.
+CPU paths are tested and measured; what is particular to CUDA is not yet measured on a GPU.
+"""
+import functools
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+IMPLS = ("auto", "reference", "sdpa", "fused")
+BLOCK = 64           # tokens a side of a tile of fused attention: best of 32 .. 256 on CPU
+_SWITCH = {"impl": "sdpa", "compile": False}
+
+
+def use(impl="auto", compile=False):
+    """The one switch: what `impl="auto"` means from now on, and whether kernels are compiled.
+
+    impl: "auto" (= "sdpa", the default), "sdpa", "fused" or "reference"; else ValueError.
+    compile: the tiles of "fused" and the chunks of linear_cross_entropy and token_logprobs run
+    under torch.compile. Off by default, so a short run never pays for a compilation; when on, it
+    happens at the first call, and only while gradients are enabled: sampling stays uncompiled
+    (R4.8). Returns the previous (impl, compile): `use(*old)` undoes a change.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
+    old = _SWITCH["impl"], _SWITCH["compile"]
+    _SWITCH.update(impl="sdpa" if impl == "auto" else impl, compile=bool(compile))
+    return old
+
+
+@functools.cache
+def _compiled(fn):
+    # dynamic=False: one graph a shape. So only *full* tiles and chunks come here and the ragged
+    # rest runs eagerly, or every new remainder would compile again (R4.8).
+    return torch.compile(fn, dynamic=False, fullgraph=True)
+
+
+def _fp32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _autocast(*tensors):
+    """Cast as torch.autocast would, if on; the kernels then turn it off, to keep sums in fp32."""
+    kind = tensors[0].device.type
+    on = torch.is_autocast_enabled(kind)
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if on else tensors
+
+
+# --- attention ------------------------------------------------------------------------------------
+def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
+    """Grouped-query attention: softmax(scale q k^T + masks) v, softmax in fp32.
+
+    q (B,Hq,T,D); k, v (B,Hkv,S,D); query heads hG .. hG+G-1 read kv head h. bf16, fp32 or float64;
+    returns (B,Hq,T,D) in q's dtype. scale: D^-0.5 unless given.
+    causal: queries are the *last* T of the S positions, so cached decoding needs nothing else.
+    segment_ids (B,T) int, T == S: document ids of a packed row; other documents are invisible.
+    mask bool, (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All are ANDed; a query
+    left with no key gives 0 and zero gradients, never NaN (R3.4).
+    impl: "reference" materialises the scores; "sdpa" is PyTorch's kernel; "fused" is tiled, O(T)
+    memory, and skips tiles no query may see: on CPU 1.3x sdpa's time on one causal document of
+    2048 tokens, a quarter of it on ten packed ones. "auto" is what `use` chose (for T == 1, sdpa).
+    ValueError for any other impl and for shapes that do not fit.
+    """
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or (
+            q.shape[::3] != k.shape[::3]):
+        raise ValueError("need q (B,Hq,T,D) and k, v (B,Hkv,S,D), Hq a multiple of Hkv; got "
+                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    (B, _, T, D), S = q.shape, k.shape[2]
+    if segment_ids is not None and (T != S or segment_ids.shape != (B, T)):
+        raise ValueError(f"segment_ids {tuple(segment_ids.shape)} must be (B,T) = {(B, T)} and "
+                         f"T equal S = {S}; with a cache, pass a mask")
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.dim() != 4 or any(
+                m not in (1, n) for m, n in zip(mask.shape, (B, 1, T, S), strict=True)):
+            raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must be bool, broadcastable "
+                             f"to (B,1,T,S) = {(B, 1, T, S)}")
+        mask = mask.expand(B, 1, T, S)
+    if impl not in IMPLS:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
+    if impl == "auto":
+        impl = "sdpa" if T == 1 else _SWITCH["impl"]
+    scale = D ** -0.5 if scale is None else scale
+    q, k, v = _autocast(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        if impl == "fused":
+            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask,
+                                _SWITCH["compile"] and torch.is_grad_enabled())
+        fn = attention_reference if impl == "reference" else _attention_sdpa
+        return fn(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
+
+
+def _keep(q, k, causal, segment_ids, mask, i0=0, i1=None, j0=0, j1=None):
+    """Who may see whom in the tile [i0:i1] x [j0:j1]: bool (B or 1,1,i,j); None = everyone."""
+    T, S = q.shape[2], k.shape[2]
+    i1, j1 = i1 or T, j1 or S
+    parts = []
+    if causal and j1 - 1 > i0 + S - T:                       # else the tile is below the diagonal
+        i = torch.arange(i0, i1, device=q.device) + S - T    # query 0 is position S - T
+        parts.append((i[:, None] >= torch.arange(j0, j1, device=q.device))[None, None])
+    if segment_ids is not None:
+        parts.append(segment_ids[:, None, i0:i1, None] == segment_ids[:, None, None, j0:j1])
+    if mask is not None:
+        parts.append(mask[:, :, i0:i1, j0:j1])
+    return functools.reduce(torch.logical_and, parts) if parts else None
+
+
+def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, mask=None):
+    """`attention` as the formula reads; all (B,Hq,T,S) scores in memory. Same arguments."""
+    G = q.shape[1] // k.shape[1]
+    k_, v_ = (_fp32(x).repeat_interleave(G, dim=1) for x in (k, v))
+    scores = _fp32(q) @ k_.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    keep = _keep(q, k, causal, segment_ids, mask)
+    if keep is None:
+        return (scores.softmax(-1) @ v_).to(q.dtype)
+    # A finite floor: softmax over a row of -inf is NaN, in value and gradient. The second fill
+    # then empties the rows without a key, which are uniform until here.
+    probs = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1)
+    return (probs.masked_fill(~keep, 0.0) @ v_).to(q.dtype)
+
+
+def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
+    shape, Hkv, G = q.shape, k.shape[1], q.shape[1] // k.shape[1]
+    if q.shape[2] == 1:
+        # Decoding: the G heads of a group pose as G queries of one kv head, so no backend copies
+        # the cache. Measured on CPU, S 256 .. 2048: 1.4x enable_gqa, 5-8x repeat_interleave.
+        q, causal = q.reshape(shape[0], Hkv, G, shape[3]), False
+    # Trap: is_causal is aligned *top-left*. With a cache (T != S) query 0 would see key 0 only, so
+    # that takes a mask, and is_causal, the fast path, is left for T == S.
+    fast = segment_ids is None and mask is None and (q.shape[2] == k.shape[2] or not causal)
+    keep, dead = None if fast else _keep(q, k, causal, segment_ids, mask), None
+    if mask is not None or (causal and q.shape[2] > k.shape[2]):
+        # Backends differ on a row without keys (0, NaN, the mean of v): let it see everything, then
+        # blank it. Causal and segment masks always leave a query itself, so they skip this.
+        dead = ~keep.any(-1, keepdim=True)
+        keep = keep | dead
+    # enable_gqa reads shared kv heads in place: on CPU 2-20% faster than repeating them. On CUDA
+    # only flash takes it, and flash takes no mask and no fp32: the rest would fall to the path that
+    # materialises T x S. (From its source; not yet measured on a GPU.)
+    if q.is_cuda and (keep is not None or q.dtype == torch.float32) and q.shape[1] != Hkv:
+        k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal and keep is None,
+                                         scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return (out if dead is None else out.masked_fill(dead, 0.0)).reshape(shape)
+
+
+def _fold(x, Hkv):
+    """(B,Hq,T,D) -> (B,Hkv,T*G,D) in fp32: row tG+g is query t of head g of its group. Grouped
+    attention becomes plain attention with more queries; dk and dv sum over heads by themselves."""
+    return _fp32(x).unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
+
+
+def _unfold(x, T):
+    return x.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def _tiles(q, k, causal, segment_ids, mask):
+    """For each query tile: its number, and [(number of key tile, keep, whether both sides are a
+    full BLOCK)] of the key tiles that some query of it may see; the others cost nothing."""
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    meet = None
+    if segment_ids is not None:
+        # Tiles whose ranges of ids are disjoint in every row share no document: packed rows cost
+        # about the sum of the documents' squares, not the square of the row. One host sync.
+        parts = segment_ids.split(BLOCK, dim=1)
+        low, high = (torch.stack([f(p, 1) for p in parts], 1) for f in (torch.amin, torch.amax))
+        meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+        meet = meet.any(0).tolist()
+    for i0 in range(0, T, BLOCK):
+        i1 = min(i0 + BLOCK, T)
+        row = []
+        for j0 in range(0, min(S, i1 + S - T) if causal else S, BLOCK):
+            j1 = min(j0 + BLOCK, S)
+            if meet is None or meet[i0 // BLOCK][j0 // BLOCK]:
+                keep = _keep(q, k, causal, segment_ids, mask, i0, i1, j0, j1)
+                keep = None if keep is None else keep.repeat_interleave(G, dim=2)
+                row.append((j0 // BLOCK, keep, i1 - i0 == j1 - j0 == BLOCK))
+        yield i0 // BLOCK, row
+
+
+def _cut(x, size):
+    # Tiles with strides of their own: the compiler guards strides, and those of a slice depend on
+    # T. clone, since .contiguous() keeps a slice's stride where a dimension is 1.
+    return [part.clone(memory_format=torch.contiguous_format) for part in x.split(size, dim=2)]
+
+
+def _tile_forward(q, k, v, keep, m, norm, acc):
+    """FlashAttention-2 Alg. 1, lines 8-10: fold one key tile into the running row maximum m and sum
+    of exponentials norm (both B,Hkv,n,1) and the unnormalised output acc (B,Hkv,n,D)."""
+    s = q @ k.mT
+    if keep is not None:
+        s = s.masked_fill(~keep, -torch.inf)
+    # m starts at a finite floor, so m_new is finite: -inf - m_new never becomes inf - inf = NaN.
+    m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+    p, rescale = s.sub_(m_new).exp_(), (m - m_new).exp_()
+    return m_new, norm * rescale + p.sum(-1, keepdim=True), acc * rescale + p @ v
+
+
+def _tile_backward(q, k, v, keep, lse, dout, delta):
+    """Alg. 2, lines 11-16: p again, from the saved log-sum-exp. Returns this tile's dq, dk, dv."""
+    s = q @ k.mT
+    if keep is not None:
+        s = s.masked_fill(~keep, -torch.inf)
+    p = s.sub_(lse).exp_()
+    ds = (dout @ v.mT).sub_(delta).mul_(p)         # softmax backward: p (dp - sum of p dp)
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+class _Fused(torch.autograd.Function):
+    """FlashAttention-2 (Dao 2023, arXiv 2307.08691) in plain torch; saves q, k, v, out and one
+    log-sum-exp a row. Tiles get compiled, not the loops, whose graph would grow as (T/BLOCK)^2."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, segment_ids, scale, mask, compiled):
+        high = BLOCK * (q.shape[1] // k.shape[1])                     # folded rows a query tile
+        rows = _cut(_fold(q, k.shape[1]) * scale, high)
+        k_, v_ = _cut(_fp32(k), BLOCK), _cut(_fp32(v), BLOCK)
+        step = _compiled(_tile_forward) if compiled else _tile_forward
+        out, lse = [], []
+        for i, tiles in _tiles(q, k, causal, segment_ids, mask):
+            acc, norm = torch.zeros_like(rows[i]), torch.zeros_like(rows[i][..., :1])
+            m = torch.full_like(norm, -1e30)
+            for j, keep, full in tiles:
+                m, norm, acc = (step if full else _tile_forward)(
+                    rows[i], k_[j], v_[j], keep, m, norm, acc)
+            # A row that saw no key has norm 0 (R3.4): output 0, and lse = +inf, with which the
+            # backward pass finds p = exp(-inf - inf) = 0, hence zero gradients.
+            out.append(acc / norm.masked_fill(norm == 0, 1.0))
+            lse.append(torch.where(norm == 0, torch.inf, m + norm.log()))
+        out, lse = _unfold(torch.cat(out, 2), q.shape[2]).to(q.dtype), torch.cat(lse, 2)
+        ctx.save_for_backward(q, k, v, out, lse, segment_ids, mask)
+        ctx.rest = causal, scale, compiled
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        (q, k, v, out, lse, segment_ids, mask), (causal, scale, compiled) = \
+            ctx.saved_tensors, ctx.rest
+        step = _compiled(_tile_backward) if compiled else _tile_backward
+        with torch.autocast(q.device.type, enabled=False):
+            Hkv, high = k.shape[1], BLOCK * (q.shape[1] // k.shape[1])
+            dout, out = _fold(dout, Hkv), _fold(out, Hkv)
+            delta = _cut((dout * out).sum(-1, keepdim=True), high)   # Alg. 2, line 4: = sum of p dp
+            rows, dout, lse = (_cut(x, high) for x in (_fold(q, Hkv) * scale, dout, lse))
+            k_, v_ = _cut(_fp32(k), BLOCK), _cut(_fp32(v), BLOCK)
+            dq, dk, dv = ([torch.zeros_like(tile) for tile in x] for x in (rows, k_, v_))
+            for i, tiles in _tiles(q, k, causal, segment_ids, mask):
+                for j, keep, full in tiles:
+                    grads = (step if full else _tile_backward)(
+                        rows[i], k_[j], v_[j], keep, lse[i], dout[i], delta[i])
+                    for total, part in zip((dq[i], dk[j], dv[j]), grads, strict=True):
+                        total += part
+        dq, dk, dv = (torch.cat(x, 2) for x in (dq, dk, dv))
+        dq = _unfold(dq * scale, q.shape[2])
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+# --- head and loss without the logits -------------------------------------------------------------
+def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reduction="mean",
+                         valid_vocab=None, chunk_rows=None):
+    """F.cross_entropy(hidden @ weight.T, targets) with only a chunk of the logits alive at a time.
+
+    hidden (..., C), weight (V,C), targets (...) int. Returns fp32: a scalar for "mean" (over the
+    supervised targets) and "sum"; for "none" the shape of targets, 0 where ignored. Logits are fp32
+    whatever the inputs. Rows of ignore_index are dropped first and cost no matmul: in SFT, most.
+    No supervised target at all: the loss and its gradients are exactly 0, not NaN (R4.3).
+    valid_vocab: rows of weight from there on are padding of the embedding and get probability 0.
+    chunk_rows trades memory for speed, nothing else. ValueError for shapes that do not fit, an
+    unknown reduction, and on CPU a target out of range (on CUDA a device-side assertion).
+    Under FSDP2 call it inside the forward of the module that owns weight, where it is gathered.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
+    loss, count = _nll(hidden, weight, targets, 1.0, valid_vocab, ignore_index,
+                       reduction != "none", chunk_rows)
+    return loss / max(count, 1) if reduction == "mean" else loss
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0, valid_vocab=None):
+    """log softmax(hidden weight^T / temperature) at targets: fp32, in the shape of targets.
+
+    Shapes, chunks and errors as linear_cross_entropy; targets of -100 give 0 at no cost.
+    Differentiable per token. Use the sampler's temperature, or GRPO's first ratio is not 1.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}; greedy has no log-probs")
+    return -_nll(hidden, weight, targets, temperature, valid_vocab, -100, False, None)[0]
+
+
+def token_logprobs_reference(hidden, weight, targets, temperature=1.0, valid_vocab=None):
+    """token_logprobs with all the logits in memory, every target in range."""
+    logits = (_fp32(hidden) @ _fp32(weight).mT)[..., :valid_vocab] / temperature
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def linear_cross_entropy_reference(hidden, weight, targets, *, ignore_index=-100,
+                                   reduction="mean", valid_vocab=None):
+    """linear_cross_entropy with all the logits in memory."""
+    keep = targets != ignore_index
+    loss = -token_logprobs_reference(hidden, weight, targets * keep, 1.0, valid_vocab) * keep
+    count = keep.sum().clamp(min=1)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / count}[reduction]
+
+
+def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total, chunk_rows):
+    """Front of both kernels: (sum of -log p, or -log p in the shape of targets; how many)."""
+    if weight.dim() != 2 or hidden.shape != targets.shape + weight.shape[1:]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be targets' shape "
+                         f"{tuple(targets.shape)} + (C,), and weight {tuple(weight.shape)} (V,C)")
+    weight = weight[:valid_vocab]                  # a column never computed has probability 0
+    h, t = hidden.flatten(0, -2), targets.flatten().long()
+    index = (t != ignore_index).nonzero()[:, 0]
+    if len(index) < targets.numel():
+        h, t = h.index_select(0, index), t[index]
+    if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < len(weight):
+        raise ValueError(f"targets span {t.min()}..{t.max()}; allowed are 0..{len(weight) - 1} and "
+                         f"{ignore_index} (ignored)")
+    h, weight = _autocast(h, weight)
+    if not h.is_cuda:                              # no bf16 x bf16 -> fp32 matmul there
+        h, weight = _fp32(h), _fp32(weight)
+    # CPU: chunks that stay in cache; the best of 64 .. 4096 rows is 512 at V 4096, 128 at V 32,000.
+    # CUDA: 512 MiB of logits, a guess. A chunk is full, for the compiler, at min(that, all rows),
+    # so that pre-training's one fixed shape counts as well.
+    rows = chunk_rows or max(128, 2 ** (27 if h.is_cuda else 21) // len(weight))
+    grad = torch.is_grad_enabled()
+    nll = _ChunkedNLL.apply(h, weight, t[:, None], 1.0 / temperature,
+                            max(1, min(rows, targets.numel())), total, grad,
+                            _SWITCH["compile"] and grad)
+    if not total:
+        nll = nll.new_zeros(targets.numel()).index_copy(0, index, nll).view(targets.shape)
+    return nll, len(index)
+
+
+def _chunk(h, w, t, g, dw, inv_t):
+    """-log softmax(h w^T inv_t)[t]: h (n,C), w (V,C), t (n,1) -> (n,). With g (n,1) also the
+    gradients of sum(g nll): returns dh (n,C) and adds to dw (V,C), fp32, unless that is None."""
+    def mm(a, b):                                  # bf16 comes here only on CUDA; sums in fp32
+        return a @ b if a.dtype == _fp32(a).dtype else torch.mm(a, b, out_dtype=torch.float32)
+    logp = mm(h, w.mT).mul_(inv_t).log_softmax(-1)
+    nll = -logp.gather(1, t)
+    if g is None:
+        return nll[:, 0], None
+    dz = logp.exp_().scatter_add_(1, t, torch.full_like(nll, -1.0)).mul_(g * inv_t)  # p - onehot
+    if dw is not None:                             # addmm_: no second (V,C) where dtypes allow
+        dw.addmm_(dz.mT, h) if h.dtype == dw.dtype else dw.add_(mm(dz.to(h.dtype).mT, h))
+    return nll[:, 0], dz.to(h.dtype) @ w
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """h (n,C), w (V,C), t (n,1) -> sum of nll if `total`, else nll (n,); `rows` of logits at once.
+
+    Two ways to the gradient. total: the upstream gradient is one factor for all rows and can wait,
+    so the forward pass takes the gradient while the probabilities are at hand: 3 matmuls (Liger
+    Kernel, arXiv 2410.10989). Else one factor a row: backward recomputes the logits, 4 matmuls.
+    """
+
+    @staticmethod
+    def walk(h, w, t, g, inv_t, rows, want_dw, compiled):
+        step = _compiled(_chunk) if compiled else _chunk
+        dw = torch.zeros_like(w, dtype=g.dtype) if want_dw else None
+        parts = g.split(rows) if g is not None else [None] * len(t.split(rows))
+        nll, dh = zip(*((step if len(b) == rows else _chunk)(a, w, b, c, dw, inv_t)
+                        for a, b, c in zip(h.split(rows), t.split(rows), parts, strict=True)),
+                      strict=True)
+        return torch.cat(nll), None if g is None else torch.cat(dh), dw
+
+    @staticmethod
+    def forward(ctx, h, w, t, inv_t, rows, total, grad, compiled):
+        ctx.rest = inv_t, rows, total, compiled
+        early = total and grad and any(ctx.needs_input_grad)
+        g = torch.ones_like(_fp32(h[:, :1])) if early else None
+        with torch.autocast(h.device.type, enabled=False):
+            nll, dh, dw = _ChunkedNLL.walk(h, w, t, g, inv_t, rows,
+                                           early and ctx.needs_input_grad[1], compiled)
+        ctx.save_for_backward(*((dh, dw, None) if early else (h, w, t)))
+        return nll.sum() if total else nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (dh, dw, t), (inv_t, rows, total, compiled) = ctx.saved_tensors, ctx.rest
+        if total:
+            return g * dh, None if dw is None else g * dw, None, None, None, None, None, None
+        with torch.autocast(dh.device.type, enabled=False):
+            _, dh, dw = _ChunkedNLL.walk(dh, dw, t, g[:, None].contiguous(), inv_t, rows,
+                                         ctx.needs_input_grad[1], compiled)
+        return dh, dw, None, None, None, None, None, None
+
+
+# --- experts --------------------------------------------------------------------------------------
+def expert_mlp(x, gate_up, down, counts, impl="auto"):
+    """SwiGLU experts on rows sorted by expert: down_e(silu(gate_e x) * up_e x).
+
+    x (N,C); gate_up (E,2F,C), gate rows first; down (E,C,F); counts (E,) int: the rows of each
+    expert in turn, 0 allowed. Returns (N,C). impl: "grouped", one matmul over all experts without
+    a host sync (bf16 on CUDA; fp32 or bf16 on CPU, there 1.0-1.6x the loop's speed); "reference",
+    the loop; "auto": grouped where torch has it and dtype and 16-byte row strides allow.
+    ValueError for any other impl and for shapes that do not fit.
+    """
+    E, C, inner = down.shape
+    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or counts.shape != (E,) or (
+            counts.device.type == "cpu" and counts.sum() != len(x)):
+        raise ValueError("need x (N,C), gate_up (E,2F,C), down (E,C,F), counts (E,) with sum N; got"
+                         f" {[tuple(a.shape) for a in (x, gate_up, down, counts)]}")
+    if impl not in ("auto", "reference", "grouped"):
+        raise ValueError(f"impl {impl!r} is not one of auto, reference, grouped")
+    x, gate_up, down = _autocast(x, gate_up, down)
+    fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
+    fits = fits and not any(n * x.element_size() % 16 for n in (C, inner)) and len(x) > 0
+    if impl == "reference" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
+        return expert_mlp_reference(x, gate_up, down, counts)
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(x, gate_up.mT, offs=ends).chunk(2, dim=-1)
+    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    if out.requires_grad:                 # trap: its backward refuses an expanded gradient (.sum())
+        out.register_hook(lambda g: g.contiguous())
+    return out
+
+
+def expert_mlp_reference(x, gate_up, down, counts):
+    """expert_mlp as a loop with one host sync. unbind, since the backward pass of gate_up[e] fills
+    a zero (E,2F,C) for every expert: 14x slower at 60 experts."""
+    out = []
+    for xe, wgu, wd in zip(x.split(counts.tolist()), gate_up.unbind(), down.unbind(), strict=True):
+        gate, up = (xe @ wgu.mT).chunk(2, dim=-1)
+        out.append((F.silu(gate) * up) @ wd.mT)
+    return torch.cat(out)
+
+
+# --- python kernels.py ----------------------------------------------------------------------------
+def main(compiled=False):
+    """Every kernel against its twin: largest error of values and gradients relative to the float64
+    twin's largest entry, and forward + backward times in fp32 (medians of 5, interleaved)."""
+    torch.manual_seed(0)
+    B, Hq, Hkv, T, D, V, E = 2, 8, 2, 512, 32, 8192, 16
+    q, k, v = torch.randn(B, Hq, T, D), torch.randn(B, Hkv, T, D), torch.randn(B, Hkv, T, D)
+    packed = (torch.arange(T) // 90).expand(B, T)
+    h, w, t = torch.randn(B, T, 128), torch.randn(V, 128) / 8, torch.randint(V, (B, T))
+    sft = torch.where(torch.rand(B, T) < 0.3, t, -100)
+    counts = torch.bincount(torch.randint(1, E, (B * T,)), minlength=E)
+    x, gate_up = torch.randn(B * T, 128), torch.randn(E, 256, 128) / 8
+    down = torch.randn(E, 128, 128) / 8
+    ce, ce_ref = linear_cross_entropy, linear_cross_entropy_reference
+    rows = [(f"attention {i}{n}", attention_reference, functools.partial(attention, impl=i),
+             (q, k, v), {"segment_ids": s})
+            for n, s in ((", causal", None), (", packed", packed)) for i in ("sdpa", "fused")]
+    rows += [("linear_cross_entropy", ce_ref, ce, (h, w), {"targets": t}),
+             ("  30% supervised", ce_ref, ce, (h, w), {"targets": sft}),
+             ("token_logprobs", token_logprobs_reference, token_logprobs, (h, w), {"targets": t}),
+             ("expert_mlp", expert_mlp_reference, expert_mlp, (x, gate_up, down),
+              {"counts": counts})]
+
+    def run(fn, tensors, rest, dtype):
+        leaves = [a.to(dtype).requires_grad_() for a in tensors]
+        start = time.perf_counter()
+        out = fn(*leaves, **rest)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        return time.perf_counter() - start, (out.detach(), *grads)
+
+    use(compile=compiled)
+    print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
+    worst = 0.0
+    for name, twin, fn, tensors, rest in rows:
+        dtype = torch.float32 if fn is expert_mlp else torch.float64   # no float64 grouped matmul
+        truth, mine = run(twin, tensors, rest, torch.float64)[1], run(fn, tensors, rest, dtype)[1]
+        error = max(((a - b).abs().max() / a.abs().max()).item()
+                    for a, b in zip(truth, mine, strict=True))
+        worst = max(worst, error if dtype == torch.float64 else error * 1e-6)
+        pairs = [[run(f, tensors, rest, torch.float32)[0] for f in (twin, fn)] for _ in range(6)]
+        a, b = (1e3 * statistics.median(column) for column in zip(*pairs[1:], strict=True))
+        print(f"{name:28}{error:9.0e}{a:9.1f}{b:11.1f}{a / b:9.1f}x")
+    if not worst < 1e-11:
+        sys.exit("a kernel differs from its reference")
+
+
+if __name__ == "__main__":
+    main(compiled="--compile" in sys.argv[1:])

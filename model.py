@@ -1,0 +1,495 @@
+"""Qwen2.5, dense and mixture of experts, in one file (report section 2; Qwen2 report for the MoE).
+
+A pre-norm decoder: RMSNorm, rotary positions (RoPE), grouped-query attention with a bias on Q, K
+and V only, SwiGLU. In an MoE layer the SwiGLU is replaced by many thin ones ("fine-grained
+experts"), of which a router picks the top k for each token, plus a shared one that always runs.
+
+Modules and weights carry the names of the published checkpoints, so `from_pretrained` loads any
+Qwen2.5 / Qwen2-MoE directory with strict keys and `save_pretrained` writes one that transformers
+and vLLM read.
+
+Letters used in shape comments, here and in every stage:
+    B batch    T new positions    S positions seen (cache + new)    C hidden size    V vocabulary
+    H query heads    K key/value heads    D head size    F inner size of an MLP
+    E experts    N tokens (B*T flattened)    L layers
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import kernels
+from common import InputError, read_json, require, write_atomic
+
+SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as the Hub does
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names and meanings are those of the published config.json."""
+    vocab_size: int = 151936           # rows of the embedding: the tokenizer's 151,665, padded
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0    # 10,000 before the long-context stage (ABF raises it)
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    # mixture of experts; num_experts 0 is the dense model
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False       # False: the chosen probabilities sum to less than 1
+    router_aux_loss_coef: float = 0.001
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        H, K, C = self.num_attention_heads, self.num_key_value_heads, self.hidden_size
+        require(H % K == 0, f"{H} query heads cannot be shared by {K} key/value heads")
+        require(C % H == 0 and C // H % 2 == 0,
+                f"hidden size {C} over {H} heads must give an even head size (RoPE turns pairs)")
+        require(self.num_experts_per_tok <= self.num_experts,
+                f"{self.num_experts_per_tok} experts a token of only {self.num_experts}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def is_sparse(self, layer: int) -> bool:
+        return (self.num_experts > 0 and layer not in self.mlp_only_layers
+                and (layer + 1) % self.decoder_sparse_step == 0)
+
+
+def _size(C, F, L, H, K, V=151936, tied=False, eps=1e-6, positions=131072):
+    return Config(V, C, F, L, H, K, positions, eps, tie_word_embeddings=tied)
+
+
+def _moe(base: Config, experts, k, inner, shared):
+    return replace(base, num_experts=experts, num_experts_per_tok=k, moe_intermediate_size=inner,
+                   shared_expert_intermediate_size=shared)
+
+
+_TINY = replace(_size(192, 512, 4, 6, 2, V=2048, tied=True, positions=1024), rope_theta=10_000.0)
+_MICRO = replace(_size(64, 160, 2, 4, 2, V=512, tied=True, positions=512), rope_theta=10_000.0)
+
+PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
+    "0.5B": _size(896, 4864, 24, 14, 2, tied=True, positions=32768),
+    "1.5B": _size(1536, 8960, 28, 12, 2, tied=True),
+    "3B": _size(2048, 11008, 36, 16, 2, tied=True, positions=32768),
+    "7B": _size(3584, 18944, 28, 28, 4, V=152064),
+    "14B": _size(5120, 13824, 48, 40, 8, V=152064, eps=1e-5),
+    "32B": _size(5120, 27648, 64, 40, 8, V=152064, eps=1e-5),
+    "72B": _size(8192, 29568, 80, 64, 8, V=152064, eps=1e-5),
+    # the two published MoEs that Qwen2.5-Turbo/Plus (sizes not disclosed) follow
+    "Qwen1.5-MoE-A2.7B": _moe(_size(2048, 5632, 24, 16, 16, positions=8192), 60, 4, 1408, 5632),
+    "Qwen2-57B-A14B": _moe(_size(3584, 18944, 28, 28, 4), 64, 8, 2560, 20480),
+    # ours, for a laptop: the demo's, its MoE of equal active size, and the tests'
+    "tiny": _TINY,
+    "tiny-moe": _moe(_TINY, 8, 2, 128, 256),
+    "micro": _MICRO,
+    "micro-moe": _moe(_MICRO, 8, 2, 40, 80),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# parts
+
+class RMSNorm(nn.Module):
+    def __init__(self, C: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.eps = eps
+
+    def forward(self, x):
+        # The published order: normalise in float32, cast back, and only then multiply.
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope(positions, config: Config):
+    """cos, sin of shape (B or 1, 1, T, D), float32: inv_freq_i = theta^(-2i/D), i < D/2.
+
+    Computed from the positions in every forward, never stored: a buffer would follow
+    `model.bfloat16()`, and bfloat16 turns position 15,962 into 15,936 (R3.5)."""
+    D = config.head_dim
+    exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
+    angles = positions[..., None].float() * config.rope_theta ** -exponent  # (B, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, T, D). Halves are paired (i with i + D/2), not neighbours (2i with 2i + 1)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=True)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=True)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.head_dim = D
+
+    def forward(self, x, cos, sin, cache=None, layer=0, segment_ids=None, mask=None):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, K, S, D)
+        y = kernels.attention(q, k, v, causal=True, segment_ids=segment_ids, mask=mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, C: int, F_: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(C, F_, bias=False)
+        self.up_proj = nn.Linear(C, F_, bias=False)
+        self.down_proj = nn.Linear(F_, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """All routed experts as two stacked weights; on disk each expert has its own three."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        E, C, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, C))  # gate rows first
+        self.down_proj = nn.Parameter(torch.empty(E, C, F_))
+
+
+class MoE(nn.Module):
+    """y = sum over the top k of p_e FFN_e(x) + sigmoid(w_s x) FFN_shared(x), p = softmax(W_g x)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.hidden_size
+        self.config = config
+        self.gate = nn.Linear(C, config.num_experts, bias=False)
+        self.experts = Experts(config)
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = MLP(C, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(C, 1, bias=False)
+
+    def forward(self, x, router=None):
+        config, shape = self.config, x.shape
+        x = x.reshape(-1, shape[-1])                                     # (N, C)
+        probs = self.gate(x).softmax(-1, dtype=torch.float32)            # (N, E)
+        weight, expert = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
+        if config.norm_topk_prob:
+            weight = weight / weight.sum(-1, keepdim=True)
+        if router is not None:
+            router.append((probs, expert))
+        # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous
+        # block; no capacity limit, so no token is dropped.
+        order = expert.flatten().argsort(stable=True)
+        token = order // config.num_experts_per_tok
+        counts = torch.bincount(expert.flatten(), minlength=config.num_experts)
+        y = kernels.expert_mlp(x[token], self.experts.gate_up_proj, self.experts.down_proj, counts)
+        y = y * weight.flatten()[order, None].to(y.dtype)
+        out = torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+        if config.shared_expert_intermediate_size:
+            out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        return out.view(shape)
+
+
+def load_balancing_loss(router: list, valid=None):
+    """The Switch/Qwen auxiliary loss E * sum_e f_e P_e, and each layer's load.
+
+    router: one (probs (N, E), expert (N, k)) per MoE layer; valid: (N,) bool, False for padding.
+    f_e counts e's assignments per token and sums to k, so perfect balance gives k (the scale that
+    the published coefficient 0.001 goes with). Layers are averaged, not pooled: pooled, two layers
+    that collapse on different experts would look balanced (R5.2).
+    Returns (loss, load (layers, E) with 1 = fair share)."""
+    losses, loads = [], []
+    for probs, expert in router:
+        valid_ = torch.ones(len(probs), dtype=torch.bool, device=probs.device) \
+            if valid is None else valid.flatten()
+        probs, expert = probs[valid_], expert[valid_]
+        E, k = probs.shape[-1], expert.shape[-1]
+        f = torch.bincount(expert.flatten(), minlength=E) / len(probs)
+        losses.append(E * (f * probs.mean(0)).sum())
+        loads.append(f * E / k)
+    return torch.stack(losses).mean(), torch.stack(loads)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config)
+        sparse = config.is_sparse(layer)
+        self.mlp = MoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, router=None, **attention):
+        x = x + self.self_attn(self.input_layernorm(x), **attention)
+        h = self.post_attention_layernorm(x)
+        return x + (self.mlp(h, router) if isinstance(self.mlp, MoE) else self.mlp(h))
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, allocated once for `max_len`: (B, K, S, D) a
+    layer. `pads` (B,) counts the padding at the *left* of each row, which nothing attends to."""
+
+    def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
+        shape = (config.num_hidden_layers, 2, B, config.num_key_value_heads, max_len, config.head_dim)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.pads = pads if pads is not None and pads.any() else None
+        self.length = 0
+
+    def append(self, layer: int, k, v):
+        end = self.length + k.shape[2]
+        self.data[layer, 0, :, :, self.length:end] = k
+        self.data[layer, 1, :, :, self.length:end] = v
+        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+    def select(self, rows) -> None:
+        """Keep (or repeat) rows of the batch: finished responses leave, a prompt is shared by n."""
+        self.data = self.data.index_select(2, rows)
+        self.pads = None if self.pads is None else self.pads[rows]
+
+
+# ---------------------------------------------------------------------------------------------
+# the model
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen2(nn.Module):
+    """model(ids) -> logits. `hidden` stops before the head: the stages' losses take hidden states
+    and `head_weight` to kernels.linear_cross_entropy, which never builds the (B, T, V) logits."""
+
+    architecture = "ForCausalLM"      # what config.json calls this kind of head
+    on_disk: dict[str, str] = {}      # weights whose published name differs from ours
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:  # a tied model has no lm_head, here and on disk
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02) as transformers does; Qwen's own initialiser is not disclosed."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.ndim >= 2:
+                p.normal_(0.0, self.config.initializer_range)
+
+    @property
+    def head_weight(self):
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def hidden(self, ids, *, cache: KVCache | None = None, segment_ids=None, router=None):
+        """ids (B, T) int64 -> (B, T, C), normalised.
+
+        cache: the T positions continue it. segment_ids (B, T): documents of a packed row, which
+        do not see each other; positions restart in each. router: a list that receives each MoE
+        layer's (probs, expert), for `load_balancing_loss`."""
+        B, T = ids.shape
+        device = ids.device
+        start = cache.length if cache is not None else 0
+        positions, mask = torch.arange(start, start + T, device=device)[None], None
+        if cache is not None and cache.pads is not None:
+            # Left padding: positions count from each row's first real token.
+            mask = (torch.arange(start + T, device=device) >= cache.pads[:, None])[:, None, None]
+            positions = (positions - cache.pads[:, None]).clamp(min=0)
+        if segment_ids is not None:
+            new = torch.ones_like(segment_ids, dtype=torch.bool)
+            new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+            first = torch.where(new, positions, 0).cummax(dim=1).values
+            positions = positions - first
+        cos, sin = rope(positions, self.config)
+        x = self.model.embed_tokens(ids)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, router, cos=cos, sin=sin, cache=cache, layer=layer,
+                      segment_ids=segment_ids, mask=mask)
+        if cache is not None:
+            cache.length = start + T
+        return self.model.norm(x)
+
+    def forward(self, ids, **kwargs):
+        """ids (B, T) -> logits (B, T, V). Keyword arguments as in `hidden`."""
+        return F.linear(self.hidden(ids, **kwargs), self.head_weight)
+
+    def count_parameters(self) -> dict[str, int]:
+        """total, non_embedding, and active: the weights that one token is multiplied by."""
+        config = self.config
+        total = sum(p.numel() for p in self.parameters())
+        embedding = config.vocab_size * config.hidden_size * (2 - config.tie_word_embeddings)
+        idle = sum(p.numel() for n, p in self.named_parameters() if ".experts." in n)
+        if idle:
+            idle -= idle * config.num_experts_per_tok // config.num_experts
+        return {"total": total, "non_embedding": total - embedding, "active": total - idle}
+
+    # -----------------------------------------------------------------------------------------
+    # Hugging Face directories
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "Qwen2":
+        """Any Qwen2 or Qwen2-MoE directory: config.json and safetensors, whole or sharded.
+        Raises InputError for a directory that is no such model, or has missing or extra keys."""
+        path = Path(path)
+        require((path / "config.json").is_file(), f"{path}: no config.json, so no model directory")
+        config = config_from_dict(read_json(path / "config.json"), path)
+        weights = fuse_experts(load_weights(path), config)
+        for ours, published in cls.on_disk.items():
+            if published in weights:
+                weights[ours] = weights.pop(published)
+        if config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for name in sorted(expected.keys() ^ weights.keys()):
+            what = "is missing" if name in expected else "does not belong to this architecture"
+            raise InputError(f"{path}: weight {name} {what}")
+        for name, shape in expected.items():
+            require(weights[name].shape == shape, f"{path}: weight {name} has shape "
+                    f"{tuple(weights[name].shape)}, config.json wants {tuple(shape)}")
+        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """config.json, generation_config.json and model.safetensors (sharded above 5 GB), each
+        written under a temporary name and renamed, weights first."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        weights = split_experts(self.state_dict(), self.config)
+        save_weights({self.on_disk.get(name, name): w.detach().cpu().contiguous()
+                      for name, w in weights.items()}, path)
+        write_atomic(path / "config.json", json.dumps(config_to_dict(self), indent=2) + "\n")
+
+
+def config_from_dict(raw: dict, path) -> Config:
+    kind = raw.get("model_type")
+    require(kind in ("qwen2", "qwen2_moe"), f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
+    rope_parameters = raw.get("rope_parameters") or {}  # transformers 5 moved theta in here
+    scaling = raw.get("rope_scaling") or (
+        rope_parameters if rope_parameters.get("rope_type", "default") != "default" else None)
+    require(not scaling, f"{path}: rope scaling ({scaling}) is not supported")
+    require(not raw.get("use_sliding_window"), f"{path}: sliding-window attention is not supported")
+    require(raw.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be silu")
+    values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
+    if "rope_theta" in rope_parameters:
+        values["rope_theta"] = rope_parameters["rope_theta"]
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads", "rope_theta"):
+        require(isinstance(values.get(name), (int, float)), f"{path}/config.json: no {name}")
+    if kind == "qwen2_moe":
+        require(values.get("num_experts", 0) > 0, f"{path}/config.json: no num_experts")
+        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+    return Config(**values)
+
+
+def config_to_dict(model: Qwen2) -> dict:
+    """config.json with the published keys: both rope forms, so old and new readers agree."""
+    config, moe = model.config, model.config.num_experts > 0
+    values = {k: v for k, v in asdict(config).items()
+              if moe or k in {f.name for f in fields(Config)[:11]}}
+    return {"architectures": [f"Qwen2{'Moe' * moe}{model.architecture}"],
+            "model_type": "qwen2_moe" if moe else "qwen2", **values,
+            "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "torch_dtype": str(model.model.norm.weight.dtype)[6:], "use_cache": True}
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    index = path / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    weights = {}
+    for name in files:
+        require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")
+        try:
+            weights.update(load_file(path / name))
+        except SafetensorError as error:
+            raise InputError(f"{path / name}: not a safetensors file ({error})") from None
+    return weights
+
+
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    shards, size = [{}], 0
+    for name, tensor in weights.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    n = len(shards)
+    names = ["model.safetensors"] if n == 1 else [
+        f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, path / (name + ".tmp"), metadata={"format": "pt"})
+        os.replace(path / (name + ".tmp"), path / name)
+    index = path / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    if n > 1:
+        where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
+        total = sum(t.nbytes for t in weights.values())
+        write_atomic(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+
+
+def split_experts(weights: dict, config: Config) -> dict:
+    """In memory mlp.experts.{gate_up,down}_proj, on disk mlp.experts.{e}.{gate,up,down}_proj."""
+    out = {}
+    for name, w in weights.items():
+        if ".experts." not in name:
+            out[name] = w
+            continue
+        prefix, part = name.rsplit(".", 1)
+        for e in range(config.num_experts):
+            if part == "gate_up_proj":
+                gate, up = w[e].chunk(2)
+                out[f"{prefix}.{e}.gate_proj.weight"] = gate.contiguous()
+                out[f"{prefix}.{e}.up_proj.weight"] = up.contiguous()
+            else:
+                out[f"{prefix}.{e}.down_proj.weight"] = w[e].contiguous()
+    return out
+
+
+def fuse_experts(weights: dict, config: Config) -> dict:
+    """The inverse of `split_experts`; a missing expert is left for the key check to name."""
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        parts = [[f"{prefix}.{e}.{p}_proj.weight" for e in range(config.num_experts)]
+                 for p in ("gate", "up", "down")]
+        if config.is_sparse(layer) and all(n in weights for part in parts for n in part):
+            gate, up, down = (torch.stack([weights.pop(n) for n in part]) for part in parts)
+            weights[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+            weights[f"{prefix}.down_proj"] = down
+    return weights

@@ -1,0 +1,248 @@
+"""Stage 4: the reward model (report section 4.3), a Bradley-Terry scorer of responses.
+
+The language model's head is replaced by one number, read at the last token of the response, and
+trained so that the better of two responses scores higher (Bradley-Terry):
+
+    L = - log sigmoid(r(x, y_chosen) - r(x, y_rejected))
+
+As the report says: responses come from checkpoints of several stages (SFT, DPO, RL) sampled at
+several temperatures, the DPO pairs are added, and the queries are those of GRPO. Here the label is
+the check's verdict; the report's labels also weigh helpfulness, conciseness and so on, by people
+and models. Not disclosed, so our choice: head, loss, learning rate. The head is one bias-free row
+named score.weight, which transformers loads as Qwen2ForSequenceClassification.
+
+    python reward.py --init runs/demo/sft --policies runs/demo/sft,runs/demo/dpo,runs/demo/rl_first
+    python reward.py --init Qwen2.5-0.5B-Instruct --pairs preferences.jsonl ...
+
+Expect: the loss starts at exactly ln 2 (the head starts at zero) and the held-out accuracy reaches
+0.7-0.9. Compare it with "the longer one wins", printed beside it: a model that does not beat that
+rule has learned length, and GRPO would learn to write long or short answers from it.
+"""
+import random
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import tasks
+from common import (
+    Run, adamw, clip_and_step, cli, epoch_order, lr_at, pad_rows, read_jsonl, require, setup,
+    write_jsonl)
+from model import Config, Qwen2
+from sample import prompt_ids, rollout
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Args:
+    init: str = "runs/sft"           # SFT model whose body the reward model starts from
+    policies: str = ""               # comma-separated models that answer the queries; empty: --init
+    temperatures: str = "0.7,1.0"    # each policy samples at each of these
+    pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
+    out: str = "runs/reward"         # where the run goes
+    queries: str = "rl"              # query split or file: the one that GRPO uses; "none": only --pairs
+    n_queries: int = 128             # how many of them
+    responses: int = 4               # answers a query, policy and temperature
+    pairs_per_query: int = 4         # at most so many pairs of each query's answers
+    max_new_tokens: int = 128        # longest sampled answer
+    max_len: int = 1024              # longer prompt + response is dropped
+    epochs: float = 1.0              # passes over the pairs
+    batch_size: int = 32             # pairs a step
+    micro_batch: int = 32            # pairs a forward pass: memory only
+    lr: float = 3e-4                 # peak learning rate
+    warmup: int = 5                  # steps of linear warm-up
+    final_lr: float = 0.1            # last learning rate / peak
+    weight_decay: float = 0.1        # on matrices only
+    clip: float = 1.0                # largest gradient norm
+    save_every: int = 200            # steps between resumable states
+    seed: int = 0                    # of sampling, pairing and order
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
+    resume: bool = False             # continue an interrupted run
+    overwrite: bool = False          # replace what --out holds
+
+
+# ---------------------------------------------------------------------------------------------
+# the model
+
+class RewardModel(Qwen2):
+    """Qwen2 without a language-model head, with a scalar one. Starts at zero: every response is
+    worth the same until something is learned."""
+    architecture = "ForSequenceClassification"
+    on_disk = {"head.weight": "score.weight"}
+
+    def __init__(self, config: Config):
+        super().__init__(replace(config, tie_word_embeddings=True))  # so that there is no lm_head
+        self.head = nn.Linear(config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+        self.tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def from_language_model(cls, model: Qwen2, tokenizer: Tokenizer) -> "RewardModel":
+        reward_model = cls(model.config)
+        reward_model.model, reward_model.tokenizer = model.model, tokenizer
+        return reward_model.to(model.head_weight.device)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "RewardModel":
+        reward_model = super().from_pretrained(path, dtype, device)
+        reward_model.tokenizer = Tokenizer.from_pretrained(path)
+        return reward_model
+
+    def forward(self, ids, lengths):
+        """ids (B, T) padded on the right, lengths (B,) -> rewards (B,) float32, read at each row's
+        last real token by its length, never by looking for a padding id (R11.1)."""
+        hidden = self.hidden(ids)
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+        return self.head(last).flatten().float()
+
+    @torch.no_grad()
+    def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
+        """Rewards of responses to prompts. A prompt is a string, messages, or token ids; a response
+        is a string or, straight from the sampler, token ids."""
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            if not prompt or not isinstance(prompt[0], int):
+                prompt = prompt_ids(self.tokenizer, {"prompt": prompt})
+            if isinstance(response, str):
+                response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
+            rows.append(prompt + response)
+        out = torch.zeros(len(rows))
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for i in range(0, len(rows), batch_size):
+            index = by_length[i:i + batch_size]
+            out[index] = self.rewards([rows[j] for j in index]).cpu()
+        return out.tolist()
+
+    def rewards(self, rows: list[list[int]]):
+        device = self.head.weight.device
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return self(pad_rows(rows, 0).to(device), lengths)
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+
+def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
+    """Passing beats failing, among all policies' and temperatures' answers to one query."""
+    r, pairs, by_prompt = random.Random(seed), [], {}
+    for answer in answers:
+        by_prompt.setdefault(str(answer.query["prompt"]), []).append(answer)
+    for group in by_prompt.values():
+        passed = sorted({a.text for a in group if a.score == 1})
+        failed = sorted({a.text for a in group if a.score < 1 and a.finished})
+        k = min(per_query, len(passed), len(failed))
+        for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
+            pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def sample_pairs(args: Args, device, autocast, queries: list[dict], seed: int) -> list[dict]:
+    answers = []
+    for path in (args.policies or args.init).split(","):
+        tokenizer = Tokenizer.from_pretrained(path)
+        policy = Qwen2.from_pretrained(path, device=device)
+        for temperature in map(float, args.temperatures.split(",")):
+            with autocast:
+                groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
+                                 temperature, seed)
+            answers += [answer for group in groups for answer in group]
+            rate = sum(a.score for group in groups for a in group) / len(queries) / args.responses
+            print(f"  {path} at temperature {temperature}: {rate:.1%} pass")
+    return pair_responses(answers, args.pairs_per_query, seed)
+
+
+def tokenize_pairs(pairs: list[dict], tokenizer: Tokenizer, max_len: int):
+    """-> rows of (chosen ids, rejected ids), each the prompt and one response with <|im_end|>."""
+    rows = []
+    for pair in pairs:
+        prompt = prompt_ids(tokenizer, pair)
+        chosen, rejected = (
+            prompt + tokenizer.encode(y if isinstance(y, str) else y[-1]["content"])
+            + [tokenizer.im_end_id] for y in (pair["chosen"], pair["rejected"]))
+        if max(len(chosen), len(rejected)) <= max_len:
+            rows.append((chosen, rejected))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# loss
+
+def preference_loss(chosen, rejected):
+    """Rewards (B,), (B,) -> Bradley-Terry losses (B,)."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+@torch.no_grad()
+def accuracies(model: RewardModel, rows) -> dict[str, float]:
+    """On held-out pairs: how often chosen > rejected, how often the trivial rules "longer wins" and
+    "shorter wins" would be right, and how far the score follows the length (R11.3)."""
+    chosen, rejected = (torch.cat([model.rewards([row[side] for row in rows[i:i + 64]]).cpu()
+                                   for i in range(0, len(rows), 64)]) for side in (0, 1))
+    length = torch.tensor([[len(c), len(r)] for c, r in rows], dtype=torch.float32)
+    scores = torch.stack((chosen, rejected), 1)
+    longer = (length[:, 0] > length[:, 1]).float().mean().item()
+    shorter = (length[:, 0] < length[:, 1]).float().mean().item()
+    follows = torch.corrcoef(torch.stack((scores.flatten(), length.flatten())))[0, 1].item()
+    return {"accuracy": (chosen > rejected).float().mean().item(), "longer_wins": longer,
+            "shorter_wins": shorter, "score_length_correlation": follows}
+
+
+# ---------------------------------------------------------------------------------------------
+
+def main(args: Args) -> dict:
+    # set-up
+    device, autocast = setup(args)
+    tokenizer = Tokenizer.from_pretrained(args.init)
+    model = RewardModel.from_language_model(Qwen2.from_pretrained(args.init, device=device), tokenizer)
+    run = Run(args, "reward")
+
+    # data
+    pairs = [row for _, row in read_jsonl(args.pairs)] if args.pairs else []
+    if args.queries != "none":
+        queries = tasks.load(args.queries, args.n_queries, args.seed)
+        pairs += sample_pairs(args, device, autocast, queries, args.seed)
+    held_out = sample_pairs(args, device, autocast, tasks.builtin("val", 200, args.seed), args.seed)
+    rows = tokenize_pairs(pairs, tokenizer, args.max_len)
+    held_out = tokenize_pairs(held_out, tokenizer, args.max_len)
+    require(len(rows) > 0, "no preference pair to learn from: see --pairs, --queries")
+    steps = max(1, int(args.epochs * len(rows) / args.batch_size))
+    write_jsonl(run.path / "pairs.jsonl", pairs)
+    print(f"{len(rows)} pairs, {len(held_out)} held out (other queries), {steps} steps")
+
+    # optimizer, resume
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    start = run.load_state(model, optimizer)
+
+    # loop
+    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=None)
+    for step in bar:
+        batch = [rows[i] for i in epoch_order(step, args.batch_size, len(rows), args.seed)]
+        batch.sort(key=lambda row: len(row[0]))
+        loss_sum = correct = 0.0
+        for i in range(0, len(batch), args.micro_batch):
+            micro = batch[i:i + args.micro_batch]
+            with autocast:
+                chosen, rejected = model.rewards([row[0] for row in micro]
+                                                 + [row[1] for row in micro]).chunk(2)
+            loss = preference_loss(chosen, rejected).sum() / len(batch)
+            loss_sum += loss.item()
+            correct += (chosen > rejected).sum().item() / len(batch)
+            loss.backward()
+        lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
+        norm = clip_and_step(model, optimizer, lr, args.clip)
+        run.log(step + 1, steps, bar, loss=loss_sum, accuracy=correct, lr=lr, grad_norm=norm)
+        if (step + 1) % args.save_every == 0 and step + 1 < steps:
+            run.save_state(step + 1, model, optimizer)
+
+    # save
+    result = accuracies(model, held_out) if held_out else {}
+    print("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    run.finish(model, tokenizer, pairs=len(rows), held_out_pairs=len(held_out), **result)
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,214 @@
+"""Generation with a KV cache: the rollout engine of DPO, the reward model and GRPO, and a chat.
+
+    python sample.py --init runs/demo/grpo                          # chat in the terminal
+    python sample.py --init runs/demo/grpo --prompt "Compute 7 * 8 + 3."
+
+A batch of prompts is padded on the *left*, so that all rows end at the same column and one cache
+serves them; the model masks the padding and counts positions from each row's first token
+(KVCache.pads), which makes a batched row equal to the row alone (R3.3). A prompt that wants n
+responses is read once and its cache rows repeated. Rows that finish leave the batch.
+"""
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import kernels
+import tasks
+from common import InputError, cli, pad_rows, require, rng, setup
+from model import KVCache, Qwen2
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Completion:
+    ids: list[int]         # up to and including the first stop id
+    logprobs: list[float]  # log-probability of each id under the distribution it was drawn from
+    finished: bool         # False: cut at max_new_tokens
+
+
+@torch.inference_mode()
+def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop_ids=(), n: int = 1,
+             valid_vocab: int | None = None, batch_size: int = 512) -> list[Completion]:
+    """n completions of each prompt, in prompt order (all n of the first prompt come first).
+
+    temperature 0 is greedy. `valid_vocab`: number of ids the tokenizer knows; the padded rows of
+    the embedding above it are never drawn (R1.6). A pure function of its arguments."""
+    require(all(prompts), "an empty prompt cannot be continued")
+    out, generator = [], rng(seed, device=model.head_weight.device)
+    per_batch = max(1, batch_size // n)
+    for i in range(0, len(prompts), per_batch):
+        out += generate_batch(model, prompts[i:i + per_batch], max_new_tokens, temperature, top_k,
+                              top_p, generator, stop_ids, n, valid_vocab)
+    return out
+
+
+def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
+                   n, valid_vocab):
+    device, dtype = model.head_weight.device, model.head_weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)  # of the keys and values to be cached
+    longest = max(map(len, prompts))
+    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
+    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device, dtype, pads)
+    hidden = model.hidden(ids, cache=cache)[:, -1]
+    if n > 1:
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        cache.select(rows)
+        hidden = hidden[rows]
+    B = len(hidden)
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    lengths = torch.full((B,), max_new_tokens, device=device)
+    alive = torch.arange(B, device=device)               # which row each line of the cache is
+    running = torch.ones(B, dtype=torch.bool, device=device)  # of the lines in `alive`
+    stop = torch.tensor(sorted(stop_ids), device=device)
+    for step in range(max_new_tokens):
+        logits = (hidden @ model.head_weight.T).float()  # (lines, V)
+        if valid_vocab is not None:
+            logits[:, valid_vocab:] = -torch.inf
+        token, logprob = draw(logits, temperature, top_k, top_p, generator)
+        tokens[alive, step], logprobs[alive, step] = token, logprob
+        ended = running & torch.isin(token, stop)
+        lengths[alive[ended]] = step + 1
+        running &= ~ended
+        left = int(running.sum())  # the one host sync of a step
+        if left == 0 or step + 1 == max_new_tokens:
+            break
+        if left <= 0.8 * len(running):  # repacking copies the cache: only when it pays
+            keep = running.nonzero().flatten()
+            cache.select(keep)
+            alive, token, running = alive[keep], token[keep], running[keep]
+        hidden = model.hidden(token[:, None], cache=cache)[:, -1]
+    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).flatten(), stop).tolist()
+    lengths = lengths.tolist()
+    return [Completion(t[:k], p[:k], f) for t, p, k, f in
+            zip(tokens.tolist(), logprobs.tolist(), lengths, finished, strict=True)]
+
+
+def draw(logits, temperature: float, top_k: int, top_p: float, generator):
+    """logits (B, V) float32 -> token (B,), its log-probability (B,)."""
+    if temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        token = logits.argmax(-1)
+    else:
+        logits = logits / temperature
+        if top_k:
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if top_p < 1:
+            sorted_, index = logits.sort(-1, descending=True)
+            probs = sorted_.softmax(-1)
+            # Drop what lies beyond the first p of the mass; the token that crosses p stays.
+            drop = probs.cumsum(-1) - probs > top_p
+            logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
+        logprobs = logits.log_softmax(-1)
+        token = torch.multinomial(logprobs.exp(), 1, generator=generator).flatten()
+    return token, logprobs.gather(-1, token[:, None]).flatten()
+
+
+def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
+                        temperature: float = 1.0, valid_vocab: int | None = None):
+    """The sampler's numbers again, with gradients: (B, R) log-probabilities of each completion's
+    ids under softmax(logits / temperature), and the (B, R) bool mask of its length. DPO, GRPO and
+    their references all call this one, so that step 0 is exactly ln 2 and ratio 1."""
+    device = model.head_weight.device
+    ids = pad_rows([p + c for p, c in zip(prompts, completions, strict=True)], 0).to(device)
+    starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]
+    lengths = torch.tensor([len(c) for c in completions], device=device)[:, None]
+    column = torch.arange(int(lengths.max()), device=device)[None]
+    mask = column < lengths                                           # (B, R), from lengths (R8.3)
+    row = torch.arange(len(ids), device=device)[:, None].expand_as(mask)[mask]
+    position = (starts + column)[mask]                                # (N,) of each completion id
+    hidden = model.hidden(ids)[row, position - 1]                     # -1: it is predicted from there
+    logprobs = kernels.token_logprobs(hidden, model.head_weight, ids[row, position], temperature,
+                                      valid_vocab=valid_vocab)
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
+
+
+@dataclass
+class Rollout:
+    query: dict
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    text: str
+    score: float = 0.0     # of the query's check
+
+
+def prompt_ids(tokenizer: Tokenizer, query: dict) -> list[int]:
+    """A query's chat prompt, ending in the header of the assistant's turn."""
+    prompt = query["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.render(messages, add_generation_prompt=True)[0]
+
+
+def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
+            temperature: float = 1.0, seed: int = 0) -> list[list[Rollout]]:
+    """n scored responses to each query: a list of n for each query. No top-k or top-p here: the
+    log-probabilities must be those of the policy itself (R12.2)."""
+    prompts = [prompt_ids(tokenizer, query) for query in queries]
+    completions = generate(model, prompts, max_new_tokens, temperature, seed=seed, n=n,
+                           stop_ids=tokenizer.stop_ids, valid_vocab=tokenizer.n_vocab)
+    rows = []
+    for i, c in enumerate(completions):
+        text = tokenizer.decode(c.ids[:-1] if c.finished else c.ids)
+        rows.append(Rollout(queries[i // n], prompts[i // n], c.ids, c.logprobs, c.finished, text))
+    # A response that never ended is no answer, whatever it contains.
+    ended = [row for row in rows if row.finished]
+    scores = tasks.score_many([row.query for row in ended], [row.text for row in ended])
+    for row, score in zip(ended, scores, strict=True):
+        row.score = score
+    return [rows[i:i + n] for i in range(0, len(rows), n)]
+
+
+@dataclass
+class Args:
+    init: str = "runs/demo/grpo"     # model directory to talk to
+    prompt: str = ""                 # answer this once; empty: chat
+    system: str = ""                 # system prompt; empty: Qwen2.5's default
+    max_new_tokens: int = 256        # longest answer, in tokens
+    temperature: float = 0.7         # 0 is greedy; this and the next two are Qwen2.5's defaults
+    top_k: int = 20                  # draw among the k likeliest tokens; 0: all
+    top_p: float = 0.8               # draw within this share of the probability mass
+    seed: int = 0                    # of the draws
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16
+
+
+def main(args: Args) -> None:
+    device, autocast = setup(args)
+    tokenizer = Tokenizer.from_pretrained(args.init)
+    model = Qwen2.from_pretrained(args.init, device=device)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    turn = 0
+    while True:
+        try:
+            text = args.prompt or input("> ")
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        ids, _ = tokenizer.render(messages, add_generation_prompt=True)
+        if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
+            raise InputError(f"the conversation has {len(ids)} tokens; with --max_new_tokens "
+                             f"{args.max_new_tokens} it outgrows the model's "
+                             f"{model.config.max_position_embeddings} positions")
+        with autocast:
+            answer = generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,
+                              args.top_p, args.seed + turn, tokenizer.stop_ids,
+                              valid_vocab=tokenizer.n_vocab)[0]
+        reply = tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
+        tqdm.write(reply)
+        if args.prompt:
+            return
+        messages.append({"role": "assistant", "content": reply})
+        turn += 1
+
+
+if __name__ == "__main__":
+    cli(main, Args)

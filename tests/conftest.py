@@ -1,0 +1,61 @@
+"""What several test files use: the import order, a small tokenizer, a small run directory."""
+import importlib
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in the stages run as subprocesses
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# transformers, an oracle where it is installed, probes for a PyPI package named `kernels`: import
+# it while ours is not on the path.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+try:
+    importlib.import_module("transformers")
+except ImportError:
+    pass
+sys.path.insert(0, str(ROOT))
+
+from model import PRESETS, Qwen2, replace  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """A few hundred short documents of real text: paragraphs of the standard library."""
+    sources = [Path(importlib.import_module(name).__file__).read_text("utf-8")
+               for name in ("argparse", "textwrap", "heapq", "random")]
+    parts = [part.strip() for text in sources for part in text.split("\n\n")]
+    return list(dict.fromkeys(part for part in parts if len(part) > 80))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts):
+    """600 ids, so that a model padded to a multiple of 128 has 40 rows that no token owns."""
+    return Tokenizer.train(texts, 600)
+
+
+@pytest.fixture(scope="session")
+def micro_run(tokenizer, tmp_path_factory):
+    """A model directory as a stage leaves it: an untrained "micro" and its tokenizer."""
+    path = tmp_path_factory.mktemp("micro")
+    torch.manual_seed(0)
+    config = replace(PRESETS["micro"], vocab_size=tokenizer.padded_vocab_size(128))
+    Qwen2(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

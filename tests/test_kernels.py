@@ -1,0 +1,470 @@
+"""kernels.py against its float64 twins, PyTorch's own kernels, gradcheck and invariances."""
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import kernels as K  # noqa: E402
+
+KERNELS = ("reference", "sdpa", "fused")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    old = K.use()
+    yield
+    K.use(*old)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(K, "BLOCK", 4)   # several tiles and a ragged last one, at gradcheck's sizes
+
+
+def qkv(B=2, Hq=4, Hkv=2, T=9, S=None, D=8, dtype=torch.float64):
+    shapes = (B, Hq, T, D), (B, Hkv, S or T, D), (B, Hkv, S or T, D)
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def values_and_grads(fn, leaves, upstream=None):
+    out = fn(*leaves)
+    if upstream is None:
+        upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+def close(a, b, tol=1e-12):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=tol, atol=tol)
+
+
+# --- attention ----------------------------------------------------------------------------------
+def per_head(q, k, v, allowed):
+    """The oracle, by hand: one head and one query at a time. allowed(b, t, s) -> bool."""
+    out = torch.zeros_like(q)
+    B, Hq, T, D = q.shape
+    for b in range(B):
+        for h in range(Hq):
+            kv = h // (Hq // k.shape[1])
+            for t in range(T):
+                see = [s for s in range(k.shape[2]) if allowed(b, t, s)]
+                if see:
+                    p = (k[b, kv, see] @ q[b, h, t] * D ** -0.5).softmax(0)
+                    out[b, h, t] = p @ v[b, kv, see]
+    return out
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_attention_matches_a_loop_over_heads_and_queries(impl, small_tiles):
+    """GQA order, causal, segments and mask together; R3.4: query 5 of row 1 sees nothing."""
+    q, k, v = (x.detach() for x in qkv(Hq=6, T=9))
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [7, 7, 7, 7, 7, 3, 3, 3, 3]])
+    mask = torch.rand(2, 1, 9, 9) > 0.2
+    mask[1, 0, 5] = False
+    out = K.attention(q, k, v, segment_ids=ids, mask=mask, impl=impl)
+    want = per_head(q, k, v, lambda b, t, s: s <= t and ids[b, s] == ids[b, t] and mask[b, 0, t, s])
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    assert (out[1, :, 5] == 0).all()
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("T,S", [(1, 7), (3, 7), (5, 9), (7, 3)])
+def test_cached_decoding_is_bottom_right_aligned(impl, T, S, small_tiles):
+    """R3.2: T queries against S keys are the last T positions. T > S leaves rows without a key."""
+    q, k, v = (x.detach() for x in qkv(T=T, S=S))
+    out = K.attention(q, k, v, impl=impl)
+    want = per_head(q, k, v, lambda b, t, s: s <= t + S - T)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ("sdpa", "fused"))
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("T,S,Hkv", [(70, 70, 2), (129, 129, 4), (5, 200, 1), (130, 64, 2)])
+def test_attention_values_and_gradients_equal_the_reference(impl, causal, T, S, Hkv):
+    leaves = qkv(T=T, S=S, Hkv=Hkv)
+    def run(name):
+        return values_and_grads(lambda *x: K.attention(*x, causal=causal, impl=name), leaves)
+    close(run(impl), run("reference"))
+
+
+@pytest.mark.parametrize("impl", ("sdpa", "fused"))
+def test_packed_and_left_padded_gradients_equal_the_reference(impl):
+    leaves = qkv(T=150)
+    ids = torch.stack([torch.arange(150) // 40, (torch.arange(150) * 7) % 3])  # ids in any order
+    mask = torch.ones(2, 1, 1, 150, dtype=torch.bool)
+    mask[1, ..., :70] = False                                 # a whole tile, and rows without keys
+    def run(name):
+        return values_and_grads(
+            lambda *x: K.attention(*x, segment_ids=ids, mask=mask, scale=0.3, impl=name), leaves)
+    close(run(impl), run("reference"))
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": False}, {"segment_ids": True}, {"mask": True}))
+def test_fused_gradcheck(options, small_tiles):
+    """Numerical derivatives: independent of every other implementation."""
+    leaves = qkv(B=2, Hq=2, Hkv=1, T=6, D=3)
+    options = dict(options)
+    if "segment_ids" in options:
+        options["segment_ids"] = torch.tensor([[0, 0, 1, 1, 1, 2], [5, 5, 5, 5, 1, 1]])
+    if "mask" in options:
+        options["mask"] = torch.rand(2, 1, 6, 6) > 0.4
+        options["mask"][:, :, 2] = False
+    assert torch.autograd.gradcheck(
+        lambda *x: K.attention(*x, impl="fused", **options), leaves)
+
+
+def test_attention_equals_torch_sdpa_in_fp32_and_bf16():
+    for dtype, tol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        q, k, v = (x.detach() for x in qkv(T=140, dtype=dtype))
+        want = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1),
+                                              v.repeat_interleave(2, 1), is_causal=True)
+        for impl in KERNELS:
+            out = K.attention(q, k, v, impl=impl)
+            assert out.dtype == dtype
+            torch.testing.assert_close(out, want, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("T,S", [(6, 6), (1, 6)])
+def test_no_nan_with_fully_masked_rows(impl, T, S, small_tiles):
+    """R3.4: output and all gradients finite, and zero where a query saw nothing."""
+    leaves = qkv(T=T, S=S, dtype=torch.float32)
+    mask = torch.ones(2, 1, T, S, dtype=torch.bool)
+    mask[0] = False
+    mask[1, :, 0] = False
+    out, dq, dk, dv = values_and_grads(lambda *x: K.attention(*x, mask=mask, impl=impl), leaves)
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+    for x in (out, dq):
+        assert (x[0] == 0).all() and (x[1, :, 0] == 0).all()
+    assert (dk[0] == 0).all() and (dv[0] == 0).all()
+    if T > 1:
+        assert (out[1, :, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_changing_one_document_leaves_the_other_bit_equal(impl):
+    q, k, v = (x.detach() for x in qkv(B=1, T=150, dtype=torch.float32))
+    ids = (torch.arange(150) >= 90).int()[None]
+    before = K.attention(q, k, v, segment_ids=ids, impl=impl)
+    for x in (q, k, v):
+        x[:, :, :90] = torch.randn_like(x[:, :, :90])
+    after = K.attention(q, k, v, segment_ids=ids, impl=impl)
+    assert torch.equal(before[:, :, 90:], after[:, :, 90:])
+    assert not torch.equal(before[:, :, :90], after[:, :, :90])
+    alone = K.attention(q[:, :, 90:], k[:, :, 90:], v[:, :, 90:], impl=impl)
+    torch.testing.assert_close(after[:, :, 90:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_skips_the_tiles_nobody_may_see(monkeypatch, small_tiles):
+    calls = []
+    step = K._tile_forward
+    monkeypatch.setattr(K, "_tile_forward", lambda *a: calls.append(1) or step(*a))
+    def tiles(T, S=None, **options):
+        calls.clear()
+        K.attention(*qkv(T=T, S=S), impl="fused", **options)
+        return len(calls)
+    assert tiles(16, causal=False) == 16
+    assert tiles(16) == 10                                       # 1 + 2 + 3 + 4
+    assert tiles(4, S=16) == 4
+    assert tiles(16, segment_ids=(torch.arange(16) // 4).expand(2, 16)) == 4
+
+
+def largest_allocation(fn):
+    """Elements of the largest tensor that fn makes, seen at the dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Watch(TorchDispatchMode):
+        largest = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, torch.Tensor) and x.numel():
+                    self.largest = max(self.largest, x.untyped_storage().nbytes())
+            return out
+    with Watch() as watch:
+        fn()
+    return watch.largest
+
+
+def test_fused_memory_is_linear_in_length():
+    def run(T, impl):
+        leaves = qkv(B=1, T=T, dtype=torch.float32)
+        return largest_allocation(lambda: K.attention(*leaves, impl=impl).sum().backward())
+    assert run(1024, "reference") == 16 * run(256, "reference")
+    assert run(1024, "fused") <= 4 * run(256, "fused")
+
+
+def test_the_switch():
+    """Default: sdpa, nothing compiled. Each value is used and undone; others are refused."""
+    assert K.use() == ("sdpa", False)
+    assert K.use("fused", compile=True) == ("sdpa", False)
+    assert K.use(*("reference", False)) == ("fused", True)
+    with pytest.raises(ValueError, match="'flash' is not one of auto, reference, sdpa, fused"):
+        K.use("flash")
+    q, k, v = qkv()
+    for impl in KERNELS:
+        K.use(impl)
+        assert torch.equal(K.attention(q, k, v), K.attention(q, k, v, impl=impl))
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"impl": "flash"}, "not one of"),
+    ({"q": torch.zeros(2, 3, 4, 8)}, "multiple of Hkv"),
+    ({"q": torch.zeros(2, 4, 8)}, r"need q \(B,Hq,T,D\)"),
+    ({"v": torch.zeros(2, 2, 4, 9)}, "got"),
+    ({"q": torch.zeros(2, 4, 2, 8), "segment_ids": torch.zeros(2, 2)}, "pass a mask"),
+    ({"segment_ids": torch.zeros(1, 4)}, "segment_ids"),
+    ({"mask": torch.zeros(2, 1, 4, 4)}, "must be bool"),
+    ({"mask": torch.ones(2, 1, 3, 4, dtype=torch.bool)}, "broadcastable"),
+])
+def test_attention_refuses_what_does_not_fit(change, message):
+    arguments = {"q": torch.zeros(2, 4, 4, 8), "k": torch.zeros(2, 2, 4, 8),
+                 "v": torch.zeros(2, 2, 4, 8), **change}
+    with pytest.raises(ValueError, match=message):
+        K.attention(**arguments)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_autocast_gives_bf16_and_fp32_gradients(impl):
+    q, k, v = qkv(T=20, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = K.attention(q, k, v, impl=impl)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), K.attention(q, k, v), rtol=0.05, atol=0.05)
+
+
+# --- head and loss --------------------------------------------------------------------------------
+def head(N=37, C=16, V=50, dtype=torch.float64):
+    hidden = torch.randn(N, C, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, C, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(V, (N,))
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("ignored", (0, 20))
+def test_cross_entropy_equals_torch_in_fp32(reduction, ignored):
+    """R4.7: value and gradients to 1e-5, with upstream gradients other than one."""
+    h, w, t = head(dtype=torch.float32)
+    t[:ignored] = -100
+    a = values_and_grads(lambda h, w: 3.7 * K.linear_cross_entropy(
+        h, w, t, reduction=reduction, chunk_rows=8), (h, w))
+    b = values_and_grads(
+        lambda h, w: 3.7 * F.cross_entropy(h @ w.T, t, reduction=reduction), (h, w))
+    close(a, b, 1e-5)
+    twin = K.linear_cross_entropy_reference(h, w, t, reduction=reduction)
+    torch.testing.assert_close(3.7 * twin.detach(), b[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_cross_entropy_gradcheck(reduction):
+    h, w, t = head(N=7, C=3, V=5)
+    t[2] = -100
+    assert torch.autograd.gradcheck(lambda h, w: 0.3 * K.linear_cross_entropy(
+        h, w, t, reduction=reduction, chunk_rows=2, valid_vocab=5), (h, w))
+
+
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+def test_chunking_does_not_change_the_result(reduction):
+    h, w, t = head()
+    runs = [values_and_grads(lambda h, w, n=n: K.linear_cross_entropy(
+        h, w, t, reduction=reduction, chunk_rows=n), (h, w)) for n in (None, 1, 8, 36, 37, 99)]
+    for run in runs[1:]:
+        close(run, runs[0])
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_no_targets_is_exactly_zero(reduction):
+    """R4.3, where F.cross_entropy gives NaN; also an empty batch."""
+    h, w, t = head()
+    for hidden, targets in ((h, torch.full_like(t, -100)), (h[:0], t[:0])):
+        out = K.linear_cross_entropy(hidden, w, targets, reduction=reduction)
+        dh, dw = torch.autograd.grad(out.sum(), (h, w))
+        assert (out == 0).all() and (dh == 0).all() and (dw == 0).all()
+
+
+def test_ignored_rows_cost_no_matmul(monkeypatch):
+    seen = []
+    chunk = K._chunk
+    monkeypatch.setattr(K, "_chunk", lambda h, *a: seen.append(len(h)) or chunk(h, *a))
+    h, w, t = head()
+    t[5:] = -7
+    K.linear_cross_entropy(h, w, t, ignore_index=-7, chunk_rows=2)
+    assert seen == [2, 2, 1]
+
+
+def test_micro_batches_with_a_global_count_add_up():
+    """R4.1: sums of ragged micro-batches over the step's count give the step's gradient."""
+    h, w, t = head()
+    t[torch.rand(37) < 0.5] = -100
+    whole = torch.autograd.grad(K.linear_cross_entropy(h, w, t), (h, w))
+    count = (t != -100).sum()
+    parts = sum(K.linear_cross_entropy(h[s], w, t[s], reduction="sum") / count
+                for s in (slice(0, 4), slice(4, 30), slice(30, 37)))
+    close(torch.autograd.grad(parts, (h, w)), whole)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.7, 2.0))
+def test_token_logprobs(temperature):
+    h, w, t = head()
+    h3, t3 = h[:36].reshape(4, 9, 16), t[:36].reshape(4, 9)
+    a = values_and_grads(lambda h, w: K.token_logprobs(h3, w, t3, temperature), (h, w))
+    b = values_and_grads(lambda h, w: (h3 @ w.T / temperature).log_softmax(-1).gather(
+        -1, t3[..., None])[..., 0], (h, w))
+    c = values_and_grads(lambda h, w: K.token_logprobs_reference(h3, w, t3, temperature), (h, w))
+    assert a[0].shape == t3.shape
+    close(a, b)
+    close(c, b)
+    with torch.no_grad():
+        assert torch.equal(K.token_logprobs(h3, w, t3, temperature), a[0])
+
+
+def test_valid_vocab_gives_padding_rows_probability_zero():
+    h, w, t = head()
+    t = t % 40
+    def run(fn, **options):
+        return values_and_grads(lambda h, w: fn(h, w, t, **options), (h, w))
+    want = values_and_grads(lambda h, w: (h @ w[:40].T).log_softmax(-1).gather(
+        1, t[:, None])[:, 0], (h, w))
+    close(run(K.token_logprobs, valid_vocab=40), want)
+    close(run(K.token_logprobs_reference, valid_vocab=40), want)
+    dw = run(K.linear_cross_entropy, valid_vocab=40)[2]
+    assert (dw[40:] == 0).all() and (dw[:40] != 0).any()
+    with pytest.raises(ValueError, match=r"allowed are 0\.\.29"):
+        K.linear_cross_entropy(h, w, t, valid_vocab=30)
+
+
+def test_head_refuses_what_does_not_fit():
+    h, w, t = head()
+    for bad in (50, -1):
+        with pytest.raises(ValueError, match="targets span"):
+            K.linear_cross_entropy(h, w, t.index_fill(0, torch.tensor([3]), bad))
+    with pytest.raises(ValueError, match="must be targets' shape"):
+        K.linear_cross_entropy(h, w, t[:-1])
+    with pytest.raises(ValueError, match="reduction 'max'"):
+        K.linear_cross_entropy(h, w, t, reduction="max")
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        K.token_logprobs(h, w, t, temperature=0.0)
+
+
+def test_bf16_loss_is_fp32_with_fp32_logits():
+    h, w, t = head(V=300, dtype=torch.bfloat16)
+    for fn in (K.linear_cross_entropy, K.token_logprobs):
+        out, dh, dw = values_and_grads(lambda h, w, f=fn: f(h, w, t), (h, w))
+        assert out.dtype == torch.float32 and dh.dtype == dw.dtype == torch.bfloat16
+    torch.testing.assert_close(K.linear_cross_entropy(h, w, t),
+                               F.cross_entropy(h.float() @ w.float().T, t), rtol=1e-6, atol=1e-6)
+    h, w = h.detach().float().requires_grad_(), w.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = K.linear_cross_entropy(h, w, t)
+    loss.backward()
+    assert loss.dtype == h.grad.dtype == w.grad.dtype == torch.float32
+
+
+def test_frozen_sides_and_no_grad():
+    h, w, t = head()
+    want = torch.autograd.grad(K.linear_cross_entropy(h, w, t), (h, w))
+    for reduction, count in (("mean", 1), ("none", 37)):
+        only_h = K.linear_cross_entropy(h, w.detach(), t, reduction=reduction).sum() / count
+        only_w = K.linear_cross_entropy(h.detach(), w, t, reduction=reduction).sum() / count
+        close(torch.autograd.grad(only_h, h), want[:1])
+        close(torch.autograd.grad(only_w, w), want[1:])
+    with torch.no_grad():
+        assert not K.linear_cross_entropy(h, w, t).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_peak_memory_is_flat_in_rows(reduction):
+    """R4.7: no tensor beyond the chunk of logits and the weight's gradient, at any length."""
+    V, C = 20_000, 8
+    w = torch.randn(V, C, requires_grad=True)
+    def run(N):
+        h, t = torch.randn(N, C, requires_grad=True), torch.randint(V, (N,))
+        return largest_allocation(lambda: K.linear_cross_entropy(
+            h, w, t, reduction=reduction, chunk_rows=16).sum().backward())
+    assert run(64) == run(1024) == 4 * 16 * V < 4 * 64 * V
+
+
+# --- experts --------------------------------------------------------------------------------------
+def experts(E=5, C=8, inner=12, dtype=torch.float64):
+    counts = torch.tensor([3, 0, 5, 1, 0])
+    shapes = (9, C), (E, 2 * inner, C), (E, C, inner)
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes], counts
+
+
+def per_token(x, gate_up, down, counts):
+    out = []
+    for row, e in zip(x, torch.arange(5).repeat_interleave(counts), strict=True):
+        inner = down.shape[2]
+        out.append(down[e] @ (F.silu(gate_up[e, :inner] @ row) * (gate_up[e, inner:] @ row)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("impl,dtype,tol", [
+    ("reference", torch.float64, 1e-12), ("auto", torch.float64, 1e-12),
+    ("auto", torch.float32, 1e-4), ("grouped", torch.float32, 1e-4)])
+def test_experts_equal_a_loop_over_tokens(impl, dtype, tol):
+    """R5.5: forward and backward, experts 1 and 4 without a token."""
+    if impl == "grouped" and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    leaves, counts = experts(dtype=dtype)
+    a = values_and_grads(lambda *x: K.expert_mlp(*x, counts, impl=impl), leaves)
+    close(a, values_and_grads(lambda *x: per_token(*x, counts), leaves), tol)
+    assert (a[2][[1, 4]] == 0).all() and (a[3][[1, 4]] == 0).all()
+    K.expert_mlp(*leaves, counts, impl=impl).sum().backward()      # an expanded upstream gradient
+
+
+def test_experts_odd_sizes_no_rows_and_errors():
+    for C, inner in ((7, 12), (8, 5)):                             # strides no grouped matmul takes
+        leaves, counts = experts(C=C, inner=inner, dtype=torch.float32)
+        torch.testing.assert_close(K.expert_mlp(*leaves, counts), per_token(*leaves, counts))
+    (x, gate_up, down), counts = experts(dtype=torch.float32)
+    none = K.expert_mlp(x[:0], gate_up, down, 0 * counts)
+    none.sum().backward()
+    assert none.shape == (0, 8) and (gate_up.grad == 0).all()
+    for bad in ((x, gate_up, down, counts + 1), (x, gate_up[:, :-1], down, counts),
+                (x[:, :4], gate_up, down, counts), (x, gate_up, down, counts[:-1])):
+        with pytest.raises(ValueError, match="need x"):
+            K.expert_mlp(*bad)
+    with pytest.raises(ValueError, match="not one of auto"):
+        K.expert_mlp(x, gate_up, down, counts, impl="triton")
+
+
+# --- the script and the compiler ------------------------------------------------------------------
+@pytest.mark.slow
+def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
+    """R4.8: full tiles and chunks are compiled once; ragged remainders never recompile."""
+    def run():
+        torch.manual_seed(0)
+        results = []
+        for T in (128, 128, 130, 150):
+            leaves = qkv(B=1, Hq=2, Hkv=1, T=T, dtype=torch.float32)
+            results.append(values_and_grads(lambda *x: K.attention(*x, impl="fused"), leaves))
+            h, w, t = head(N=T, dtype=torch.float32)
+            t[:T - 120] = -100
+            for reduction in ("mean", "none"):
+                results.append(values_and_grads(lambda h, w, t=t, r=reduction:
+                    K.linear_cross_entropy(h, w, t, reduction=r, chunk_rows=32), (h, w)))
+        return results
+    eager = run()
+    K.use(compile=True)
+    for a, b in zip(eager, run(), strict=True):
+        close(a, b, 1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run()
+
+
+@pytest.mark.slow
+def test_the_script_checks_itself():
+    out = subprocess.run([sys.executable, str(ROOT / "kernels.py")], capture_output=True, text=True,
+                         timeout=300)
+    assert out.returncode == 0, out.stderr
+    for name in ("attention sdpa", "attention fused", "linear_cross_entropy", "token_logprobs",
+                 "expert_mlp"):
+        assert name in out.stdout
