@@ -8,6 +8,7 @@ by (seed, step), see `rng`. A checkpoint therefore is weights + optimizer + step
 run equals an uninterrupted one bit for bit on a CPU (tests/test_pipeline.py).
 """
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import inspect
@@ -16,9 +17,11 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -62,6 +65,7 @@ def parse_args(Args, argv: list[str] | None = None):
         name = flag[2:]
         if not flag.startswith("--") or name not in fields:
             near = [f for f in fields if name and (name in f or f in name)]
+            near = difflib.get_close_matches(name, fields, 1) or near
             hint = f"; did you mean --{near[0]}?" if near else "; --help lists the flags"
             raise InputError(f"unknown argument {flag!r}{hint}")
         if name in values:
@@ -176,7 +180,7 @@ def epoch_order(step: int, batch_size: int, n: int, seed: int) -> list[int]:
 
 def is_held_out(text: str) -> bool:
     """One document in fifty, by its hash: the same whatever the order, the split or the seed."""
-    return hashlib.blake2b(text.encode(), digest_size=4).digest()[0] % 50 == 0
+    return int(hashlib.blake2b(text.encode(), digest_size=4).hexdigest(), 16) % 50 == 0
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:
@@ -221,16 +225,18 @@ def read_jsonl(path: str | Path):
                     yield number, row
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
-        except (UnicodeDecodeError, EOFError, OSError) as error:
+        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def read_json(path: str | Path) -> dict:
     with open_text(path) as file:
         try:
-            return json.load(file)
+            value = json.load(file)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
+    require(isinstance(value, dict), f"{path}: want a JSON object")
+    return value
 
 
 def write_atomic(path: str | Path, content: str) -> None:
@@ -270,13 +276,15 @@ class Run:
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else None
         asked = {k: v for k, v in self.args.items() if k not in ("resume", "overwrite")}
         if args.resume:
-            require(self.state_file.exists(), f"{self.path}: nothing to resume (no state/state.pt)")
+            require(record is not None and self.state_file.exists(),
+                    f"{self.path}: nothing to resume (no state/state.pt)")
             had = {k: v for k, v in record["args"].items() if k in asked}
             diff = [f"{k} {had.get(k)!r} -> {v!r}" for k, v in asked.items() if had.get(k) != v]
             require(not diff, f"{self.path}: --resume with other arguments: {', '.join(diff)}")
-        elif record is not None and not args.overwrite:
+        elif record is not None and not args.overwrite and (
+                record.get("finished") or self.has_steps()):
             what = "a finished run" if record.get("finished") else "an interrupted run"
-            more = "" if record.get("finished") else " (or --resume to continue it)"
+            more = " (or --resume to continue it)" * self.state_file.exists()
             raise InputError(f"{self.path} holds {what}: pass --overwrite{more} or another --out")
         self.resumed = args.resume
         try:
@@ -288,18 +296,26 @@ class Run:
         except OSError as error:
             raise InputError(f"--out {self.path}: {error.strerror}") from None
 
+    def has_steps(self) -> bool:
+        """Was anything trained here? A run refused for a bad flag leaves nothing to protect."""
+        log = self.path / "log.jsonl"
+        return self.state_file.exists() or (log.is_file() and log.stat().st_size > 0)
+
     def write_record(self, result: dict) -> None:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                             text=True, cwd=Path(__file__).parent)
+        try:
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                 text=True, cwd=Path(__file__).parent).stdout.strip()
+        except OSError:
+            git = ""  # not installed
         record = {"stage": self.stage, "args": self.args, "parent": self.args.get("init", ""),
                   "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                  "git": git.stdout.strip(), "python": platform.python_version(),
+                  "git": git, "python": platform.python_version(),
                   "torch": torch.__version__, "seed": self.args["seed"], **result}
         write_atomic(self.path / "run.json", json.dumps(record, indent=1) + "\n")
 
     def log(self, step: int, steps: int, bar: tqdm, **metrics) -> None:
         """Append to log.jsonl; show on the bar, or as ten lines in all where there is no terminal."""
-        row = {"step": step, **{k: round(v, 6) if isinstance(v, float) else v
+        row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -347,7 +363,5 @@ class Run:
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()), "result": result})
-        self.state_file.unlink(missing_ok=True)
-        if self.state_file.parent.exists():
-            self.state_file.parent.rmdir()
+        shutil.rmtree(self.state_file.parent, ignore_errors=True)  # with what a killed save left
         print(f"{self.stage}: {self.path} ready after {self.seconds():.0f} s")

@@ -1,15 +1,56 @@
 #!/usr/bin/env bash
-# The whole pipeline, raw text to a GRPO-tuned chat model, on 2 CPU cores in about a quarter of an
-# hour. Every line is a command that you can run alone; every stage's flags are in its --help.
+# The whole pipeline, from raw text to a GRPO-tuned chat model, on 2 CPU cores in about a quarter
+# of an hour. Each line is a command that you can run alone; `--help` of a stage explains its flags.
 #
-#   make demo                 the environment, then this
-#   SEED=1 bash demo.sh       another seed, into runs/demo-seed1
+#   make demo                 sets up the environment, then runs this
+#   SEED=1 make demo          another seed, in runs/demo-seed1
 set -euo pipefail
 cd "$(dirname "$0")"
 SEED=${SEED:-0}
-RUN=runs/demo$([ "$SEED" = 0 ] || echo "-seed$SEED")
-rm -rf "$RUN" && mkdir -p "$RUN"
+RUN=runs/demo
+[ "$SEED" = 0 ] || RUN=runs/demo-seed$SEED
+rm -rf "$RUN"
+mkdir -p "$RUN"
 date +%s > "$RUN/started"
-stage() { echo; echo "== $*"; }
+say() { printf '\n== %s\n' "$*"; }
 evaluate() { python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"; }
+seconds() { python -c "import json,sys; print(json.load(open(sys.argv[1]))['seconds'])" "$RUN/$1/run.json"; }
 
+say "1. corpus: Python's own documentation and code, and synthetic documents, cleaned and mixed"
+python data.py --out "$RUN/data" --synthetic_mb 6 --seed "$SEED"
+
+say "2. tokenizer: byte-level BPE from scratch"
+python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$RUN/tokenizer"
+
+say "3. pre-training"
+python pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --out "$RUN/pretrain" \
+  --tokens 2e6 --seed "$SEED"
+evaluate pretrain --few_shot 3 --text "$RUN/data"
+
+say "4. SFT on verified demonstrations"
+python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 4000 --seed "$SEED"
+evaluate sft
+
+say "5. DPO on the SFT model's own passing and failing answers to new queries"
+python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 800 --seed "$SEED"
+evaluate dpo
+
+say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
+python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --steps 10 --n_queries 400 --seed "$SEED"
+
+say "7. reward model on answers of the SFT, DPO and RL checkpoints"
+python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
+  --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 300 --seed "$SEED"
+
+say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
+python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --steps 60 \
+  --batch_queries 32 --n_queries 1500 --seed "$SEED"
+evaluate grpo
+
+say "9. control: the time of stages 5 to 8 spent on more SFT instead"
+EPOCHS=$(python -c "print(2 * ($(seconds dpo) + $(seconds rl_first) + $(seconds reward) + $(seconds grpo)) / $(seconds sft))")
+python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 4000 --epochs "$EPOCHS" --seed "$SEED"
+evaluate sft_control
+
+say "report"
+python evaluate.py --report "$RUN"

@@ -300,12 +300,16 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02) as transformers does; Qwen's own initialiser is not disclosed."""
+        """Matrices Normal(0, 1/sqrt(fan in)), embeddings Normal(0, 0.02), biases 0. Qwen's own
+        initialiser is not disclosed; transformers draws everything at 0.02, which is this rule at a
+        width of 2,500, but leaves attention near uniform at 192 (LOG.md, 2026-11-23)."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
-            elif p.ndim >= 2:
+            elif "embed_tokens" in name or "lm_head" in name:
                 p.normal_(0.0, self.config.initializer_range)
+            elif p.ndim >= 2:
+                p.normal_(0.0, p.shape[-1] ** -0.5)
 
     @property
     def head_weight(self):
@@ -384,7 +388,7 @@ class Qwen2(nn.Module):
         return model.requires_grad_()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """config.json, generation_config.json and model.safetensors (sharded above 5 GB), each
+        """config.json and model.safetensors (sharded above 5 GB), each
         written under a temporary name and renamed, weights first."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -431,7 +435,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     index = path / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        where = read_json(index).get("weight_map")
+        require(isinstance(where, dict), f"{index}: no weight_map")
+        files = sorted(set(where.values()))
     weights = {}
     for name in files:
         require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")
@@ -457,7 +463,8 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         save_file(shard, path / (name + ".tmp"), metadata={"format": "pt"})
         os.replace(path / (name + ".tmp"), path / name)
     index = path / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)
+    # Of an earlier save in the other layout: readers disagree on which of the two they prefer.
+    (index if n == 1 else path / "model.safetensors").unlink(missing_ok=True)
     if n > 1:
         where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
         total = sum(t.nbytes for t in weights.values())

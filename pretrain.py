@@ -18,6 +18,7 @@ Expect: the loss at step 0 is ln(vocab_size) = 7.6 for 2,048 tokens, falls below
 tenth and then slowly. A loss that stays near 7: learning rate too low, or shuffled targets.
 """
 import math
+import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Args:
     seq_len: int = 256               # positions a row
     doc_mask: bool = False           # packed documents do not see each other
     batch_tokens: int = 4096         # tokens a step: the batch size that schedules count
-    micro_batch: int = 16            # rows a forward pass: changes memory, never the result
+    micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
     lr: float = 3e-3                 # peak learning rate
     warmup: int = 20                 # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
@@ -78,8 +79,10 @@ def load_sources(args: Args) -> dict[str, list[str]]:
     path = Path(args.data)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [Path(p) for p in args.data.split(",")]
     require(len(files) > 0, f"--data {path}: no .jsonl files in it")
-    return {file.name.split(".")[0]: [doc["text"] for doc in data.read_documents(file)]
-            for file in files}
+    names = [file.name.split(".")[0] for file in files]
+    require(len(set(names)) == len(names), f"--data: two files of one name in {', '.join(names)}")
+    return {name: [doc["text"] for doc in data.read_documents(file)]
+            for name, file in zip(names, files, strict=True)}
 
 
 def parse_weights(text: str, sizes: dict[str, int]) -> dict[str, float]:
@@ -126,6 +129,10 @@ def main(args: Args) -> dict:
     # set-up
     device, autocast = setup(args)
     require(args.model in PRESETS, f"--model wants one of {', '.join(PRESETS)}, got {args.model!r}")
+    require(args.attention in kernels.IMPLS,
+            f"--attention wants one of {', '.join(kernels.IMPLS)}, got {args.attention!r}")
+    for name in ("seq_len", "micro_batch", "tokens", "eval_every", "save_every"):
+        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
     require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
             f"one row of --seq_len {args.seq_len}")
     kernels.use(args.attention, compile=args.compile)
@@ -134,6 +141,7 @@ def main(args: Args) -> dict:
     # data
     sources = load_sources(args)
     train = {name: [t for t in texts if not is_held_out(t)] for name, texts in sources.items()}
+    require(any(train.values()), "--data has no document to train on")
     if args.init or args.tokenizer:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init)
     else:
@@ -144,8 +152,11 @@ def main(args: Args) -> dict:
     stream, report = data.mix({n: docs[n] for n in shares}, shares, args.tokens + 1, args.seed)
     ids, segment_ids = data.pack(stream, args.seq_len)
     held_out = [t for texts in sources.values() for t in texts if is_held_out(t)]
-    val_ids, val_segments = data.pack(data.tokenize(held_out, tokenizer), args.seq_len)
-    require(len(val_ids) > 0, "--data is too small: no held-out row of --seq_len tokens")
+    random.Random(0).shuffle(held_out)  # the rows kept below are of all sources, not of the first
+    held_out = data.tokenize(held_out, tokenizer)
+    require(sum(map(len, held_out)) > args.seq_len, "--data is too small: its held-out documents, "
+            f"one in fifty, do not fill a row of --seq_len {args.seq_len}")
+    val_ids, val_segments = data.pack(held_out, args.seq_len)
     val_ids, val_segments = val_ids[:256].long(), val_segments[:256]
     if not args.doc_mask:
         segment_ids = val_segments = None
@@ -178,7 +189,7 @@ def main(args: Args) -> dict:
     for step in bar:
         began = time.time()
         batch = epoch_order(step, rows, len(ids), args.seed)
-        count, loss, aux_sum, load = rows * args.seq_len, 0.0, 0.0, None
+        count, loss, aux_sum, load = rows * args.seq_len, 0.0, 0.0, 0.0
         for i in range(0, rows, args.micro_batch):
             micro = batch[i:i + args.micro_batch]
             segments = segment_ids[micro].to(device) if segment_ids is not None else None
@@ -187,8 +198,8 @@ def main(args: Args) -> dict:
                 micro_loss = lm_loss(model, ids[micro].to(device).long(), segments, count, router)
             loss += micro_loss.item()
             if router:
-                aux, load = load_balancing_loss(router)
-                aux = aux * len(micro) / rows
+                aux, share = load_balancing_loss(router)
+                aux, load = aux * len(micro) / rows, load + share * len(micro) / rows
                 aux_sum += aux.item()
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
@@ -197,7 +208,7 @@ def main(args: Args) -> dict:
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
                    "tokens": (step + 1) * count,
                    "tokens_per_s": count / (time.time() - began)}
-        if load is not None:
+        if router:
             metrics |= {"aux": aux_sum, "expert_max": load.max().item(),
                         "expert_min": load.min().item()}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:

@@ -10,6 +10,7 @@ Not covered: functions (sin, log), i*i = -1, equations up to a factor, number ba
 inequalities, decimal commas, bare lists in another order ("1, 2" is not "2, 1", "{1, 2}" is
 "{2, 1}"). Dropped, not compared, as public graders have it: units (5 cm = 5 m) and "x =" in front.
 """
+import math
 import re
 import zlib
 from fractions import Fraction
@@ -18,7 +19,7 @@ from common import InputError, read_jsonl
 
 # 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 50 ms.
 MAX_CHARS, MAX_NESTED, MAX_BITS, MAX_POWER = 300, 50, 4096, 1000
-TOLERANCE = Fraction(1, 10**9)  # for roots and for float noise such as 17.999999999999996
+TOLERANCE = 1e-9  # for roots and for float noise such as 17.999999999999996
 
 # ---------------------------------------------------------------------------------------------
 # many spellings -> one
@@ -266,16 +267,17 @@ def _same(a, b) -> bool:
         return all(map(_same, a[1], b[1]))
     rest = list(b[1])
     for item in a[1]:
-        if not (hits := [other for other in rest if _same(item, other)]):
+        if (hit := next((other for other in rest if _same(item, other)), None)) is None:
             return False
-        rest.remove(hits[0])
+        rest.remove(hit)
     return True
 
 
 def _close(a, b) -> bool:
-    if isinstance(a, Fraction) and isinstance(b, Fraction) and a.denominator == b.denominator == 1:
+    if a == b or (isinstance(a, Fraction) and isinstance(b, Fraction)
+                  and a.denominator == b.denominator == 1):
         return a == b  # tolerance is for decimals: 10^12 is not 10^12 + 1
-    return abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
+    return math.isclose(a, b, rel_tol=TOLERANCE) and float(b) != 0  # 0: 10^-400 is not 10^-500
 
 
 def math_equal(prediction: str, gold: str) -> bool:
@@ -291,7 +293,7 @@ def math_equal(prediction: str, gold: str) -> bool:
     try:
         return bool(prediction and gold) and (
             prediction == gold or _same(parse(prediction), parse(gold)))
-    except OverflowError:  # a root beside an integer beyond all floats
+    except OverflowError:  # a root, or a fraction, beside what is beyond all floats
         return False
 
 

@@ -147,6 +147,20 @@ def test_no_nan_with_fully_masked_rows(impl, T, S, small_tiles):
         assert (out[1, :, 1:] != 0).all()
 
 
+def test_no_backend_is_shown_a_row_without_keys(monkeypatch):
+    """R3.4 beyond this machine: on such rows backends differ, and CPU's happens to be right."""
+    sdpa = F.scaled_dot_product_attention
+    def strict(*args, attn_mask, **options):
+        assert attn_mask.any(-1).all()
+        return sdpa(*args, attn_mask=attn_mask, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", strict)
+    for T, S in ((6, 6), (1, 6), (7, 3)):
+        mask = torch.zeros(2, 1, T, S, dtype=torch.bool)
+        mask[1] = True
+        for options in ({"mask": mask}, {"mask": mask, "causal": False}):
+            assert (K.attention(*qkv(T=T, S=S), impl="sdpa", **options)[0] == 0).all()
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_changing_one_document_leaves_the_other_bit_equal(impl):
     q, k, v = (x.detach() for x in qkv(B=1, T=150, dtype=torch.float32))
@@ -235,6 +249,8 @@ def test_autocast_gives_bf16_and_fp32_gradients(impl):
     with torch.autocast("cpu", torch.bfloat16):
         out = K.attention(q, k, v, impl=impl)
     assert out.dtype == torch.bfloat16
+    # Only the inputs are rounded: the sums inside stay in fp32.
+    assert torch.equal(out, K.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), impl=impl))
     out.float().sum().backward()
     assert q.grad.dtype == torch.float32
     torch.testing.assert_close(out.float(), K.attention(q, k, v), rtol=0.05, atol=0.05)

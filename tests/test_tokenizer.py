@@ -102,6 +102,7 @@ def test_worked_example():
     assert merges == [(b"a", b"a"), (b"aa", b"a"), (b"aaa", b"b")]
     merges = tok.train_bpe({b"ab": 2, b"cd": 2, b"xy": 1}, 9)
     assert merges == [(b"c", b"d"), (b"a", b"b"), (b"x", b"y")]
+    assert tok.train_bpe({b"aaaa": 1}, 9) == [(b"a", b"a"), (b"aa", b"aa")]   # and no third
     assert tok.train_bpe({}, 5) == [] == tok.train_bpe({b"a": 3}, 5)
 
 
@@ -430,7 +431,8 @@ CHATS = {
                {"role": "assistant", "content": None, "tool_calls": [CALL, CALL["function"]]},
                {"role": "tool", "content": "r1"}, {"role": "tool", "content": "r2"},
                {"role": "assistant", "content": "So:", "tool_calls": [CALL]},
-               {"role": "tool", "content": "r3"}, {"role": "assistant", "content": "Done."}], TOOLS),
+               {"role": "tool", "content": "r3"},
+               {"role": "assistant", "content": "Done."}], TOOLS),
     "tools, no system": ([{"role": "user", "content": "u"}], TOOLS),
     "tool last": ([{"role": "tool", "content": "r"}, {"role": "tool", "content": "s"}], None),
     "empty system": ([{"role": "system", "content": ""}, {"role": "user", "content": "u"}], None),
@@ -486,7 +488,7 @@ def test_mask_is_exactly_the_answers(small):
         f"{call}\n{call}<|im_end|>", f"So:\n{call}<|im_end|>", "Done.<|im_end|>"]
     assert trained_runs(small, CHATS["tools, no system"][0], add_generation_prompt=True) == []
     ids, _ = small.render(*CHATS["tools"][:1])
-    assert ids.count(small.special["<tool_call>"]) == 3      # the template's own tags are control ids
+    assert ids.count(small.special["<tool_call>"]) == 3      # the template's own tags
 
 
 @pytest.mark.parametrize("answer", ["yes", "", "\n\nyes", " \n yes", "  yes", "\u0301", "'s", "1"])

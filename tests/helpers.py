@@ -1,0 +1,94 @@
+"""What the tests of the stages share: short arguments, logs, weights, an interruption."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from common import InputError
+from model import PRESETS, Config, Qwen2
+
+TINY = Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+              tie_word_embeddings=True)
+
+
+def tiny_model(seed=0, scale=5.0, **changes) -> Qwen2:
+    """A random model whose logits are of order 1, so that a wrong position is seen in the loss."""
+    torch.manual_seed(seed)
+    model = Qwen2(replace(TINY, **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(scale)
+            else:
+                p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def micro_model(tokenizer, seed=0) -> Qwen2:
+    torch.manual_seed(seed)
+    return Qwen2(replace(PRESETS["micro"], vocab_size=tokenizer.padded_vocab_size(128)))
+
+
+def stage_args(module, **values):
+    """Args of a stage on the CPU in float32."""
+    return module.Args(**{"device": "cpu", "dtype": "float32", **values})
+
+
+def log(path) -> list[dict]:
+    return [json.loads(line) for line in (Path(path) / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return load_file(Path(path) / "model.safetensors")
+
+
+def same_weights(a, b) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def write_rows(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def interrupt_at(monkeypatch, module, step: int) -> None:
+    """Ctrl-C in the optimizer step number `step` (from 1) of a stage."""
+    calls, real = [], module.clip_and_step
+
+    def clip_and_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(module, "clip_and_step", clip_and_step)
+
+
+class Answer:
+    """Stands for sampled answers, where a test has no use for real ones."""
+    finished, score, text, ids, prompt_ids = True, 0.0, "", [], []
+    query = {"prompt": "", "domain": "", "check": {}}
+
+
+def no_samples(monkeypatch, module) -> None:
+    """The look at samples that ends a stage takes longer than its few steps here: skip it."""
+    monkeypatch.setattr(module, "rollout", lambda *args: [[Answer()]])
+    monkeypatch.setattr(module.tasks, "builtin", lambda *args: [])
+
+
+def refuses(call, *words) -> str:
+    """The InputError's message, which must be one line and contain the words."""
+    try:
+        call()
+    except InputError as error:
+        message = str(error)
+        assert "\n" not in message and all(word in message for word in words), message
+        return message
+    raise AssertionError("nothing was refused")
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -1,0 +1,415 @@
+"""common.py: the command line, the schedule, files that are whole or absent, the run directory.
+R numbers: USERS.md."""
+import gzip
+import importlib
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import common
+from common import (
+    InputError, Run, adamw, clip_and_step, epoch_order, lr_at, pad_rows, parse_args, read_json,
+    read_jsonl, rng, write_atomic, write_jsonl)
+from model import PRESETS, Qwen2
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [name for name in ("pretrain", "sft", "dpo", "reward", "grpo", "scaling", "evaluate",
+                            "sample", "data") if (ROOT / f"{name}.py").exists()]
+
+
+@dataclass
+class Args:
+    out: str = "runs/x"      # where to
+    tokens: int = 10         # how many: "3e6" works
+    lr: float = 1e-3         # peak
+    doc_mask: bool = False   # documents apart
+    seed: int = 0            # of all
+    resume: bool = False     # go on
+    overwrite: bool = False  # replace
+
+
+# ---------------------------------------------------------------------------------------------
+# command line
+
+def test_flags_become_typed_fields():
+    args = parse_args(Args, "--tokens 3e6 --lr=7e-6 --doc_mask --out a=b --resume false".split())
+    assert args == Args(out="a=b", tokens=3_000_000, lr=7e-6, doc_mask=True)
+    assert type(args.tokens) is int
+    assert parse_args(Args, []) == Args()
+    assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "-1", "--lr", "-.5"]) == Args(
+        doc_mask=True, seed=-1, lr=-0.5)
+    assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
+                                                                        overwrite=True)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--tokens 1.5", "--tokens wants int, got '1.5'"),
+    ("--tokens 1e400", "--tokens wants int"), ("--tokens nan", "--tokens wants int"),
+    ("--tokens x", "--tokens wants int, got 'x'"), ("--lr ten", "--lr wants float"),
+    ("--doc_mask maybe", "--doc_mask wants bool, got 'maybe'"),
+    ("--tokens", "--tokens wants a value"), ("--tokens --lr 1", "--tokens wants a value"),
+    ("--tokens=", "--tokens wants int, got ''"),
+    ("--lr 1 --lr 2", "--lr is given twice"), ("--lr 1 --lr=1", "--lr is given twice"),
+    ("extra", "unknown argument 'extra'"), ("-lr 1", "unknown argument '-lr'"),
+    ("--mask 1", "'--mask'; did you mean --doc_mask?"),
+    ("--tokens_total 1", "did you mean --tokens?"),
+    ("--doc-mask", "did you mean --doc_mask?"), ("--tokesn 5", "did you mean --tokens?"),
+    ("--zzz 1", "'--zzz'; --help lists the flags")])
+def test_bad_flags_are_refused_in_one_line(argv, message):
+    with pytest.raises(InputError) as error:
+        parse_args(Args, argv.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_of_every_stage_is_described(stage):
+    Stage = importlib.import_module(stage).Args
+    assert common.field_help(Stage).keys() >= {f.name for f in fields(Stage)}
+    with pytest.raises(SystemExit) as shown:
+        parse_args(Stage, ["--help"])
+    for f in fields(Stage):
+        assert f"--{f.name} " in str(shown.value)
+        assert common.field_help(Stage)[f.name].strip(), f.name
+        assert f.type in (bool, int, float, str)
+        if f.type is not bool:  # every default survives being written out
+            assert parse_args(Stage, [f"--{f.name}={f.default}"]) == Stage()
+
+
+def test_help_shows_default_and_comment():
+    with pytest.raises(SystemExit) as shown:
+        parse_args(Args, ["-h"])
+    assert '--tokens           (10)           how many: "3e6" works' in str(shown.value)
+
+
+@dataclass
+class Choice:
+    what: str = ""  # to do
+
+
+def fake_stage(args):
+    if args.what == "input":
+        raise InputError("data.jsonl:3: not JSON")
+    if args.what == "stop":
+        raise KeyboardInterrupt
+    if args.what == "bug":
+        raise IndexError
+
+
+@pytest.mark.parametrize("argv, code, message", [
+    ("--what input", 2, "error: data.jsonl:3: not JSON\n"), ("--what stop", 130, None),
+    ("--waht x", 2, "error: unknown argument '--waht'; did you mean --what?\n")])
+def test_exit_codes(argv, code, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
+    with pytest.raises(SystemExit) as stopped:
+        common.cli(fake_stage, Choice)
+    assert stopped.value.code == code
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and message in (None, shown)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--what", "bug"])
+    with pytest.raises(IndexError):
+        common.cli(fake_stage, Choice)
+
+
+def test_bad_input_is_one_line_and_exit_code_2():
+    """In a real process: no traceback."""
+    done = subprocess.run([sys.executable, ROOT / "pretrain.py", "--tokens", "many"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: --tokens wants int, got 'many'\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# randomness, schedule, optimizer
+
+@pytest.mark.parametrize("device, dtype, message", [
+    ("tpu", "auto", "--device wants"), ("cpu", "float16", "--dtype wants"),
+    ("cuda:99", "auto", "--device cuda:99 --dtype auto does not work here")])
+def test_devices_are_tried_and_refused_clearly(device, dtype, message):
+    """R0.2."""
+    with pytest.raises(InputError, match=message) as error:
+        common.pick_device(device, dtype)
+    assert "\n" not in str(error.value)
+
+
+def test_device_auto_works():
+    device, dtype = common.pick_device()
+    assert torch.ones(2, device=device, dtype=dtype).sum() == 2
+    assert common.pick_device("cpu") == (torch.device("cpu"), torch.float32)
+    assert common.pick_device("cpu", "bfloat16")[1] == torch.bfloat16
+
+
+def test_learning_rate_ends_exactly_at_the_final_share():
+    """FACTS 11: 7e-6 -> 7e-7."""
+    for steps, warmup in ((100, 10), (100, 0), (2, 0), (50, 48)):
+        rates = [lr_at(s, steps, 7e-6, warmup, 0.1) for s in range(steps)]
+        assert rates[-1] == pytest.approx(7e-7, rel=1e-12)
+        assert max(rates) == rates[warmup] == pytest.approx(7e-6, rel=1e-12)
+        up, down = rates[:warmup + 1], rates[warmup:]
+        assert up == sorted(up) and down == sorted(down, reverse=True) and up[0] > 0
+    assert lr_at(4, 100, 1.0, 9, 0.1) == pytest.approx(0.5)  # linear
+    half = lr_at(50, 101, 1.0, 0, 0.1)                       # cosine: the middle is the mean
+    assert half == pytest.approx(0.55)
+    assert lr_at(0, 1, 1.0, 0, 0.1) == 1.0
+    assert lr_at(5, 10, 1.0, 2, 1.0) == 1.0
+
+
+def test_rng_is_a_pure_function_of_its_key():
+    def draw(*key):
+        return torch.rand(4, generator=rng(*key)).tolist()
+    torch.manual_seed(1)
+    a = draw(0, 3)
+    torch.manual_seed(2)
+    assert draw(0, 3) == a
+    keys = [(s, t) for s in range(30) for t in range(30)] + [(s,) for s in range(30)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+def test_an_epoch_sees_every_row_once():
+    """R2.6: a pure function of (seed, step); also where a batch spans epochs."""
+    for n, batch in ((12, 4), (10, 4), (3, 8)):
+        seen = [row for step in range(3 * n) for row in epoch_order(step, batch, n, seed=1)]
+        epochs = [seen[i:i + n] for i in range(0, len(seen) - n + 1, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        assert len({tuple(e) for e in epochs}) > 1
+    assert epoch_order(5, 4, 100, 1) == epoch_order(5, 4, 100, 1) != epoch_order(5, 4, 100, 2)
+
+
+def test_one_document_in_fifty_is_held_out():
+    share = sum(common.is_held_out(f"document {i}") for i in range(20_000)) / 20_000
+    assert abs(share - 0.02) < 4 * math.sqrt(0.02 * 0.98 / 20_000)
+
+
+def test_only_matrices_decay():
+    """R: norms and biases never; with zero gradients a step multiplies the rest by 1 - lr * wd."""
+    torch.manual_seed(0)
+    model = Qwen2(PRESETS["micro-moe"])
+    for p in model.parameters():
+        p.data.add_(1.0)
+        p.grad = torch.zeros_like(p)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = adamw(model, lr=0.1, weight_decay=0.5)
+    assert clip_and_step(model, optimizer, 0.1, 1.0) == 0.0
+    for name, p in model.named_parameters():
+        factor = 1.0 if p.ndim == 1 else 0.95
+        torch.testing.assert_close(p, before[name] * factor, msg=name)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(before)
+
+
+def test_gradients_are_clipped_to_the_global_norm_and_zeroed():
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False) for _ in range(2)])
+    for p, value in zip(model.parameters(), (3.0, 4.0), strict=True):
+        p.data.zero_()
+        p.grad = torch.tensor([[value, 0.0], [0.0, 0.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
+    assert clip_and_step(model, optimizer, 1.0, max_norm=0.5) == pytest.approx(5.0)
+    assert [p[0, 0].item() for p in model.parameters()] == pytest.approx([-0.3, -0.4], rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_gradient_skips_the_step(bad):
+    """R4.5: weights and optimizer stay as they were, and the norm says so."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = adamw(model, 0.1, 0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    clip_and_step(model, optimizer, 0.1, 1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    (model(torch.ones(1, 2)).sum() * bad).backward()
+    assert not math.isfinite(clip_and_step(model, optimizer, 0.1, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert {s["step"].item() for s in optimizer.state.values()} == {1.0}
+
+
+def test_rows_are_padded_on_the_right():
+    assert pad_rows([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+def test_jsonl_round_trip_with_line_numbers(tmp_path):
+    rows = [{"text": "a\nb\u2028c \"é🙂\""}, {"n": 1.5}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert [row for _, row in read_jsonl(tmp_path / "x.jsonl")] == rows
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write('{"a": 1}\n\n  \n{"b": 2}')
+    assert list(read_jsonl(tmp_path / "x.jsonl.gz")) == [(1, {"a": 1}), (4, {"b": 2})]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.jsonl", b'{"a": 1}\n{"a": }\n', "x.jsonl:2: not JSON"),
+    ("x.jsonl", b'{"a": 1}\n\n[1]\n', "x.jsonl:3: want a JSON object"),
+    ("x.jsonl", b'{"a": "\xff"}\n', "x.jsonl: cannot be read as UTF-8"),
+    ("x.jsonl.gz", b'{"a": 1}\n', "x.jsonl.gz: cannot be read"),
+    ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-9], "x.jsonl.gz: cannot be read"),
+    ("x.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 99, "x.jsonl.gz: cannot be read"),
+    ("x.jsonl", None, "x.jsonl: no such file")])
+def test_bad_jsonl_names_file_and_line(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        list(read_jsonl(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_json_names_the_file(tmp_path):
+    for content in ("{", "[]", "\udcff"):
+        (tmp_path / "x.json").write_text(content, errors="surrogateescape")
+        with pytest.raises(InputError, match="x.json: "):
+            read_json(tmp_path / "x.json")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """R4.4."""
+    path = tmp_path / "deep" / "file"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")  # fails half-way
+    assert path.read_text() == "old"
+
+    def full(self, *args, **kwargs):
+        with open(self, "w") as file:
+            file.write("ne")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------------------------------------
+# the run directory
+
+def small():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    return model, adamw(model, 0.1, 0.0)
+
+
+def step(model, optimizer):
+    model(torch.ones(1, 3)).square().sum().backward()
+    clip_and_step(model, optimizer, 0.1, 1.0)
+
+
+def log(run, n, **metrics):
+    with tqdm(disable=True) as bar:
+        run.log(n, 99, bar, **(metrics or {"loss": 1.0}))
+
+
+class Saved:  # what finish needs of a tokenizer
+    stop_ids, eos_id = (2, 1), 1
+
+    def save_pretrained(self, path):
+        pass
+
+
+def finish(run):
+    model = Qwen2(PRESETS["micro"])
+    run.finish(model, Saved(), loss=1.0)
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    args = Args(out=str(tmp_path / "run"), seed=7)
+    finish(Run(args, "stage"))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["finished"] and record["seed"] == 7 and record["result"] == {"loss": 1.0}
+    assert record["args"]["out"] == args.out and record["torch"] == torch.__version__
+    stops = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 1}
+    with pytest.raises(InputError, match="holds a finished run: pass --overwrite or another"):
+        Run(args, "stage")
+    with pytest.raises(InputError, match="nothing to resume"):
+        Run(Args(out=args.out, seed=7, resume=True), "stage")
+    Run(Args(out=args.out, overwrite=True), "stage")
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
+def interrupted(path, saves=1):
+    args, (model, optimizer) = Args(out=str(path)), small()
+    run = Run(args, "stage")
+    for n in range(1, 4):
+        step(model, optimizer)
+        log(run, n)
+        if n <= saves:
+            run.save_state(n, model, optimizer)
+    return run
+
+
+def test_an_interrupted_run_is_resumed_only_with_its_own_arguments(tmp_path):
+    """R4.4: a changed config is refused with a diff; log lines after the state are dropped."""
+    interrupted(tmp_path / "run", saves=2)
+    out = str(tmp_path / "run")
+    with pytest.raises(InputError, match=r"an interrupted run.*--resume to continue"):
+        Run(Args(out=out), "stage")
+    with pytest.raises(InputError, match=r"other arguments: tokens 10 -> 11, lr 0.001 -> 0.5$"):
+        Run(Args(out=out, resume=True, tokens=11, lr=0.5), "stage")
+    run, (model, optimizer) = Run(Args(out=out, resume=True), "stage"), small()
+    assert run.load_state(model, optimizer) == 2
+    rows = [row["step"] for _, row in read_jsonl(tmp_path / "run" / "log.jsonl")]
+    assert rows == [1, 2]
+    other, other_optimizer = small()
+    for _ in range(3):
+        step(other, other_optimizer)
+    step(model, optimizer)
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_a_run_that_saved_nothing_is_not_said_to_be_resumable(tmp_path):
+    interrupted(tmp_path / "run", saves=0)
+    with pytest.raises(InputError) as error:
+        Run(Args(out=str(tmp_path / "run")), "stage")
+    assert "--overwrite" in str(error.value) and "--resume" not in str(error.value)
+
+
+def test_a_run_refused_before_its_first_step_does_not_block_the_next(tmp_path):
+    """Correcting a bad flag and running again needs no --overwrite."""
+    Run(Args(out=str(tmp_path / "run"), tokens=1), "stage")
+    Run(Args(out=str(tmp_path / "run"), tokens=2), "stage")
+
+
+def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
+    """R4.4; and the torn file does not stop `finish`."""
+    run, (model, optimizer) = interrupted(tmp_path / "run"), small()
+
+    def torn(state, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_state(3, model, optimizer)
+    monkeypatch.undo()
+    run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
+    assert run.load_state(*small()) == 1
+    finish(run)
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_the_log_keeps_small_numbers(tmp_path):
+    """A learning rate of 7e-7 is not 1e-6, nor 0."""
+    run = Run(Args(out=str(tmp_path / "run")), "stage")
+    log(run, 1, lr=7e-7, loss=7.6246189, tokens=4096, expert=[0.5])
+    (_, row), = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert row == {"step": 1, "lr": 7e-7, "loss": pytest.approx(7.6246189, rel=1e-6),
+                   "tokens": 4096, "expert": [0.5]}
+
+
+def test_git_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Run(Args(out=str(tmp_path / "run")), "stage")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] == ""
+
+
+def test_an_out_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="--out .*file"):
+        Run(Args(out=str(tmp_path / "file" / "run")), "stage")

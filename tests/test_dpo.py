@@ -1,0 +1,306 @@
+"""dpo.py: the loss by hand, brute-force log-probabilities, the merging optimizer against
+torch.optim.Adam and its own definition, pairs, resume. R numbers: USERS.md."""
+import math
+
+import pytest
+import torch
+from helpers import (
+    interrupt_at, log, no_samples, refuses, same_weights, stage_args, tiny_model, write_rows)
+
+import dpo
+from dpo import OnlineMerging, dpo_loss, pair_up, read_pairs, tokenize_pair
+from sample import Rollout, completion_logprobs
+
+# ---------------------------------------------------------------------------------------------
+# the loss
+
+
+def test_loss_at_the_reference_is_ln_2():
+    """R10.1: exactly ln 2 and margin exactly 0, whatever the log-probabilities."""
+    chosen, rejected = torch.tensor([-3.0, -70.0]), torch.tensor([-55.5, -0.1])
+    loss, good, bad = dpo_loss(chosen, rejected, chosen, rejected, 0.1)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert (good - bad).tolist() == [0, 0]
+
+
+def test_known_losses():
+    """FACTS 11: beta 0.1 at h = 10 gives 0.313262; and -log sigmoid(beta h) for others."""
+    h = torch.tensor([10.0, -10.0, 0.0, 1000.0])
+    zero = torch.zeros(4)
+    loss, good, bad = dpo_loss(h * 0.75, -h * 0.25, zero, zero, 0.1)
+    want = [math.log1p(math.exp(-0.1 * x)) for x in h.tolist()]
+    assert want[0] == pytest.approx(0.313262, abs=1e-6)
+    assert loss.tolist() == pytest.approx(want, abs=1e-6)
+    torch.testing.assert_close(good, 0.075 * h)
+    torch.testing.assert_close(bad, -0.025 * h)
+
+
+def test_swapping_the_pair_negates_the_margin():
+    """R10.2: exactly, and the chosen reward becomes the rejected one."""
+    torch.manual_seed(0)
+    a, b, ref_a, ref_b = -50 * torch.rand(4, 6)
+    _, good, bad = dpo_loss(a, b, ref_a, ref_b, 0.3)
+    _, good2, bad2 = dpo_loss(b, a, ref_b, ref_a, 0.3)
+    assert torch.equal(good - bad, -(good2 - bad2)) and torch.equal(good, bad2)
+
+
+def test_gradient_raises_chosen_and_lowers_rejected():
+    """d loss / d chosen = -beta sigmoid(-beta h), and the opposite for rejected."""
+    x = torch.tensor([2.0, -1.0], requires_grad=True)
+    loss, _, _ = dpo_loss(x[:1], x[1:], torch.zeros(1), torch.zeros(1), 0.1)
+    loss.sum().backward()
+    slope = 0.1 / (1 + math.exp(0.3))
+    assert x.grad.tolist() == pytest.approx([-slope, slope], abs=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------
+# sequence log-probabilities
+
+def brute_force(model, prompt, completion) -> float:
+    logp = model(torch.tensor([prompt + completion]))[0].log_softmax(-1)
+    return sum(logp[len(prompt) + i - 1, t].item() for i, t in enumerate(completion))
+
+
+def test_sequence_logprob_is_the_brute_force_sum():
+    """R10.2: over the answer's ids, first one and <|im_end|> included, whatever its batch mates
+    and their padding; prompts that hold the padding id change nothing (R8.3)."""
+    model = tiny_model()
+    pairs = [([5, 0, 7, 0], [9, 10, 2]), ([8], [11]), ([9] * 12, [0, 0, 3, 4, 5, 6, 2]),
+             ([1, 2], [3, 1])]
+    want = torch.tensor([brute_force(model, *pair) for pair in pairs])
+    prompts, answers = zip(*pairs, strict=True)
+    logprobs, mask = completion_logprobs(model, list(prompts), list(answers))
+    assert mask.sum(1).tolist() == [3, 1, 7, 2] and logprobs[~mask].abs().sum() == 0
+    torch.testing.assert_close(logprobs.sum(1), want, rtol=1e-5, atol=1e-5)
+    for i in range(4):
+        alone, _ = completion_logprobs(model, [prompts[i]], [answers[i]])
+        torch.testing.assert_close(alone.sum(1), want[i:i + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_answer_is_content_and_end(tokenizer):
+    """R10.2, R8.2: the three parts of a pair put together are what SFT would train on."""
+    prompt, chosen, rejected = tokenize_pair(tokenizer, {
+        "prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "Five<|im_end|>"})
+    ids, mask = tokenizer.render([{"role": "user", "content": "2 + 2?"},
+                                  {"role": "assistant", "content": "It is 4."}])
+    assert prompt + chosen == ids[:len(prompt + chosen)]
+    assert chosen == [i for i, m in zip(ids, mask, strict=True) if m]
+    assert rejected.count(tokenizer.im_end_id) == 1  # text that looks like a token is text
+
+
+# ---------------------------------------------------------------------------------------------
+# the online merging optimizer
+
+def quadratic(optimizer_of, steps=25, seed=0):
+    """The same noisy quadratic under any optimizer -> the parameters after every step."""
+    g = torch.Generator().manual_seed(seed)
+    params = [torch.randn(5, 4, generator=g).requires_grad_(),
+              torch.randn(4, generator=g).requires_grad_()]
+    optimizer, path = optimizer_of(params), []
+    for _ in range(steps):
+        noise = torch.randn(4, generator=g)
+        ((params[0] @ params[1] - 1).square().sum() + (params[1] * noise).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        path.append(torch.cat([p.detach().flatten() for p in params]))
+    return torch.stack(path)
+
+
+def test_merging_without_merging_is_adam():
+    """FACTS 5.1: reserve 1 and alpha 0 equal torch.optim.Adam, step for step."""
+    ours = quadratic(lambda params: OnlineMerging(params, [torch.ones_like(p) for p in params], 0.05,
+                                                  alpha=0, reserve=1))
+    adam = quadratic(lambda params: torch.optim.Adam(params, 0.05, (0.9, 0.95), 1e-8))
+    torch.testing.assert_close(ours, adam, rtol=1e-5, atol=1e-5)
+    assert (ours[-1] - ours[0]).abs().max() > 0.1
+
+
+def test_alpha_moves_toward_tau():
+    """theta += (1 - alpha) delta + alpha tau: with no gradient a step is alpha tau exactly."""
+    theta, tau = torch.zeros(3, requires_grad=True), torch.tensor([1.0, -2.0, 4.0])
+    optimizer = OnlineMerging([theta], [tau], 0.1, alpha=0.25, reserve=1)
+    theta.grad = torch.zeros(3)
+    optimizer.step()
+    assert theta.tolist() == [0.25, -0.5, 1.0]
+    other = torch.zeros(3, requires_grad=True)
+    optimizer = OnlineMerging([other], [tau], 0.1, alpha=0.25, reserve=1)
+    other.grad = torch.tensor([1.0, 1.0, 1.0])  # Adam's first update is -lr * sign(g)
+    optimizer.step()
+    assert other.tolist() == pytest.approx([0.25 - 0.075, -0.5 - 0.075, 1.0 - 0.075], abs=1e-6)
+
+
+def test_ondare_is_unbiased():
+    """The survivors are divided by p: over many masks F(x) has mean x, and keeps a share p."""
+    x = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    optimizer = OnlineMerging([torch.zeros(4, requires_grad=True)], [x], 0.1, 0.1, 0.25)
+    drawn = torch.stack([optimizer.drop(x, step, 0) for step in range(4000)])
+    assert ((drawn == 0) | torch.isclose(drawn, x / 0.25)).all()
+    assert (drawn != 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(drawn.mean(0), x, rtol=0.12, atol=0)  # 4.4 standard errors
+
+
+def test_masks_are_a_function_of_seed_step_and_tensor():
+    """Reproducible, and different for another seed, step or tensor; tau is masked once."""
+    x = torch.ones(400)
+
+    def optimizer(seed):
+        return OnlineMerging([torch.zeros(400, requires_grad=True)], [x], 0.1, 0.1, 0.5, seed)
+    a, b = optimizer(1), optimizer(1)
+    assert torch.equal(a.taus[0], b.taus[0]) and torch.equal(a.drop(x, 3, 0), b.drop(x, 3, 0))
+    for other in (a.drop(x, 4, 0), a.drop(x, 3, 1), optimizer(2).drop(x, 3, 0), a.taus[0]):
+        assert 100 < (a.drop(x, 3, 0) != other).sum() < 300
+    before = a.taus[0].clone()
+    quadratic(lambda params: OnlineMerging(params, [torch.ones_like(p) for p in params], 0.05, 0.1,
+                                           0.5), steps=2)
+    assert torch.equal(a.taus[0], before)
+
+
+@pytest.mark.parametrize("values", [{"reserve": 0.0}, {"reserve": 1.5}, {"alpha": 1.0},
+                                    {"alpha": -0.1}])
+def test_impossible_merging_is_refused(values):
+    """Shares outside (0, 1] and [0, 1) are one line each."""
+    refuses(lambda: OnlineMerging([torch.zeros(1, requires_grad=True)], [torch.zeros(1)], 0.1,
+                                  **{"alpha": 0.1, "reserve": 0.5, **values}), "--")
+
+
+# ---------------------------------------------------------------------------------------------
+# pairs
+
+def answers(query, *rows):
+    return [Rollout(query, [1], [2], [-1.0], finished, text, score) for text, score, finished in rows]
+
+
+def test_pairs_are_passing_against_failing():
+    """Only a passing chosen and a finished failing rejected, of the same query; a query without
+    both gives none; equal texts count once; at most per_query pairs."""
+    q = [{"prompt": f"q{i}", "domain": "d"} for i in range(4)]
+    groups = [
+        answers(q[0], ("a", 1.0, True), ("a", 1.0, True), ("b", 0.0, True), ("c", 0.0, True)),
+        answers(q[1], ("a", 1.0, True), ("b", 1.0, True)),
+        answers(q[2], ("a", 0.0, True), ("b", 0.0, True)),
+        answers(q[3], ("a", 1.0, True), ("cut", 0.0, False), ("b", 1.0, True), ("w", 0.0, True),
+                ("v", 0.0, True), ("u", 0.0, True))]
+    score = {(g[0].query["prompt"], a.text): a.score for g in groups for a in g}
+    for seed in range(10):
+        pairs = pair_up(groups, 2, seed)
+        assert [p["prompt"] for p in pairs] == ["q0", "q3", "q3"]
+        for p in pairs:
+            assert score[p["prompt"], p["chosen"]] == 1 and score[p["prompt"], p["rejected"]] == 0
+            assert p["rejected"] != "cut"
+        assert len({(p["prompt"], p["chosen"]) for p in pairs}) == 3
+    assert pair_up(groups, 2, 5) == pair_up(groups, 2, 5)
+
+
+def test_trl_files_load_unchanged(tokenizer, tmp_path):
+    """A prompt as text or messages, answers as text or messages, also with the question in front
+    (UltraFeedback's binarized shape): all give the same ids."""
+    user, yes, no = ({"role": r, "content": c} for r, c in
+                     (("user", "Is it?"), ("assistant", "Yes."), ("assistant", "No.")))
+    rows = [{"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."},
+            {"prompt": [user], "chosen": [yes], "rejected": [no]},
+            {"prompt": "Is it?", "chosen": [user, yes], "rejected": [user, no], "score_chosen": 9}]
+    pairs = read_pairs(write_rows(tmp_path / "trl.jsonl", rows))
+    first, second, third = (tokenize_pair(tokenizer, pair) for pair in pairs)
+    assert first == second == third
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "p", "chosen": "c"}, {"prompt": 5, "chosen": "c", "rejected": "r"},
+    {"prompt": "p", "chosen": [], "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": None},
+    {"prompt": [], "chosen": "c", "rejected": "r"},
+    {"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "r"},
+    {"prompt": [{"role": "user", "content": 5}], "chosen": "c", "rejected": "r"}])
+def test_bad_pairs_are_named_by_line(tmp_path, row):
+    """One line with file:line, not a traceback from the middle of tokenizing."""
+    good = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    path = write_rows(tmp_path / "pairs.jsonl", [good, row])
+    refuses(lambda: read_pairs(path), f"{path}:2")
+
+
+# ---------------------------------------------------------------------------------------------
+# the whole stage
+
+def pairs(path, n=10):
+    return write_rows(path, [{"prompt": f"Say {i} " + "again " * (i % 3), "chosen": f"{i} it is",
+                              "rejected": "no " * (1 + i % 4) + str(i)} for i in range(n)])
+
+
+def run(micro_run, tmp_path, name, **values):
+    args = {"init": str(micro_run), "out": str(tmp_path / name), "batch_size": 4, "micro_batch": 4,
+            "data": pairs(tmp_path / "pairs.jsonl"), "epochs": 2.4, "save_every": 2, "warmup": 1,
+            "lr": 1e-3, **values}
+    return dpo.main(stage_args(dpo, **args))
+
+
+def test_first_logged_step_is_ln_2(micro_run, tmp_path, monkeypatch):
+    """R10.1 through the whole stage: cached reference, sorted batches, micro-batches."""
+    no_samples(monkeypatch, dpo)
+    run(micro_run, tmp_path, "run", micro_batch=3)
+    first, last = log(tmp_path / "run")[0], log(tmp_path / "run")[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=2e-6)
+    assert first["margin"] == pytest.approx(0, abs=1e-5)
+    assert last["loss"] < first["loss"] and last["margin"] > 0
+    for row in log(tmp_path / "run"):  # R10.4
+        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=2e-6)
+
+
+def test_toy_set_reaches_accuracy_1(micro_run, tmp_path, monkeypatch):
+    """R10.4: ten pairs, fifteen epochs."""
+    no_samples(monkeypatch, dpo)
+    result = run(micro_run, tmp_path, "run", epochs=15, batch_size=10, save_every=99)
+    assert result["accuracy"] == 1.0 and result["loss"] < 0.5
+
+
+@pytest.fixture(scope="module")
+def base_run(micro_run, tokenizer, tmp_path_factory):
+    """Another model of the same shape, for tau = SFT - base."""
+    from helpers import micro_model
+    path = tmp_path_factory.mktemp("base")
+    micro_model(tokenizer, seed=7).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("merging", [False, True])
+def test_resume_is_bit_exact(micro_run, base_run, tmp_path, monkeypatch, merging):
+    """R4.4 for AdamW and for online merging, whose masks depend on the step: 6 == 3 + 3 steps."""
+    no_samples(monkeypatch, dpo)
+    more = {"base": str(base_run), "merge_alpha": 1e-3} if merging else {}
+    run(micro_run, tmp_path, "whole", **more)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, dpo, 4)
+        run(micro_run, tmp_path, "halves", **more)
+    run(micro_run, tmp_path, "halves", resume=True, **more)
+    assert len(log(tmp_path / "whole")) == 6 and log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert same_weights(tmp_path / "halves", tmp_path / "whole")
+    assert not same_weights(tmp_path / "whole", micro_run)
+
+
+def test_micro_batch_changes_memory_only(micro_run, tmp_path, monkeypatch):
+    """R4.1: gradients of 4 pairs at once, or of 3 and 1, agree (AdamW's first steps show signs
+    only, so the norms are compared)."""
+    no_samples(monkeypatch, dpo)
+    for name, size in (("four", 4), ("three", 3)):
+        run(micro_run, tmp_path, name, micro_batch=size, nll=0.2, lr=1e-5)
+    for a, b in zip(log(tmp_path / "four"), log(tmp_path / "three"), strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_base_of_another_shape_is_refused(micro_run, tmp_path, tokenizer):
+    """One line that names --base, not a KeyError."""
+    tiny_model(vocab_size=tokenizer.padded_vocab_size(128)).save_pretrained(tmp_path / "other")
+    refuses(lambda: run(micro_run, tmp_path, "run", base=str(tmp_path / "other")), "--base")
+
+
+def test_nll_adds_the_chosen_answers_loss(micro_run, tmp_path, monkeypatch):
+    """--nll w: loss + w * mean over pairs of -log pi(chosen) / its tokens."""
+    from model import Qwen2
+    from tokenizer import Tokenizer
+    no_samples(monkeypatch, dpo)
+    run(micro_run, tmp_path, "run", nll=0.5, batch_size=10, epochs=1)
+    tokenizer, model = Tokenizer.from_pretrained(micro_run), Qwen2.from_pretrained(micro_run)
+    rows = [tokenize_pair(tokenizer, p) for p in read_pairs(str(tmp_path / "pairs.jsonl"))]
+    nll = sum(-brute_force(model, r[0], r[1]) / len(r[1]) for r in rows) / len(rows)
+    (row,) = log(tmp_path / "run")
+    assert row["loss"] == pytest.approx(math.log(2) + 0.5 * nll, abs=1e-4)

@@ -1,0 +1,397 @@
+"""grpo.py: advantages and losses by hand, invariances, the KL's true gradient on an enumerable
+policy, a bandit that must be learned, pre-flight refusals, resume. R numbers: USERS.md."""
+import json
+import math
+
+import pytest
+import torch
+from helpers import (
+    gradients, interrupt_at, log, micro_model, refuses, same_weights, stage_args, tiny_model,
+    write_rows)
+
+import grpo
+from grpo import group_advantages, grpo_loss, query_order, shaped_reward
+from sample import Rollout, completion_logprobs, generate, prompt_ids, rollout
+
+AGGREGATES = ["seq_mean", "token_mean", "constant"]
+
+
+# ---------------------------------------------------------------------------------------------
+# reward, order, advantages
+
+def test_advantages_of_one_right_in_eight():
+    """FACTS 11: population std 0.330719, so 2.645751 and -0.377964 (Bessel's would be 2.474874)."""
+    a = group_advantages(torch.tensor([[1.0] + [0.0] * 7]))[0]
+    assert a[0].item() == pytest.approx(2.645751, abs=2e-5)
+    assert a[1:].tolist() == pytest.approx([-0.377964] * 7, abs=2e-5)
+
+
+def test_advantages_belong_to_their_group():
+    """Each row is normalised alone: its own mean and spread, whatever the other rows are."""
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [10.0, 10.0, 30.0, 30.0], [0.0, 0.0, 0.0, 1.0]])
+    together = group_advantages(rewards)
+    for row, alone in zip(rewards, together, strict=True):
+        torch.testing.assert_close(group_advantages(row[None])[0], alone, rtol=0, atol=0)
+        assert alone.mean().abs() < 1e-6
+        assert alone.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_advantages_without_normalisation():
+    """Dr. GRPO: only centred."""
+    a = group_advantages(torch.tensor([[3.0, 0.0, 0.0, 1.0]]), "none")
+    assert a.tolist() == [[2.0, -1.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize("normalise", ["group", "none"])
+@pytest.mark.parametrize("value,n", [(0.1, 7), (0.7, 11), (-0.3, 8), (1.0, 8), (0.0, 2), (1e8, 3)])
+def test_equal_rewards_have_exactly_no_advantage(value, n, normalise):
+    """R12.3: 7 x 0.1 has a float32 mean that is not 0.1; max - min decides, so exactly 0."""
+    rewards = torch.full((2, n), value)
+    rewards[1, 0] += 1
+    a = group_advantages(rewards, normalise)
+    assert a[0].tolist() == [0.0] * n
+
+
+def test_group_of_one_is_refused():
+    """R12.3."""
+    refuses(lambda: group_advantages(torch.ones(3, 1)), "group")
+
+
+def test_shaped_reward():
+    """FACTS 7: r_m = 2 gives .731 right and -.269 wrong; a wrong answer never beats a right one."""
+    r = shaped_reward(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]))
+    assert r.tolist() == pytest.approx([0.731059, -0.268941], abs=1e-6)
+    worst, best = shaped_reward(torch.tensor([1.0, 0.0]), torch.tensor([-30.0, 30.0]))
+    assert worst > best - 1e-6
+    assert shaped_reward(torch.tensor([1.0, 0.0])).tolist() == [1, 0]
+
+
+def test_query_order():
+    """Population variance over each row, highest first, ties in their order (report 4.3)."""
+    scores = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])
+    assert query_order(scores).tolist() == [3, 1, 4, 0, 2]
+    assert query_order(scores * 100 - 50).tolist() == [3, 1, 4, 0, 2]
+
+
+# ---------------------------------------------------------------------------------------------
+# the loss
+
+def case(seed=0, lengths=(3, 5, 1, 4)):
+    """Random log-probabilities off-policy: about half the ratios lie beyond the clip."""
+    g = torch.Generator().manual_seed(seed)
+    B, R = len(lengths), max(lengths)
+    mask = torch.arange(R) < torch.tensor(lengths)[:, None]
+    logprobs, old, ref = (-2 * torch.rand(3, B, R, generator=g)).unbind()
+    old = logprobs + 0.4 * (old + 1)
+    return logprobs, old, ref, torch.randn(B, generator=g), mask
+
+
+def by_hand(logprobs, old, ref, advantages, mask, eps, kl, aggregate):
+    """DeepSeekMath eq. 3 in plain Python floats, token by token."""
+    rows, tokens, clipped = [], 0, 0
+    for i in range(len(mask)):
+        row = []
+        for t in range(mask.shape[1]):
+            if not mask[i, t]:
+                continue
+            ratio = math.exp(logprobs[i, t].item() - old[i, t].item())
+            a = advantages[i].item()
+            value = min(ratio * a, max(min(ratio, 1 + eps), 1 - eps) * a)
+            clipped += abs(ratio - 1) > eps
+            if ref is not None:
+                x = ref[i, t].item() - logprobs[i, t].item()
+                value -= kl * ratio * (math.exp(x) - x - 1)
+            row.append(-value)
+            tokens += 1
+        rows.append(row)
+    total = sum(map(sum, rows))
+    return {"seq_mean": sum(sum(row) / len(row) for row in rows) / len(rows),
+            "token_mean": total / tokens, "constant": total / mask.numel()}[aggregate], clipped
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_loss_equals_the_formula(aggregate, kl):
+    """R12.4: each aggregation against the sums written out; the clip and the KL are active."""
+    logprobs, old, ref, advantages, mask = case()
+    loss, logs = grpo_loss(logprobs, old, ref if kl else None, advantages, mask, clip_eps=0.2, kl=kl,
+                           aggregate=aggregate)
+    want, clipped = by_hand(logprobs, old, ref if kl else None, advantages, mask, 0.2, kl, aggregate)
+    assert loss.item() == pytest.approx(want, abs=1e-5)
+    assert logs["clipped"] == clipped and 0 < clipped < mask.sum()
+
+
+def test_clip_by_hand():
+    """ratio 1.5, 0.5 with A = +-1, eps 0.2: the four corners of min(rho A, clip(rho) A), and a
+    token has a gradient exactly where the unclipped term is the smaller one."""
+    old = torch.zeros(4, 1)
+    logprobs = torch.tensor([[1.5], [1.5], [0.5], [0.5]]).log().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    want = [1.2, -1.5, 0.5, -0.8]
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    loss, logs = grpo_loss(logprobs, old, None, advantages, mask)
+    assert loss.item() == pytest.approx(-sum(want) / 4, abs=1e-6) and logs["clipped"] == 4
+    loss.backward()
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0, 1.5 / 4, -0.5 / 4, 0], abs=1e-6)
+
+
+def test_seq_mean_weighs_responses_and_token_mean_tokens():
+    """One token of A = 1 and three of A = -1: -(1 - 1)/2 and -(1 - 3)/4 and -(1 - 3)/6."""
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    zeros, a = torch.zeros(2, 3), torch.tensor([1.0, -1.0])
+    losses = [grpo_loss(zeros, zeros, None, a, mask, aggregate=x)[0].item() for x in AGGREGATES]
+    assert losses == pytest.approx([0, 0.5, 1 / 3], abs=1e-7)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_loss_is_invariant(aggregate):
+    """R12.4: padding (whatever it holds), row order and micro-batches with the step's count."""
+    logprobs, old, ref, advantages, mask = case(1, (3, 5, 1, 4, 2))
+    count = {"seq_mean": 5, "token_mean": 15, "constant": 5 * 8}[aggregate]
+
+    def loss(index, extra=0, junk=0.0):
+        pad = [torch.nn.functional.pad(x[index], (0, extra), value=v)
+               for x, v in ((logprobs, junk), (old, 0.0), (ref, -junk), (mask, False))]
+        pad[0] = pad[0].requires_grad_()
+        value = grpo_loss(pad[0], pad[1], pad[2], advantages[index], pad[3], kl=0.1,
+                          aggregate=aggregate, count=count)[0]
+        (g,) = torch.autograd.grad(value, pad[0])
+        assert extra == 0 or g[:, 5:].abs().max() == 0
+        return value.item(), g[:, :5]
+    whole, g = loss([0, 1, 2, 3, 4])
+    assert loss([0, 1, 2, 3, 4], extra=3, junk=-1.7)[0] == pytest.approx(whole, abs=1e-6)
+    order = [4, 2, 0, 1, 3]
+    value, permuted = loss(order)
+    assert value == pytest.approx(whole, abs=1e-6)
+    torch.testing.assert_close(permuted, g[order], rtol=0, atol=1e-7)
+    for parts in ([[0], [1], [2], [3], [4]], [[3, 1], [0, 4], [2]]):
+        values, grads = zip(*(loss(part) for part in parts), strict=True)
+        assert sum(values) == pytest.approx(whole, abs=1e-6)
+        torch.testing.assert_close(torch.cat(grads), g[sum(parts, [])], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("log_ratio,value", [(0.0, 0.0), (0.5, 0.148721), (-0.5, 0.106531)])
+def test_k3(log_ratio, value):
+    """FACTS 11: k3 at log(pi_ref / pi), on-policy; positive on both sides."""
+    logprobs = torch.full((1, 1), -1.0)
+    loss, logs = grpo_loss(logprobs, logprobs, logprobs + log_ratio, torch.zeros(1),
+                           torch.ones(1, 1, dtype=torch.bool), kl=2.0)
+    assert logs["kl"] == pytest.approx(value, abs=1e-6)
+    assert loss.item() == pytest.approx(2 * value, abs=1e-6)
+
+
+def test_kl_gradient_is_the_true_one():
+    """R12.6: in expectation over every action of a small policy, the loss's gradient is that of
+    KL(pi || pi_ref) exactly; k3 without the ratio is far off."""
+    g = torch.Generator().manual_seed(0)
+    theta = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0)
+    logp = theta.log_softmax(0)
+    (true,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), theta, retain_graph=True)
+    p = logp.detach().exp()
+    # One response of one token for each action; its advantage is 0; weighed by its probability.
+    estimate = torch.zeros(6, dtype=torch.float64)
+    for action in range(6):
+        x = logp[action].view(1, 1)
+        loss, _ = grpo_loss(x, x.detach(), ref[action].view(1, 1),
+                            torch.zeros(1, dtype=torch.float64),
+                            torch.ones(1, 1, dtype=torch.bool), kl=1.0)
+        estimate += p[action] * torch.autograd.grad(loss, theta, retain_graph=True)[0]
+    torch.testing.assert_close(estimate, true, rtol=1e-9, atol=1e-12)
+    log_ratio = ref - logp
+    (naive,) = torch.autograd.grad((p * (log_ratio.exp() - log_ratio - 1)).sum(), theta)
+    assert (naive - true).norm() > 0.1 * true.norm()
+
+
+# ---------------------------------------------------------------------------------------------
+# the sampler and the trainer
+
+def test_first_step_has_ratio_one_and_a_gradient():
+    """R12.1, R12.2: at temperature 0.7, prompts and responses of mixed lengths: the trainer's
+    log-probabilities are the sampler's, the loss about 0, the gradient not."""
+    model = tiny_model()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    out = generate(model, prompts, 12, 0.7, seed=3, n=4, stop_ids=(1, 2, 3, 4), valid_vocab=90)
+    assert len({len(c.ids) for c in out}) > 2 and max(max(c.ids) for c in out) < 90
+    logprobs, mask = completion_logprobs(model, [p for p in prompts for _ in range(4)],
+                                         [c.ids for c in out], 0.7, 90)
+    assert mask.sum(1).tolist() == [len(c.ids) for c in out]
+    old = torch.zeros_like(logprobs).masked_scatter(
+        mask, torch.tensor([p for c in out for p in c.logprobs]))
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]])
+    loss, logs = grpo_loss(logprobs, old, None, group_advantages(rewards).flatten(), mask)
+    assert logs["gap"] < 1e-4 and logs["clipped"] == 0
+    assert abs(loss.item()) < 1e-4
+    loss.backward()
+    assert gradients(model).norm() > 1e-2
+    wrong = completion_logprobs(model, [p for p in prompts for _ in range(4)],
+                                [c.ids for c in out], 1.0, 90)[0]
+    assert grpo_loss(wrong, old, None, rewards.flatten(), mask)[1]["gap"] > 0.1  # R12.2
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_bandit_is_learned(aggregate, inner_steps):
+    """R12.9: three arms of eight pay, responses of two to four pulls; the share of paying pulls
+    reaches 0.95 with one and with three inner steps, where the clip is active."""
+    torch.manual_seed(0)
+    theta = torch.zeros(4, 8, requires_grad=True)  # a softmax at each of four positions
+    optimizer = torch.optim.Adam([theta], 0.1)
+    reward, clipped = 0.0, 0
+    for _ in range(120):
+        with torch.no_grad():
+            length = torch.randint(2, 5, (64,))
+            mask = torch.arange(4) < length[:, None]
+            old_policy = theta.log_softmax(-1).expand(64, 4, 8)
+            arms = torch.distributions.Categorical(logits=old_policy).sample()
+            old = old_policy.gather(-1, arms[..., None])[..., 0]
+            rewards = ((arms < 3) & mask).sum(1) / length
+        advantages = group_advantages(rewards.view(8, 8)).flatten()
+        for _ in range(inner_steps):
+            new = theta.log_softmax(-1).expand(64, 4, 8).gather(-1, arms[..., None])[..., 0]
+            loss, logs = grpo_loss(new, old, None, advantages, mask, aggregate=aggregate)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            clipped += logs["clipped"]
+        reward = rewards.mean().item()
+    assert reward >= 0.95
+    assert (clipped > 0) == (inner_steps > 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# the whole stage, on a policy that ends at once half the time and is paid for one word
+
+@pytest.fixture
+def policy(tokenizer, tmp_path):
+    """A micro model nudged by a few SFT steps to say "A." or "B." and stop."""
+    from sft import sft_loss, tokenize_conversations
+    model = micro_model(tokenizer)
+    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+             for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")]
+    rows, _ = tokenize_conversations(talks, tokenizer, 512)
+    from common import pad_rows
+    ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(40):
+        sft_loss(model, ids, mask, int(mask.sum())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path / "policy"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def queries(path, keyword="A"):
+    check = {"kind": "ifeval", "instruction_id_list": ["keywords:existence"],
+             "kwargs": [{"keywords": [keyword]}]}
+    return write_rows(path, [{"prompt": q, "domain": "instruction", "check": check}
+                             for q in ("Pick A.", "Choose A.")])
+
+
+def run(policy, tmp_path, name, **values):
+    args = {"init": str(policy), "out": str(tmp_path / name), "steps": 6, "batch_queries": 2,
+            "group": 8, "max_new_tokens": 8, "lr": 1e-3, "save_every": 2, "warmup": 1,
+            "queries": queries(tmp_path / "q.jsonl"), **values}
+    return grpo.main(stage_args(grpo, **args))
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"inner_steps": 3, "aggregate": "token_mean", "normalise": "none"},
+    {"aggregate": "constant", "kl": 0.01, "micro_batch": 5}], ids=["paper", "inner", "kl"])
+def test_stage_learns_a_word(policy, tmp_path, values):
+    """R12.9, R12.8: sampler, verifier, loss and optimizer together: "A" becomes the answer, and
+    each step logs what a reader needs; loss 0 at ratio 1 is normal, a gap is not."""
+    result = run(policy, tmp_path, "run", steps=25, save_every=99, **values)
+    rows = log(tmp_path / "run")
+    assert rows[0]["pass"] <= 0.9 and result["pass"] >= 0.95
+    assert {"reward", "pass", "dead", "cut", "length", "entropy", "kl", "clipped", "gap",
+            "grad_norm"} <= rows[0].keys()
+    for row in rows:
+        assert 0 <= row["dead"] <= 1 and 0 <= row["clipped"] <= 1
+        if values.get("inner_steps", 1) == 1:
+            assert row["gap"] < 1e-4 and row["clipped"] == 0
+        if not values:
+            assert abs(row["loss"]) < 1e-4
+    if values.get("kl"):
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] > 0
+    samples = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
+    assert {"prompt", "response", "score"} <= json.loads(samples[0]).keys()
+
+
+def test_resume_is_bit_exact(policy, tmp_path, monkeypatch):
+    """R4.4: 6 steps == Ctrl-C in the fourth, then --resume, with the KL's reference."""
+    run(policy, tmp_path, "whole", kl=0.01)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, grpo, 4)
+        run(policy, tmp_path, "halves", kl=0.01)
+    run(policy, tmp_path, "halves", kl=0.01, resume=True)
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert same_weights(tmp_path / "halves", tmp_path / "whole")
+
+
+def test_dead_share_counts_groups_also_with_kl(policy, tmp_path, monkeypatch):
+    """R12.8: a solved or hopeless query is dead whether or not the KL still pulls at it."""
+    real = grpo.rollout
+
+    def paid_alike(*args):
+        groups = real(*args)
+        for row in groups[0]:
+            row.score = 1.0
+        for i, row in enumerate(groups[1]):
+            row.score = float(i % 2)
+        return groups
+    monkeypatch.setattr(grpo, "rollout", paid_alike)
+    for kl in (0.0, 0.1):
+        run(policy, tmp_path, f"kl{kl}", steps=1, kl=kl)
+        assert log(tmp_path / f"kl{kl}")[0]["dead"] == 0.5
+
+
+def fake_rollout(scores, finished=True):
+    def rollout(model, tokenizer, queries, n, *rest):
+        return [[Rollout(q, [1], [2], [-1.0], finished, "x", s) for s in row]
+                for q, row in zip(queries, scores, strict=True)]
+    return rollout
+
+
+@pytest.mark.parametrize("scores,finished,words", [
+    ([[1.0] * 4, [0.0] * 4], True, ["always or never", "--queries"]),
+    ([[0.0] * 4] * 2, True, ["always or never"]),
+    ([[1.0, 0, 0, 0], [0.0] * 4], False, ["cut", "--max_new_tokens"])],
+    ids=["all dead", "never", "truncated"])
+def test_preflight_refuses(scores, finished, words, monkeypatch):
+    """R12.7: no query passes only sometimes, or most answers cut: one line with the knob."""
+    monkeypatch.setattr(grpo, "rollout", fake_rollout(scores, finished))
+    args = stage_args(grpo, group=4)
+    refuses(lambda: grpo.order_queries(None, None, None, [{"q": 1}, {"q": 2}], args), *words)
+
+
+def test_preflight_orders_by_variance(monkeypatch):
+    """Report 4.3: the mixed query first, the dead ones after it, in their order."""
+    scores = [[0.0] * 4, [1.0, 0, 0, 0], [1.0] * 4, [1.0, 1, 0, 0]]
+    monkeypatch.setattr(grpo, "rollout", fake_rollout(scores))
+    ordered = grpo.order_queries(None, None, None, list("abcd"), stage_args(grpo, group=4))
+    assert ordered == list("dbac")
+
+
+@pytest.mark.parametrize("flag,value", [("group", 1), ("aggregate", "mean"), ("normalise", "batch"),
+                                        ("steps", 0), ("temperature", 0.0), ("batch_queries", 0)])
+def test_impossible_settings_are_refused(micro_run, tmp_path, flag, value):
+    """R12.2, R12.3: one line with the flag, and nothing is written."""
+    values = {"init": str(micro_run), "out": str(tmp_path / "run"), flag: value}
+    refuses(lambda: grpo.main(stage_args(grpo, **values)), f"--{flag}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mask_ends_with_the_first_stop_token(policy, tokenizer):
+    """R12.5: ids come from the sampler, up to and including the first stop id, no further."""
+    from model import Qwen2
+    groups = rollout(Qwen2.from_pretrained(policy), tokenizer, [{
+        "prompt": "Pick A.", "check": {"kind": "math", "answer": "1"}}], 16, 8, 1.0, 0)
+    assert any(a.finished for a in groups[0])
+    for a in groups[0]:
+        stops = [i for i in a.ids if i in tokenizer.stop_ids]
+        assert stops == ([a.ids[-1]] if a.finished else [])
+        assert len(a.ids) == len(a.logprobs) and a.prompt_ids == prompt_ids(
+            tokenizer, {"prompt": "Pick A."})

@@ -1,0 +1,309 @@
+"""pretrain.py: the loss and its gradient whatever the micro-batches, resuming bit for bit, and that
+it learns. Everything goes through main() on a small file. R numbers: USERS.md."""
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import kernels
+import pretrain
+from common import InputError, is_held_out, read_jsonl, rng
+from model import PRESETS, Qwen2
+from tokenizer import Tokenizer
+
+ROWS, SEQ, STEPS = 4, 32, 20
+
+
+@pytest.fixture(scope="session")
+def corpus(texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert 1 <= sum(map(is_held_out, texts)) < len(texts) / 10
+    return path
+
+
+@pytest.fixture
+def args(corpus, micro_run, tmp_path):
+    """20 steps of 4 rows of 32 tokens."""
+    return pretrain.Args(
+        out=str(tmp_path / "run"), data=str(corpus), tokenizer=str(micro_run), model="micro",
+        tokens=STEPS * ROWS * (SEQ + 1), seq_len=SEQ, batch_tokens=ROWS * SEQ, micro_batch=4,
+        warmup=4, eval_every=10, save_every=10, device="cpu", dtype="float32")
+
+
+def log_of(args, drop=("tokens_per_s",)):
+    rows = [row for _, row in read_jsonl(Path(args.out) / "log.jsonl")]
+    return [{k: v for k, v in row.items() if k not in drop} for row in rows]
+
+
+def gradients(args, monkeypatch, step=0):
+    """What main hands to the optimizer at `step`, and the model and loss at that point."""
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def spy(model, *rest):
+        seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        if len(seen) > step:
+            raise Enough
+        return common.clip_and_step(model, *rest)
+    with monkeypatch.context() as patch, pytest.raises(Enough):
+        patch.setattr(pretrain, "clip_and_step", spy)
+        pretrain.main(replace(args, overwrite=True))
+    return seen[step]
+
+
+# ---------------------------------------------------------------------------------------------
+# the loss
+
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_gradient_does_not_depend_on_the_micro_batch(args, doc_mask, monkeypatch):
+    """R4.1: 8 rows as 8, 3 + 3 + 2 (a short last group) and 1 x 8."""
+    args = replace(args, batch_tokens=8 * SEQ, doc_mask=doc_mask)
+    want = gradients(replace(args, micro_batch=8), monkeypatch)
+    for micro_batch in (3, 1):
+        got = gradients(replace(args, micro_batch=micro_batch), monkeypatch)
+        for name, g in got.items():
+            assert (g - want[name]).norm() <= 1e-6 + 1e-5 * want[name].norm(), name
+
+
+def test_lm_loss_is_the_mean_cross_entropy():
+    """Summed over rows / targets of the step; document masks reach the attention."""
+    torch.manual_seed(0)
+    model = Qwen2(PRESETS["micro"])
+    ids = torch.randint(512, (3, 17))
+    segments = torch.tensor([[0] * 5 + [1] * 12, [2] * 17, [3] * 16 + [4]])
+    for segment_ids in (None, segments):
+        logits = model(ids[:, :-1], segment_ids=None if segment_ids is None else segments[:, :-1])
+        want = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        got = pretrain.lm_loss(model, ids, segment_ids, ids[:, 1:].numel())
+        torch.testing.assert_close(got, want)
+    halves = sum(pretrain.lm_loss(model, part, None, 48) for part in ids.split(2))
+    torch.testing.assert_close(halves, pretrain.lm_loss(model, ids, None, 48))
+
+
+def test_held_out_loss_does_not_depend_on_the_batch():
+    """R4.9: a fixed set, token-weighted."""
+    torch.manual_seed(0)
+    model, ids = Qwen2(PRESETS["micro"]), torch.randint(512, (5, 9))
+    device, autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    losses = [pretrain.held_out_loss(model, ids, None, n, device, autocast) for n in (1, 2, 5)]
+    assert max(losses) - min(losses) < 1e-5
+    assert losses[0] == pytest.approx(F.cross_entropy(
+        model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-5)
+
+
+def test_balance_loss_reaches_the_router_through_the_real_loss(args, monkeypatch):
+    """R5.1: the gradient is linear in the coefficient, so the difference is the aux loss alone."""
+    grads = {}
+    for coefficient in (0.0, 1.0):
+        preset = replace(PRESETS["micro-moe"], router_aux_loss_coef=coefficient)
+        monkeypatch.setitem(PRESETS, "micro-moe", preset)
+        grads[coefficient] = gradients(replace(args, model="micro-moe"), monkeypatch)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        assert (grads[1.0][name] - grads[0.0][name]).norm() > 1e-3
+    name = "model.layers.1.mlp.experts.down_proj"  # after the last router: only the language loss
+    torch.testing.assert_close(grads[1.0][name], grads[0.0][name])
+
+
+# ---------------------------------------------------------------------------------------------
+# a run
+
+def test_the_log_is_the_truth(args, tmp_path):
+    """R4.2, R4.9: starts at ln V, falls, and is the same whatever the micro-batch."""
+    logs = {}
+    for micro_batch in (3, 4):
+        run = replace(args, micro_batch=micro_batch, out=str(tmp_path / str(micro_batch)))
+        result = pretrain.main(run)
+        logs[micro_batch] = log_of(run)
+        assert result["val_loss"] == pytest.approx(logs[micro_batch][-1]["val_loss"], rel=1e-6)
+    log = logs[4]
+    for a, b in zip(log, logs[3], strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[k] == pytest.approx(b[k], rel=2e-3) for k in a)
+    vocab = json.loads((tmp_path / "4" / "config.json").read_text())["vocab_size"]
+    assert abs(log[0]["loss"] / math.log(vocab) - 1) < 0.02
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert [row["step"] for row in log] == list(range(1, STEPS + 1))
+    assert [row["tokens"] for row in log] == [n * ROWS * SEQ for n in range(1, STEPS + 1)]
+    assert [row["step"] for row in log if "val_loss" in row] == [10, 20]
+    assert log[4]["lr"] == args.lr and log[-1]["lr"] == pytest.approx(0.1 * args.lr)
+    assert not (tmp_path / "4" / "state").exists()
+    model = Qwen2.from_pretrained(tmp_path / "4")  # what was saved is what was measured
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "4")
+    assert model.config.vocab_size == tokenizer.padded_vocab_size(128)
+    record = json.loads((tmp_path / "4" / "run.json").read_text())
+    assert record["finished"] and record["result"]["val_loss"] == result["val_loss"]
+
+
+@pytest.mark.parametrize("model", ["micro", "micro-moe"])
+def test_twenty_steps_equal_ten_killed_and_resumed(args, model, tmp_path, monkeypatch):
+    """R4.4, bit for bit: weights and every logged number; lines after the state are replaced."""
+    whole = replace(args, model=model, out=str(tmp_path / "whole"), doc_mask=True)
+    pretrain.main(whole)
+    parts = replace(whole, out=str(tmp_path / "parts"))
+    done = []
+
+    def killed_at_13(*rest):
+        done.append(1)
+        if len(done) == 13:
+            raise KeyboardInterrupt
+        return common.clip_and_step(*rest)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "clip_and_step", killed_at_13)
+        pretrain.main(parts)
+    assert len(log_of(parts)) == 12
+    with pytest.raises(InputError, match=r"other arguments: lr 0.003 -> 0.1$"):
+        pretrain.main(replace(parts, resume=True, lr=0.1))
+    with pytest.raises(InputError, match="interrupted"):
+        pretrain.main(parts)
+    torch.manual_seed(99)
+    pretrain.main(replace(parts, resume=True))
+    assert log_of(parts) == log_of(whole)
+    a, b = (Path(r.out, "model.safetensors").read_bytes() for r in (whole, parts))
+    assert a == b
+    with pytest.raises(InputError, match="a finished run"):
+        pretrain.main(parts)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(args, tmp_path):
+    logs = []
+    for i, seed in enumerate((0, 0, 1)):
+        run = replace(args, seed=seed, out=str(tmp_path / str(i)), tokens=2 * ROWS * (SEQ + 1))
+        pretrain.main(run)
+        logs.append(log_of(run))
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_moe_trains_and_logs_expert_load(args, tmp_path):
+    """R5.4, in part: fair share is 1, perfect balance k = 2; the step's load, not one pass's."""
+    logs = {}
+    for micro_batch in (4, 1):
+        run = replace(args, model="micro-moe", micro_batch=micro_batch, warmup=1,
+                      out=str(tmp_path / str(micro_batch)), tokens=8 * ROWS * (SEQ + 1))
+        pretrain.main(run)
+        logs[micro_batch] = log_of(run)
+    for row in logs[4]:
+        assert 0 <= row["expert_min"] <= 1 <= row["expert_max"] <= 8 / 2
+        assert 1.99 <= row["aux"] < 8
+    assert logs[4][-1]["loss"] < logs[4][0]["loss"] - 0.2
+    for name in ("expert_min", "expert_max"):  # the same forward pass, cut otherwise
+        assert logs[1][0][name] == pytest.approx(logs[4][0][name], abs=1e-5)
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = Qwen2(PRESETS["micro"])
+    ids = torch.randint(512, (4, 25), generator=rng(1))
+    optimizer = common.adamw(model, 1e-2, 0.0)
+    for _ in range(60):
+        loss = pretrain.lm_loss(model, ids, None, 4 * 24)
+        loss.backward()
+        common.clip_and_step(model, optimizer, 1e-2, 1.0)
+    assert loss.item() < 0.05
+
+
+def test_bfloat16_keeps_float32_weights(args, micro_run):
+    """R4.6: at 1e-6 nearly every weight moves; in pure bfloat16 2% did."""
+    run = replace(args, dtype="bfloat16", lr=1e-6, init=str(micro_run), weight_decay=0.0)
+    pretrain.main(run)
+    before, after = (Qwen2.from_pretrained(path).state_dict() for path in (micro_run, run.out))
+    stored = json.loads(Path(run.out, "config.json").read_text())["torch_dtype"]
+    moved = [(before[k] != after[k]).float().mean().item() for k in before if before[k].ndim == 2]
+    assert stored == "float32" and min(moved) > 0.99
+
+
+def test_init_and_a_new_rope_base_continue_a_model(args, micro_run):
+    """ABF: same weights at step 0, other theta, saved with the model."""
+    run = replace(args, tokenizer="", init=str(micro_run), rope_theta=1e6, lr=0.0,
+                  tokens=ROWS * (SEQ + 1))
+    pretrain.main(run)
+    old, new = Qwen2.from_pretrained(micro_run), Qwen2.from_pretrained(run.out)
+    assert (old.config.rope_theta, new.config.rope_theta) == (1e4, 1e6)
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("attention", ["reference", "fused"])
+def test_every_attention_kernel_gives_the_same_gradient(args, attention, monkeypatch):
+    old = kernels.use()
+    try:
+        want = gradients(replace(args, doc_mask=True), monkeypatch)
+        got = gradients(replace(args, doc_mask=True, attention=attention), monkeypatch)
+    finally:
+        kernels.use(*old)
+    for name, g in got.items():
+        assert (g - want[name]).norm() <= 1e-6 + 1e-4 * want[name].norm(), name
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+
+def test_held_out_documents_are_never_trained_on(args, texts, monkeypatch):
+    """And they are of all sources."""
+    half = len(texts) // 2
+    monkeypatch.setattr(pretrain, "load_sources",
+                        lambda args: {"a": texts[:half], "b": texts[half:]})
+    seen, tokenize = [], pretrain.data.tokenize
+
+    def spy(docs, tokenizer):
+        seen.append(list(docs))
+        return tokenize(seen[-1], tokenizer)
+    monkeypatch.setattr(pretrain.data, "tokenize", spy)
+    pretrain.main(replace(args, tokens=ROWS * (SEQ + 1)))
+    train, held = {t for docs in seen[:-1] for t in docs}, set(seen[-1])
+    assert held == {t for t in texts if is_held_out(t)} and train == set(texts) - held
+
+
+def test_the_tokenizer_is_trained_here_without_one(args):
+    run = replace(args, tokenizer="", vocab_size=400, tokens=ROWS * (SEQ + 1))
+    pretrain.main(run)
+    assert Tokenizer.from_pretrained(run.out).n_vocab == 400
+    assert Qwen2.from_pretrained(run.out).config.vocab_size == 512
+
+
+def test_weights_are_normalised_shares():
+    sizes = {"a": 30, "b": 10, "c": 5}
+    assert pretrain.parse_weights("", {"a": 30, "b": 10}) == {"a": 0.75, "b": 0.25}
+    assert pretrain.parse_weights("a=3,b=1", sizes) == {"a": 0.75, "b": 0.25}
+    assert pretrain.parse_weights("a=1,b=0", sizes) == {"a": 1.0}
+    for text in ("a", "a=x", "d=1", "a=-1", "a=0", "a=1,,b=1", "a=1,b"):
+        with pytest.raises(InputError, match="--weights"):
+            pretrain.parse_weights(text, sizes)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": "huge"}, "--model wants one of"), ({"attention": "flash"}, "--attention wants one"),
+    ({"batch_tokens": 8}, "--batch_tokens 8 is less"), ({"seq_len": 0}, "--seq_len must be"),
+    ({"micro_batch": 0}, "--micro_batch must be"), ({"eval_every": 0}, "--eval_every must be"),
+    ({"save_every": 0}, "--save_every must be"), ({"tokens": -5}, "--tokens must be"),
+    ({"tokens": 40}, "--tokens 40 is less than one step of 128"),
+    ({"seq_len": 1024, "batch_tokens": 1024, "tokens": 9999}, "held-out|--seq_len 1024 is beyond"),
+    ({"data": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
+    ({"tokenizer": "/no/such"}, "/no/such"), ({"init": "/no/such"}, "no config.json"),
+    ({"weights": "other=1"}, "--weights names other; the data has docs"),
+    ({"dtype": "int8"}, "--dtype wants one of"), ({"device": "tpu"}, "--device wants")])
+def test_bad_arguments_are_refused_in_one_line(change, message, args):
+    with pytest.raises(InputError, match=message) as error:
+        pretrain.main(replace(args, **change))
+    assert "\n" not in str(error.value)
+    assert not log_of(args) if Path(args.out, "log.jsonl").exists() else True
+
+
+def test_too_little_data_is_explained(args, tmp_path):
+    """One long document, as the usual first experiment: nothing can be held out."""
+    (tmp_path / "book.txt").write_text("A tale of two tokens. " * 2000)
+    with pytest.raises(InputError, match="held-out|no document to train on"):
+        pretrain.main(replace(args, data=str(tmp_path / "book.txt")))
+    (tmp_path / "book.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(InputError, match="two files of one name"):
+        pretrain.main(replace(args, data=f"{tmp_path}/book.txt,{tmp_path}/book.jsonl"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no .jsonl files"):
+        pretrain.main(replace(args, data=str(tmp_path / "empty")))

@@ -1,0 +1,219 @@
+"""reward.py: scores that do not depend on their batch, transformers' classifier as an oracle, a set
+that must be learned, baselines, resume. R numbers: USERS.md."""
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    TINY, Answer, interrupt_at, log, micro_model, no_samples, refuses, same_weights, stage_args,
+    tiny_model, weights, write_rows)
+
+import reward
+from model import PRESETS, Qwen2
+from reward import RewardModel, accuracies, pair_responses, preference_loss, tokenize_pairs
+from sample import Rollout, prompt_ids
+
+PROMPTS = ["Hi?", "What is the sum of two and three, please?", "Hi?", "Go", "A longer one " * 6]
+RESPONSES = ["Yes.", "Five.", "No, never, not at all.", "ok " * 20, ""]
+
+
+def random_reward(tokenizer, seed=0, **changes) -> RewardModel:
+    """A body with logits of order 1 and a head that is not zero."""
+    body = tiny_model(seed, vocab_size=tokenizer.padded_vocab_size(128), **changes)
+    model = RewardModel.from_language_model(body, tokenizer)
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# loss and scores
+
+def test_preference_loss():
+    """Bradley-Terry by hand: ln 2 at equal rewards, log(1 + e^-d) at a difference d."""
+    d = torch.tensor([0.0, 1.0, -2.0, 50.0])
+    want = [math.log1p(math.exp(-x)) for x in d.tolist()]
+    assert want[0] == pytest.approx(math.log(2))
+    assert preference_loss(d + 3, torch.full((4,), 3.0)).tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_score_does_not_depend_on_the_batch(tokenizer):
+    """R11.1: alone, all together, in another order, in any batch size: equal to 1e-5."""
+    model = random_reward(tokenizer)
+    alone = [model.score([p], [r])[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert max(alone) - min(alone) > 0.1
+    for size in (1, 2, 64):
+        assert model.score(PROMPTS, RESPONSES, size) == pytest.approx(alone, abs=1e-5)
+    assert model.score(PROMPTS[::-1], RESPONSES[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
+
+
+def test_score_is_read_at_the_last_token_whatever_the_padding(tokenizer):
+    """R11.1: a full forward of the row alone, the head at its last position; padding of any id,
+    of any length, and the padding id inside the text change nothing."""
+    model, pad = random_reward(tokenizer), tokenizer.pad_id
+    rows = [[5, 6, pad, 7], [9], [pad, pad, 3, pad]]
+    want = [model.head(model.hidden(torch.tensor([row]))[0, -1]).item() for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    for fill, width in ((0, 4), (pad, 9), (tokenizer.im_end_id, 6)):
+        ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+        assert model(ids, lengths).tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_prompt_and_response_forms_agree(tokenizer):
+    """Text, messages or the sampler's ids of one dialogue have one score; the end token counts."""
+    model = random_reward(tokenizer)
+    ids = prompt_ids(tokenizer, {"prompt": "Hi?"})
+    response = tokenizer.encode("Yes.") + [tokenizer.im_end_id]
+    scores = model.score(["Hi?", [{"role": "user", "content": "Hi?"}], ids, ids],
+                         ["Yes.", "Yes.", response, response[:-1]])
+    assert scores[:3] == pytest.approx([scores[0]] * 3, abs=1e-6)
+    assert abs(scores[3] - scores[0]) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# directories
+
+@pytest.mark.parametrize("preset", ["tied", "untied", "micro-moe"])
+def test_directory_has_score_weight(tokenizer, tmp_path, preset):
+    """R11: the published names; from tied, untied and MoE language models alike; loads again with
+    equal scores and is no language model."""
+    V = tokenizer.padded_vocab_size(128)
+    config = {"tied": replace(TINY, vocab_size=V),
+              "untied": replace(TINY, vocab_size=V, tie_word_embeddings=False),
+              "micro-moe": replace(PRESETS["micro-moe"], vocab_size=V)}[preset]
+    torch.manual_seed(0)
+    model = RewardModel.from_language_model(Qwen2(config), tokenizer)
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    names = weights(tmp_path)
+    assert names["score.weight"].shape == (1, config.hidden_size)
+    assert "lm_head.weight" not in names and "head.weight" not in names
+    kind = "Qwen2Moe" if preset == "micro-moe" else "Qwen2"
+    raw = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert raw["architectures"] == [f"{kind}ForSequenceClassification"]
+    again = RewardModel.from_pretrained(tmp_path)
+    assert again.score(PROMPTS, RESPONSES) == pytest.approx(model.score(PROMPTS, RESPONSES), abs=1e-6)
+    refuses(lambda: Qwen2.from_pretrained(tmp_path), "score.weight")
+
+
+def test_language_model_is_no_reward_model(micro_run):
+    """One line, not a score from a random head."""
+    refuses(lambda: RewardModel.from_pretrained(micro_run), "weight", "missing")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_gives_the_same_scores(tokenizer, tmp_path, tied):
+    """R3.6, R11.1: Qwen2ForSequenceClassification on our directory, batched and padded."""
+    transformers = pytest.importorskip("transformers")
+    model = random_reward(tokenizer, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    oracle, info = transformers.Qwen2ForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=1, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    oracle.config.pad_token_id = tokenizer.pad_id
+    rows = [prompt_ids(tokenizer, {"prompt": p}) + tokenizer.encode(r) + [tokenizer.im_end_id]
+            for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        want = oracle(ids, attention_mask=(ids != tokenizer.pad_id).long()).logits[:, 0].tolist()
+    assert model.score(PROMPTS, RESPONSES) == pytest.approx(want, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# learning
+
+def preferences(n):
+    """Right beats wrong, as text only a reader of the question can tell: the same answers, swapped."""
+    return [{"prompt": f"Is {i} even?", "chosen": "yes" if i % 2 == 0 else "no",
+             "rejected": "no" if i % 2 == 0 else "yes"} for i in range(n)]
+
+
+def test_starts_at_ln_2_and_overfits_32_pairs(tokenizer):
+    """R11.2: a zero head scores all alike, exactly ln 2; then 32 pairs are learned to 100%."""
+    model = RewardModel.from_language_model(micro_model(tokenizer), tokenizer)
+    rows = tokenize_pairs(preferences(32), tokenizer, 512)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        chosen, rejected = model.rewards([r[0] for r in rows] + [r[1] for r in rows]).chunk(2)
+        loss = preference_loss(chosen, rejected).mean()
+        if step == 0:
+            assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
+        if (chosen > rejected).all():
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert accuracies(model, rows)["accuracy"] == 1.0 and step < 59
+
+
+def test_trivial_rules_by_hand(tokenizer):
+    """R11.3: the accuracy stands beside "longer wins" and the correlation of score and length."""
+    class Length(torch.nn.Module):
+        def rewards(self, rows):
+            return torch.tensor([float(len(row)) for row in rows])
+    rows = [([1] * 5, [1] * 3), ([1] * 2, [1] * 7), ([1] * 9, [1] * 4), ([1] * 6, [1] * 6)]
+    got = accuracies(Length(), rows)
+    assert got == pytest.approx({"accuracy": 0.5, "longer_wins": 0.5, "shorter_wins": 0.25,
+                                 "score_length_correlation": 1.0}, abs=1e-6)
+
+
+def test_pairs_join_policies_by_query():
+    """Answers of two policies to one query are compared; never those of two queries."""
+    def answer(prompt, text, score, finished=True):
+        return Rollout({"prompt": prompt}, [], [], [], finished, text, score)
+    pool = [answer("p", "right", 1.0), answer("q", "fail q", 0.0), answer("p", "cut", 0.0, False),
+            answer("p", "wrong", 0.0), answer("p", "right", 1.0), answer("r", "good", 1.0)]
+    assert pair_responses(pool, 4, 0) == [{"prompt": "p", "chosen": "right", "rejected": "wrong"}]
+
+
+def test_long_pairs_are_dropped(tokenizer):
+    """--max_len is the longer side's, prompt and end token included."""
+    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r " * 30}]
+    ((chosen, rejected),) = tokenize_pairs(pairs, tokenizer, 9999)
+    assert chosen[-1] == rejected[-1] == tokenizer.im_end_id
+    assert len(tokenize_pairs(pairs, tokenizer, len(rejected))) == 1
+    assert len(tokenize_pairs(pairs, tokenizer, len(rejected) - 1)) == 0
+
+
+def run(micro_run, tmp_path, name, **values):
+    args = {"init": str(micro_run), "out": str(tmp_path / name), "queries": "none", "batch_size": 4,
+            "micro_batch": 4, "pairs": write_rows(tmp_path / "p.jsonl", preferences(10)),
+            "epochs": 2.4, "save_every": 2, "warmup": 1, **values}
+    return reward.main(stage_args(reward, **args))
+
+
+def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
+    """R4.4: 6 steps == Ctrl-C in the fourth, then --resume; and the first loss is ln 2."""
+    no_samples(monkeypatch, reward)
+    monkeypatch.setattr(Answer, "query", {"prompt": "x"})
+    run(micro_run, tmp_path, "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, reward, 4)
+        run(micro_run, tmp_path, "halves")
+    run(micro_run, tmp_path, "halves", resume=True)
+    assert log(tmp_path / "whole")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(log(tmp_path / "whole")) == 6 and log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert same_weights(tmp_path / "halves", tmp_path / "whole")
+    assert RewardModel.from_pretrained(tmp_path / "whole").score(["a"], ["b"])[0] != 0
+
+
+@pytest.mark.parametrize("values,words", [
+    ({"queries": "none", "pairs": ""}, ["--pairs"]), ({"temperatures": "0.7,hot"}, ["--temperatures"]),
+    ({"temperatures": ""}, ["--temperatures"])])
+def test_impossible_settings_are_refused(micro_run, tmp_path, monkeypatch, values, words):
+    """One line each."""
+    no_samples(monkeypatch, reward)
+    refuses(lambda: run(micro_run, tmp_path, "run", **values), *words)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p", "chosen": "c"}, {"text": "t"},
+                                 {"prompt": "p", "chosen": 4, "rejected": "r"}])
+def test_bad_pairs_are_named_by_line(micro_run, tmp_path, row):
+    """file:line, and --out is not begun."""
+    path = write_rows(tmp_path / "bad.jsonl", [*preferences(1), row])
+    refuses(lambda: run(micro_run, tmp_path, "run", pairs=path), f"{path}:2")
+    assert not (tmp_path / "run").exists()
