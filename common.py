@@ -10,7 +10,6 @@ run equals an uninterrupted one bit for bit on a CPU (tests/test_pipeline.py).
 import dataclasses
 import difflib
 import gzip
-import hashlib
 import inspect
 import json
 import math
@@ -55,7 +54,7 @@ def parse_value(name: str, text: str, kind: type):
 
 
 def parse_args(Args, argv: list[str] | None = None):
-    """`--field value`, `--field=value`, `--flag` for booleans -> an Args. Flags equal field names."""
+    """`--field value`, `--field=value`, `--flag` for booleans -> an Args. Flags are field names."""
     argv = list(sys.argv[1:] if argv is None else argv)
     fields, values = {f.name: f for f in dataclasses.fields(Args)}, {}
     if {"-h", "--help"} & set(argv):
@@ -178,11 +177,6 @@ def epoch_order(step: int, batch_size: int, n: int, seed: int) -> list[int]:
     return [epochs[p // n][p % n] for p in positions]
 
 
-def is_held_out(text: str) -> bool:
-    """One document in fifty, by its hash: the same whatever the order, the split or the seed."""
-    return int(hashlib.blake2b(text.encode(), digest_size=4).hexdigest(), 16) % 50 == 0
-
-
 def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:
     """Ragged rows -> (B, T) int64, padded on the right."""
     longest = max(map(len, rows))
@@ -224,7 +218,8 @@ def read_jsonl(path: str | Path):
                     require(isinstance(row, dict), f"{path}:{number}: want a JSON object a line")
                     yield number, row
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
+            where = f"{error.msg}, column {error.colno}"
+            raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
@@ -314,7 +309,7 @@ class Run:
         write_atomic(self.path / "run.json", json.dumps(record, indent=1) + "\n")
 
     def log(self, step: int, steps: int, bar: tqdm, **metrics) -> None:
-        """Append to log.jsonl; show on the bar, or as ten lines in all where there is no terminal."""
+        """Append to log.jsonl; show on the bar, or as ten lines in all without a terminal."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
@@ -347,8 +342,8 @@ class Run:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         self.previous_seconds = state["seconds"]
-        rows = [row for _, row in read_jsonl(self.path / "log.jsonl") if row["step"] <= state["step"]]
-        write_jsonl(self.path / "log.jsonl", rows)
+        log = self.path / "log.jsonl"
+        write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= state["step"]])
         print(f"resumed {self.path} after step {state['step']}")
         return state["step"]
 

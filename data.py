@@ -319,6 +319,12 @@ def decontaminate(documents, eval_texts, encode=word_ids, *, minimum: int = 13,
     return kept, hits
 
 
+def is_held_out(text: str) -> bool:
+    """One document in fifty, by its hash, is for measuring the loss only: the same ones whatever
+    the order, the mixture or the seed."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest()[0] % 50 == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # tokens: documents -> mixture -> packed rows
 
@@ -330,6 +336,15 @@ def tokenize(texts, tok) -> list[np.ndarray]:
     while chunk := list(islice(texts, 1000)):  # Python's lists of ints live 1000 texts at a time
         arrays += [np.array([*ids, tok.eos_id], dtype=dtype) for ids in tok.encode_batch(chunk)]
     return arrays
+
+
+def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
+    """ "a=0.7,b=0.3" -> {source: weight}; empty -> the default."""
+    try:
+        pairs = (part.split("=") for part in text.split(",") if part)
+        return {name.strip(): float(value) for name, value in pairs} or dict(default)
+    except ValueError:
+        raise InputError(f"--weights wants name=0.5,name=0.5, got {text!r}") from None
 
 
 def mix(sources: dict[str, list[np.ndarray]], weights: dict[str, float], tokens: int,
@@ -387,10 +402,10 @@ def pack(docs: list[np.ndarray], seq_len: int) -> tuple[torch.Tensor, torch.Tens
 
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages",
            "pydoc_data", "__pycache__"}  # tests are data more than text; pydoc_data is read apart
-# Documentation is the scarce good text here and is up-sampled, as the report up-samples science
-# and technology. The numbers are ours.
-BUILTIN_WEIGHTS = {"stdlib_reference": 0.15, "stdlib_docstrings": 0.25, "stdlib_code": 0.4,
-                   "mathematics": 0.05, "code": 0.05, "instruction": 0.05, "logic": 0.05}
+
+# Token shares of the built-in corpus, our choice: a third real text, the rest synthetic practice.
+BUILTIN_WEIGHTS = {"stdlib_reference": 0.06, "stdlib_docstrings": 0.12, "stdlib_code": 0.06,
+                   "mathematics": 0.25, "code": 0.16, "instruction": 0.12, "logic": 0.23}
 
 
 def stdlib_files(root: str) -> list[str]:
@@ -456,25 +471,12 @@ class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
     input: str = ""                # comma-separated .txt, .jsonl, .parquet; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
-    weights: str = ""              # token shares "a=0.5,b=0.5"; empty: ours, or by size for --input
-    tokenizer: str = ""            # directory of a tokenizer to count tokens with; empty: bytes
-    tokens: int = 0                # length of the mixture; 0: as much as was kept
-    seq_len: int = 512             # positions of a packed row
     max_mb: float = 6.0            # of standard library files in the built-in corpus
-    synthetic_mb: float = 0.4      # of generated documents in the built-in corpus
+    synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
     threshold: float = 0.75        # estimated Jaccard similarity that makes a near-duplicate
     show_dropped: int = 1          # dropped samples to print per reason
-    seed: int = 0                  # of the corpus sample, the generators and the mixture
+    seed: int = 0                  # of the corpus sample and the generators
     overwrite: bool = False        # replace what --out holds
-
-
-def parse_weights(text: str, sizes: dict[str, int]) -> dict[str, float]:
-    """ "a=0.7,b=0.3" -> {source: weight}; empty -> in proportion to the sizes."""
-    try:
-        pairs = (part.split("=") for part in text.split(",") if part)
-        return {name.strip(): float(value) for name, value in pairs} or dict(sizes)
-    except ValueError:
-        raise InputError(f"--weights wants name=0.5,name=0.5, got {text!r}") from None
 
 
 def load(args: Args) -> tuple[list[dict], list[str]]:
@@ -516,19 +518,14 @@ def main(args: Args) -> dict:
                           f"item {prompts[hit['eval']][:60]!r}"} for hit in hits]}
     require(len(final) > 0, f"nothing is left of {len(documents)} documents: {dropped}")
 
-    sources, arrays = {}, {}
-    if args.tokenizer:
-        from tokenizer import Tokenizer  # here: counting bytes needs no tokenizer
-        tok = Tokenizer.from_pretrained(args.tokenizer)
+    sources = {}
     print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}{'of MB':>7}")
     for name in sorted({doc["source"] for doc in documents}):
-        texts = [[doc["text"].encode("utf-8", "replace") for doc in docs if doc["source"] == name]
-                 for docs in (documents, final)]
-        (n, mb), (m, kept_mb) = ((len(part), sum(map(len, part)) / 1e6) for part in texts)
+        (n, mb), (m, kept_mb) = ((len(sizes), sum(sizes) / 1e6) for sizes in (
+            [len(doc["text"].encode("utf-8", "replace")) for doc in docs if doc["source"] == name]
+            for docs in (documents, final)))
         sources[name] = {"documents": n, "mb": mb, "kept": m, "kept_mb": kept_mb}
         print(f"{name:<20}{n:>10}{mb:>8.2f}{m:>8}{kept_mb:>8.2f}{kept_mb / max(mb, 1e-9):>7.0%}")
-        arrays[name] = tokenize([text.decode() for text in texts[1]], tok) if args.tokenizer else \
-            [np.frombuffer(text + b"\0", dtype=np.uint8) for text in texts[1]]
         write_jsonl(out / f"{name}.jsonl", (doc for doc in final if doc["source"] == name))
     print(f"\ndropped {sum(dropped.values())} of {len(documents)} documents:")
     for name, count in dropped.items():
@@ -537,21 +534,8 @@ def main(args: Args) -> dict:
             text = " ".join(sample["text"].split())[:48]
             print(f"    {sample['reason']}: {text!r}"[:140])
 
-    sizes = {name: sum(map(len, docs)) for name, docs in arrays.items() if docs}
-    weights = parse_weights(args.weights, sizes if args.input else BUILTIN_WEIGHTS)
-    stream, mixture = mix(arrays, weights, args.tokens or sum(sizes.values()), args.seed)
-    unit = "tokens" if args.tokenizer else "bytes"
-    print(f"\n{'mixture':<20}{'share':>8}{unit:>12}{'epochs':>8}")
-    for name, row in mixture.items():
-        print(f"{name:<20}{row['share']:>8.1%}{row['tokens']:>12}{row['epochs']:>8}",
-              row["warning"])
-    rows, left = divmod(sum(map(len, stream)), args.seq_len + 1)
-    print(f"{len(stream)} documents pack into {rows} rows of {args.seq_len} + 1 {unit}; the last "
-          f"{left} fill no row")
-
     result = {"args": asdict(args), "seconds": round(time.time() - started, 1), "sources": sources,
-              "dropped": dropped, "samples": {k: v[:20] for k, v in samples.items()},
-              "mixture": mixture, "unit": unit}
+              "dropped": dropped, "samples": {k: v[:20] for k, v in samples.items()}}
     write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"data: {out} ready after {time.time() - started:.0f} s")
     return result

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, clip_and_step, cli, epoch_order, lr_at, read_jsonl, require, rng, setup,
-    write_jsonl)
+    Run, cli, clip_and_step, epoch_order, lr_at, require, rng, setup, write_jsonl)
 from model import Qwen2
+from reward import read_pairs
 from sample import completion_logprobs, rollout
 from tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ class Args:
     warmup: int = 5                  # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     merge_alpha: float = 1e-7        # share of the SFT direction in each update
-    reserve: float = 0.5             # share of entries that OnDARE keeps (and scales by its inverse)
+    reserve: float = 0.5             # share of entries that OnDARE keeps, scaled by its inverse
     clip: float = 1.0                # largest gradient norm
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
@@ -84,15 +84,6 @@ def pair_up(groups: list, per_query: int, seed: int) -> list[dict]:
         for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
             pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen,
                           "rejected": rejected, "domain": group[0].query["domain"]})
-    return pairs
-
-
-def read_pairs(path: str) -> list[dict]:
-    pairs = []
-    for number, row in read_jsonl(path):
-        if not {"prompt", "chosen", "rejected"} <= row.keys():
-            raise InputError(f'{path}:{number}: want "prompt", "chosen" and "rejected"')
-        pairs.append(row)
     return pairs
 
 
@@ -166,15 +157,19 @@ class OnlineMerging(torch.optim.Optimizer):
 def main(args: Args) -> dict:
     # set-up
     device, autocast = setup(args)
+    for name in ("n_queries", "responses", "temperature", "max_new_tokens",
+                 "epochs", "batch_size", "micro_batch", "save_every"):
+        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
     tokenizer = Tokenizer.from_pretrained(args.init)
     model = Qwen2.from_pretrained(args.init, device=device)
-    run = Run(args, "dpo")
+    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
+            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    pairs = read_pairs(args.data) if args.data else []
+    queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)
+    run = Run(args, "dpo")  # after the input is read: a refusal leaves --out as it was
 
     # data
-    if args.data:
-        pairs = read_pairs(args.data)
-    else:
-        queries = tasks.load(args.queries, args.n_queries, args.seed)
+    if not args.data:
         groups = rollout(model, tokenizer, queries, args.responses, args.max_new_tokens,
                          args.temperature, args.seed)
         pairs = pair_up(groups, args.pairs_per_query, args.seed)
@@ -184,8 +179,9 @@ def main(args: Args) -> dict:
     write_jsonl(run.path / "pairs.jsonl", pairs)
     rows = [tokenize_pair(tokenizer, pair) for pair in pairs]
     rows = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= args.max_len]
-    require(len(rows) > 0, "no preference pair: every query's answers all pass or all fail; "
+    require(len(pairs) > 0, "no preference pair: every query's answers all pass or all fail; "
             "choose other --queries or a higher --temperature")
+    require(len(rows) > 0, f"all {len(pairs)} pairs are longer than --max_len {args.max_len}")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
 
     def sequence_logprobs(batch):
@@ -205,6 +201,8 @@ def main(args: Args) -> dict:
     params = dict(model.named_parameters())
     if args.base:
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
+        require({k: p.shape for k, p in base.items()} == {k: p.shape for k, p in params.items()},
+                f"--base {args.base} and --init {args.init} differ in size or architecture")
         taus = [(params[name] - base[name]).detach() for name in params]
         optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
                                   args.seed)

@@ -1,7 +1,7 @@
 """What a stage gained: pass@1 and greedy accuracy a domain with 95% intervals, bits per byte of
 held-out text, and the report of a whole run.
 
-Every stage answers the same held-out queries (split "test", which nothing trains on or is tuned on):
+Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
 `samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
 2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
 (--few_shot 3), gets worked examples as plain text. Intervals are over queries, normal, from the
@@ -13,18 +13,18 @@ spread of the queries' means: several samples of one query are not independent.
 """
 import json
 import math
+import time
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import kernels
 import tasks
 from common import (
-    cli, is_held_out, pad_rows, peak_rss_mb, read_json, require, setup, write_atomic, write_jsonl)
+    cli, pad_rows, peak_rss_mb, read_json, read_jsonl, require, setup, write_atomic, write_jsonl)
 from model import Qwen2
 from sample import generate, rollout
 from tokenizer import Tokenizer
@@ -101,7 +101,8 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
         return [[(a.text, a.score) for a in group] for group in groups]
     # A base model goes on with the next question after its answer: the blank line ends it.
     prompts = [tokenizer.encode(tasks.few_shot(q, args.few_shot, args.seed)) for q in queries]
-    stops = tokenizer.stop_ids + tuple(ids[0] for ids in [tokenizer.encode("\n\n")] if len(ids) == 1)
+    blank = tokenizer.encode("\n\n")
+    stops = tokenizer.stop_ids + (tuple(blank) if len(blank) == 1 else ())
     out = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
                    stop_ids=stops, valid_vocab=tokenizer.n_vocab)
     texts = [tokenizer.decode(c.ids).split("\n\n")[0].strip() for c in out]
@@ -114,8 +115,14 @@ def evaluate(args: Args) -> dict:
     device, autocast = setup(args)
     tokenizer = Tokenizer.from_pretrained(args.init)
     model = Qwen2.from_pretrained(args.init, device=device)
-    require(args.samples > 0, "--samples wants 1 or more")
+    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
+            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    for name in ("samples", "n_queries", "max_new_tokens"):
+        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
     queries = tasks.load(args.queries, args.n_queries)
+    foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
+    require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
+            f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
     with autocast:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
@@ -128,7 +135,7 @@ def evaluate(args: Args) -> dict:
     if args.text:
         texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
                  if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
-        texts = [text for text in texts if is_held_out(text)]
+        texts = [text for text in texts if data.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
         metrics |= bits_per_byte(model, tokenizer, texts)
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
@@ -176,7 +183,7 @@ def plot_curves(root: Path, stages: list[str]) -> list[str]:
              "rl_first": "pass", "reward": "accuracy", "grpo": "pass"}
     fig, axes = plt.subplots(1, len(stages), figsize=(2.6 * len(stages), 2.2), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
-        rows = [json.loads(line) for line in open(root / stage / "log.jsonl", encoding="utf-8")]
+        rows = [row for _, row in read_jsonl(root / stage / "log.jsonl")]
         metric = shown[stage]
         axis.plot([r["step"] for r in rows], [r[metric] for r in rows], lw=1)
         axis.set_title(f"{stage}: {metric}", fontsize=9)
@@ -198,15 +205,15 @@ def write_report(root: Path) -> None:
     stages = []
     for name in found:
         run, path = read_json(root / name / "run.json"), root / name / "eval.json"
-        record = {"name": name, "seconds": run.get("seconds"), "peak_rss_mb": run.get("peak_rss_mb"),
-                  "command": "python " + run["command"], "result": run.get("result", {}),
+        record = {"name": name, "seconds": run.get("seconds"),
+                  "peak_rss_mb": run.get("peak_rss_mb"), "command": "python " + run["command"],
+                  "result": run.get("result", {}),
                   "metrics": read_json(path)["metrics"] if path.exists() else {}}
         stages.append(record)
         seed = run["seed"]
     total = sum(s["seconds"] or 0 for s in stages)
     started = root / "started"
     if started.exists():  # demo.sh's clock: data, tokenizer and evaluations included
-        import time
         total = time.time() - float(started.read_text())
     write_atomic(root / "report.json", json.dumps(
         {"stages": stages, "seed": seed, "total_seconds": round(total)}, indent=1))
@@ -214,12 +221,13 @@ def write_report(root: Path) -> None:
     rows = [(s["name"], s["metrics"]) for s in stages if s["metrics"]]
     lines = [f"# {root.name}: seed {seed}, {total / 60:.1f} minutes in all", ""]
     if rows:
-        lines += ["Held-out queries (n a cell in report.json), mean [95% interval].", "", table(rows)]
+        lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
+                  table(rows)]
     lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
     lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
               for s in stages if s["seconds"]]
     lines += plot_curves(root, [s for s in found if (root / s / "log.jsonl").stat().st_size])
-    chats = {s: [json.loads(line) for line in open(root / s / "eval_samples.jsonl", encoding="utf-8")]
+    chats = {s: [row for _, row in read_jsonl(root / s / "eval_samples.jsonl")]
              for s in ("sft", "grpo") if (root / s / "eval_samples.jsonl").exists()}
     if len(chats) == 2:
         lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]

@@ -21,7 +21,7 @@ the variance is measured once, with the initial policy.
 
 Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
 Watch reward and pass instead: they rise within the first 20 steps. Dead groups (all 8 rewards
-equal) grow as queries are solved. Entropy falls; if it falls to near 0 while pass stalls, lower --lr.
+equal) grow as queries are solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
 """
 import copy
 import random
@@ -31,8 +31,7 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from common import (
-    Run, adamw, clip_and_step, cli, lr_at, require, setup)
+from common import Run, adamw, cli, clip_and_step, lr_at, require, setup
 from model import Qwen2
 from reward import RewardModel
 from sample import completion_logprobs, rollout
@@ -148,11 +147,11 @@ def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: in
 def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query once with the initial policy; highest variance of scores first. Refuses to
     train where there is nothing to learn from (R12.7)."""
-    answers, verified, rewards, scores = sample_episode(model, reward_model, tokenizer, queries, args,
-                                                        args.seed)
+    answers, verified, rewards, scores = sample_episode(model, reward_model, tokenizer, queries,
+                                                        args, args.seed)
     truncated = sum(not a.finished for a in answers) / len(answers)
     mixed = ((verified.amax(1) != verified.amin(1)).float().mean()).item()
-    print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries pass only sometimes, "
+    print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries only sometimes, "
           f"{truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens")
     require(mixed > 0, "every query passes always or never, so all advantages are 0: choose easier "
@@ -169,16 +168,23 @@ def main(args: Args) -> dict:
             f"--aggregate wants seq_mean, token_mean or constant, got {args.aggregate!r}")
     require(args.normalise in ("group", "none"), f"--normalise wants group or none, got "
             f"{args.normalise!r}")
+    for name in ("steps", "batch_queries", "temperature",
+                 "max_new_tokens", "inner_steps", "micro_batch", "save_every"):
+        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     tokenizer = Tokenizer.from_pretrained(args.init)
     model = Qwen2.from_pretrained(args.init, device=device)
+    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
+            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
     reward_model = None
     if args.reward_model:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
-    run = Run(args, "grpo")
+        require(reward_model.tokenizer.special == tokenizer.special,
+                f"--reward_model {args.reward_model} has another tokenizer than --init")
+    queries = tasks.load(args.queries, args.n_queries, args.seed)
+    run = Run(args, "grpo")  # after the input is read: a refusal leaves --out as it was
 
     # data
-    queries = tasks.load(args.queries, args.n_queries, args.seed)
     with autocast:
         queries = order_queries(model, reward_model, tokenizer, queries, args)
     reference = copy.deepcopy(model) if args.kl else None
@@ -227,7 +233,8 @@ def main(args: Args) -> dict:
         run.log(step + 1, args.steps, bar, reward=rewards.mean().item(),
                 **{"pass": verified.mean().item()},
                 score=scores.mean().item() if scores is not None else 0.0,
-                dead=1 - len(alive) / len(answers), cut=1 - len(finished) / len(answers),
+                dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+                cut=1 - len(finished) / len(answers),
                 length=sum(finished) / max(1, len(finished)), loss=loss, lr=lr, grad_norm=norm,
                 entropy=sums["entropy"] / trained, kl=sums["kl"] / trained,
                 clipped=sums["clipped"] / trained, gap=sums["gap"])

@@ -255,7 +255,8 @@ class KVCache:
     layer. `pads` (B,) counts the padding at the *left* of each row, which nothing attends to."""
 
     def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
-        shape = (config.num_hidden_layers, 2, B, config.num_key_value_heads, max_len, config.head_dim)
+        K, D = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, 2, B, K, max_len, D)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.pads = pads if pads is not None and pads.any() else None
         self.length = 0
@@ -400,7 +401,8 @@ class Qwen2(nn.Module):
 
 def config_from_dict(raw: dict, path) -> Config:
     kind = raw.get("model_type")
-    require(kind in ("qwen2", "qwen2_moe"), f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
+    require(kind in ("qwen2", "qwen2_moe"),
+            f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
     rope_parameters = raw.get("rope_parameters") or {}  # transformers 5 moved theta in here
     scaling = raw.get("rope_scaling") or (
         rope_parameters if rope_parameters.get("rope_type", "default") != "default" else None)

@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 import data
 import kernels
-import tasks
-from common import Run, adamw, clip_and_step, cli, epoch_order, is_held_out, lr_at, require, setup
+from common import Run, adamw, cli, clip_and_step, epoch_order, lr_at, require, setup
 from model import PRESETS, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -37,8 +36,8 @@ from tokenizer import Tokenizer
 @dataclass
 class Args:
     out: str = "runs/pretrain"       # where the run goes
-    data: str = ""                   # directory or comma-separated files; empty: the built-in corpus
-    weights: str = ""                # token shares "name=0.5,other=0.5"; empty: in proportion to size
+    data: str = ""                   # directory or files, comma-separated; empty: built-in corpus
+    weights: str = ""                # token shares "name=0.5,other=0.5"; empty: ours, or by size
     tokenizer: str = ""              # directory or qwen.tiktoken; empty: train one on the data
     vocab_size: int = 2048           # of the tokenizer trained here, control tokens included
     model: str = "tiny"              # preset of model.py
@@ -47,8 +46,8 @@ class Args:
     tokens: int = 300_000            # training tokens in all
     seq_len: int = 256               # positions a row
     doc_mask: bool = False           # packed documents do not see each other
-    batch_tokens: int = 4096         # tokens a step: the batch size that schedules count
-    micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
+    batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
+    micro_batch: int = 8             # rows a forward pass: memory, not the result (MoE aux apart)
     lr: float = 3e-3                 # peak learning rate
     warmup: int = 20                 # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
@@ -69,36 +68,20 @@ class Args:
 # data
 
 def load_sources(args: Args) -> dict[str, list[str]]:
-    """Texts by source name: a directory of .jsonl written by data.py, files, or the built-in
-    corpus: real Python documentation and code, and synthetic documents of the four domains."""
+    """Texts by source name, of a directory written by data.py, or of files of any kind it reads.
+    With no --data, data.py builds its corpus first: real Python documentation and code, and
+    synthetic documents of the four domains."""
+    path = Path(args.data or Path(args.out) / "data")
     if not args.data:
-        sources = data.builtin_corpus(seed=args.seed)
-        sources = {name: [doc["text"] if isinstance(doc, dict) else doc for doc in docs]
-                   for name, docs in sources.items()}
-        return sources | {d: data.synthetic(d, args.tokens, args.seed) for d in tasks.DOMAINS}
-    path = Path(args.data)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [Path(p) for p in args.data.split(",")]
+        data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
+    files = [Path(p) for p in args.data.split(",")]
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
     require(len(files) > 0, f"--data {path}: no .jsonl files in it")
-    names = [file.name.split(".")[0] for file in files]
-    require(len(set(names)) == len(names), f"--data: two files of one name in {', '.join(names)}")
-    return {name: [doc["text"] for doc in data.read_documents(file)]
-            for name, file in zip(names, files, strict=True)}
-
-
-def parse_weights(text: str, sizes: dict[str, int]) -> dict[str, float]:
-    """ "a=0.7,b=0.3" -> normalised token shares; empty -> in proportion to the sizes."""
-    if not text:
-        return {name: size / sum(sizes.values()) for name, size in sizes.items()}
-    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    require(len(pairs) == text.count(",") + 1, f"--weights wants name=share,name=share, got {text!r}")
-    unknown = sorted(pairs.keys() - sizes.keys())
-    require(not unknown, f"--weights names {', '.join(unknown)}; the data has {', '.join(sizes)}")
-    try:
-        shares = {name: float(share) for name, share in pairs.items()}
-    except ValueError:
-        require(False, f"--weights wants numbers after '=', got {text!r}")
-    require(min(shares.values()) >= 0 < sum(shares.values()), "--weights must be positive")
-    return {name: share / sum(shares.values()) for name, share in shares.items() if share}
+    sources = {}
+    for doc in (doc for file in files for doc in data.read_documents(file)):
+        sources.setdefault(doc["source"], []).append(doc["text"])
+    return sources
 
 
 # ---------------------------------------------------------------------------------------------
@@ -140,7 +123,7 @@ def main(args: Args) -> dict:
 
     # data
     sources = load_sources(args)
-    train = {name: [t for t in texts if not is_held_out(t)] for name, texts in sources.items()}
+    train = {name: [t for t in texts if not data.is_held_out(t)] for name, texts in sources.items()}
     require(any(train.values()), "--data has no document to train on")
     if args.init or args.tokenizer:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init)
@@ -148,10 +131,11 @@ def main(args: Args) -> dict:
         tokenizer = Tokenizer.train((t for texts in train.values() for t in texts), args.vocab_size)
     docs = {name: data.tokenize(texts, tokenizer) for name, texts in train.items() if texts}
     sizes = {name: sum(map(len, arrays)) for name, arrays in docs.items()}
-    shares = parse_weights(args.weights, sizes)
-    stream, report = data.mix({n: docs[n] for n in shares}, shares, args.tokens + 1, args.seed)
+    builtin = sizes.keys() == data.BUILTIN_WEIGHTS.keys()
+    weights = data.parse_weights(args.weights, data.BUILTIN_WEIGHTS if builtin else sizes)
+    stream, report = data.mix(docs, weights, args.tokens, args.seed)
     ids, segment_ids = data.pack(stream, args.seq_len)
-    held_out = [t for texts in sources.values() for t in texts if is_held_out(t)]
+    held_out = [t for texts in sources.values() for t in texts if data.is_held_out(t)]
     random.Random(0).shuffle(held_out)  # the rows kept below are of all sources, not of the first
     held_out = data.tokenize(held_out, tokenizer)
     require(sum(map(len, held_out)) > args.seq_len, "--data is too small: its held-out documents, "
@@ -161,20 +145,22 @@ def main(args: Args) -> dict:
     if not args.doc_mask:
         segment_ids = val_segments = None
     for name, row in report.items():
-        print(f"  {name:<20} {row}")
+        print(f"  {name:<20}{row['share']:>7.1%}{row['tokens']:>10} tokens, {row['epochs']} epochs "
+              f"{row['warning']}")
 
     # model
     if args.init:
         model = Qwen2.from_pretrained(args.init, device=device)
-        require(tokenizer.n_vocab <= model.config.vocab_size, f"the tokenizer has {tokenizer.n_vocab}"
-                f" ids, the model of --init only {model.config.vocab_size}")
+        require(tokenizer.n_vocab <= model.config.vocab_size, "the tokenizer has "
+                f"{tokenizer.n_vocab} ids, the model of --init only {model.config.vocab_size}")
     else:
         config = replace(PRESETS[args.model], vocab_size=tokenizer.padded_vocab_size(128))
         model = Qwen2(config).to(device)
     if args.rope_theta:
         model.config = replace(model.config, rope_theta=args.rope_theta)
     require(args.seq_len <= model.config.max_position_embeddings,
-            f"--seq_len {args.seq_len} is beyond the model's {model.config.max_position_embeddings}")
+            f"--seq_len {args.seq_len} is beyond the model's "
+            f"{model.config.max_position_embeddings} positions")
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(ids) // rows
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, adamw, clip_and_step, cli, epoch_order, lr_at, pad_rows, read_jsonl, require, setup,
-    write_jsonl)
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, read_jsonl, require,
+    setup, write_jsonl)
 from model import Config, Qwen2
 from sample import prompt_ids, rollout
 from tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class Args:
     temperatures: str = "0.7,1.0"    # each policy samples at each of these
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     out: str = "runs/reward"         # where the run goes
-    queries: str = "rl"              # query split or file: the one that GRPO uses; "none": only --pairs
+    queries: str = "rl"              # query split or file, as for GRPO; "none": only --pairs
     n_queries: int = 128             # how many of them
     responses: int = 4               # answers a query, policy and temperature
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
@@ -135,8 +135,30 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
         failed = sorted({a.text for a in group if a.score < 1 and a.finished})
         k = min(per_query, len(passed), len(failed))
         for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
-            pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen, "rejected": rejected})
+            pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen,
+                          "rejected": rejected})
     return pairs
+
+
+def read_pairs(path: str) -> list[dict]:
+    """JSONL of {"prompt", "chosen", "rejected"}, each a text or messages: TRL's shapes."""
+    def readable(side):
+        return isinstance(side, str) or (isinstance(side, list) and len(side) > 0 and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in side))
+    pairs = []
+    for number, row in read_jsonl(path):
+        bad = [k for k in ("prompt", "chosen", "rejected") if not readable(row.get(k))]
+        require(not bad, f"{path}:{number}: {', '.join(bad)}: want a text or messages, in a row of "
+                '"prompt", "chosen", "rejected"')
+        pairs.append(row)
+    return pairs
+
+
+def parse_temperatures(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--temperatures wants numbers joined by commas, got {text!r}") from None
 
 
 def sample_pairs(args: Args, device, autocast, queries: list[dict], seed: int) -> list[dict]:
@@ -144,7 +166,7 @@ def sample_pairs(args: Args, device, autocast, queries: list[dict], seed: int) -
     for path in (args.policies or args.init).split(","):
         tokenizer = Tokenizer.from_pretrained(path)
         policy = Qwen2.from_pretrained(path, device=device)
-        for temperature in map(float, args.temperatures.split(",")):
+        for temperature in parse_temperatures(args.temperatures):
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
                                  temperature, seed)
@@ -195,14 +217,22 @@ def accuracies(model: RewardModel, rows) -> dict[str, float]:
 def main(args: Args) -> dict:
     # set-up
     device, autocast = setup(args)
+    for name in ("n_queries", "responses", "max_new_tokens",
+                 "epochs", "batch_size", "micro_batch", "save_every"):
+        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
     tokenizer = Tokenizer.from_pretrained(args.init)
-    model = RewardModel.from_language_model(Qwen2.from_pretrained(args.init, device=device), tokenizer)
-    run = Run(args, "reward")
+    model = RewardModel.from_language_model(Qwen2.from_pretrained(args.init, device=device),
+                                            tokenizer)
+    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
+            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    pairs = read_pairs(args.pairs) if args.pairs else []
+    queries = [] if args.queries == "none" else tasks.load(args.queries, args.n_queries, args.seed)
+    require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
+    parse_temperatures(args.temperatures)
+    run = Run(args, "reward")  # after the input is read: a refusal leaves --out as it was
 
     # data
-    pairs = [row for _, row in read_jsonl(args.pairs)] if args.pairs else []
-    if args.queries != "none":
-        queries = tasks.load(args.queries, args.n_queries, args.seed)
+    if queries:
         pairs += sample_pairs(args, device, autocast, queries, args.seed)
     held_out = sample_pairs(args, device, autocast, tasks.builtin("val", 200, args.seed), args.seed)
     rows = tokenize_pairs(pairs, tokenizer, args.max_len)

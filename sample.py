@@ -122,7 +122,7 @@ def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: lis
     mask = column < lengths                                           # (B, R), from lengths (R8.3)
     row = torch.arange(len(ids), device=device)[:, None].expand_as(mask)[mask]
     position = (starts + column)[mask]                                # (N,) of each completion id
-    hidden = model.hidden(ids)[row, position - 1]                     # -1: it is predicted from there
+    hidden = model.hidden(ids)[row, position - 1]                     # -1: where it is predicted
     logprobs = kernels.token_logprobs(hidden, model.head_weight, ids[row, position], temperature,
                                       valid_vocab=valid_vocab)
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask

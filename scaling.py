@@ -254,19 +254,22 @@ def fit_loss_law(N, D, loss, bootstrap=0, seed=0) -> LossLaw:
 def fit(rows, bootstrap=200, seed=0) -> tuple:
     """(loss law, lr law, batch law). A cell's loss is that of its best run: the report trains once
     more at the predicted optimum; on a grid such a run is there already."""
-    best = {cell: min(points.values()) for cell, points in cells_of(rows).items()}
+    best = {cell: min(points.values()) for cell, points in cells_of(rows).items()
+            if min(points.values()) < math.inf}
+    require(len(best) > 0, "no run with a finite loss")
     return (fit_loss_law(*zip(*best, strict=True), list(best.values()), bootstrap, seed),
             *(fit_hyperparameter_law(rows, t, "ND", 5 * bootstrap, seed) for t in ("lr", "batch")))
 
 
 def plan(loss: LossLaw, lr: HyperparameterLaw, batch: HyperparameterLaw, budget=0.0, N=0.0, D=0.0):
     """Print and return one run's N, D, lr, batch and loss with intervals, and say where it leaves
-    the fitted range (R6.4). Two of budget (FLOPs, 6 N D), N and D give the third; one alone is spent
-    compute-optimally: L has its minimum on 6 N D = budget at alpha A / N^alpha = beta B / D^beta."""
-    require(bool(budget) + bool(N) + bool(D) in (1, 2), "a plan wants one or two of budget, N and D")
+    the fitted range (R6.4). Two of budget (FLOPs, 6 N D), N and D give the third; one alone is
+    spent compute-optimally: on 6 N D = budget, L is lowest at alpha A / N^alpha = beta B / D^beta."""
+    require(1 <= bool(budget) + bool(N) + bool(D) <= 2, "plan wants one or two of budget, N and D")
+    require(loss.alpha > 0 < loss.beta or bool(N and D), "the loss law does not fall with N and D, "
+            "so it has no optimum: give both --N and --D")
     ratio = loss.alpha * loss.A / (loss.beta * loss.B)
     if not (N or D):
-        require(loss.alpha > 0 < loss.beta, "the loss law does not fall with N and D: no optimum")
         N = (ratio * (budget / 6) ** loss.beta) ** (1 / (loss.alpha + loss.beta))
     N = N or (budget / 6 / D if budget else (ratio * D ** loss.beta) ** (1 / loss.alpha))
     D = D or (budget / 6 / N if budget else (N ** loss.alpha / ratio) ** (1 / loss.beta))
@@ -336,8 +339,8 @@ def add_preset(name: str) -> None:
 
 
 def prepare(args: Args, tokens: float) -> Args:
-    """Without --data: part of the built-in corpus and a tokenizer, made once for all runs. Pieces of
-    1,000 characters, so that a fiftieth held out is a few dozen pieces of it and not one file."""
+    """Without --data: part of the built-in corpus and a tokenizer, made once for all runs. Pieces
+    of 1,000 characters, so that the fiftieth held out is a few dozen of them and not one file."""
     if args.data:
         require(bool(args.tokenizer), "--data wants --tokenizer: all runs must share one")
         return args
@@ -353,20 +356,19 @@ def prepare(args: Args, tokens: float) -> Args:
 def measure(args: Args, size: str, D: float, lr: float, batch: float, device) -> dict:
     """One run of pretrain.py -> a row of rows.csv (R6.1). Its directory is used again by the next.
     Warm-up is a tenth of the steps: a fixed number would favour small batches."""
-    shared = {k: getattr(args, k) for k in ("data", "tokenizer", "seq_len", "seed", "device", "dtype")}
+    shared = {name: getattr(args, name) for name in
+              ("data", "tokenizer", "seq_len", "seed", "device", "dtype")}
     asked = pretrain.Args(out=f"{args.out}/last", model=size, tokens=int(D), lr=lr, overwrite=True,
                           batch_tokens=int(batch), warmup=int(D / batch / 10), micro_batch=64,
                           eval_every=10**9, save_every=10**9, **shared)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         loss = pretrain.main(asked)["val_loss"]
-    count, config = common.read_json(f"{asked.out}/run.json")["result"], PRESETS[size]
-    vocab_size = common.read_json(f"{asked.out}/config.json")["vocab_size"]
-    N = count["active"] - count["total"] + count["non_embedding"]
-    return {"kind": "moe" if config.num_experts else "dense", "size": size, "N": N, "D": D, "lr": lr,
+    count = common.read_json(f"{asked.out}/run.json")["result"]
+    return {"kind": "moe" if PRESETS[size].num_experts else "dense", "size": size,
+            "N": count["active"] - count["total"] + count["non_embedding"], "D": D, "lr": lr,
             "batch_tokens": batch, "loss": loss, "warmup": asked.warmup, "seed": args.seed,
-            "schedule": f"cosine to {asked.final_lr}", "seq_len": args.seq_len, "device": str(device),
-            "all_flops": flops(N, D, config.num_hidden_layers, config.hidden_size, args.seq_len,
-                               vocab_size)}
+            "schedule": f"cosine to {asked.final_lr}", "seq_len": args.seq_len,
+            "device": str(device), "dtype": args.dtype}
 
 
 def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, int]:
@@ -381,9 +383,10 @@ def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, in
 
 
 def sweep(args: Args, run: Run, rows: list[dict], device) -> list[dict]:
-    lrs, batches, tokens = (sorted(common.parse_value(name, part, float) for part in
-                                   getattr(args, name).split(","))
-                            for name in ("lrs", "batches", "tokens"))
+    lrs, batches, tokens = axes = [
+        sorted(common.parse_value(name, part, float) for part in getattr(args, name).split(","))
+        for name in ("lrs", "batches", "tokens")]
+    require(all(axis[0] > 0 for axis in axes), "--lrs, --batches and --tokens must be positive")
     for size in args.sizes.split(","):
         add_preset(size)
     prepared = prepare(args, tokens[-1])
@@ -401,33 +404,69 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> list[dict]:
             return loss if math.isfinite(loss) else math.inf
         at = descend(value, shape, at)  # from the last cell's optimum: neighbours' are near
         best = done[size, D, lrs[at[0]], batches[at[1]]]
-        run.log(number, len(cells), bar, **{k: best[k] for k in ("N", "D", "lr", "batch_tokens", "loss")},
-                runs=len(rows))
+        run.log(number, len(cells), bar, runs=len(rows),
+                **{k: best[k] for k in ("N", "D", "lr", "batch_tokens", "loss")})
     return rows
 
 
 # ---------------------------------------------------------------------------------------------
 
+def held_out_check(rows: list[dict], args: Args) -> dict:
+    """Fit without the largest cell, predict it, and say whether each prediction holds (R6.2)."""
+    cells = cells_of(rows)
+    N, D = max(cells, key=lambda cell: flops(*cell))
+    loss, lr, batch = fit([r for r in rows if (float(r["N"]), float(r["D"])) != (N, D)],
+                          args.bootstrap, args.seed)
+    points, out = cells[N, D], {"N": N, "D": D}
+    print(f"held out: the largest cell, N {N:.4g}, D {D:.4g}, predicted from the others")
+    for name, law, (value, edge) in (("lr", lr, optimum(points, 0)), ("batch", batch, optimum(
+            points, 1)), ("loss", loss, (min(points.values()), False))):
+        low, high = law.interval(N, D)
+        verdict = "on an edge, so not measured" if edge else "held" if low <= value <= high else "MISSED"
+        out[name] = {"predicted": float(law.predict(N, D)), "low": low, "high": high,
+                     "measured": value, "verdict": verdict}
+        print(f"  {name:<6}{law.predict(N, D):.4g}  [{low:.4g}, {high:.4g}]  measured {value:.4g}: "
+              f"{verdict}")
+    return out
+
+
 def main(args: Args) -> dict:
-    # set-up, data
+    # set-up, rows
     device, _ = common.setup(args)
     path, run = Path(args.rows or f"{args.out}/rows.csv"), None
     rows = read_rows(path) if args.rows or (args.resume and path.exists()) else []
     if not args.rows:  # rows.csv is all the state there is, so Run is not asked for its own
         run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
         rows = sweep(args, run, rows, device)
-
-    # laws: first without the largest cell, then with all
     kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in ("dense", "moe")}
     kind = "dense" if kinds["dense"] else "moe"
-    cells = {k: cells_of(v) for k, v in kinds.items()}
-    (N, D), points = max(cells[kind].items(), key=lambda item: flops(*item[0]))
     print(f"{len(rows)} runs. N: activated non-embedding parameters; FLOPs: 6 N D")
-    laws = fit([r for r in kinds[kind] if (float(r["N"]), float(r["D"])) != (N, D)], args.bootstrap,
-               args.seed)
-    print(f"held out, the largest {kind} cell, N {N:.4g}, D {D:.4g}: predicted and measured")
-    measured = min(points.values()), optimum(points, 0), optimum(points, 1)
-    return {}
+
+    # laws
+    result = {"runs": len(rows)}
+    try:
+        result["held_out"] = held_out_check(kinds[kind], args)
+    except InputError as error:
+        print(f"the largest cell cannot be held out: {error}")
+    loss, lr, batch = laws = fit(kinds[kind], args.bootstrap, args.seed)
+    print(f"{kind}, all cells, 95% intervals\n  lr    = {lr}\n  batch = {batch}\n  loss  = {loss}")
+    for (N, D), points in cells_of(kinds["moe"] if kind == "dense" else []).items():
+        low, high = loss.interval(N, D)
+        print(f"  MoE of N {N:.4g}, D {D:.4g}: loss {min(points.values()):.4f}; a dense model of "
+              f"this N {loss.predict(N, D):.4f} [{low:.4f}, {high:.4f}]")
+
+    # plan, and save
+    asked = {name: getattr(args, name) for name in ("budget", "N", "D")}
+    if not any(asked.values()):  # for show: ten times the largest run
+        asked["budget"] = 10 * max(flops(*cell) for cell in cells_of(kinds[kind]))
+    result["plan"] = plan(*laws, **asked)
+    for name, law in (("loss", loss), ("lr", lr), ("batch", batch)):
+        result[name] = {k: (v, *law.ci(k)) for k, v in vars(law).items()
+                        if isinstance(v, float) and k != "spread"}
+    if run:
+        run.write_record({"finished": True, "seconds": round(run.seconds(), 1), "result": result})
+        print(f"scaling: {run.path}/rows.csv ready after {run.seconds():.0f} s")
+    return result
 
 
 if __name__ == "__main__":

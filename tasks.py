@@ -22,7 +22,7 @@ import re
 
 import sandbox
 from common import require
-from tasks_math import extract_answer, load_file, math_equal
+from answers import extract_answer, load_file, math_equal
 
 DOMAINS = ("mathematics", "code", "instruction", "logic")
 SPLITS = {"test": range(0, 10), "val": range(10, 20), "rl": range(20, 60), "sft": range(60, 100)}
@@ -142,7 +142,8 @@ def ordering(r):
 
 
 def swaps(r):
-    people, things = r.sample(NAMES, 3), r.sample(["a book", "a ball", "a key", "a hat", "a cup"], 3)
+    people = r.sample(NAMES, 3)
+    things = r.sample(["a book", "a ball", "a key", "a hat", "a cup"], 3)
     has = dict(zip(people, things, strict=True))
     text = " ".join(f"{p} has {t}." for p, t in has.items())
     steps = []
@@ -246,15 +247,18 @@ def string_function(r):
     prompt, one, loop = r.choice([
         (f"returns how many words in the string s have more than {k} letters",
          f"sum(1 for w in s.split() if len(w) > {k})",
-         f"    n = 0\n    for w in s.split():\n        if len(w) > {k}:\n            n += 1\n    return n"),
+         f"    n = 0\n    for w in s.split():\n        if len(w) > {k}:\n            n += 1\n"
+         "    return n"),
         (f"returns how often the letter {letter} is in the string s", f"s.count('{letter}')",
-         f"    n = 0\n    for c in s:\n        if c == '{letter}':\n            n += 1\n    return n"),
+         f"    n = 0\n    for c in s:\n        if c == '{letter}':\n            n += 1\n"
+         "    return n"),
         ("returns the string s reversed and in upper case", "s[::-1].upper()",
          "    s = s.upper()\n    return s[::-1]"),
         (f"returns the first {k} letters of the string s in upper case", f"s[:{k}].upper()",
          f"    start = s[:{k}]\n    return start.upper()"),
         (f"returns the string s without the letter {letter}", f"s.replace('{letter}', '')",
-         f"    out = ''\n    for c in s:\n        if c != '{letter}':\n            out += c\n    return out"),
+         f"    out = ''\n    for c in s:\n        if c != '{letter}':\n            out += c\n"
+         "    return out"),
         (f"returns the words of the string s that start with the letter {letter}",
          f"[w for w in s.split() if w.startswith('{letter}')]",
          f"    out = []\n    for w in s.split():\n        if w.startswith('{letter}'):\n"
@@ -309,7 +313,7 @@ def code(r):
 # them; exact_words, start_word and items are ours
 
 THINGS = {  # noun: (adjectives, what it does)
-    "sea": ("blue deep wide calm", "moves in the wind|sings at night|meets the sky|hides old ships"),
+    "sea": ("blue deep wide calm", "moves in the wind|sings at night|meets the sky|hides ships"),
     "river": ("long cold clear slow", "runs to the sea|turns in the valley|carries small boats"),
     "cat": ("small black quiet old", "sleeps by the fire|waits at the door|watches the birds"),
     "dog": ("big brown happy young", "runs in the park|barks at the moon|guards the house"),
@@ -323,7 +327,8 @@ THINGS = {  # noun: (adjectives, what it does)
     "winter": ("cold long white hard", "brings some snow|ends in March|makes the nights long"),
 }
 EXTRA = "slowly today again softly always often early together".split()
-PLACES = "in the morning|near the old bridge|after the storm|on a summer day|for a long time".split("|")
+PLACES = ["in the morning", "near the old bridge", "after the storm", "on a summer day",
+          "for a long time"]
 CATEGORIES = {
     "animals": "cat dog horse cow sheep lion tiger bear wolf fox rabbit duck goat mouse".split(),
     "colours": "red blue green yellow black white brown pink orange purple grey".split(),

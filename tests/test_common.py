@@ -14,9 +14,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import (
-    InputError, Run, adamw, clip_and_step, epoch_order, lr_at, pad_rows, parse_args, read_json,
-    read_jsonl, rng, write_atomic, write_jsonl)
+from common import InputError, Run, adamw, clip_and_step, lr_at, parse_args, read_jsonl, rng
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,16 +174,11 @@ def test_rng_is_a_pure_function_of_its_key():
 def test_an_epoch_sees_every_row_once():
     """R2.6: a pure function of (seed, step); also where a batch spans epochs."""
     for n, batch in ((12, 4), (10, 4), (3, 8)):
-        seen = [row for step in range(3 * n) for row in epoch_order(step, batch, n, seed=1)]
+        seen = [row for step in range(3 * n) for row in common.epoch_order(step, batch, n, seed=1)]
         epochs = [seen[i:i + n] for i in range(0, len(seen) - n + 1, n)]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
         assert len({tuple(e) for e in epochs}) > 1
-    assert epoch_order(5, 4, 100, 1) == epoch_order(5, 4, 100, 1) != epoch_order(5, 4, 100, 2)
-
-
-def test_one_document_in_fifty_is_held_out():
-    share = sum(common.is_held_out(f"document {i}") for i in range(20_000)) / 20_000
-    assert abs(share - 0.02) < 4 * math.sqrt(0.02 * 0.98 / 20_000)
+    assert common.epoch_order(5, 4, 100, 1) == common.epoch_order(5, 4, 100, 1) != common.epoch_order(5, 4, 100, 2)
 
 
 def test_only_matrices_decay():
@@ -231,7 +224,7 @@ def test_a_non_finite_gradient_skips_the_step(bad):
 
 
 def test_rows_are_padded_on_the_right():
-    assert pad_rows([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
+    assert common.pad_rows([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +232,7 @@ def test_rows_are_padded_on_the_right():
 
 def test_jsonl_round_trip_with_line_numbers(tmp_path):
     rows = [{"text": "a\nb\u2028c \"é🙂\""}, {"n": 1.5}]
-    write_jsonl(tmp_path / "x.jsonl", rows)
+    common.write_jsonl(tmp_path / "x.jsonl", rows)
     assert [row for _, row in read_jsonl(tmp_path / "x.jsonl")] == rows
     with gzip.open(tmp_path / "x.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write('{"a": 1}\n\n  \n{"b": 2}')
@@ -266,15 +259,15 @@ def test_bad_json_names_the_file(tmp_path):
     for content in ("{", "[]", "\udcff"):
         (tmp_path / "x.json").write_text(content, errors="surrogateescape")
         with pytest.raises(InputError, match="x.json: "):
-            read_json(tmp_path / "x.json")
+            common.read_json(tmp_path / "x.json")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     """R4.4."""
     path = tmp_path / "deep" / "file"
-    write_atomic(path, "old")
+    common.write_atomic(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "new \ud800")  # fails half-way
+        common.write_atomic(path, "new \ud800")  # fails half-way
     assert path.read_text() == "old"
 
     def full(self, *args, **kwargs):
@@ -283,7 +276,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError):
-        write_atomic(path, "new")
+        common.write_atomic(path, "new")
     assert path.read_text() == "old"
 
 

@@ -303,9 +303,9 @@ def run(policy, tmp_path, name, **values):
 def test_stage_learns_a_word(policy, tmp_path, values):
     """R12.9, R12.8: sampler, verifier, loss and optimizer together: "A" becomes the answer, and
     each step logs what a reader needs; loss 0 at ratio 1 is normal, a gap is not."""
-    result = run(policy, tmp_path, "run", steps=25, save_every=99, **values)
+    run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, group=16, **values)
     rows = log(tmp_path / "run")
-    assert rows[0]["pass"] <= 0.9 and result["pass"] >= 0.95
+    assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.95
     assert {"reward", "pass", "dead", "cut", "length", "entropy", "kl", "clipped", "gap",
             "grad_norm"} <= rows[0].keys()
     for row in rows:
@@ -375,12 +375,13 @@ def test_preflight_orders_by_variance(monkeypatch):
     assert ordered == list("dbac")
 
 
-@pytest.mark.parametrize("flag,value", [("group", 1), ("aggregate", "mean"), ("normalise", "batch"),
-                                        ("steps", 0), ("temperature", 0.0), ("batch_queries", 0)])
+@pytest.mark.parametrize("flag,value", [
+    ("group", 1), ("aggregate", "mean"), ("normalise", "batch"), ("steps", 0), ("temperature", 0.0),
+    ("batch_queries", 0), ("micro_batch", 0), ("save_every", 0)])
 def test_impossible_settings_are_refused(micro_run, tmp_path, flag, value):
     """R12.2, R12.3: one line with the flag, and nothing is written."""
     values = {"init": str(micro_run), "out": str(tmp_path / "run"), flag: value}
-    refuses(lambda: grpo.main(stage_args(grpo, **values)), f"--{flag}")
+    refuses(lambda: grpo.main(stage_args(grpo, **values)), f"--{flag} ")
     assert not (tmp_path / "run").exists()
 
 

@@ -205,6 +205,22 @@ def test_left_padding_changes_no_logit_and_makes_no_nan():
 
 
 @torch.no_grad()
+def test_positions_count_from_the_first_token(monkeypatch):
+    """Of each row after left padding, of each packed document. Logits would not show it: RoPE
+    sees distances only, until float32 runs out of digits."""
+    seen, rope = [], M.rope
+    monkeypatch.setattr(M, "rope", lambda p, config: seen.append(p.tolist()) or rope(p, config))
+    model, ids = build(DENSE), random_ids(2, 5)
+    model(ids)
+    model(ids, segment_ids=torch.tensor([[4, 4, 4, 7, 7], [1, 2, 2, 3, 3]]))
+    cache = KVCache(DENSE, 2, 9, "cpu", torch.float32, torch.tensor([0, 3]))
+    model(ids, cache=cache)
+    model(ids[:, :2], cache=cache)
+    assert seen == [[[0, 1, 2, 3, 4]], [[0, 1, 2, 0, 1], [0, 0, 1, 0, 1]],
+                    [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]], [[5, 6], [2, 3]]]
+
+
+@torch.no_grad()
 def test_cache_rows_can_be_dropped_and_repeated():
     model, ids = build(DENSE), random_ids(3, 6)
     cache = KVCache(DENSE, 3, 6, "cpu", torch.float32, torch.tensor([0, 2, 0]))

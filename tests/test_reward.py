@@ -94,7 +94,8 @@ def test_directory_has_score_weight(tokenizer, tmp_path, preset):
     raw = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert raw["architectures"] == [f"{kind}ForSequenceClassification"]
     again = RewardModel.from_pretrained(tmp_path)
-    assert again.score(PROMPTS, RESPONSES) == pytest.approx(model.score(PROMPTS, RESPONSES), abs=1e-6)
+    want = model.score(PROMPTS, RESPONSES)
+    assert again.score(PROMPTS, RESPONSES) == pytest.approx(want, abs=1e-6)
     refuses(lambda: Qwen2.from_pretrained(tmp_path), "score.weight")
 
 
@@ -127,7 +128,7 @@ def test_transformers_gives_the_same_scores(tokenizer, tmp_path, tied):
 # learning
 
 def preferences(n):
-    """Right beats wrong, as text only a reader of the question can tell: the same answers, swapped."""
+    """Only a reader of the question can tell right from wrong: the answers are the same."""
     return [{"prompt": f"Is {i} even?", "chosen": "yes" if i % 2 == 0 else "no",
              "rejected": "no" if i % 2 == 0 else "yes"} for i in range(n)]
 
@@ -202,12 +203,14 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("values,words", [
-    ({"queries": "none", "pairs": ""}, ["--pairs"]), ({"temperatures": "0.7,hot"}, ["--temperatures"]),
-    ({"temperatures": ""}, ["--temperatures"])])
+    ({"queries": "none", "pairs": ""}, ["--pairs"]),
+    ({"temperatures": "0.7,hot"}, ["--temperatures"]), ({"temperatures": ""}, ["--temperatures"]),
+    ({"batch_size": 0}, ["--batch_size"])])
 def test_impossible_settings_are_refused(micro_run, tmp_path, monkeypatch, values, words):
-    """One line each."""
+    """One line each, and --out is not begun."""
     no_samples(monkeypatch, reward)
     refuses(lambda: run(micro_run, tmp_path, "run", **values), *words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p", "chosen": "c"}, {"text": "t"},

@@ -2,6 +2,7 @@
 Hugging Face libraries, and identities (round trip, order of documents). Vectors of the published
 vocabulary are used where the shared data folder is present."""
 import json
+import os
 import random
 import subprocess
 import sys
@@ -338,7 +339,13 @@ def test_save_is_atomic(small, tmp_path, monkeypatch):
     """A crash while writing leaves the old file whole."""
     small.save_pretrained(tmp_path)
     before = (tmp_path / "tokenizer.json").read_bytes()
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+
+    def replace(source, target, rename=os.replace):
+        if Path(target).name == "tokenizer.json":
+            raise OSError("disk full")
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
     with pytest.raises(OSError, match="disk full"):
         Tokenizer.train(["other"], 279).save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import InputError
-from tasks_math import Value, extract_answer, load_file, math_equal, parse_failed
+from answers import Value, extract_answer, load_file, math_equal, parse_failed
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data files are not here")
@@ -316,7 +316,7 @@ def write(tmp_path, *rows):
 def test_readers_by_example(tmp_path):
     gsm8k = {"question": "Q?", "answer": "2*9=<<2*9=18>>18\n#### 18"}
     assert load_file(write(tmp_path, gsm8k)) == [
-        {"prompt": "Q?", "domain": "math", "check": {"kind": "math", "answer": "18"}}]
+        {"prompt": "Q?", "domain": "mathematics", "check": {"kind": "math", "answer": "18"}}]
     svamp = {"Body": "Tom has 3 pens", "Question": "How many?", "Answer": 3.0, "Equation": "3"}
     assert load_file(write(tmp_path, svamp))[0]["prompt"] == "Tom has 3 pens. How many?"
     assert load_file(write(tmp_path, svamp))[0]["check"]["answer"] == "3"

@@ -340,7 +340,7 @@ def _query(prompt: str, domain: str, **check) -> dict:
 def _math(question: str, answer) -> dict:
     if isinstance(answer, float) and answer == int(answer):
         answer = int(answer)  # SVAMP writes 145.0
-    return _query(question, "math", kind="math", answer=str(answer).strip())
+    return _query(question, "mathematics", kind="math", answer=str(answer).strip())
 
 
 def _humaneval(row: dict) -> dict:

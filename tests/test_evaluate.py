@@ -1,0 +1,221 @@
+"""evaluate.py: metrics against enumeration and direct computation, batch independence, the files it
+writes, the report. R numbers: USERS.md."""
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from helpers import micro_model, refuses, stage_args, tiny_model, write_rows
+
+import evaluate
+import tasks
+from data import is_held_out
+from evaluate import bits_per_byte, by_domain, interval, pass_at_k
+from model import Qwen2
+from sample import rollout
+
+TEXTS = ["A short text.", "", "x", "The same words again and again. " * 9, "naïve café, 世界 2025",
+         "Tabs\tand\n\nblank lines\n"]
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass():
+    """Chen et al. eq. 1 against every subset of size k of n samples of which some passed."""
+    for n in range(1, 8):
+        for passed in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([True] * passed + [False] * (n - passed), k))
+                share = sum(map(any, subsets)) / len(subsets)
+                assert pass_at_k(n, passed, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_interval_by_hand():
+    """mean +- 1.96 s / sqrt(n) with the sample's s, inside [0, 1]; one value has no width."""
+    got = interval([0.25, 0.5, 0.75, 0.5])
+    s = math.sqrt((0.0625 + 0 + 0.0625 + 0) / 3)
+    assert got == pytest.approx({"mean": 0.5, "low": 0.5 - 1.96 * s / 2, "high": 0.5 + 1.96 * s / 2,
+                                 "n": 4})
+    assert interval([1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    wide = interval([0.0, 1.0, 1.0])
+    assert wide["high"] == 1.0 and wide["low"] == pytest.approx(2 / 3 - 1.96 / 3)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    """R13.1: 2,000 draws of 60 queries that each pass with their own probability."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(2000, 60, generator=g)
+    values = torch.bernoulli(p, generator=g)
+    got = [interval(row) for row in values.tolist()]
+    assert 0.92 < sum(i["low"] <= 0.5 <= i["high"] for i in got) / 2000 < 0.98
+
+
+def test_by_domain():
+    """Each domain's own mean and n, and the total's."""
+    queries = [{"domain": d} for d in ("b", "a", "b")]
+    got = by_domain(queries, [1.0, 0.0, 0.0])
+    assert list(got) == ["total", "a", "b"]
+    assert [got[d]["mean"] for d in got] == pytest.approx([1 / 3, 0, 0.5])
+    assert [got[d]["n"] for d in got] == [3, 1, 2]
+
+
+def direct_bits(model, tokenizer, text, max_len):
+    """-> nats and bytes, one window at a time with all the logits."""
+    ids, nats, n_bytes = tokenizer.encode(text), 0.0, 0
+    for start in range(0, max(0, len(ids) - 1), max_len - 1):
+        window = ids[start:start + max_len]
+        logp = model(torch.tensor([window]))[0].log_softmax(-1)
+        for t in range(1, len(window)):
+            nats -= logp[t - 1, window[t]].item()
+            n_bytes += len(tokenizer.token_bytes(window[t]))
+    return nats, n_bytes
+
+
+@pytest.mark.parametrize("max_len", [2, 7, 512])
+def test_bits_per_byte_is_the_direct_sum(tokenizer, max_len):
+    """Ragged windows in batches equal the sum over each text alone; all bytes behind a text's
+    first token are counted once."""
+    model = tiny_model(vocab_size=tokenizer.padded_vocab_size(128))
+    parts = [direct_bits(model, tokenizer, text, max_len) for text in TEXTS]
+    nats, n_bytes = map(sum, zip(*parts, strict=True))
+    got = bits_per_byte(model, tokenizer, TEXTS, max_len)
+    assert got["bytes"] == n_bytes == sum(
+        len(text.encode()) - len(tokenizer.token_bytes(tokenizer.encode(text)[0]))
+        for text in TEXTS if text)
+    assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_bits_per_byte_of_a_uniform_model(tokenizer):
+    """A model of zeros: log2(V) bits a token, whatever the text and the batches; the order of the
+    texts and their company change nothing."""
+    model = tiny_model(vocab_size=tokenizer.padded_vocab_size(128), scale=0.0)
+    tokens = sum(max(0, len(tokenizer.encode(text)) - 1) for text in TEXTS)
+    got = bits_per_byte(model, tokenizer, TEXTS)
+    assert got["bits_per_byte"] * got["bytes"] == pytest.approx(tokens * math.log2(640), rel=1e-5)
+    real = tiny_model(vocab_size=640)
+    a = bits_per_byte(real, tokenizer, TEXTS * 7)
+    b = bits_per_byte(real, tokenizer, TEXTS[::-1])
+    assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# answers
+
+def test_greedy_is_equal_at_batch_1_and_32(tokenizer):
+    """R13.1: 32 queries of mixed lengths together and one at a time: the same ids."""
+    model = micro_model(tokenizer)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(4)
+    queries = tasks.builtin("val", 32)
+    together = rollout(model, tokenizer, queries, 1, 12, 0.0)
+    for query, group in zip(queries, together, strict=True):
+        ((alone,),) = rollout(model, tokenizer, [query], 1, 12, 0.0)
+        assert alone.ids == group[0].ids and alone.score == group[0].score
+
+
+def word_queries(path, n=6):
+    check = {"kind": "ifeval", "instruction_id_list": ["keywords:existence"],
+             "kwargs": [{"keywords": ["e"]}]}
+    return write_rows(path, [{"prompt": f"Write {i}.", "domain": ("instruction", "logic")[i % 2],
+                              "check": check} for i in range(n)])
+
+
+def run(micro_run, tmp_path, **values):
+    return evaluate.evaluate(stage_args(evaluate, **{
+        "init": str(micro_run), "queries": word_queries(tmp_path / "q.jsonl"), "samples": 2,
+        "max_new_tokens": 6, **values}))
+
+
+@pytest.mark.parametrize("few_shot", [0, 2])
+def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
+    """R13.1: settings, n and intervals beside each number; the same seed gives the same file."""
+    metrics = run(micro_run, tmp_path, few_shot=few_shot)
+    written = json.loads((micro_run / "eval.json").read_text("utf-8"))
+    assert written["metrics"] == metrics
+    assert written["settings"].items() >= {"n": 6, "samples": 2, "few_shot": few_shot,
+                                           "max_new_tokens": 6}.items()
+    for name in ("pass@1", "pass@2", "greedy"):
+        assert metrics[name]["total"]["n"] == 6 and metrics[name]["logic"]["n"] == 3
+        assert all(v["low"] <= v["mean"] <= v["high"] for v in metrics[name].values())
+    assert metrics["pass@2"]["total"]["mean"] >= metrics["pass@1"]["total"]["mean"]
+    lines = (micro_run / "eval_samples.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 6 and {"prompt", "greedy", "sampled"} <= json.loads(lines[0]).keys()
+    assert run(micro_run, tmp_path, few_shot=few_shot) == metrics
+
+
+def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
+    """With --few_shot the text is cut before the next question that a base model would ask."""
+    class Completion:
+        ids = tokenizer.encode(" The answer is \\boxed{7}.\n\nQuestion: 2 + 2?\nAnswer: \\boxed{4}.")
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion])
+    query = {"prompt": "p", "domain": "logic", "check": {"kind": "math", "answer": "7"}}
+    args = stage_args(evaluate, few_shot=1)
+    assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [
+        [("The answer is \\boxed{7}.", 1.0)]]
+
+
+def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):
+    """--few_shot has worked examples of the built-in domains only: one line, not a KeyError."""
+    path = write_rows(tmp_path / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
+    refuses(lambda: run(micro_run, tmp_path, queries=path, few_shot=2), "--few_shot")
+
+
+def test_text_is_held_out_only(micro_run, tokenizer, tmp_path):
+    """--text scores the documents that pretrain.py left out, of real text only."""
+    docs = [f"Document number {i} of the directory." for i in range(300)]
+    write_rows(tmp_path / "real.jsonl", [{"text": text} for text in docs])
+    write_rows(tmp_path / "logic.jsonl", [{"text": "q " + text} for text in docs])
+    metrics = run(micro_run, tmp_path, text=str(tmp_path), queries=word_queries(tmp_path / "q.json"))
+    want = bits_per_byte(Qwen2.from_pretrained(micro_run), tokenizer, list(filter(is_held_out, docs)))
+    assert metrics["bits_per_byte"] == pytest.approx(want["bits_per_byte"], rel=1e-6)
+    assert 0 < want["bytes"] < 2000
+
+
+@pytest.mark.parametrize("values,words", [
+    ({"samples": 0}, ["--samples"]), ({"n_queries": 0}, ["--n_queries"]),
+    ({"text": "nowhere"}, ["--text"]), ({"max_new_tokens": 0}, ["--max_new_tokens"])])
+def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
+    """One line that names the flag."""
+    refuses(lambda: run(micro_run, tmp_path, **values), *words)
+
+
+# ---------------------------------------------------------------------------------------------
+# the report
+
+def fake_stage(root, name, greedy):
+    path = root / name
+    path.mkdir()
+    cell = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    metrics = {"pass@1": {"total": cell, "logic": cell}, "greedy": {"total": cell, "logic": cell}}
+    (path / "run.json").write_text(json.dumps({
+        "seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
+        "result": {"loss": 1.0}}), "utf-8")
+    (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
+    write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": 0.1 * i} for i in range(3)])
+    write_rows(path / "eval_samples.jsonl", [
+        {"domain": "logic", "prompt": f"q{i}", "greedy": f"{name} says", "greedy_score": s}
+        for i, s in enumerate(greedy)])
+
+
+def test_report(tmp_path):
+    """Stages in order with time, command and intervals; what GRPO learned and lost."""
+    fake_stage(tmp_path, "grpo", [1.0, 0.0, 1.0])
+    fake_stage(tmp_path, "sft", [0.0, 1.0, 1.0])
+    evaluate.main(stage_args(evaluate, report=str(tmp_path)))
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert [s["name"] for s in report["stages"]] == ["sft", "grpo"]
+    assert report["seed"] == 3 and report["total_seconds"] == 120
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert text.count("50.0 [25.0, 75.0]") == 8
+    assert "1 queries learned" in text and "1 queries lost" in text
+    assert "**q0**" in text and "**q1**" in text and "**q2**" not in text
+    assert "`python sft.py --x 1`" in text
+
+
+def test_report_of_nothing_is_refused(tmp_path):
+    """One line."""
+    refuses(lambda: evaluate.main(stage_args(evaluate, report=str(tmp_path))), "--report")

@@ -1,0 +1,262 @@
+"""tasks.py: splits that do not overlap, demonstrations that pass their own checks, every rule with
+both verdicts, responses that must score 0. R numbers: USERS.md."""
+import itertools
+import random
+import re
+
+import pytest
+from helpers import refuses
+
+import tasks
+from tasks import DOMAINS, SPLITS, builtin, distinct, extract_code, follows, score, score_many
+
+N = 1200
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Prompts of each split, more than a demo uses of the small ones."""
+    return {split: [q["prompt"] for q in builtin(split, N)] for split in SPLITS}
+
+
+# ---------------------------------------------------------------------------------------------
+# splits
+
+def test_splits_are_disjoint_and_prompts_distinct(prompts):
+    """No query is in two splits or twice in one; every domain has its quarter."""
+    for split, mine in prompts.items():
+        assert len(set(mine)) == N
+        assert all(tasks.split_of(p) == split for p in mine)
+    for a, b in itertools.combinations(SPLITS, 2):
+        assert not set(prompts[a]) & set(prompts[b])
+    for split in SPLITS:
+        assert [q["domain"] for q in builtin(split, 8)] == list(DOMAINS) * 2
+
+
+def test_split_shares():
+    """40/40/10/10 by the hash of the text, whatever the text."""
+    names = [tasks.split_of(f"prompt {i}") for i in range(20_000)]
+    shares = {split: names.count(split) / 20_000 for split in SPLITS}
+    assert shares == pytest.approx({"sft": 0.4, "rl": 0.4, "val": 0.1, "test": 0.1}, abs=0.015)
+
+
+def test_queries_are_a_function_of_the_seed():
+    """The same seed gives the same queries and texts; the first n of more are these n."""
+    assert distinct("rl", 40, 3) == distinct("rl", 40, 3) == distinct("rl", 60, 3)[:40]
+    assert builtin("rl", 40, 3) != builtin("rl", 40, 4)
+
+
+def test_documents_hold_no_query_of_another_split(prompts):
+    """Pre-training text is of the sft split only: no rl, val or test question stands in it."""
+    text = []
+    for domain in DOMAINS:
+        text += itertools.islice(tasks.documents(domain), 400)
+    questions = re.findall(r"^Question: (.*?)\nAnswer:", "\n\n".join(text), re.M | re.S)
+    assert len(questions) > 2000 and {tasks.split_of(q) for q in questions} == {"sft"}
+    everything = "\n".join(text)
+    for split in ("rl", "val", "test"):
+        assert not [p for p in prompts[split] if p in everything]
+
+
+def test_documents_are_a_function_of_the_seed():
+    """The same seed, the same documents."""
+    for domain in DOMAINS:
+        one, two, other = (list(itertools.islice(tasks.documents(domain, s), 5)) for s in (1, 1, 2))
+        assert one == two != other
+
+
+def test_few_shot_shows_no_held_out_query():
+    """The worked examples are of the sft split; the question comes last, without its answer."""
+    for split in ("test", "val", "rl"):
+        for query in builtin(split, 40):
+            text = tasks.few_shot(query, 3)
+            parts = re.findall(r"^Question: (.*?)\nAnswer:", text, re.M | re.S)
+            assert len(parts) == 4 and parts[-1] == query["prompt"]
+            assert [tasks.split_of(p) for p in parts[:3]] == ["sft"] * 3
+            assert text.endswith(f"{query['prompt']}\nAnswer:")
+
+
+def test_load():
+    """A split by its name, n of it; anything else is a file, or one line."""
+    assert tasks.load("val", 4, 1) == builtin("val", 4, 1)
+    refuses(lambda: tasks.load("no_such_split"), "no_such_split")
+
+
+# ---------------------------------------------------------------------------------------------
+# demonstrations
+
+def mutate(r, domain: str, query: dict, text: str) -> str:
+    """A near miss: right in form, wrong in content."""
+    if domain == "code":
+        return re.sub(r"(def \w+\(\w+\):\n)", r"\1    return 'wrong'\n", text)
+    if domain == "instruction":
+        return " ".join(word[::-1] for word in text.split()) + " x y z"
+    found = re.search(r"\\boxed\{(.*)\}", text)
+    answer = found.group(1)
+    wrong = str(int(answer) + r.choice([-1, 1])) if answer.lstrip("-").isdigit() else "x" + answer
+    return text[:found.start(1)] + wrong + text[found.end(1):]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("split", ["sft", "test"])
+def test_demonstrations_pass_and_mutations_fail(domain, split):
+    """Every generator's answer passes its own check, a wrong one does not, over many draws."""
+    r, n = random.Random(0), 16 if domain == "code" else 300
+    pairs = list(itertools.islice(tasks.items(split, domain, 5), n))
+    queries = [query for query, _ in pairs]
+    assert score_many(queries, [text for _, text in pairs]) == [1.0] * n
+    wrong = [mutate(r, domain, query, text) for query, text in pairs]
+    assert sum(score_many(queries, wrong)) == 0
+
+
+def test_every_code_solution_equals_the_reference():
+    """The style with a loop and the one-liner agree on every example, without the sandbox (ours)."""
+    r = random.Random(1)
+    for make in (tasks.list_function, tasks.string_function, tasks.number_function):
+        for _ in range(150):
+            _, signature, bodies, inputs = make(r)
+            name, functions = signature.partition("(")[0], []
+            for body in bodies:
+                space = {}
+                exec(f"def {signature}:\n{body}", space)
+                functions.append(space[name])
+            for x in inputs:
+                values = [f(eval(x)) for f in functions]
+                assert all(v == values[0] and type(v) is type(values[0]) for v in values), (bodies, x)
+
+
+def test_steps_of_the_work_shown_are_right():
+    """Each "a op b = c" of the mathematics is true, and the last one is the answer."""
+    r = random.Random(2)
+    makers = [tasks.gain_and_loss, tasks.boxes, tasks.together, tasks.change, tasks.share,
+              tasks.perimeter, tasks.equation, tasks.calculate]
+    for make in makers * 60:
+        _, answer, steps = make(r)
+        for step in steps:
+            left, right = step.split(" = ")
+            assert eval(left) == int(right), step
+        assert int(steps[-1].split(" = ")[1]) == answer > 0 or make is tasks.calculate
+
+
+def test_logic_by_brute_force():
+    """Orderings, by trying every order; sequences, by their differences or ratios."""
+    r = random.Random(3)
+    for _ in range(150):
+        prompt, answer, _ = tasks.ordering(r)
+        *facts, question = re.findall(r"[^.?]+[.?]", prompt)
+        pairs = [re.match(r"\s*(\w+) is (\w+) than (\w+)\.", fact).groups() for fact in facts]
+        more = {"taller", "older", "faster", "richer"}
+        people = sorted({p for a, _, b in pairs for p in (a, b)})
+        orders = [o for o in itertools.permutations(people) if all(
+            (o.index(a) < o.index(b)) == (word in more) for a, word, b in pairs)]
+        most = re.search(r"Who is the (\w+)\?", question).group(1) in {
+            "tallest", "oldest", "fastest", "richest"}
+        assert {o[0 if most else -1] for o in orders} == {answer}
+    for _ in range(150):
+        prompt, answer, _ = tasks.sequence(r)
+        a, b, c, d = map(int, re.findall(r"-?\d+", prompt))
+        assert (answer - d == d - c == c - b == b - a) or (b * b == a * c and d * c == answer * b)
+
+
+def test_demonstrations_are_conversations():
+    """What SFT reads: a user's question of the sft split and the assistant's verified answer."""
+    rows = tasks.demonstrations(12)
+    assert len(rows) == 12
+    for row in rows:
+        user, assistant = row["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert tasks.split_of(user["content"]) == "sft" and assistant["content"]
+
+
+# ---------------------------------------------------------------------------------------------
+# rules
+
+@pytest.mark.parametrize("rule,kw,good,bad", [
+    ("keywords:existence", {"keywords": ["sea", "Wind"]}, "Wind over the Sea.", "The seas and wind"),
+    ("keywords:forbidden_words", {"forbidden_words": ["the"]}, "A theme.", "By THE sea."),
+    ("ours:exact_words", {"n": 3}, "Don't stop now!", "Don't stop - right now."),
+    ("ours:start_word", {"word": "The"}, '"the sea."', "A the sea."),
+    ("startend:end_checker", {"end_phrase": "noon."}, '"Stops at Noon."', "Stops at noon. Really."),
+    ("startend:quotation", {}, ' "Yes."\n', '"Yes." he said'),
+    ("startend:quotation", {}, '""', '"'),
+    ("change_case:english_capital", {}, "ALL 4 OF IT.", "ALL BUT oNE."),
+    ("change_case:english_lowercase", {}, "all 4 of it.", "all but One."),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "text\n* a", "*\n"),
+    ("ours:items", {"category": "fruits", "n": 2}, "Apple, pear.", "apple, apple"),
+    ("ours:items", {"category": "fruits", "n": 2}, "* apple\n* PEAR", "apple, pear, plum"),
+    ("ours:items", {"category": "fruits", "n": 2}, '"apple, pear"', "apple, cat")])
+def test_rules(rule, kw, good, bad):
+    """Each constraint, followed and not; never by the empty text."""
+    assert follows(good, rule, kw) and not follows(bad, rule, kw)
+    assert not follows("", rule, kw) or rule == "keywords:forbidden_words"
+
+
+def test_unknown_rule_is_not_followed():
+    """No reward for a constraint that nobody checks."""
+    assert not follows("anything", "combination:two_responses", {})
+
+
+def test_every_generated_rule_is_known():
+    """What `instruction` asks for, `follows` can check: no rule by a name it does not know."""
+    r, rules = random.Random(0), set()
+    for _ in range(2000):
+        _, check, _ = tasks.instruction(r)
+        rules |= set(check["instruction_id_list"])
+    source = open(tasks.__file__, encoding="utf-8").read()
+    assert len(rules) == 10 and all(f'rule == "{rule}"' in source for rule in rules)
+
+
+# ---------------------------------------------------------------------------------------------
+# scores that must be 0, and some that must be 1 (R9.5)
+
+DUMP = " ".join(map(str, range(1, 200)))
+
+
+@pytest.mark.parametrize("response", ["", " \n ", DUMP, "?", "\\boxed{}", "```python\n```",
+                                      "I do not know.", "The answer is", "0" * 5000])
+def test_empty_answers_score_nothing(response):
+    """R9.5: empty, blank, a dump of all numbers, form without content: 0 in every domain."""
+    queries = builtin("test", 160 if response.strip() else 40)
+    if response in ("?", "I do not know."):
+        queries = queries[:40]
+    queries = [q for i, q in enumerate(queries) if q["domain"] != "code" or i < 8]
+    assert sum(score_many(queries, [response] * len(queries))) == 0
+
+
+def test_the_prompt_itself_scores_nothing():
+    """R9.5: saying the question back is no answer, in any domain."""
+    queries = [q for i, q in enumerate(builtin("test", 400)) if q["domain"] != "code" or i < 16]
+    passed = [q["prompt"] for q, s in zip(
+        queries, score_many(queries, [q["prompt"] for q in queries]), strict=True) if s]
+    assert not passed, passed[:3]
+
+
+@pytest.mark.parametrize("response", ["1000", "1000.0", "\\boxed{1,000}", "The answer is 1000.",
+                                      "500 + 500 = 1000. The answer is \\boxed{1000}."])
+def test_forms_of_a_right_answer(response):
+    """R9.5: the same number in other clothes; a bare number only where nothing else is asked."""
+    query = {"prompt": "p", "check": {"kind": "math", "answer": "1000"}}
+    bare = response.replace(".", "").isdigit()
+    assert score(query, response) == float(not bare)
+
+
+def test_last_answer_counts():
+    """Two boxes are not two chances."""
+    query = {"prompt": "p", "check": {"kind": "math", "answer": "7"}}
+    assert score(query, "\\boxed{5} or \\boxed{7}") == 1 and score(query, "\\boxed{7} \\boxed{5}") == 0
+
+
+def test_code_is_taken_from_the_last_block():
+    """A fenced block, the last of several, or the whole text when there is none."""
+    assert extract_code("say ```python\na = 1\n``` and ```\nb = 2\n``` end") == "b = 2\n"
+    assert extract_code("x = 3") == "x = 3"
+
+
+def test_score_many_equals_score():
+    """In order, mixed domains, right and wrong, repeated programs."""
+    pairs = distinct("val", 8, 0)
+    queries = [q for q, _ in pairs] * 2
+    responses = [text for _, text in pairs] + ["no"] * 8
+    assert score_many(queries, responses) == [1.0] * 8 + [0.0] * 8
+    assert [score(q, r) for q, r in zip(queries[:4], responses[:4], strict=True)] == [1.0] * 4
