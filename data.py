@@ -322,7 +322,8 @@ def decontaminate(documents, eval_texts, encode=word_ids, *, minimum: int = 13,
 def is_held_out(text: str) -> bool:
     """One document in fifty, by its hash, is for measuring the loss only: the same ones whatever
     the order, the mixture or the seed."""
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest()[0] % 50 == 0
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 50 == 0
 
 
 # ---------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def main(args: Args) -> dict:
             f"--aggregate wants seq_mean, token_mean or constant, got {args.aggregate!r}")
     require(args.normalise in ("group", "none"), f"--normalise wants group or none, got "
             f"{args.normalise!r}")
-    for name in ("steps", "batch_queries", "temperature",
+    for name in ("n_queries", "steps", "batch_queries", "temperature",
                  "max_new_tokens", "inner_steps", "micro_batch", "save_every"):
         require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")

@@ -151,6 +151,7 @@ def read_pairs(path: str) -> list[dict]:
         require(not bad, f"{path}:{number}: {', '.join(bad)}: want a text or messages, in a row of "
                 '"prompt", "chosen", "rejected"')
         pairs.append(row)
+    require(len(pairs) > 0, f"{path}: holds no pairs")
     return pairs
 
 

@@ -16,9 +16,9 @@ a constant), so every row of rows.csv says what it was measured with.
     python scaling.py --sizes 128x4,192x4,256x6,tiny --tokens 4e6,8e6,16e6 --seq_len 256 ...
     python scaling.py --rows runs/scaling/rows.csv --budget 1e15            # fit again, and plan
 
-Expect: the method in small, not a result. At 10^4 parameters the intervals are so wide that hardly
-an exponent can be believed. An optimum on the edge of its grid is no measurement: it is flagged,
-left out of the fit, and asks for a wider grid.
+Expect of the first the method in small, not a result. An optimum on the edge of its grid is no
+measurement: it is flagged, left out of the fit, and asks for a wider grid. On so few tokens the
+smallest batch is always best, so there is no batch law; and the intervals are wide.
 """
 import contextlib
 import csv
@@ -46,11 +46,11 @@ class Args:
     sizes: str = "16x2,32x2,64x2,32x2-moe"         # WIDTHxLAYERS[-moe], or presets of model.py
     tokens: str = "8192,16384,32768"               # training tokens D
     lrs: str = "2e-3,4e-3,8e-3,16e-3,32e-3,64e-3"  # grid of peak learning rates
-    batches: str = "64,128,256,512,1024"           # grid of batch sizes, in tokens
+    batches: str = "128,256,512"                   # grid of batch sizes, in tokens
     budget: float = 0.0              # plan: training FLOPs, 6 N D
     N: float = 0.0                   # plan: activated non-embedding parameters
     D: float = 0.0                   # plan: training tokens
-    bootstrap: int = 200             # resamples behind each interval
+    bootstrap: int = 100             # resamples behind each interval
     data: str = ""                   # as in pretrain.py; empty: some of the built-in corpus
     tokenizer: str = ""              # as in pretrain.py; needed with --data
     seq_len: int = 64                # positions a row
@@ -85,8 +85,8 @@ def deepseek_law(C: float) -> tuple[float, float]:
 # laws
 
 class Law:
-    """Coefficients are floats; in `draws`, the same law over the bootstrap, arrays. spread: the
-    residual sd of the logarithm."""
+    """Coefficients are floats; in `draws`, the same law over the bootstrap, arrays. spread: sd of
+    the residual logarithms. cells: {N, D, value, edge}, those on an edge (not fitted) included."""
 
     def interval(self, N: float, D: float) -> tuple[float, float]:
         """95%, for one more cell: the law's uncertainty and the scatter of a cell around it."""
@@ -104,7 +104,7 @@ class Law:
 
 @dataclass
 class HyperparameterLaw(Law):
-    """exp(a) N^b D^c. cells: {N, D, value, edge} of each, those on an edge included."""
+    """exp(a) N^b D^c"""
     a: float
     b: float
     c: float
@@ -130,6 +130,7 @@ class LossLaw(Law):
     beta: float
     draws: "LossLaw" = None
     spread: float = 0.0
+    cells: tuple = ()
 
     def predict(self, N: float, D: float) -> float:
         return self.E + self.A / N ** self.alpha + self.B / D ** self.beta
@@ -222,9 +223,9 @@ def fit_loss_law(N, D, loss, bootstrap=0, seed=0) -> LossLaw:
         huber = torch.nn.functional.huber_loss(error, 0 * error, reduction="none", delta=1e-3)
         return (weights * huber).sum(-1) / 1e-3
 
-    def minimise(start, weights):
+    def minimise(start, weights, steps=500):
         p = start.clone().requires_grad_()
-        lbfgs = torch.optim.LBFGS([p], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-13,
+        lbfgs = torch.optim.LBFGS([p], max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-13,
                                   line_search_fn="strong_wolfe")
 
         def closure():
@@ -245,44 +246,58 @@ def fit_loss_law(N, D, loss, bootstrap=0, seed=0) -> LossLaw:
     grid[:, :3] = grid[:, :3].log()
     starts = grid[objective(grid, one).argsort()[:6]]
     best = min((minimise(p, one) for p in starts), key=lambda p: objective(p, one).item())
-    draws = [minimise(best, one.new_tensor(w)) for w in resample(len(x), bootstrap, seed)]
+    draws = [minimise(best, one.new_tensor(w), 60) for w in resample(len(x), bootstrap, seed)]
     error = z - law(best).predict(x.exp(), y.exp()).log()
+    keys = ("N", "D", "value")
     return replace(law(best), draws=law(torch.stack(draws)) if draws else None,
-                   spread=math.sqrt((error ** 2).sum() / (len(x) - 5)))
+                   spread=math.sqrt((error ** 2).sum() / (len(x) - 5)), cells=tuple(
+                       dict(zip(keys, map(float, c), strict=True), edge=False)
+                       for c in zip(N, D, loss, strict=True)))
 
 
-def fit(rows, bootstrap=200, seed=0) -> tuple:
-    """(loss law, lr law, batch law). A cell's loss is that of its best run: the report trains once
-    more at the predicted optimum; on a grid such a run is there already."""
-    best = {cell: min(points.values()) for cell, points in cells_of(rows).items()
-            if min(points.values()) < math.inf}
-    require(len(best) > 0, "no run with a finite loss")
-    return (fit_loss_law(*zip(*best, strict=True), list(best.values()), bootstrap, seed),
-            *(fit_hyperparameter_law(rows, t, "ND", 5 * bootstrap, seed) for t in ("lr", "batch")))
+def fit(rows, bootstrap=100, seed=0) -> dict[str, Law]:
+    """The laws for lr, batch and loss; one that the cells do not determine is left out, with a
+    line that says why. A cell's loss is that of its best run: the report trains once more at the
+    predicted optimum; on a grid such a run is there already."""
+    best = {cell: min(points.values()) for cell, points in cells_of(rows).items()}
+    best = [(*cell, loss) for cell, loss in best.items() if loss < math.inf]
+    laws = {}
+    for name in ("lr", "batch", "loss"):
+        try:
+            laws[name] = fit_loss_law(*np.array(best).reshape(-1, 3).T, bootstrap, seed) \
+                if name == "loss" else fit_hyperparameter_law(rows, name, "ND", 5 * bootstrap, seed)
+        except InputError as error:
+            print(f"  {error}")
+    return laws
 
 
-def plan(loss: LossLaw, lr: HyperparameterLaw, batch: HyperparameterLaw, budget=0.0, N=0.0, D=0.0):
+def plan(laws: dict[str, Law], budget=0.0, N=0.0, D=0.0) -> dict:
     """Print and return one run's N, D, lr, batch and loss with intervals, and say where it leaves
     the fitted range (R6.4). Two of budget (FLOPs, 6 N D), N and D give the third; one alone is
-    spent compute-optimally: on 6 N D = budget, L is lowest at alpha A / N^alpha = beta B / D^beta."""
+    spent compute-optimally: for 6 N D = budget, L is lowest at alpha A/N^alpha = beta B/D^beta."""
     require(1 <= bool(budget) + bool(N) + bool(D) <= 2, "plan wants one or two of budget, N and D")
-    require(loss.alpha > 0 < loss.beta or bool(N and D), "the loss law does not fall with N and D, "
-            "so it has no optimum: give both --N and --D")
-    ratio = loss.alpha * loss.A / (loss.beta * loss.B)
-    if not (N or D):
-        N = (ratio * (budget / 6) ** loss.beta) ** (1 / (loss.alpha + loss.beta))
-    N = N or (budget / 6 / D if budget else (ratio * D ** loss.beta) ** (1 / loss.alpha))
-    D = D or (budget / 6 / N if budget else (N ** loss.alpha / ratio) ** (1 / loss.beta))
+    if bool(budget) + bool(N) + bool(D) == 1:
+        loss = laws.get("loss")
+        require(loss is not None and loss.alpha > 0 < loss.beta, "no loss law that falls with N "
+                "and D, so no compute-optimal run: plan wants two of budget, N and D")
+        ratio = loss.alpha * loss.A / (loss.beta * loss.B)
+        if D:
+            N = (ratio * D ** loss.beta) ** (1 / loss.alpha)
+        elif N:
+            D = (N ** loss.alpha / ratio) ** (1 / loss.beta)
+        else:
+            N = (ratio * (budget / 6) ** loss.beta) ** (1 / (loss.alpha + loss.beta))
+    N, D = N or budget / 6 / D, D or budget / 6 / N
     out = {"N": N, "D": D, "flops": flops(N, D), "extrapolates": []}
     print(f"plan: N {N:.4g}, D {D:.4g} tokens, 6 N D = {out['flops']:.3g} FLOPs")
-    for name, law in (("lr", lr), ("batch", batch), ("loss", loss)):
+    for name, law in laws.items():
         out[name], out[name + "_interval"] = float(law.predict(N, D)), law.interval(N, D)
         print("  {:<6}{:.4g}  [{:.4g}, {:.4g}]".format(name, out[name], *out[name + "_interval"]))
-    for name in "ND":
-        seen = [c[name] for law in (lr, batch) for c in law.cells if not c["edge"]]
-        if not min(seen) <= out[name] <= max(seen):
-            far = out[name] / (max(seen) if out[name] > max(seen) else min(seen))
-            out["extrapolates"].append(f"{name} is {far:.3g} x the nearest fitted")
+        for axis in "ND":
+            seen, value = [c[axis] for c in law.cells if not c["edge"]], out[axis]
+            if not min(seen) <= value <= max(seen):
+                far = value / (max(seen) if value > max(seen) else min(seen))
+                out["extrapolates"].append(f"{name} in {axis}, {far:.3g} x the nearest fitted")
     print("  extrapolates: " + ("; ".join(out["extrapolates"]) or "no, inside the fitted range"))
     print("  elsewhere: Step Law lr %.3g, batch %.3g; DeepSeek lr %.3g, batch %.3g"
           % (*step_law(N, D), *deepseek_law(flops(N, D))))
@@ -348,7 +363,7 @@ def prepare(args: Args, tokens: float) -> Args:
     texts = [doc["text"] for docs in sources.values() for doc in docs]
     pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
     common.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
-    Tokenizer.train((t for t in pieces if not common.is_held_out(t)), 384).save_pretrained(
+    Tokenizer.train((t for t in pieces if not data.is_held_out(t)), 384).save_pretrained(
         f"{args.out}/tokenizer")
     return replace(args, data=f"{args.out}/data", tokenizer=f"{args.out}/tokenizer")
 
@@ -412,21 +427,20 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 
 def held_out_check(rows: list[dict], args: Args) -> dict:
-    """Fit without the largest cell, predict it, and say whether each prediction holds (R6.2)."""
+    """Fit without the largest cell, predict it, and say of each prediction if it held (R6.2)."""
     cells = cells_of(rows)
     N, D = max(cells, key=lambda cell: flops(*cell))
-    loss, lr, batch = fit([r for r in rows if (float(r["N"]), float(r["D"])) != (N, D)],
-                          args.bootstrap, args.seed)
     points, out = cells[N, D], {"N": N, "D": D}
-    print(f"held out: the largest cell, N {N:.4g}, D {D:.4g}, predicted from the others")
-    for name, law, (value, edge) in (("lr", lr, optimum(points, 0)), ("batch", batch, optimum(
-            points, 1)), ("loss", loss, (min(points.values()), False))):
-        low, high = law.interval(N, D)
-        verdict = "on an edge, so not measured" if edge else "held" if low <= value <= high else "MISSED"
-        out[name] = {"predicted": float(law.predict(N, D)), "low": low, "high": high,
-                     "measured": value, "verdict": verdict}
+    print(f"largest cell held out: N {N:.4g}, D {D:.4g}, predicted from the others")
+    measured = {"lr": optimum(points, 0), "batch": optimum(points, 1),
+                "loss": (min(points.values()), False)}
+    rest = [r for r in rows if (float(r["N"]), float(r["D"])) != (N, D)]
+    for name, law in fit(rest, args.bootstrap, args.seed).items():
+        (value, edge), (low, high) = measured[name], law.interval(N, D)
+        out[name] = "on an edge, so not measured" if edge else \
+            "held" if low <= value <= high else "MISSED"
         print(f"  {name:<6}{law.predict(N, D):.4g}  [{low:.4g}, {high:.4g}]  measured {value:.4g}: "
-              f"{verdict}")
+              f"{out[name]}")
     return out
 
 
@@ -443,26 +457,25 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} runs. N: activated non-embedding parameters; FLOPs: 6 N D")
 
     # laws
-    result = {"runs": len(rows)}
-    try:
-        result["held_out"] = held_out_check(kinds[kind], args)
-    except InputError as error:
-        print(f"the largest cell cannot be held out: {error}")
-    loss, lr, batch = laws = fit(kinds[kind], args.bootstrap, args.seed)
-    print(f"{kind}, all cells, 95% intervals\n  lr    = {lr}\n  batch = {batch}\n  loss  = {loss}")
-    for (N, D), points in cells_of(kinds["moe"] if kind == "dense" else []).items():
-        low, high = loss.interval(N, D)
-        print(f"  MoE of N {N:.4g}, D {D:.4g}: loss {min(points.values()):.4f}; a dense model of "
-              f"this N {loss.predict(N, D):.4f} [{low:.4f}, {high:.4f}]")
-
-    # plan, and save
-    asked = {name: getattr(args, name) for name in ("budget", "N", "D")}
-    if not any(asked.values()):  # for show: ten times the largest run
-        asked["budget"] = 10 * max(flops(*cell) for cell in cells_of(kinds[kind]))
-    result["plan"] = plan(*laws, **asked)
-    for name, law in (("loss", loss), ("lr", lr), ("batch", batch)):
+    result = {"runs": len(rows), "held_out": held_out_check(kinds[kind], args)}
+    print(f"{kind}, all cells, with 95% intervals")
+    laws = fit(kinds[kind], args.bootstrap, args.seed)
+    for name, law in laws.items():
+        print(f"  {name:<6}{law}")
         result[name] = {k: (v, *law.ci(k)) for k, v in vars(law).items()
                         if isinstance(v, float) and k != "spread"}
+    for (N, D), points in cells_of(kinds["moe"]).items():
+        if kind == "dense" and "loss" in laws:
+            low, high = laws["loss"].interval(N, D)
+            print(f"  MoE of N {N:.4g}, D {D:.4g}: loss {min(points.values()):.4f}; a dense model "
+                  f"of that N {laws['loss'].predict(N, D):.4f} [{low:.4f}, {high:.4f}]")
+
+    # plan, save
+    asked = {name: getattr(args, name) for name in ("budget", "N", "D")}
+    if not any(asked.values()):  # for show: ten times the FLOPs of the largest run
+        N, D = max(cells_of(kinds[kind]), key=lambda cell: flops(*cell))
+        asked |= {"N": N * 10 ** 0.5, "D": D * 10 ** 0.5}
+    result["plan"] = plan(laws, **asked)
     if run:
         run.write_record({"finished": True, "seconds": round(run.seconds(), 1), "result": result})
         print(f"scaling: {run.path}/rows.csv ready after {run.seconds():.0f} s")

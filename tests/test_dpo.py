@@ -108,8 +108,8 @@ def quadratic(optimizer_of, steps=25, seed=0):
 
 def test_merging_without_merging_is_adam():
     """FACTS 5.1: reserve 1 and alpha 0 equal torch.optim.Adam, step for step."""
-    ours = quadratic(lambda params: OnlineMerging(params, [torch.ones_like(p) for p in params], 0.05,
-                                                  alpha=0, reserve=1))
+    ours = quadratic(lambda params: OnlineMerging(
+        params, [torch.ones_like(p) for p in params], 0.05, alpha=0, reserve=1))
     adam = quadratic(lambda params: torch.optim.Adam(params, 0.05, (0.9, 0.95), 1e-8))
     torch.testing.assert_close(ours, adam, rtol=1e-5, atol=1e-5)
     assert (ours[-1] - ours[0]).abs().max() > 0.1
@@ -167,7 +167,8 @@ def test_impossible_merging_is_refused(values):
 # pairs
 
 def answers(query, *rows):
-    return [Rollout(query, [1], [2], [-1.0], finished, text, score) for text, score, finished in rows]
+    return [Rollout(query, [1], [2], [-1.0], finished, text, score)
+            for text, score, finished in rows]
 
 
 def test_pairs_are_passing_against_failing():
@@ -206,7 +207,8 @@ def test_trl_files_load_unchanged(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("row", [
     {"prompt": "p", "chosen": "c"}, {"prompt": 5, "chosen": "c", "rejected": "r"},
-    {"prompt": "p", "chosen": [], "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": None},
+    {"prompt": "p", "chosen": [], "rejected": "r"},
+    {"prompt": "p", "chosen": "c", "rejected": None},
     {"prompt": [], "chosen": "c", "rejected": "r"},
     {"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "r"},
     {"prompt": [{"role": "user", "content": 5}], "chosen": "c", "rejected": "r"}])
@@ -241,7 +243,8 @@ def test_first_logged_step_is_ln_2(micro_run, tmp_path, monkeypatch):
     assert first["margin"] == pytest.approx(0, abs=1e-5)
     assert last["loss"] < first["loss"] and last["margin"] > 0
     for row in log(tmp_path / "run"):  # R10.4
-        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=2e-6)
+        margin = row["reward_chosen"] - row["reward_rejected"]
+        assert row["margin"] == pytest.approx(margin, abs=2e-6)
 
 
 def test_toy_set_reaches_accuracy_1(micro_run, tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
 def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
     """With --few_shot the text is cut before the next question that a base model would ask."""
     class Completion:
-        ids = tokenizer.encode(" The answer is \\boxed{7}.\n\nQuestion: 2 + 2?\nAnswer: \\boxed{4}.")
+        ids = tokenizer.encode(" The answer is \\boxed{7}.\n\nQuestion: 2?\nAnswer: \\boxed{4}.")
     monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion])
     query = {"prompt": "p", "domain": "logic", "check": {"kind": "math", "answer": "7"}}
     args = stage_args(evaluate, few_shot=1)
@@ -160,17 +160,20 @@ def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):
     """--few_shot has worked examples of the built-in domains only: one line, not a KeyError."""
-    path = write_rows(tmp_path / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
-    refuses(lambda: run(micro_run, tmp_path, queries=path, few_shot=2), "--few_shot")
+    path = write_rows(tmp_path / "own.jsonl", [
+        {"prompt": "1 + 1?", "domain": "cooking", "check": {"kind": "math", "answer": "2"}}])
+    refuses(lambda: run(micro_run, tmp_path, queries=path, few_shot=2), "--few_shot", "cooking")
 
 
 def test_text_is_held_out_only(micro_run, tokenizer, tmp_path):
     """--text scores the documents that pretrain.py left out, of real text only."""
-    docs = [f"Document number {i} of the directory." for i in range(300)]
-    write_rows(tmp_path / "real.jsonl", [{"text": text} for text in docs])
-    write_rows(tmp_path / "logic.jsonl", [{"text": "q " + text} for text in docs])
-    metrics = run(micro_run, tmp_path, text=str(tmp_path), queries=word_queries(tmp_path / "q.json"))
-    want = bits_per_byte(Qwen2.from_pretrained(micro_run), tokenizer, list(filter(is_held_out, docs)))
+    docs, path = [f"Document number {i} of the directory." for i in range(300)], tmp_path / "docs"
+    path.mkdir()
+    write_rows(path / "real.jsonl", [{"text": text} for text in docs])
+    write_rows(path / "logic.jsonl", [{"text": "q " + text} for text in docs])
+    metrics = run(micro_run, tmp_path, text=str(path))
+    held_out = list(filter(is_held_out, docs))
+    want = bits_per_byte(Qwen2.from_pretrained(micro_run), tokenizer, held_out)
     assert metrics["bits_per_byte"] == pytest.approx(want["bits_per_byte"], rel=1e-6)
     assert 0 < want["bytes"] < 2000
 
@@ -195,7 +198,7 @@ def fake_stage(root, name, greedy):
         "seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
         "result": {"loss": 1.0}}), "utf-8")
     (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
-    write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": 0.1 * i} for i in range(3)])
+    write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": i / 9} for i in range(3)])
     write_rows(path / "eval_samples.jsonl", [
         {"domain": "logic", "prompt": f"q{i}", "greedy": f"{name} says", "greedy_score": s}
         for i, s in enumerate(greedy)])

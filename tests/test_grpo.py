@@ -114,9 +114,10 @@ def by_hand(logprobs, old, ref, advantages, mask, eps, kl, aggregate):
 def test_loss_equals_the_formula(aggregate, kl):
     """R12.4: each aggregation against the sums written out; the clip and the KL are active."""
     logprobs, old, ref, advantages, mask = case()
-    loss, logs = grpo_loss(logprobs, old, ref if kl else None, advantages, mask, clip_eps=0.2, kl=kl,
-                           aggregate=aggregate)
-    want, clipped = by_hand(logprobs, old, ref if kl else None, advantages, mask, 0.2, kl, aggregate)
+    loss, logs = grpo_loss(logprobs, old, ref if kl else None, advantages, mask, clip_eps=0.2,
+                           kl=kl, aggregate=aggregate)
+    want, clipped = by_hand(logprobs, old, ref if kl else None, advantages, mask, 0.2, kl,
+                            aggregate)
     assert loss.item() == pytest.approx(want, abs=1e-5)
     assert logs["clipped"] == clipped and 0 < clipped < mask.sum()
 

@@ -299,13 +299,16 @@ def test_presets_have_the_published_details():
         assert 0.95 < a / b < 1.05
 
 
-def test_initial_weights_are_those_of_transformers():
-    """FACTS 1.2: Normal(0, 0.02), biases 0, norms 1; experts too."""
-    for name, p in Qwen2(PRESETS["tiny-moe"]).named_parameters():
+def test_initial_weights():
+    """Matrices 1/sqrt(fan in), experts too; embedding and head 0.02; biases 0, norms 1."""
+    config = replace(PRESETS["tiny-moe"], tie_word_embeddings=False)
+    for name, p in Qwen2(config).named_parameters():
+        want = 0.02 if name.split(".")[-2] in ("embed_tokens", "lm_head") else p.shape[-1] ** -0.5
         if p.ndim == 1:
             assert (p == ("norm" in name)).all(), name
-        elif p.numel() > 1000:
-            assert abs(p.std().item() - 0.02) < 0.001 and abs(p.mean().item()) < 0.002, name
+        else:  # 5 sigma
+            assert abs(p.std().item() / want - 1) < 5 / (2 * p.numel()) ** 0.5, name
+            assert abs(p.mean().item() / want) < 5 / p.numel() ** 0.5, name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,6 +431,15 @@ def test_save_and_load_are_identical(config, tmp_path):
     counted = sum(torch.Size(shape).numel() for shape in stored.values())
     assert counted == model.count_parameters()["total"]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_tied_head_stored_all_the_same_is_ignored(tmp_path):
+    """As some conversions of the small published models do."""
+    model = build(CONFIGS["tied"])
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{"lm_head.weight": model.head_weight.detach() + 1})
+    again = Qwen2.from_pretrained(tmp_path)
+    assert torch.equal(again.head_weight, model.head_weight)
 
 
 def test_load_in_another_dtype(tmp_path):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import (
-    TINY, Answer, interrupt_at, log, micro_model, no_samples, refuses, same_weights, stage_args,
-    tiny_model, weights, write_rows)
+    TINY, interrupt_at, log, micro_model, refuses, same_weights, stage_args, tiny_model, weights,
+    write_rows)
 
 import reward
 from model import PRESETS, Qwen2
@@ -189,8 +189,7 @@ def run(micro_run, tmp_path, name, **values):
 
 def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     """R4.4: 6 steps == Ctrl-C in the fourth, then --resume; and the first loss is ln 2."""
-    no_samples(monkeypatch, reward)
-    monkeypatch.setattr(Answer, "query", {"prompt": "x"})
+    monkeypatch.setattr(reward, "sample_pairs", lambda *args: [])  # nothing held out
     run(micro_run, tmp_path, "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, reward, 4)
@@ -208,7 +207,7 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     ({"batch_size": 0}, ["--batch_size"])])
 def test_impossible_settings_are_refused(micro_run, tmp_path, monkeypatch, values, words):
     """One line each, and --out is not begun."""
-    no_samples(monkeypatch, reward)
+    monkeypatch.setattr(reward, "sample_pairs", lambda *args: [])
     refuses(lambda: run(micro_run, tmp_path, "run", **values), *words)
     assert not (tmp_path / "run").exists()
 

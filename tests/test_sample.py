@@ -90,6 +90,18 @@ def test_stop_ids_and_finished(model):
     assert last.finished
 
 
+def test_only_the_first_stop_counts(model):
+    """Also in a row that stays in the batch after it: repacking for one of ten does not pay."""
+    ends, goes_on = PROMPTS[0], PROMPTS[2]
+    a, b = greedy(model, [ends, goes_on])
+    stops = set(a.ids) - set(b.ids)
+    where = [i for i, token in enumerate(a.ids) if token in stops]
+    assert len(where) >= 2
+    batch = greedy(model, [ends] + [goes_on] * 9, stop_ids=stops)
+    assert batch[0].ids == a.ids[:where[0] + 1] and batch[0].finished
+    assert all(c.ids == b.ids and not c.finished for c in batch[1:])
+
+
 def test_n_responses_equal_the_prompt_repeated(model):
     """In prompt order, all n of the first prompt first; also when a batch holds part of them."""
     for batch_size in (512, 7):

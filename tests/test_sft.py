@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 from helpers import (
-    gradients, interrupt_at, log, micro_model, no_samples, refuses, same_weights, stage_args, tiny_model,
-    weights, write_rows)
+    gradients, interrupt_at, log, micro_model, no_samples, refuses, same_weights, stage_args,
+    tiny_model, weights, write_rows)
 
 import sft
 from common import pad_rows
