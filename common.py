@@ -58,7 +58,8 @@ def parse_args(Args, argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     fields, values = {f.name: f for f in dataclasses.fields(Args)}, {}
     if {"-h", "--help"} & set(argv):
-        raise SystemExit(usage(Args))
+        print(usage(Args))
+        raise SystemExit(0)
     while argv:
         flag, has_value, text = argv.pop(0).partition("=")
         name = flag[2:]

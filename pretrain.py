@@ -71,8 +71,8 @@ def load_sources(args: Args) -> dict[str, list[str]]:
     """Texts by source name, of a directory written by data.py, or of files of any kind it reads.
     With no --data, data.py builds its corpus first: real Python documentation and code, and
     synthetic documents of the four domains."""
-    path = Path(args.data or Path(args.out) / "data")
-    if not args.data:
+    path = Path(args.data or Path(args.out) / f"data-seed{args.seed}")
+    if not args.data and not (path / "report.json").exists():
         data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
     files = [Path(p) for p in args.data.split(",")]
     if path.is_dir():
@@ -119,7 +119,6 @@ def main(args: Args) -> dict:
     require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
             f"one row of --seq_len {args.seq_len}")
     kernels.use(args.attention, compile=args.compile)
-    run = Run(args, "pretrain")
 
     # data
     sources = load_sources(args)
@@ -147,6 +146,7 @@ def main(args: Args) -> dict:
     for name, row in report.items():
         print(f"  {name:<20}{row['share']:>7.1%}{row['tokens']:>10} tokens, {row['epochs']} epochs "
               f"{row['warning']}")
+    run = Run(args, "pretrain")
 
     # model
     if args.init:

@@ -183,6 +183,8 @@ def main(args: Args) -> None:
     device, autocast = setup(args)
     tokenizer = Tokenizer.from_pretrained(args.init)
     model = Qwen2.from_pretrained(args.init, device=device)
+    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
+            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     turn = 0
     while True:

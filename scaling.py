@@ -12,7 +12,7 @@ N: parameters that a token meets, without embedding and head; D, batch: tokens; 
 Another schedule, data or way to count N gives other coefficients (a cosine has another best lr than
 a constant), so every row of rows.csv says what it was measured with.
 
-    python scaling.py                                      # micro models, a minute or two on a CPU
+    python scaling.py                              # 68 runs of micro models, a minute or two
     python scaling.py --sizes 128x4,192x4,256x6,tiny --tokens 4e6,8e6,16e6 --seq_len 256 ...
     python scaling.py --rows runs/scaling/rows.csv --budget 1e15            # fit again, and plan
 
@@ -44,13 +44,13 @@ class Args:
     out: str = "runs/scaling"        # where rows.csv, log.jsonl and run.json go
     rows: str = ""                   # fit this CSV (ours, or Step Law's) instead of training
     sizes: str = "16x2,32x2,64x2,32x2-moe"         # WIDTHxLAYERS[-moe], or presets of model.py
-    tokens: str = "8192,16384,32768"               # training tokens D
+    tokens: str = "5e3,1e4,2e4"                    # training tokens D
     lrs: str = "2e-3,4e-3,8e-3,16e-3,32e-3,64e-3"  # grid of peak learning rates
     batches: str = "128,256,512"                   # grid of batch sizes, in tokens
     budget: float = 0.0              # plan: training FLOPs, 6 N D
     N: float = 0.0                   # plan: activated non-embedding parameters
     D: float = 0.0                   # plan: training tokens
-    bootstrap: int = 100             # resamples behind each interval
+    bootstrap: int = 50              # resamples of the loss law; five times as many of the others
     data: str = ""                   # as in pretrain.py; empty: some of the built-in corpus
     tokenizer: str = ""              # as in pretrain.py; needed with --data
     seq_len: int = 64                # positions a row
@@ -86,17 +86,22 @@ def deepseek_law(C: float) -> tuple[float, float]:
 
 class Law:
     """Coefficients are floats; in `draws`, the same law over the bootstrap, arrays. spread: sd of
-    the residual logarithms. cells: {N, D, value, edge}, those on an edge (not fitted) included."""
+    the residual logarithms. widen: sqrt(n / (n - k)), for k coefficients make the residuals of n
+    cells, which the draws come from, too small by that. cells: {N, D, value, edge}, those on an
+    edge (not fitted) included."""
 
     def interval(self, N: float, D: float) -> tuple[float, float]:
         """95%, for one more cell: the law's uncertainty and the scatter of a cell around it."""
-        samples = self.draws.predict(N, D)
+        centre, samples = np.log(self.predict(N, D)), np.log(self.draws.predict(N, D))
         noise = np.random.default_rng(0).normal(0, self.spread, samples.shape)
-        return tuple(np.percentile(samples * np.exp(noise), [2.5, 97.5]).tolist())
+        samples = centre + (samples - centre) * self.widen + noise
+        return tuple(np.exp(np.percentile(samples, [2.5, 97.5])).tolist())
 
     def ci(self, name: str) -> tuple[float, float]:
         """95% interval of a coefficient."""
-        return tuple(np.percentile(getattr(self.draws, name), [2.5, 97.5]).tolist())
+        value = getattr(self, name)
+        samples = value + (getattr(self.draws, name) - value) * self.widen
+        return tuple(np.percentile(samples, [2.5, 97.5]).tolist())
 
     def show(self, name: str) -> str:
         return "{:.3f} [{:.3f}, {:.3f}]".format(getattr(self, name), *self.ci(name))
@@ -110,6 +115,7 @@ class HyperparameterLaw(Law):
     c: float
     draws: "HyperparameterLaw" = None
     spread: float = 0.0
+    widen: float = 1.0
     cells: tuple = ()
 
     def predict(self, N: float, D: float) -> float:
@@ -130,6 +136,7 @@ class LossLaw(Law):
     beta: float
     draws: "LossLaw" = None
     spread: float = 0.0
+    widen: float = 1.0
     cells: tuple = ()
 
     def predict(self, N: float, D: float) -> float:
@@ -184,7 +191,6 @@ def optimum(points: dict[tuple, float], axis: int) -> tuple[float, bool]:
 def fit_hyperparameter_law(rows, target="lr", terms="ND", bootstrap=1000, seed=0):
     """Least squares on the logarithms of the cells' optima. rows: dicts N, D, lr, batch_tokens,
     loss. target: lr or batch. terms: exponents to fit, others stay 0 (Step Law's batch: "D").
-    Draws are spread by sqrt(n / (n - k)): k coefficients make the residuals of n cells too small.
     InputError when the cells off the edges do not determine the exponents."""
     require(target in ("lr", "batch"), f"target wants lr or batch, got {target!r}")
     found = {cell: optimum(p, int(target == "batch")) for cell, p in cells_of(rows).items()}
@@ -202,9 +208,9 @@ def fit_hyperparameter_law(rows, target="lr", terms="ND", bootstrap=1000, seed=0
 
     coef = solve(np.ones(n))
     draws = np.array([solve(w) for w in resample(n, bootstrap, seed)])
-    draws = coef + (draws - coef) * math.sqrt(n / (n - len(free)))
     spread = math.sqrt(((y - X @ coef[free]) ** 2).sum() / (n - len(free)))
-    return HyperparameterLaw(*coef.tolist(), HyperparameterLaw(*draws.T), spread, tuple(cells))
+    return HyperparameterLaw(*coef.tolist(), HyperparameterLaw(*draws.T), spread,
+                             math.sqrt(n / (n - len(free))), tuple(cells))
 
 
 def fit_loss_law(N, D, loss, bootstrap=0, seed=0) -> LossLaw:
@@ -223,10 +229,10 @@ def fit_loss_law(N, D, loss, bootstrap=0, seed=0) -> LossLaw:
         huber = torch.nn.functional.huber_loss(error, 0 * error, reduction="none", delta=1e-3)
         return (weights * huber).sum(-1) / 1e-3
 
-    def minimise(start, weights, steps=500):
+    def minimise(start, weights, steps=200):
         p = start.clone().requires_grad_()
         lbfgs = torch.optim.LBFGS([p], max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-13,
-                                  line_search_fn="strong_wolfe")
+                                  history_size=10, line_search_fn="strong_wolfe")
 
         def closure():
             lbfgs.zero_grad()
@@ -244,15 +250,19 @@ def fit_loss_law(N, D, loss, bootstrap=0, seed=0) -> LossLaw:
     share, power = (0.05, 0.2, 0.5, 0.8), (0.1, 0.3, 0.6, 1.0)
     grid = torch.cartesian_prod(*map(one.new_tensor, (share, share, share, power, power)))
     grid[:, :3] = grid[:, :3].log()
-    starts = grid[objective(grid, one).argsort()[:6]]
+    starts = grid[objective(grid, one).argsort()[:4]]
     best = min((minimise(p, one) for p in starts), key=lambda p: objective(p, one).item())
-    draws = [minimise(best, one.new_tensor(w), 60) for w in resample(len(x), bootstrap, seed)]
+    away = best.clone()  # where E is near 0, exp(e) is flat: from there no draw would leave
+    away[0] = away[0].clamp(min=math.log(0.3))
+    draws = [min((minimise(p, w, 60) for p in (best, away)), key=lambda p, w=w: objective(p, w))
+             for w in one.new_tensor(resample(len(x), bootstrap, seed))]
     error = z - law(best).predict(x.exp(), y.exp()).log()
     keys = ("N", "D", "value")
     return replace(law(best), draws=law(torch.stack(draws)) if draws else None,
-                   spread=math.sqrt((error ** 2).sum() / (len(x) - 5)), cells=tuple(
-                       dict(zip(keys, map(float, c), strict=True), edge=False)
-                       for c in zip(N, D, loss, strict=True)))
+                   spread=math.sqrt((error ** 2).sum() / (len(x) - 5)),
+                   widen=math.sqrt(len(x) / (len(x) - 5)),
+                   cells=tuple(dict(zip(keys, map(float, c), strict=True), edge=False)
+                               for c in zip(N, D, loss, strict=True)))
 
 
 def fit(rows, bootstrap=100, seed=0) -> dict[str, Law]:
@@ -359,13 +369,17 @@ def prepare(args: Args, tokens: float) -> Args:
     if args.data:
         require(bool(args.tokenizer), "--data wants --tokenizer: all runs must share one")
         return args
+    made = replace(args, data=f"{args.out}/data", tokenizer=f"{args.out}/tokenizer")
+    if args.resume and Path(made.tokenizer).is_dir():
+        return made  # another corpus would have another held-out loss
     sources = data.builtin_corpus(args.seed, max_mb=max(0.4, tokens * 4e-6))
     texts = [doc["text"] for docs in sources.values() for doc in docs]
     pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
-    common.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
-    Tokenizer.train((t for t in pieces if not data.is_held_out(t)), 384).save_pretrained(
-        f"{args.out}/tokenizer")
-    return replace(args, data=f"{args.out}/data", tokenizer=f"{args.out}/tokenizer")
+    pieces = pieces[::max(1, len(pieces) // max(600, int(tokens / 100)))]  # read again in every run
+    common.write_jsonl(f"{made.data}/builtin.jsonl", ({"text": text} for text in pieces))
+    tokenizer = Tokenizer.train((t for t in pieces if not data.is_held_out(t)), 384)
+    tokenizer.save_pretrained(made.tokenizer)
+    return made
 
 
 def measure(args: Args, size: str, D: float, lr: float, batch: float, device) -> dict:
@@ -383,12 +397,13 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, device) ->
             "N": count["active"] - count["total"] + count["non_embedding"], "D": D, "lr": lr,
             "batch_tokens": batch, "loss": loss, "warmup": asked.warmup, "seed": args.seed,
             "schedule": f"cosine to {asked.final_lr}", "seq_len": args.seq_len,
-            "device": str(device), "dtype": args.dtype}
+            "data": args.data, "device": str(device), "dtype": args.dtype}
 
 
 def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, int]:
-    """Walk from `at` to a grid point that none of its four neighbours beats: 5 to 10 runs in place
-    of 30. Right if the loss has one valley over (lr, batch), which is what Step Law found."""
+    """Walk from `at` to a grid point that none of its four neighbours beats: about 6 runs in place
+    of the whole grid. Right if the loss has one valley over (lr, batch), as Step Law found, that is
+    not so narrow and diagonal that all four neighbours lie on its walls."""
     while True:
         near = [(at[0] + i, at[1] + j) for i, j in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))]
         best = min((p for p in near if 0 <= p[0] < shape[0] and 0 <= p[1] < shape[1]), key=value)
@@ -405,6 +420,9 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> list[dict]:
     for size in args.sizes.split(","):
         add_preset(size)
     prepared = prepare(args, tokens[-1])
+    same = {"data": prepared.data, "seq_len": str(args.seq_len), "seed": str(args.seed)}
+    require(all(r.get(k) == v for r in rows for k, v in same.items()), f"--resume: {run.path} has "
+            "rows of another --data, --seq_len or --seed: take another --out")
     done = {(r["size"], r["D"], r["lr"], r["batch_tokens"]): r for r in rows}
     shape, cells = (len(lrs), len(batches)), [(s, D) for s in args.sizes.split(",") for D in tokens]
     at, bar = (shape[0] // 2, shape[1] // 2), tqdm(cells, desc="scaling", disable=None)
@@ -446,6 +464,7 @@ def held_out_check(rows: list[dict], args: Args) -> dict:
 
 def main(args: Args) -> dict:
     # set-up, rows
+    require(args.bootstrap > 1, f"--bootstrap wants at least 2, got {args.bootstrap}")
     device, _ = common.setup(args)
     path, run = Path(args.rows or f"{args.out}/rows.csv"), None
     rows = read_rows(path) if args.rows or (args.resume and path.exists()) else []
@@ -463,7 +482,7 @@ def main(args: Args) -> dict:
     for name, law in laws.items():
         print(f"  {name:<6}{law}")
         result[name] = {k: (v, *law.ci(k)) for k, v in vars(law).items()
-                        if isinstance(v, float) and k != "spread"}
+                        if isinstance(v, float) and k not in ("spread", "widen")}
     for (N, D), points in cells_of(kinds["moe"]).items():
         if kind == "dense" and "loss" in laws:
             low, high = laws["loss"].interval(N, D)

@@ -455,7 +455,9 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
         else:
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
-            scores[i] = float(bool(response.strip())
+            # The question names the topic and the words to use: saying it back must earn nothing.
+            echo = words_of(query["prompt"]) == words_of(response)
+            scores[i] = float(bool(response.strip()) and not echo
                               and all(follows(response, rule, kw) for rule, kw in rules))
     for i, result in zip(jobs, sandbox.run_many(list(jobs.values())), strict=True):
         scores[i] = float(result.passed)

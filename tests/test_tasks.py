@@ -225,8 +225,6 @@ def test_empty_answers_score_nothing(response):
     assert sum(score_many(queries, [response] * len(queries))) == 0
 
 
-@pytest.mark.xfail(reason="the question about a topic holds the topic and the asked-for words",
-                   strict=True)
 def test_the_prompt_itself_scores_nothing():
     """R9.5: saying the question back is no answer, in any domain."""
     queries = [q for i, q in enumerate(builtin("test", 400)) if q["domain"] != "code" or i < 16]
