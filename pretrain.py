@@ -45,11 +45,11 @@ class Args:
     rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
     tokens: int = 300_000            # training tokens in all
     seq_len: int = 256               # positions a row
-    doc_mask: bool = False           # packed documents do not see each other
+    doc_mask: bool = True            # packed documents do not see each other
     batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
     micro_batch: int = 8             # rows a forward pass: memory, not the result (MoE aux apart)
     lr: float = 3e-3                 # peak learning rate
-    warmup: int = 20                 # steps of linear warm-up
+    warmup: int = 50                 # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm

@@ -100,7 +100,8 @@ def test_order_and_units_do_not_matter():
 def test_repeats_are_averaged_and_diverged_runs_ignored():
     rows = make_rows(sizes=(5e7, 1e8), tokens=(2e9, 5e9))
     law = scaling.fit_hyperparameter_law(rows, "lr", bootstrap=2)
-    lucky = [{**r, "loss": r["loss"] + d} for r in rows for d in (-0.5, 0.5)]
+    luck = np.random.default_rng(0).random(len(rows))  # of two seeds, alike on average only
+    lucky = [{**r, "loss": r["loss"] + d} for r, u in zip(rows, luck, strict=True) for d in (-u, u)]
     nans = [{**r, "loss": math.nan} if r["lr"] == LRS[-1] else r for r in lucky]
     for other in (lucky, nans):
         again = scaling.fit_hyperparameter_law(other, "lr", bootstrap=2)
@@ -229,6 +230,7 @@ def test_step_law_moe_counts_activated_parameters():
     assert sorted({r["N"] for r in rows}) == [187973632, 232579072, 590436352]
     law = scaling.fit_hyperparameter_law(rows, "lr", bootstrap=20)
     assert len(law.cells) == 9 and law.c > 0
+    assert {r["batch_tokens"] for r in rows} == {2048 * float(r["bs"]) for r in rows}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,6 +310,10 @@ def test_sweep_in_small(tmp_path, capsys):
         assert 4 < row["loss"] < 6.5
         assert row["warmup"] == str(int(row["D"] / row["batch_tokens"] / 10))
     assert len({r["loss"] for r in rows}) == len(rows)
+    count = {kind: Qwen2(PRESETS[name]).count_parameters() for kind, name in
+             (("dense", "16x1"), ("moe", "16x1-moe"))}  # N leaves out embedding and idle experts
+    for row in rows:
+        assert row["N"] == count[row["kind"]]["active"] - 16 * PRESETS["16x1"].vocab_size
     with pytest.raises(InputError, match="overwrite"):
         scaling.main(parse_args(scaling.Args, flags))
     before = (tmp_path / "s" / "rows.csv").read_text()
