@@ -71,7 +71,7 @@ def load_sources(args: Args) -> dict[str, list[str]]:
     """Texts by source name, of a directory written by data.py, or of files of any kind it reads.
     With no --data, data.py builds its corpus first: real Python documentation and code, and
     synthetic documents of the four domains."""
-    path = Path(args.data or Path(args.out) / f"data-seed{args.seed}")
+    path = Path(args.data or f"{args.out}-data-seed{args.seed}")
     if not args.data and not (path / "report.json").exists():
         data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
     files = [Path(p) for p in args.data.split(",")]

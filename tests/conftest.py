@@ -21,6 +21,8 @@ except ImportError:
     pass
 sys.path.insert(0, str(ROOT))
 
+from helpers import wake  # noqa: E402
+
 from model import PRESETS, Qwen2, replace  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -56,6 +58,6 @@ def micro_run(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("micro")
     torch.manual_seed(0)
     config = replace(PRESETS["micro"], vocab_size=tokenizer.padded_vocab_size(128))
-    Qwen2(config).save_pretrained(path)
+    wake(Qwen2(config)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -14,10 +14,20 @@ TINY = Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_la
               tie_word_embeddings=True)
 
 
+def wake(model: Qwen2) -> Qwen2:
+    """Give the matrices that start at zero weights: else blocks are the identity, every position
+    sees only itself, and a test of attention, cache or padding could not fail."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1 and not p.any():
+                p.normal_(0.0, p.shape[-1] ** -0.5)
+    return model
+
+
 def tiny_model(seed=0, scale=5.0, **changes) -> Qwen2:
     """A random model whose logits are of order 1, so that a wrong position is seen in the loss."""
     torch.manual_seed(seed)
-    model = Qwen2(replace(TINY, **changes))
+    model = wake(Qwen2(replace(TINY, **changes)))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
@@ -29,7 +39,7 @@ def tiny_model(seed=0, scale=5.0, **changes) -> Qwen2:
 
 def micro_model(tokenizer, seed=0) -> Qwen2:
     torch.manual_seed(seed)
-    return Qwen2(replace(PRESETS["micro"], vocab_size=tokenizer.padded_vocab_size(128)))
+    return wake(Qwen2(replace(PRESETS["micro"], vocab_size=tokenizer.padded_vocab_size(128))))
 
 
 def stage_args(module, **values):

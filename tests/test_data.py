@@ -511,15 +511,14 @@ def test_run_on_the_builtin_corpus(tmp_path, fake_tasks, capsys):
     for name, row in report["sources"].items():
         lines = list(data.read_documents(tmp_path / "d" / f"{name}.jsonl"))
         assert len(lines) == row["kept"] and all(d["source"] == name for d in lines)
-    assert abs(sum(row["share"] for row in report["mixture"].values()) - 1) < 1e-6
     shown = capsys.readouterr().out
-    assert "stdlib_reference" in shown and "contaminated" in shown and "epochs" in shown
+    assert "stdlib_reference" in shown and "contaminated" in shown
     with pytest.raises(InputError, match="--overwrite"):
         data.main(data.Args(**args))
     (tmp_path / "in.jsonl").write_text("".join(
         json.dumps({"text": f"{PROSE} {i} {'xyz' * i}"}) + "\n" for i in range(30)))
     again = data.main(data.Args(out=args["out"], input=str(tmp_path / "in.jsonl"), overwrite=True,
-                                seq_len=16, evals=""))
+                                evals=""))
     # near-duplicates of one another; and nothing of the former run is left behind
     assert again["sources"]["in"]["kept"] == 1 and again["dropped"]["duplicate"] == 29
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["in.jsonl", "report.json"]

@@ -14,6 +14,7 @@ import kernels
 import pretrain
 from common import InputError, read_jsonl, rng
 from data import is_held_out
+from helpers import wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(args, doc_mask, monkeypatch
 def test_lm_loss_is_the_mean_cross_entropy():
     """Summed over rows / targets of the step; document masks reach the attention."""
     torch.manual_seed(0)
-    model = Qwen2(PRESETS["micro"])
+    model = wake(Qwen2(PRESETS["micro"]))
     ids = torch.randint(512, (3, 17))
     segments = torch.tensor([[0] * 5 + [1] * 12, [2] * 17, [3] * 16 + [4]])
     for segment_ids in (None, segments):
@@ -92,7 +93,7 @@ def test_lm_loss_is_the_mean_cross_entropy():
 def test_held_out_loss_does_not_depend_on_the_batch():
     """R4.9: a fixed set, token-weighted."""
     torch.manual_seed(0)
-    model, ids = Qwen2(PRESETS["micro"]), torch.randint(512, (5, 9))
+    model, ids = wake(Qwen2(PRESETS["micro"])), torch.randint(512, (5, 9))
     device, autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
     losses = [pretrain.held_out_loss(model, ids, None, n, device, autocast) for n in (1, 2, 5)]
     assert max(losses) - min(losses) < 1e-5

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import (
+from helpers import (wake,
     TINY, interrupt_at, log, micro_model, refuses, same_weights, stage_args, tiny_model, weights,
     write_rows)
 
@@ -83,7 +83,7 @@ def test_directory_has_score_weight(tokenizer, tmp_path, preset):
               "untied": replace(TINY, vocab_size=V, tie_word_embeddings=False),
               "micro-moe": replace(PRESETS["micro-moe"], vocab_size=V)}[preset]
     torch.manual_seed(0)
-    model = RewardModel.from_language_model(Qwen2(config), tokenizer)
+    model = RewardModel.from_language_model(wake(Qwen2(config)), tokenizer)
     torch.nn.init.normal_(model.head.weight)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
