@@ -17,39 +17,43 @@ evaluate() { python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"; }
 seconds() { python -c "import json,sys; print(json.load(open(sys.argv[1]))['seconds'])" "$RUN/$1/run.json"; }
 
 say "1. corpus: Python's own documentation and code, and synthetic documents, cleaned and mixed"
-python data.py --out "$RUN/data" --synthetic_mb 6 --seed "$SEED"
+python data.py --out "$RUN/data" --synthetic_mb 8 --seed "$SEED"
 
 say "2. tokenizer: byte-level BPE from scratch"
 python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$RUN/tokenizer"
 
 say "3. pre-training"
 python pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --out "$RUN/pretrain" \
-  --tokens 2e6 --seed "$SEED"
+  --tokens 3.6e6 --seed "$SEED"
 evaluate pretrain --few_shot 3 --text "$RUN/data"
 
 say "4. SFT on verified demonstrations"
-python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 4000 --seed "$SEED"
+python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 2000 --epochs 3 \
+  --seed "$SEED"
 evaluate sft
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
-python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 800 --seed "$SEED"
+python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 600 \
+  --pairs_per_query 4 --batch_size 16 --lr 2e-4 --nll 0.2 --seed "$SEED"
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
-python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --steps 10 --n_queries 400 --seed "$SEED"
+python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --n_queries 320 --steps 10 --batch_queries 32 \
+  --lr 3e-4 --seed "$SEED"
 
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
   --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 300 --seed "$SEED"
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
-python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --steps 60 \
-  --batch_queries 32 --n_queries 1500 --seed "$SEED"
+python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" \
+  --n_queries 1000 --steps 60 --batch_queries 32 --lr 3e-4 --seed "$SEED"
 evaluate grpo
 
 say "9. control: the time of stages 5 to 8 spent on more SFT instead"
-EPOCHS=$(python -c "print(2 * ($(seconds dpo) + $(seconds rl_first) + $(seconds reward) + $(seconds grpo)) / $(seconds sft))")
-python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 4000 --epochs "$EPOCHS" --seed "$SEED"
+EPOCHS=$(python -c "print(3 * ($(seconds dpo) + $(seconds rl_first) + $(seconds reward) + $(seconds grpo)) / $(seconds sft))")
+python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 2000 --epochs "$EPOCHS" \
+  --seed "$SEED"
 evaluate sft_control
 
 say "report"

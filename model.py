@@ -80,7 +80,7 @@ def _moe(base: Config, experts, k, inner, shared):
                    shared_expert_intermediate_size=shared)
 
 
-_TINY = replace(_size(192, 512, 4, 6, 2, V=2048, tied=True, positions=1024), rope_theta=10_000.0)
+_TINY = replace(_size(128, 384, 4, 4, 2, V=2048, tied=True, positions=1024), rope_theta=10_000.0)
 _MICRO = replace(_size(64, 160, 2, 4, 2, V=512, tied=True, positions=512), rope_theta=10_000.0)
 
 PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
@@ -96,7 +96,7 @@ PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
     "Qwen2-57B-A14B": _moe(_size(3584, 18944, 28, 28, 4), 64, 8, 2560, 20480),
     # ours, for a laptop: the demo's, its MoE of equal active size, and the tests'
     "tiny": _TINY,
-    "tiny-moe": _moe(_TINY, 8, 2, 128, 256),
+    "tiny-moe": _moe(_TINY, 8, 2, 96, 192),
     "micro": _MICRO,
     "micro-moe": _moe(_MICRO, 8, 2, 40, 80),
 }

@@ -40,7 +40,7 @@ class Args:
     n_data: int = 1000               # built-in demonstrations, or the most rows read from --data
     max_len: int = 512               # longer conversations are cut at the end
     epochs: float = 2.0              # passes over the data
-    batch_size: int = 32             # conversations a step
+    batch_size: int = 16             # conversations a step
     micro_batch: int = 32            # conversations a forward pass: memory only
     lr: float = 1e-3                 # peak learning rate (the report's models: 7e-6)
     warmup: int = 10                 # steps of linear warm-up
