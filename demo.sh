@@ -14,7 +14,6 @@ mkdir -p "$RUN"
 date +%s > "$RUN/started"
 say() { printf '\n== %s\n' "$*"; }
 evaluate() { python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"; }
-seconds() { python -c "import json,sys; print(json.load(open(sys.argv[1]))['seconds'])" "$RUN/$1/run.json"; }
 
 say "1. corpus: Python's own documentation and code, and synthetic documents, cleaned and mixed"
 python data.py --out "$RUN/data" --synthetic_mb 8 --seed "$SEED"
@@ -24,13 +23,19 @@ python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$
 
 say "3. pre-training"
 python pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --out "$RUN/pretrain" \
-  --tokens 3.6e6 --seed "$SEED"
+  --tokens 2.4e6 --seed "$SEED"
 evaluate pretrain --few_shot 3 --text "$RUN/data"
 
 say "4. SFT on verified demonstrations"
-python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 2000 --epochs 3 \
-  --seed "$SEED"
+python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 2000 --epochs 3 --seed "$SEED"
 evaluate sft
+
+# From here one core trains on, stage by stage, and the other runs the control: more SFT on the same
+# demonstrations for as long. One thread each; run.json has the seconds of both.
+export OMP_NUM_THREADS=1
+say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
+(python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 2000 --epochs 14 --seed "$SEED"
+ evaluate sft_control) > "$RUN/sft_control.log" 2>&1 &
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
 python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 600 \
@@ -38,23 +43,20 @@ python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_quer
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
-python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --n_queries 320 --steps 10 --batch_queries 32 \
-  --lr 3e-4 --seed "$SEED"
+python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --n_queries 200 --steps 8 \
+  --batch_queries 24 --lr 3e-4 --seed "$SEED"
 
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
-  --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 300 --seed "$SEED"
+  --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 300 --responses 2 --seed "$SEED"
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
-python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" \
-  --n_queries 1000 --steps 60 --batch_queries 32 --lr 3e-4 --seed "$SEED"
+python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 600 \
+  --steps 45 --batch_queries 24 --lr 3e-4 --seed "$SEED"
 evaluate grpo
 
-say "9. control: the time of stages 5 to 8 spent on more SFT instead"
-EPOCHS=$(python -c "print(3 * ($(seconds dpo) + $(seconds rl_first) + $(seconds reward) + $(seconds grpo)) / $(seconds sft))")
-python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 2000 --epochs "$EPOCHS" \
-  --seed "$SEED"
-evaluate sft_control
+wait
+tail -n 9 "$RUN/sft_control.log"
 
 say "report"
 python evaluate.py --report "$RUN"

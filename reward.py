@@ -235,7 +235,7 @@ def main(args: Args) -> dict:
     # data
     if queries:
         pairs += sample_pairs(args, device, autocast, queries, args.seed)
-    held_out = sample_pairs(args, device, autocast, tasks.builtin("val", 200, args.seed), args.seed)
+    held_out = sample_pairs(args, device, autocast, tasks.builtin("val", 64, args.seed), args.seed)
     rows = tokenize_pairs(pairs, tokenizer, args.max_len)
     held_out = tokenize_pairs(held_out, tokenizer, args.max_len)
     require(len(rows) > 0, "no preference pair to learn from: see --pairs, --queries")
