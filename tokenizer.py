@@ -287,8 +287,9 @@ class Tokenizer:
         # Every conversation holds the template's own words, and pre-training text hardly any of
         # them: each counts as one word in a thousand, or the default system prompt takes 37 tokens.
         each = sum(counts.values()) // 1000
-        for word, n in count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"]).items():
-            counts[word] = counts.get(word, 0) + n * each
+        if each:
+            for word, n in count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"]).items():
+                counts[word] = counts.get(word, 0) + n * each
         merges = train_bpe(counts, n_merges)
         tokens = [bytes([b]) for b in BYTE_ORDER] + [a + b for a, b in merges]
         return cls({token: i for i, token in enumerate(tokens)}, merges=merges)
