@@ -110,6 +110,12 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def positive(args, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name} must be positive, got {value}")
+
+
 # ---------------------------------------------------------------------------------------------
 # device, randomness, optimizer, schedule
 
@@ -267,7 +273,7 @@ class Run:
 
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
-        self.started, self.start_step, self.previous_seconds = time.time(), 0, 0.0
+        self.started, self.previous_seconds = time.time(), 0.0
         self.state_file = self.path / "state" / "state.pt"
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else None
         asked = {k: v for k, v in self.args.items() if k not in ("resume", "overwrite")}
@@ -283,14 +289,30 @@ class Run:
             more = " (or --resume to continue it)" * self.state_file.exists()
             raise InputError(f"{self.path} holds {what}: pass --overwrite{more} or another --out")
         self.resumed = args.resume
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        require(parent.is_dir() and os.access(parent, os.W_OK),
+                f"--out {self.path}: {parent} is not a directory that can be written to")
+
+    def begin(self, model=None, optimizer=None) -> int:
+        """Create the directory and return step 0; with --resume, restore the last state, drop later
+        log lines and return its step. Until here nothing was written: a refusal loses nothing."""
+        if self.resumed:
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.previous_seconds = state["seconds"]
+            log = self.path / "log.jsonl"
+            write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= state["step"]])
+            print(f"resumed {self.path} after step {state['step']}")
+            return state["step"]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not args.resume:
-                self.state_file.unlink(missing_ok=True)
-                (self.path / "log.jsonl").write_text("", encoding="utf-8")
-                self.write_record({"finished": False})
+            self.state_file.unlink(missing_ok=True)
+            (self.path / "log.jsonl").write_text("", encoding="utf-8")
+            self.write_record({"finished": False})
         except OSError as error:
             raise InputError(f"--out {self.path}: {error.strerror}") from None
+        return 0
 
     def has_steps(self) -> bool:
         """Was anything trained here? A run refused for a bad flag leaves nothing to protect."""
@@ -334,19 +356,6 @@ class Run:
         torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "seconds": self.seconds()}, temporary)
         os.replace(temporary, self.state_file)
-
-    def load_state(self, model, optimizer) -> int:
-        """With --resume, restore the last state and drop later log lines. Returns the next step."""
-        if not self.resumed:
-            return 0
-        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        self.previous_seconds = state["seconds"]
-        log = self.path / "log.jsonl"
-        write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= state["step"]])
-        print(f"resumed {self.path} after step {state['step']}")
-        return state["step"]
 
     def seconds(self) -> float:
         return self.previous_seconds + time.time() - self.started

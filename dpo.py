@@ -22,7 +22,6 @@ Expect: the loss starts at exactly ln 2 = 0.693 and the accuracy (share of pairs
 to 0.7-0.9. Both log-probabilities may fall, the rejected one faster: that is DPO, not a fault. A
 fall of the chosen one by more than a few nats is one: lower --lr or raise --beta.
 """
-import random
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +30,10 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, epoch_order, lr_at, require, rng, setup, write_jsonl)
+    Run, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup, write_jsonl)
 from model import Qwen2
-from reward import read_pairs
-from sample import completion_logprobs, rollout
-from tokenizer import Tokenizer
+from reward import pair_responses, read_pairs, tokenize_pair
+from sample import completion_logprobs, load_policy, rollout
 
 
 @dataclass
@@ -68,34 +66,6 @@ class Args:
     dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
     resume: bool = False             # continue an interrupted run
     overwrite: bool = False          # replace what --out holds
-
-
-# ---------------------------------------------------------------------------------------------
-# pairs
-
-def pair_up(groups: list, per_query: int, seed: int) -> list[dict]:
-    """Passing = chosen, failing = rejected, within one query's answers. A query whose answers all
-    pass or all fail teaches nothing here and gives no pair; equal texts are one answer."""
-    r, pairs = random.Random(seed), []
-    for group in groups:
-        passed = sorted({a.text for a in group if a.score == 1})
-        failed = sorted({a.text for a in group if a.score < 1 and a.finished})
-        k = min(per_query, len(passed), len(failed))
-        for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
-            pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen,
-                          "rejected": rejected, "domain": group[0].query["domain"]})
-    return pairs
-
-
-def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int], list[int]]:
-    """-> ids of the prompt, of the chosen and of the rejected answer (content + <|im_end|>)."""
-    prompt = pair["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    out = [tokenizer.render(messages, add_generation_prompt=True)[0]]
-    for answer in (pair["chosen"], pair["rejected"]):
-        text = answer if isinstance(answer, str) else answer[-1]["content"]
-        out.append(tokenizer.encode(text) + [tokenizer.im_end_id])
-    return tuple(out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,27 +126,23 @@ class OnlineMerging(torch.optim.Optimizer):
 
 def main(args: Args) -> dict:
     # set-up
+    run = Run(args, "dpo")
     device, autocast = setup(args)
-    for name in ("n_queries", "responses", "temperature", "max_new_tokens",
-                 "epochs", "batch_size", "micro_batch", "save_every"):
-        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
-    tokenizer = Tokenizer.from_pretrained(args.init)
-    model = Qwen2.from_pretrained(args.init, device=device)
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
-            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
+             "batch_size", "micro_batch", "save_every")
+    model, tokenizer = load_policy(args.init, device)
     pairs = read_pairs(args.data) if args.data else []
     queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)
-    run = Run(args, "dpo")  # after the input is read: a refusal leaves --out as it was
 
     # data
     if not args.data:
         groups = rollout(model, tokenizer, queries, args.responses, args.max_new_tokens,
                          args.temperature, args.seed)
-        pairs = pair_up(groups, args.pairs_per_query, args.seed)
-        mean = sum(a.score for g in groups for a in g) / len(groups) / args.responses
-        print(f"{args.init} passes {mean:.1%} of {len(queries)} queries x {args.responses}: "
+        answers = [answer for group in groups for answer in group]
+        pairs = pair_responses(answers, args.pairs_per_query, args.seed)
+        rate = sum(a.score for a in answers) / len(answers)
+        print(f"{args.init} passes {rate:.1%} of {len(queries)} queries x {args.responses}: "
               f"{len(pairs)} pairs")
-    write_jsonl(run.path / "pairs.jsonl", pairs)
     rows = [tokenize_pair(tokenizer, pair) for pair in pairs]
     rows = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= args.max_len]
     require(len(pairs) > 0, "no preference pair: every query's answers all pass or all fail; "
@@ -208,7 +174,8 @@ def main(args: Args) -> dict:
                                   args.seed)
     else:
         optimizer = torch.optim.AdamW(params.values(), args.lr, (0.9, 0.95), weight_decay=0.0)
-    start = run.load_state(model, optimizer)
+    start = run.begin(model, optimizer)
+    write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
     bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=None)

@@ -24,9 +24,10 @@ import data
 import kernels
 import tasks
 from common import (
-    cli, pad_rows, peak_rss_mb, read_json, read_jsonl, require, setup, write_atomic, write_jsonl)
+    cli, pad_rows, peak_rss_mb, positive, read_json, read_jsonl, require, setup, write_atomic,
+    write_jsonl)
 from model import Qwen2
-from sample import generate, rollout
+from sample import generate, load_policy, rollout
 from tokenizer import Tokenizer
 
 STAGES = ("pretrain", "sft", "sft_control", "dpo", "rl_first", "reward", "grpo")
@@ -113,12 +114,8 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
 
 def evaluate(args: Args) -> dict:
     device, autocast = setup(args)
-    tokenizer = Tokenizer.from_pretrained(args.init)
-    model = Qwen2.from_pretrained(args.init, device=device)
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
-            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
-    for name in ("samples", "n_queries", "max_new_tokens"):
-        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
+    model, tokenizer = load_policy(args.init, device)
+    positive(args, "samples", "n_queries", "max_new_tokens")
     queries = tasks.load(args.queries, args.n_queries)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "

@@ -31,11 +31,9 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from common import Run, adamw, cli, clip_and_step, lr_at, require, setup
-from model import Qwen2
+from common import Run, adamw, cli, clip_and_step, lr_at, positive, require, setup
 from reward import RewardModel
-from sample import completion_logprobs, rollout
-from tokenizer import Tokenizer
+from sample import completion_logprobs, load_policy, rollout
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Args:
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
     inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
-    micro_batch: int = 128           # responses a forward pass: memory only
+    micro_batch: int = 32            # responses a forward pass, of similar length: memory only
     clip_eps: float = 0.2            # width of the ratio's clip
     kl: float = 0.0                  # weight of the KL to the initial policy
     normalise: str = "group"         # advantages over the group's standard deviation, or "none"
@@ -163,26 +161,22 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
 
 def main(args: Args) -> dict:
     # set-up
+    run = Run(args, "grpo")
     device, autocast = setup(args)
     require(args.aggregate in ("seq_mean", "token_mean", "constant"),
             f"--aggregate wants seq_mean, token_mean or constant, got {args.aggregate!r}")
     require(args.normalise in ("group", "none"), f"--normalise wants group or none, got "
             f"{args.normalise!r}")
-    for name in ("n_queries", "steps", "batch_queries", "temperature",
-                 "max_new_tokens", "inner_steps", "micro_batch", "save_every"):
-        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
+    positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
+             "inner_steps", "micro_batch", "save_every")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
-    tokenizer = Tokenizer.from_pretrained(args.init)
-    model = Qwen2.from_pretrained(args.init, device=device)
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
-            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    model, tokenizer = load_policy(args.init, device)
     reward_model = None
     if args.reward_model:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
     queries = tasks.load(args.queries, args.n_queries, args.seed)
-    run = Run(args, "grpo")  # after the input is read: a refusal leaves --out as it was
 
     # data
     with autocast:
@@ -191,7 +185,7 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     optimizer = adamw(model, args.lr, weight_decay=0.0)
-    start = run.load_state(model, optimizer)
+    start = run.begin(model, optimizer)
 
     # loop
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps, disable=None)
@@ -204,7 +198,10 @@ def main(args: Args) -> dict:
         advantages = group_advantages(rewards, args.normalise).flatten()
         # A response of a dead group has neither advantage nor, without KL, gradient: skip it.
         alive = [i for i in range(len(answers)) if args.kl or advantages[i] != 0]
-        alive.sort(key=lambda i: len(answers[i].prompt_ids) + len(answers[i].ids))
+        # Groups stay together, to share their prompt, among groups of similar length.
+        longest = [max(len(a.ids) for a in answers[i:i + args.group])
+                   for i in range(0, len(answers), args.group)]
+        alive.sort(key=lambda i: longest[i // args.group])
         tokens = sum(len(a.ids) for a in answers)
         count = {"seq_mean": len(answers), "token_mean": tokens,
                  "constant": len(answers) * args.max_new_tokens}[args.aggregate]

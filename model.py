@@ -257,7 +257,7 @@ class KVCache:
     def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
         K, D = config.num_key_value_heads, config.head_dim
         shape = (config.num_hidden_layers, 2, B, K, max_len, D)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.data = torch.empty(shape, device=device, dtype=dtype)
         self.pads = pads if pads is not None and pads.any() else None
         self.length = 0
 
@@ -269,7 +269,30 @@ class KVCache:
 
     def select(self, rows) -> None:
         """Keep (or repeat) rows of the batch: finished responses leave, a prompt is shared by n."""
-        self.data = self.data.index_select(2, rows)
+        old, shape = self.data, self.data.shape
+        self.data = old.new_empty((*shape[:2], len(rows), *shape[3:]))
+        filled = slice(0, self.length)  # what lies beyond is not worth copying
+        self.data[..., filled, :] = old[..., filled, :].index_select(2, rows)
+        self.pads = None if self.pads is None else self.pads[rows]
+
+
+class PromptCache:
+    """A KVCache for training: a prompt is read once, `select` repeats it for its responses, and
+    gradients flow back through both. It grows by concatenation, since autograd does not allow
+    writing into keys and values that a backward pass still needs."""
+
+    def __init__(self, pads=None):
+        self.layers, self.length = {}, 0
+        self.pads = pads if pads is not None and pads.any() else None
+
+    def append(self, layer: int, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
+        self.layers[layer] = k, v
+        return k, v
+
+    def select(self, rows) -> None:
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
         self.pads = None if self.pads is None else self.pads[rows]
 
 
@@ -318,7 +341,7 @@ class Qwen2(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def hidden(self, ids, *, cache: KVCache | None = None, segment_ids=None, router=None):
+    def hidden(self, ids, *, cache: KVCache | PromptCache = None, segment_ids=None, router=None):
         """ids (B, T) int64 -> (B, T, C), normalised.
 
         cache: the T positions continue it. segment_ids (B, T): documents of a packed row, which

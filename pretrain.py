@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import kernels
-from common import Run, adamw, cli, clip_and_step, epoch_order, lr_at, require, setup
+from common import Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, setup
 from model import PRESETS, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -44,16 +44,16 @@ class Args:
     init: str = ""                   # continue from this model directory instead of from scratch
     rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
     tokens: int = 300_000            # training tokens in all
-    seq_len: int = 256               # positions a row
+    seq_len: int = 128               # positions a row
     doc_mask: bool = True            # packed documents do not see each other
     batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
-    micro_batch: int = 8             # rows a forward pass: memory, not the result (MoE aux apart)
-    lr: float = 3e-3                 # peak learning rate
+    micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
+    lr: float = 1.5e-3               # peak learning rate
     warmup: int = 50                 # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm
-    eval_every: int = 100            # steps between held-out losses; the last step always has one
+    eval_every: int = 200            # steps between held-out losses; the last step always has one
     save_every: int = 200            # steps between resumable states
     attention: str = "auto"          # kernels: auto, reference, sdpa, fused
     compile: bool = False            # torch.compile the kernels: pays off on long runs only
@@ -110,12 +110,12 @@ def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> flo
 
 def main(args: Args) -> dict:
     # set-up
+    run = Run(args, "pretrain")
     device, autocast = setup(args)
     require(args.model in PRESETS, f"--model wants one of {', '.join(PRESETS)}, got {args.model!r}")
     require(args.attention in kernels.IMPLS,
             f"--attention wants one of {', '.join(kernels.IMPLS)}, got {args.attention!r}")
-    for name in ("seq_len", "micro_batch", "tokens", "eval_every", "save_every"):
-        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
+    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every")
     require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
             f"one row of --seq_len {args.seq_len}")
     kernels.use(args.attention, compile=args.compile)
@@ -146,7 +146,6 @@ def main(args: Args) -> dict:
     for name, row in report.items():
         print(f"  {name:<20}{row['share']:>7.1%}{row['tokens']:>10} tokens, {row['epochs']} epochs "
               f"{row['warning']}")
-    run = Run(args, "pretrain")
 
     # model
     if args.init:
@@ -168,7 +167,7 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     optimizer = adamw(model, args.lr, args.weight_decay)
-    start = run.load_state(model, optimizer)
+    start = run.begin(model, optimizer)
 
     # loop
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)

@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, read_jsonl, require,
-    setup, write_jsonl)
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
+    require, setup, write_jsonl)
 from model import Config, Qwen2
-from sample import prompt_ids, rollout
+from sample import load_policy, prompt_ids, rollout
 from tokenizer import Tokenizer
 
 
@@ -126,17 +126,20 @@ class RewardModel(Qwen2):
 # data
 
 def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
-    """Passing beats failing, among all policies' and temperatures' answers to one query."""
+    """Rollouts -> pairs: passing = chosen, failing = rejected, among all the answers to one query,
+    whichever policy gave them. A query whose answers all pass or all fail teaches nothing here and
+    gives no pair; equal texts are one answer, and one that was cut is none."""
     r, pairs, by_prompt = random.Random(seed), [], {}
     for answer in answers:
         by_prompt.setdefault(str(answer.query["prompt"]), []).append(answer)
     for group in by_prompt.values():
+        query = group[0].query
         passed = sorted({a.text for a in group if a.score == 1})
         failed = sorted({a.text for a in group if a.score < 1 and a.finished})
         k = min(per_query, len(passed), len(failed))
         for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
-            pairs.append({"prompt": group[0].query["prompt"], "chosen": chosen,
-                          "rejected": rejected})
+            pairs.append({"prompt": query["prompt"], "chosen": chosen, "rejected": rejected,
+                          "domain": query["domain"]})
     return pairs
 
 
@@ -165,8 +168,7 @@ def parse_temperatures(text: str) -> list[float]:
 def sample_pairs(args: Args, device, autocast, queries: list[dict], seed: int) -> list[dict]:
     answers = []
     for path in (args.policies or args.init).split(","):
-        tokenizer = Tokenizer.from_pretrained(path)
-        policy = Qwen2.from_pretrained(path, device=device)
+        policy, tokenizer = load_policy(path, device)
         for temperature in parse_temperatures(args.temperatures):
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
@@ -177,17 +179,19 @@ def sample_pairs(args: Args, device, autocast, queries: list[dict], seed: int) -
     return pair_responses(answers, args.pairs_per_query, seed)
 
 
+def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int], list[int]]:
+    """-> ids of the prompt, of the chosen and of the rejected answer (content + <|im_end|>)."""
+    texts = (y if isinstance(y, str) else y[-1]["content"]
+             for y in (pair["chosen"], pair["rejected"]))
+    return prompt_ids(tokenizer, pair), *(
+        tokenizer.encode(text) + [tokenizer.im_end_id] for text in texts)
+
+
 def tokenize_pairs(pairs: list[dict], tokenizer: Tokenizer, max_len: int):
-    """-> rows of (chosen ids, rejected ids), each the prompt and one response with <|im_end|>."""
-    rows = []
-    for pair in pairs:
-        prompt = prompt_ids(tokenizer, pair)
-        chosen, rejected = (
-            prompt + tokenizer.encode(y if isinstance(y, str) else y[-1]["content"])
-            + [tokenizer.im_end_id] for y in (pair["chosen"], pair["rejected"]))
-        if max(len(chosen), len(rejected)) <= max_len:
-            rows.append((chosen, rejected))
-    return rows
+    """-> rows of (chosen ids, rejected ids), each with the prompt before it."""
+    rows = [tokenize_pair(tokenizer, pair) for pair in pairs]
+    rows = [(prompt + chosen, prompt + rejected) for prompt, chosen, rejected in rows]
+    return [row for row in rows if max(map(len, row)) <= max_len]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,20 +221,16 @@ def accuracies(model: RewardModel, rows) -> dict[str, float]:
 
 def main(args: Args) -> dict:
     # set-up
+    run = Run(args, "reward")
     device, autocast = setup(args)
-    for name in ("n_queries", "responses", "max_new_tokens",
-                 "epochs", "batch_size", "micro_batch", "save_every"):
-        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
-    tokenizer = Tokenizer.from_pretrained(args.init)
-    model = RewardModel.from_language_model(Qwen2.from_pretrained(args.init, device=device),
-                                            tokenizer)
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
-            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    positive(args, "n_queries", "responses", "max_new_tokens", "epochs", "batch_size",
+             "micro_batch", "save_every")
+    model, tokenizer = load_policy(args.init, device)
+    model = RewardModel.from_language_model(model, tokenizer)
     pairs = read_pairs(args.pairs) if args.pairs else []
     queries = [] if args.queries == "none" else tasks.load(args.queries, args.n_queries, args.seed)
     require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
     parse_temperatures(args.temperatures)
-    run = Run(args, "reward")  # after the input is read: a refusal leaves --out as it was
 
     # data
     if queries:
@@ -240,12 +240,12 @@ def main(args: Args) -> dict:
     held_out = tokenize_pairs(held_out, tokenizer, args.max_len)
     require(len(rows) > 0, "no preference pair to learn from: see --pairs, --queries")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
-    write_jsonl(run.path / "pairs.jsonl", pairs)
     print(f"{len(rows)} pairs, {len(held_out)} held out (other queries), {steps} steps")
 
     # optimizer, resume
     optimizer = adamw(model, args.lr, args.weight_decay)
-    start = run.load_state(model, optimizer)
+    start = run.begin(model, optimizer)
+    write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
     bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=None)

@@ -470,6 +470,7 @@ def main(args: Args) -> dict:
     rows = read_rows(path) if args.rows or (args.resume and path.exists()) else []
     if not args.rows:  # rows.csv is all the state there is, so Run is not asked for its own
         run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
+        run.begin()
         rows = sweep(args, run, rows, device)
     kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in ("dense", "moe")}
     kind = "dense" if kinds["dense"] else "moe"

@@ -25,11 +25,10 @@ from tqdm import tqdm
 import kernels
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, read_jsonl, require,
-    setup)
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
+    require, setup)
 from model import Qwen2
-from sample import rollout
-from tokenizer import Tokenizer
+from sample import load_policy, rollout
 
 
 @dataclass
@@ -97,26 +96,22 @@ def sft_loss(model: Qwen2, ids, mask, count: int):
 
 def main(args: Args) -> dict:
     # set-up
+    run = Run(args, "sft")
     device, autocast = setup(args)
-    for name in ("n_data", "epochs", "batch_size", "micro_batch", "save_every"):
-        require(getattr(args, name) > 0, f"--{name} must be positive, got {getattr(args, name)}")
+    positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
-    tokenizer = Tokenizer.from_pretrained(args.init)
-    model = Qwen2.from_pretrained(args.init, device=device)
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{args.init}: the tokenizer has "
-            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    model, tokenizer = load_policy(args.init, device)
 
     # data
     conversations = load_conversations(args.data, args.n_data, args.seed)
     rows, dropped = tokenize_conversations(conversations, tokenizer, args.max_len)
     require(len(rows) > 0, f"--data {args.data}: no answer within --max_len tokens")
-    run = Run(args, "sft")  # after the input is read: a refusal leaves --out as it was
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(rows)} conversations ({dropped} dropped: nothing to learn from), {steps} steps")
 
     # optimizer, resume
     optimizer = adamw(model, args.lr, args.weight_decay)
-    start = run.load_state(model, optimizer)
+    start = run.begin(model, optimizer)
 
     # loop
     bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=None)

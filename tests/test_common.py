@@ -309,6 +309,12 @@ class Saved:  # what finish needs of a tokenizer
         pass
 
 
+def begun(args):
+    run = Run(args, "stage")
+    run.begin()
+    return run
+
+
 def finish(run):
     model = Qwen2(PRESETS["micro"])
     run.finish(model, Saved(), loss=1.0)
@@ -316,7 +322,7 @@ def finish(run):
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
     args = Args(out=str(tmp_path / "run"), seed=7)
-    finish(Run(args, "stage"))
+    finish(begun(args))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["finished"] and record["seed"] == 7 and record["result"] == {"loss": 1.0}
     assert record["args"]["out"] == args.out and record["torch"] == torch.__version__
@@ -326,13 +332,14 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         Run(args, "stage")
     with pytest.raises(InputError, match="nothing to resume"):
         Run(Args(out=args.out, seed=7, resume=True), "stage")
-    Run(Args(out=args.out, overwrite=True), "stage")
+    run = Run(Args(out=args.out, overwrite=True), "stage")
+    assert json.loads((run.path / "run.json").read_text())["finished"]  # nothing is lost yet
+    run.begin()
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
 
 
 def interrupted(path, saves=1):
-    args, (model, optimizer) = Args(out=str(path)), small()
-    run = Run(args, "stage")
+    run, (model, optimizer) = begun(Args(out=str(path))), small()
     for n in range(1, 4):
         step(model, optimizer)
         log(run, n)
@@ -350,7 +357,7 @@ def test_an_interrupted_run_is_resumed_only_with_its_own_arguments(tmp_path):
     with pytest.raises(InputError, match=r"other arguments: tokens 10 -> 11, lr 0.001 -> 0.5$"):
         Run(Args(out=out, resume=True, tokens=11, lr=0.5), "stage")
     run, (model, optimizer) = Run(Args(out=out, resume=True), "stage"), small()
-    assert run.load_state(model, optimizer) == 2
+    assert run.begin(model, optimizer) == 2
     rows = [row["step"] for _, row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert rows == [1, 2]
     other, other_optimizer = small()
@@ -369,8 +376,8 @@ def test_a_run_that_saved_nothing_is_not_said_to_be_resumable(tmp_path):
 
 def test_a_run_refused_before_its_first_step_does_not_block_the_next(tmp_path):
     """Correcting a bad flag and running again needs no --overwrite."""
-    Run(Args(out=str(tmp_path / "run"), tokens=1), "stage")
-    Run(Args(out=str(tmp_path / "run"), tokens=2), "stage")
+    begun(Args(out=str(tmp_path / "run"), tokens=1))
+    begun(Args(out=str(tmp_path / "run"), tokens=2))
 
 
 def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
@@ -385,14 +392,14 @@ def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
         run.save_state(3, model, optimizer)
     monkeypatch.undo()
     run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
-    assert run.load_state(*small()) == 1
+    assert run.begin(*small()) == 1
     finish(run)
     assert not (tmp_path / "run" / "state").exists()
 
 
 def test_the_log_keeps_small_numbers(tmp_path):
     """A learning rate of 7e-7 is not 1e-6, nor 0."""
-    run = Run(Args(out=str(tmp_path / "run")), "stage")
+    run = begun(Args(out=str(tmp_path / "run")))
     log(run, 1, lr=7e-7, loss=7.6246189, tokens=4096, expert=[0.5])
     (_, row), = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert row == {"step": 1, "lr": 7e-7, "loss": pytest.approx(7.6246189, rel=1e-6),
@@ -401,7 +408,7 @@ def test_the_log_keeps_small_numbers(tmp_path):
 
 def test_git_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    Run(Args(out=str(tmp_path / "run")), "stage")
+    begun(Args(out=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] == ""
 
 

@@ -8,7 +8,8 @@ from helpers import (
     interrupt_at, log, no_samples, refuses, same_weights, stage_args, tiny_model, write_rows)
 
 import dpo
-from dpo import OnlineMerging, dpo_loss, pair_up, read_pairs, tokenize_pair
+from dpo import OnlineMerging, dpo_loss
+from reward import pair_responses, read_pairs, tokenize_pair
 from sample import Rollout, completion_logprobs
 
 # ---------------------------------------------------------------------------------------------
@@ -183,13 +184,13 @@ def test_pairs_are_passing_against_failing():
                 ("v", 0.0, True), ("u", 0.0, True))]
     score = {(g[0].query["prompt"], a.text): a.score for g in groups for a in g}
     for seed in range(10):
-        pairs = pair_up(groups, 2, seed)
+        pairs = pair_responses(sum(groups, []), 2, seed)
         assert [p["prompt"] for p in pairs] == ["q0", "q3", "q3"]
         for p in pairs:
             assert score[p["prompt"], p["chosen"]] == 1 and score[p["prompt"], p["rejected"]] == 0
             assert p["rejected"] != "cut"
         assert len({(p["prompt"], p["chosen"]) for p in pairs}) == 3
-    assert pair_up(groups, 2, 5) == pair_up(groups, 2, 5)
+    assert pair_responses(sum(groups, []), 2, 5) == pair_responses(sum(groups, []), 2, 5)
 
 
 def test_trl_files_load_unchanged(tokenizer, tmp_path):
