@@ -56,11 +56,11 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
     return 1.0 - comb(n - passed, k) / comb(n, k)
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean of per-query values and its normal 95% interval."""
+def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
+    """Mean of per-query values in [least, 1] and its normal 95% interval."""
     n, mean = len(values), sum(values) / len(values)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-    return {"mean": mean, "low": max(0.0, mean - 1.96 * spread),
+    return {"mean": mean, "low": max(least, mean - 1.96 * spread),
             "high": min(1.0, mean + 1.96 * spread), "n": n}
 
 
@@ -137,7 +137,8 @@ def evaluate(args: Args) -> dict:
         metrics |= bits_per_byte(model, tokenizer, texts)
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
-         "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1]}
+         "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
+         "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
     settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
                 "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
@@ -150,8 +151,9 @@ def evaluate(args: Args) -> dict:
 # ---------------------------------------------------------------------------------------------
 # tables and the report of a run
 
-def cell(value: dict) -> str:
-    return f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+def cell(value: dict, form: str = ".1f") -> str:
+    mean, low, high = (format(100 * value[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
@@ -194,6 +196,20 @@ def plot_curves(root: Path, stages: list[str]) -> list[str]:
     return ["", "![curves of every stage](plots/curves.png)"]
 
 
+def gains(chats: dict[str, list[dict]]) -> list[dict]:
+    """Stage against stage, query by query: what all queries have in common, how hard they are,
+    cancels, so these intervals are narrower than those of the two means."""
+    out = []
+    for before, after in (("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
+                          ("sft", "sft_control"), ("sft_control", "grpo")):
+        old, new = chats.get(before, []), chats.get(after, [])
+        if old and [row["prompt"] for row in old] == [row["prompt"] for row in new]:
+            out.append({"from": before, "to": after} | {
+                name: interval([b[key] - a[key] for a, b in zip(old, new, strict=True)], least=-1.0)
+                for name, key in (("pass@1", "pass@1"), ("greedy", "greedy_score"))})
+    return out
+
+
 def write_report(root: Path) -> None:
     """report.json and report.md of the stages found under root, from their run.json, eval.json and
     samples: what ran, how long, what it gained, and how answers changed."""
@@ -212,21 +228,28 @@ def write_report(root: Path) -> None:
     started = root / "started"
     if started.exists():  # demo.sh's clock: data, tokenizer and evaluations included
         total = time.time() - float(started.read_text())
+    chats = {s: [row for _, row in read_jsonl(root / s / "eval_samples.jsonl")]
+             for s in found if (root / s / "eval_samples.jsonl").exists()}
+    compared = gains(chats)
     write_atomic(root / "report.json", json.dumps(
-        {"stages": stages, "seed": seed, "total_seconds": round(total)}, indent=1))
+        {"stages": stages, "gains": compared, "seed": seed, "total_seconds": round(total)},
+        indent=1))
 
     rows = [(s["name"], s["metrics"]) for s in stages if s["metrics"]]
     lines = [f"# {root.name}: seed {seed}, {total / 60:.1f} minutes in all", ""]
     if rows:
         lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
                   table(rows)]
+    if compared:
+        lines += ["", "Gains on the same queries, in points:", "",
+                  "| from | to | pass@1 | greedy |", "|---|---|---|---|"]
+        lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
+                  f"{cell(g['greedy'], '+.1f')} |" for g in compared]
     lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
     lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
               for s in stages if s["seconds"]]
     lines += plot_curves(root, [s for s in found if (root / s / "log.jsonl").stat().st_size])
-    chats = {s: [row for _, row in read_jsonl(root / s / "eval_samples.jsonl")]
-             for s in ("sft", "grpo") if (root / s / "eval_samples.jsonl").exists()}
-    if len(chats) == 2:
+    if "sft" in chats and "grpo" in chats:
         lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
         pairs = list(zip(chats["sft"], chats["grpo"], strict=False))
         for label, want in (("learned", (0, 1)), ("lost", (1, 0))):

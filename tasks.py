@@ -93,46 +93,20 @@ def perimeter(r):
             2 * (a + b), [f"{a} + {b} = {a + b}", f"2 * {a + b} = {2 * (a + b)}"])
 
 
-def calculate(r):
-    a, b, c = r.randint(2, 9), r.randint(2, 9), r.randint(1, 9)
-    ask = r.choice(["Calculate", "What is", "Compute"])
-    end = "?" if ask == "What is" else "."
-    if r.random() < 0.5:
-        return (f"{ask} {a} * {b} + {c}{end}", a * b + c,
-                [f"{a} * {b} = {a * b}", f"{a * b} + {c} = {a * b + c}"])
-    d = r.randint(1, min(9, a * b - 1))
-    return (f"{ask} {a} * {b} - {d}{end}", a * b - d,
-            [f"{a} * {b} = {a * b}", f"{a * b} - {d} = {a * b - d}"])
-
-
-def mathematics(r):
+def mathematics(r, shown=0.5):
     prompt, answer, steps = r.choice(
-        [gain_and_loss, boxes, together, change, share, perimeter, calculate])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, reasoned(r, steps, answer)
+        [gain_and_loss, boxes, together, change, share, perimeter])(r)
+    return prompt, {"kind": "math", "answer": str(answer)}, reasoned(r, steps, answer, shown)
 
 
-def reasoned(r, steps: list[str], answer) -> str:
-    """A demonstration in one of the two styles."""
-    work = "" if r.random() < 0.5 else ". ".join(steps) + ". "
+def reasoned(r, steps: list[str], answer, shown: float) -> str:
+    """A demonstration that shows its work, with this probability, or states the answer at once."""
+    work = ". ".join(steps) + ". " if r.random() < shown else ""
     return f"{work}The answer is \\boxed{{{answer}}}."
 
 
 # ---------------------------------------------------------------------------------------------
 # logic. Each function -> (prompt, answer, steps)
-
-def ordering(r):
-    more, less, most, least = r.choice([
-        ("taller", "shorter", "tallest", "shortest"), ("older", "younger", "oldest", "youngest"),
-        ("faster", "slower", "fastest", "slowest")])
-    people = r.sample(NAMES, 3)  # from most to least
-    facts = []
-    for a, b in zip(people, people[1:], strict=False):
-        facts.append(f"{a} is {more} than {b}." if r.random() < 0.5 else f"{b} is {less} than {a}.")
-    r.shuffle(facts)
-    question, answer = r.choice([(most, people[0]), (least, people[-1])])
-    return (f"{' '.join(facts)} Who is the {question}?", answer,
-            ["From first to last: " + " > ".join(people)])
-
 
 def swap(r):
     people = r.sample(NAMES, 3)
@@ -170,20 +144,9 @@ def syllogism(r):
     return (f"{' '.join(rules)} {fact} Is {name} a {ask}? Answer yes, no or unknown.", kind, steps)
 
 
-def sequence(r):
-    a, d, n = r.randint(1, 9), r.randint(2, 5), 4
-    if r.random() < 0.5:
-        terms = [a + d * i for i in range(n + 1)]
-        steps = [f"Each number is {d} more", f"{terms[-2]} + {d} = {terms[-1]}"]
-    else:
-        terms = [a + d * i for i in range(n, -1, -1)]
-        steps = [f"Each number is {d} less", f"{terms[-2]} - {d} = {terms[-1]}"]
-    return (f"What number comes next: {', '.join(map(str, terms[:n]))}?", terms[n], steps)
-
-
-def logic(r):
-    prompt, answer, steps = r.choice([ordering, swap, weekday, syllogism, sequence])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, reasoned(r, steps, answer)
+def logic(r, shown=0.5):
+    prompt, answer, steps = r.choice([swap, weekday, syllogism])(r)
+    return prompt, {"kind": "math", "answer": str(answer)}, reasoned(r, steps, answer, shown)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,7 +243,7 @@ def number_function(r):
     return prompt, f"{name}(n)", [f"    return {one}", loop], inputs
 
 
-def code(r):
+def code(r, shown=0.5):
     what, signature, bodies, inputs = r.choice(
         [list_function, list_function, string_function, number_function])(r)
     prompt = f"Write a Python function `{signature}` that {what}."
@@ -333,7 +296,7 @@ def sentence(r, topic: str) -> list[str]:
     return words
 
 
-def instruction(r):
+def instruction(r, shown=0.5):
     """-> (prompt, check, demonstration): one or two constraints on a short text."""
     if r.random() < 0.25:
         kind, n = r.choice(list(CATEGORIES)), r.randint(2, 6)
@@ -459,11 +422,12 @@ def score(query: dict, response: str) -> float:
 GENERATORS = {"mathematics": mathematics, "code": code, "instruction": instruction, "logic": logic}
 
 
-def items(split: str, domain: str, seed: int):
-    """Endless (query, demonstration) of one split and domain; prompts may come again."""
+def items(split: str, domain: str, seed: int, shown: float = 0.5):
+    """Endless (query, demonstration) of one split and domain; prompts may come again. shown: the
+    share of answers in mathematics and logic that show their work."""
     r = random.Random(f"{split} {domain} {seed}")
     while True:
-        prompt, check, demonstration = GENERATORS[domain](r)
+        prompt, check, demonstration = GENERATORS[domain](r, shown)
         if split_of(prompt) == split:
             yield {"prompt": prompt, "domain": domain, "check": check}, demonstration
 
@@ -506,13 +470,13 @@ def few_shot(query: dict, k: int, seed: int = 0) -> str:
 
 
 def documents(domain: str, seed: int = 0):
-    """Endless plain-text documents for pre-training: worked questions of the sft split, nine times
-    in ten one a document: with several in view, which of them is being answered is the hardest
+    """Endless plain-text documents for pre-training: worked questions of the sft split, nearly
+    always one a document: with several in view, which of them is being answered is the hardest
     thing for a small model to find out (LOG.md, 2026-11-23). The report's synthetic data is written
     by larger models; a generator that knows the answer is the small-scale stand-in."""
-    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1)
+    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.85)
     while True:
-        shots = [next(stream) for _ in range(1 if r.random() < 0.9 else 2)]
+        shots = [next(stream) for _ in range(1 if r.random() < 0.95 else 2)]
         yield "\n\n".join(f"Question: {q['prompt']}\nAnswer: {text}" for q, text in shots)
 
 

@@ -200,8 +200,8 @@ def fake_stage(root, name, greedy):
     (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
     write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": i / 9} for i in range(3)])
     write_rows(path / "eval_samples.jsonl", [
-        {"domain": "logic", "prompt": f"q{i}", "greedy": f"{name} says", "greedy_score": s}
-        for i, s in enumerate(greedy)])
+        {"domain": "logic", "prompt": f"q{i}", "greedy": f"{name} says", "greedy_score": s,
+         "pass@1": s / 2} for i, s in enumerate(greedy)])
 
 
 def test_report(tmp_path):
@@ -217,6 +217,18 @@ def test_report(tmp_path):
     assert "1 queries learned" in text and "1 queries lost" in text
     assert "**q0**" in text and "**q1**" in text and "**q2**" not in text
     assert "`python sft.py --x 1`" in text
+    (gain,) = report["gains"]  # +1, -1 and 0: mean 0, deviation 1, so 1.96 / sqrt(3)
+    assert (gain["from"], gain["to"]) == ("sft", "grpo")
+    assert gain["greedy"] == {"mean": 0.0, "low": -1.0, "high": 1.0, "n": 3}
+    assert gain["pass@1"]["high"] == pytest.approx(1.96 / 2 / 3 ** 0.5)
+    assert "| sft | grpo | +0.0 [-56.6, +56.6] | +0.0 [-100.0, +100.0] |" in text
+
+
+def test_gains_are_only_of_the_same_queries(tmp_path):
+    """A stage evaluated on other queries is compared with none."""
+    rows = [{"prompt": "a", "pass@1": 0.5, "greedy_score": 1.0}]
+    assert len(evaluate.gains({"sft": rows, "dpo": rows})) == 1
+    assert evaluate.gains({"sft": rows, "dpo": [rows[0] | {"prompt": "b"}]}) == []
 
 
 def test_report_of_nothing_is_refused(tmp_path):

@@ -424,7 +424,11 @@ def test_save_and_load_are_identical(config, tmp_path):
     model.save_pretrained(tmp_path)
     again = Qwen2.from_pretrained(tmp_path)
     assert again.config == config
-    assert torch.equal(again(ids), model(ids))
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # Not bit for bit: a memory-mapped weight is aligned otherwise, and so may be summed otherwise.
+    torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for p in again.parameters())
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -467,7 +471,8 @@ def test_sharded_save_and_load(name, tmp_path, monkeypatch):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     size = sum(p.nbytes for p in model.parameters())
     assert index["metadata"]["total_size"] == size
-    assert torch.equal(Qwen2.from_pretrained(tmp_path)(ids), model(ids))
+    torch.testing.assert_close(Qwen2.from_pretrained(tmp_path)(ids), model(ids), atol=1e-5,
+                               rtol=1e-5)
     os.remove(shards[1])
     with pytest.raises(InputError, match=shards[1].name):
         Qwen2.from_pretrained(tmp_path)
