@@ -162,7 +162,7 @@ def test_twenty_steps_equal_ten_killed_and_resumed(args, model, tmp_path, monkey
         patch.setattr(pretrain, "clip_and_step", killed_at_13)
         pretrain.main(parts)
     assert len(log_of(parts)) == 12
-    with pytest.raises(InputError, match=r"other arguments: lr 0.003 -> 0.1$"):
+    with pytest.raises(InputError, match=r"other arguments: lr 0.0015 -> 0.1$"):
         pretrain.main(replace(parts, resume=True, lr=0.1))
     with pytest.raises(InputError, match="interrupted"):
         pretrain.main(parts)

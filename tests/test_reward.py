@@ -165,10 +165,11 @@ def test_trivial_rules_by_hand(tokenizer):
 def test_pairs_join_policies_by_query():
     """Answers of two policies to one query are compared; never those of two queries."""
     def answer(prompt, text, score, finished=True):
-        return Rollout({"prompt": prompt}, [], [], [], finished, text, score)
+        return Rollout({"prompt": prompt, "domain": "d"}, [], [], [], finished, text, score)
     pool = [answer("p", "right", 1.0), answer("q", "fail q", 0.0), answer("p", "cut", 0.0, False),
             answer("p", "wrong", 0.0), answer("p", "right", 1.0), answer("r", "good", 1.0)]
-    assert pair_responses(pool, 4, 0) == [{"prompt": "p", "chosen": "right", "rejected": "wrong"}]
+    assert pair_responses(pool, 4, 0) == [
+        {"prompt": "p", "chosen": "right", "rejected": "wrong", "domain": "d"}]
 
 
 def test_long_pairs_are_dropped(tokenizer):
