@@ -231,7 +231,8 @@ def minhash(shingles: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def deduplicate(documents, threshold: float = 0.75, *, ngram: int = 5, bands: int = 14,
                 rows: int = 8, seed: int = 0) -> tuple[list[dict], list[tuple[int, int, float]]]:
-    """Drop what equals an earlier kept document but for spaces, or nearly does.
+    """Drop what equals an earlier kept document but for spaces, or nearly does (of generated ones,
+    kind "synthetic", only what is equal).
 
     Near: MinHash over word 5-grams, `bands` bands of `rows` hashes. A pair of Jaccard similarity s
     meets in some band with probability 1 - (1 - s^rows)^bands: 5% at 0.5, 77% at 0.75, 99.96% at

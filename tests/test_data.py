@@ -174,6 +174,14 @@ def test_r23_exact_duplicates_first_one_wins_and_nothing_is_lost():
     assert len(kept) + len(dropped) == len(texts)
 
 
+def test_generated_documents_are_only_compared_exactly():
+    """Questions that differ in one number are alike on purpose; the same one twice is not."""
+    one, two = (" ".join(nonsense(random.Random(1), 80)) + f" {n}" for n in (3, 4))
+    assert len(data.deduplicate([doc(one), doc(two)])[0]) == 1
+    made = [doc(text, kind="synthetic") for text in (one, two, one)]
+    assert data.deduplicate(made)[0] == made[:2]
+
+
 def test_r23_no_chains():
     """b is near a, c is near b, but c is not near a: c stays."""
     r = random.Random(2)

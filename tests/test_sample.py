@@ -152,6 +152,27 @@ def test_scores_do_not_depend_on_batch_mates_and_carry_gradients(model):
             torch.testing.assert_close(together[i, :len(c)], alone[0])
 
 
+@pytest.mark.parametrize("config", [CONFIG, MOE], ids=["dense", "moe"])
+def test_a_prompt_read_once_for_its_group_changes_nothing(config):
+    """Values and gradients of shared prompts, in any order, are those of a plain forward pass over
+    every prompt + completion: GRPO's groups and DPO's pairs rest on it."""
+    model = build(config)
+    prompts = [PROMPTS[i] for i in (1, 0, 1, 2, 1, 0)]
+    completions = prompts_of(3, 1, 5, 2, 4, 6, seed=3)
+    got, mask = completion_logprobs(model, prompts, completions)
+    got.square().sum().backward()
+    shared = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = []
+    for p, c in zip(prompts, completions, strict=True):
+        logprobs = model(torch.tensor([p + c]))[0, len(p) - 1:-1].log_softmax(-1)
+        plain.append(logprobs.gather(1, torch.tensor(c)[:, None])[:, 0])
+    torch.testing.assert_close(got[mask], torch.cat(plain), atol=1e-5, rtol=1e-4)
+    torch.cat(plain).square().sum().backward()
+    for a, p in zip(shared, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-3, rtol=1e-3)
+
+
 def test_padded_vocabulary_is_never_drawn(model):
     """R1.6: greedy or not; and the distribution is renormalised over what is left."""
     for temperature in (0.0, 5.0):
