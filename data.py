@@ -87,7 +87,7 @@ LIMITS = {
               "repeated": 0.20, "top_4gram": 0.16},    # of the characters, as Gopher
     "code": {"min_bytes": 80, "max_bytes": 1e6, "mean_line": 100, "max_line": 1000,  # StarCoder
              "symbols": 0.50, "digits": 0.25, "repeated": 0.50, "top_4gram": 0.30},
-    # What damns a web page says nothing about a generator's drills: sums are all digits.
+    # What damns a web page says nothing about generated questions: sums are all digits.
     "synthetic": {"min_bytes": 1, "max_bytes": 1e9, "mean_line": 1e9, "max_line": 1e9,
                   "symbols": 1, "digits": 1, "repeated": 1, "top_4gram": 1},
 }

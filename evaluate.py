@@ -4,11 +4,11 @@ held-out text, and the report of a whole run.
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
 `samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
 2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
-(--few_shot 3), gets worked examples as plain text. Intervals are over queries, normal, from the
+(--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
 spread of the queries' means: several samples of one query are not independent.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
-    python evaluate.py --init runs/demo/pretrain --few_shot 3 --text runs/demo/data
+    python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
     python evaluate.py --report runs/demo                          # report.md and report.json
 """
 import json

@@ -149,8 +149,8 @@ def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
         dead = ~keep.any(-1, keepdim=True)
         keep = keep | dead
     # enable_gqa reads shared kv heads in place: on CPU 2-20% faster than repeating them. On CUDA
-    # only flash takes it, and flash takes no mask and no fp32: the rest would fall to the path that
-    # materialises T x S. (From its source; not yet measured on a GPU.)
+    # repeat them where there is a mask or fp32, so that the memory-efficient backend stays possible:
+    # our expectation, not yet measured on a GPU.
     if q.is_cuda and (keep is not None or q.dtype == torch.float32) and q.shape[1] != Hkv:
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal and keep is None,
