@@ -149,7 +149,7 @@ def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
         dead = ~keep.any(-1, keepdim=True)
         keep = keep | dead
     # enable_gqa reads shared kv heads in place: on CPU 2-20% faster than repeating them. On CUDA
-    # repeat them where there is a mask or fp32, so that the memory-efficient backend stays possible:
+    # repeat them where there is a mask or fp32, so that the memory-efficient backend can serve:
     # our expectation, not yet measured on a GPU.
     if q.is_cuda and (keep is not None or q.dtype == torch.float32) and q.shape[1] != Hkv:
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
