@@ -427,7 +427,7 @@ def test_save_and_load_are_identical(config, tmp_path):
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # Not bit for bit: seen to differ by rounding for MoE, presumably by how loaded memory is aligned.
+    # Not bit for bit: an MoE was seen to differ by rounding, presumably by memory alignment.
     torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for p in again.parameters())
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
