@@ -72,8 +72,8 @@ def test_yarn_changes_the_logits_and_counts_positions_as_before():
 # dual chunk attention
 
 def test_positions_of_the_papers_examples():
-    """FACTS 3.4: c = 10, s = 6 -> 6 7 8 9 9 9 towards the previous chunk; c = 8, s = 5 -> 5 6 7 7 7,
-    and 7 towards older ones."""
+    """FACTS 3.4: towards the previous chunk 6 7 8 9 9 9 (c = 10, s = 6), 5 6 7 7 7 (c = 8, s = 5);
+    towards older ones c - 1."""
     for c, s, want in ((10, 6, [6, 7, 8, 9, 9, 9]), (8, 5, [5, 6, 7, 7, 7])):
         config = Config(max_position_embeddings=c, chunk_size=c, local_size=c - s)
         (own, previous, older), _ = M.dual_chunks(torch.arange(2 * s)[None], config)
