@@ -503,21 +503,40 @@ class Qwen2(nn.Module):
         write_atomic(path / "config.json", json.dumps(config_to_dict(self), indent=2) + "\n")
 
 
+# What other architectures say in config.json, with the values that change nothing here. Any other
+# key is ignored: transformers writes many that the forward pass does not read.
+ONLY = {
+    "hidden_act": ("silu",), "use_sliding_window": (False, None), "is_causal": (True, None),
+    "qkv_bias": (True, None), "attention_bias": (True, None), "mlp_bias": (False, None),
+    "qk_norm": (False, None), "use_qk_norm": (False, None), "use_mrope": (False, None),
+    "partial_rotary_factor": (1.0, None), "attention_dropout": (0.0, None),
+    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
+    "quantization_config": (None,),
+}
+
+
 def config_from_dict(raw: dict, path) -> Config:
     kind = raw.get("model_type")
     require(kind in ("qwen2", "qwen2_moe"),
             f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
-    require(not raw.get("use_sliding_window"), f"{path}: sliding-window attention is not supported")
-    require(raw.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be silu")
+    for name, allowed in ONLY.items():
+        value = raw.get(name, allowed[0])
+        require(value in allowed, f"{path}: {name} is {value!r}, Qwen2 has only {allowed[0]!r}")
+    require(all(layer == "full_attention" for layer in raw.get("layer_types") or ()),
+            f"{path}: layer_types other than full_attention are not Qwen2")
     values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
     values |= long_context_from_dict(raw, path)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "num_key_value_heads", "rope_theta"):
         require(isinstance(values.get(name), (int, float)), f"{path}/config.json: no {name}")
     if kind == "qwen2_moe":
-        require(values.get("num_experts", 0) > 0, f"{path}/config.json: no num_experts")
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            require(values.get(name), f"{path}/config.json: no {name}")
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
-    return Config(**values)
+    config = Config(**values)
+    require(raw.get("head_dim") in (None, config.head_dim), f"{path}: head_dim is "
+            f"{raw.get('head_dim')}, Qwen2 has hidden_size / num_attention_heads")
+    return config
 
 
 def long_context_from_dict(raw: dict, path) -> dict:
@@ -617,7 +636,8 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def split_experts(weights: dict, config: Config) -> dict:
-    """In memory mlp.experts.{gate_up,down}_proj, on disk mlp.experts.{e}.{gate,up,down}_proj."""
+    """In memory mlp.experts.{gate_up,down}_proj, on disk mlp.experts.{e}.{gate,up,down}_proj. Where
+    there is no shared expert, transformers wants one all the same, of inner size 0."""
     out = {}
     for name, w in weights.items():
         if ".experts." not in name:
@@ -631,6 +651,13 @@ def split_experts(weights: dict, config: Config) -> dict:
                 out[f"{prefix}.{e}.up_proj.weight"] = up.contiguous()
             else:
                 out[f"{prefix}.{e}.down_proj.weight"] = w[e].contiguous()
+        if part == "down_proj" and not config.shared_expert_intermediate_size:
+            shared = prefix.removesuffix("experts") + "shared_expert"
+            C = config.hidden_size
+            out |= {f"{shared}.gate_proj.weight": w.new_empty(0, C),
+                    f"{shared}.up_proj.weight": w.new_empty(0, C),
+                    f"{shared}.down_proj.weight": w.new_empty(C, 0),
+                    f"{shared}_gate.weight": w.new_zeros(1, C)}
     return out
 
 
@@ -640,6 +667,12 @@ def fuse_experts(weights: dict, config: Config) -> dict:
         prefix = f"model.layers.{layer}.mlp.experts"
         parts = [[f"{prefix}.{e}.{p}_proj.weight" for e in range(config.num_experts)]
                  for p in ("gate", "up", "down")]
+        shared = f"model.layers.{layer}.mlp.shared_expert"
+        if config.is_sparse(layer) and not config.shared_expert_intermediate_size:
+            weights.pop(f"{shared}_gate.weight", None)
+            for name in [f"{shared}.{p}_proj.weight" for p in ("gate", "up", "down")]:
+                if name in weights and not weights[name].numel():
+                    del weights[name]
         if config.is_sparse(layer) and all(n in weights for part in parts for n in part):
             gate, up, down = (torch.stack([weights.pop(n) for n in part]) for part in parts)
             weights[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)

@@ -1,5 +1,6 @@
-"""model.py against three oracles: a loop over heads and tokens in float64, transformers where it is
-installed, and invariances (cache, packing, padding, save and load). R numbers: USERS.md."""
+"""model.py against two oracles: a loop over heads and tokens in float64, and invariances (cache,
+packing, padding, save and load). The third, transformers: test_parity_model.py. R numbers:
+USERS.md."""
 import itertools
 import json
 import math
@@ -559,66 +560,3 @@ def test_something_that_is_no_directory_is_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "absent"):
         with pytest.raises(InputError, match="no config.json"):
             Qwen2.from_pretrained(path)
-
-
-# ---------------------------------------------------------------------------------------------
-# transformers
-
-def theirs(config):
-    """The same architecture, built and initialised by transformers."""
-    transformers = pytest.importorskip("transformers")
-    moe = config.num_experts > 0
-    kinds = ((transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM) if moe else
-             (transformers.Qwen2Config, transformers.Qwen2ForCausalLM))
-    values = {k: v for k, v in vars(config).items() if moe or k in list(vars(DENSE))[:11]}
-    values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    if moe:
-        values |= {"mlp_only_layers": list(config.mlp_only_layers)}
-    hf = kinds[1]._from_config(kinds[0](**values), attn_implementation="eager",
-                               experts_implementation="eager")
-    return scramble(hf)
-
-
-@every_config
-def test_a_directory_written_by_transformers(config, tmp_path):
-    """R3.1: logits to 1e-5 and gradients to 1e-4."""
-    hf, ids = theirs(config), random_ids(2, 11)
-    hf.save_pretrained(tmp_path)
-    ours = Qwen2.from_pretrained(tmp_path)
-    assert ours.config == config
-    want, got = hf(ids).logits, ours(ids)
-    close(got, want)
-    for logits in (want, got):
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    theirs_, ours_ = (dict(m.named_parameters()) for m in (hf, ours))
-    assert theirs_.keys() - {"lm_head.weight"} == ours_.keys() - {"lm_head.weight"}
-    for name, p in ours_.items():
-        assert p.grad.abs().max() > 0, name
-        close(p.grad, theirs_[name].grad, 1e-4)
-
-
-@every_config
-def test_transformers_reads_what_we_write(config, tmp_path, monkeypatch):
-    """R3.6: no missing, unexpected or mismatched key; sharded as well."""
-    transformers = pytest.importorskip("transformers")
-    model, ids = build(config), random_ids(2, 11)
-    want = model(ids)
-    monkeypatch.setattr(M, "SHARD_BYTES", 10**9 if config.num_experts else 20_000)
-    model.save_pretrained(tmp_path)
-    hf, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True, experts_implementation="eager")
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    close(hf(ids).logits, want)
-
-
-def test_balance_loss_of_one_layer_equals_transformers():
-    """R5.3; with padding. Over several layers theirs pools (R5.2), ours averages."""
-    module = pytest.importorskip("transformers.models.qwen2_moe.modeling_qwen2_moe")
-    logits = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) * 2
-    probs = logits.softmax(-1)
-    valid = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    for mask in (None, valid):
-        want = module.load_balancing_loss_func((logits,), 6, 2, mask)
-        got, *_ = load_balancing_loss([(probs, probs.topk(2).indices)],
-                                     mask.bool() if mask is not None else None)
-        close(got, want)

@@ -206,8 +206,9 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, want):
     torch.testing.assert_close(logprob.exp(), claimed[token])
 
 
-def test_greedy_equals_transformers_generate(tmp_path, model):
-    """R3.1: 20 tokens, dense."""
+@pytest.mark.parity
+def test_greedy_equals_transformers_generate(tmp_path, model, compare):
+    """R3.1: 20 tokens, dense. A model that can talk: test_real_model.py."""
     transformers = pytest.importorskip("transformers")
     model.save_pretrained(tmp_path)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -215,7 +216,7 @@ def test_greedy_equals_transformers_generate(tmp_path, model):
         ids = torch.tensor([prompt])
         want = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
                            do_sample=False, pad_token_id=0, eos_token_id=None)
-        assert ours.ids == want[0, len(prompt):].tolist()
+        compare("greedy tokens, random model", ours.ids, want[0, len(prompt):].tolist())
 
 
 def test_an_empty_prompt_is_refused(model):
