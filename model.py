@@ -13,22 +13,17 @@ Letters used in shape comments, here and in every stage:
     H query heads    K key/value heads    D head size    F inner size of an MLP
     E experts    N tokens (B*T flattened)    L layers
 """
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+import checkpoint
 import kernels
-from common import InputError, read_json, require, write_atomic
-
-SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as the Hub does
+from common import InputError, require
 
 
 @dataclass(frozen=True)
@@ -463,22 +458,15 @@ class Qwen2(nn.Module):
             idle -= idle * config.num_experts_per_tok // config.num_experts
         return {"total": total, "non_embedding": total - embedding, "active": total - idle}
 
-    # -----------------------------------------------------------------------------------------
-    # Hugging Face directories
-
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "Qwen2":
         """Any Qwen2 or Qwen2-MoE directory: config.json and safetensors, whole or sharded.
         Raises InputError for a directory that is no such model, or has missing or extra keys."""
-        path = Path(path)
-        require((path / "config.json").is_file(), f"{path}: no config.json, so no model directory")
-        config = config_from_dict(read_json(path / "config.json"), path)
-        weights = fuse_experts(load_weights(path), config)
+        config = checkpoint.read_config(path, Config)
+        weights = checkpoint.read_weights(path, config)
         for ours, published in cls.on_disk.items():
             if published in weights:
                 weights[ours] = weights.pop(published)
-        if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -493,188 +481,9 @@ class Qwen2(nn.Module):
         return model.requires_grad_()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """config.json and model.safetensors (sharded above 5 GB), each
-        written under a temporary name and renamed, weights first."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        weights = split_experts(self.state_dict(), self.config)
-        save_weights({self.on_disk.get(name, name): w.detach().cpu().contiguous()
-                      for name, w in weights.items()}, path)
-        write_atomic(path / "config.json", json.dumps(config_to_dict(self), indent=2) + "\n")
-
-
-# What other architectures say in config.json, with the values that change nothing here. Any other
-# key is ignored: transformers writes many that the forward pass does not read.
-ONLY = {
-    "hidden_act": ("silu",), "use_sliding_window": (False, None), "is_causal": (True, None),
-    "qkv_bias": (True, None), "attention_bias": (True, None), "mlp_bias": (False, None),
-    "qk_norm": (False, None), "use_qk_norm": (False, None), "use_mrope": (False, None),
-    "partial_rotary_factor": (1.0, None), "attention_dropout": (0.0, None),
-    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-    "quantization_config": (None,),
-}
-
-
-def config_from_dict(raw: dict, path) -> Config:
-    kind = raw.get("model_type")
-    require(kind in ("qwen2", "qwen2_moe"),
-            f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
-    for name, allowed in ONLY.items():
-        value = raw.get(name, allowed[0])
-        require(value in allowed, f"{path}: {name} is {value!r}, Qwen2 has only {allowed[0]!r}")
-    require(all(layer == "full_attention" for layer in raw.get("layer_types") or ()),
-            f"{path}: layer_types other than full_attention are not Qwen2")
-    values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
-    values |= long_context_from_dict(raw, path)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads", "rope_theta"):
-        require(isinstance(values.get(name), (int, float)), f"{path}/config.json: no {name}")
-    if kind == "qwen2_moe":
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            require(values.get(name), f"{path}/config.json: no {name}")
-        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
-    config = Config(**values)
-    require(raw.get("head_dim") in (None, config.head_dim), f"{path}: head_dim is "
-            f"{raw.get('head_dim')}, Qwen2 has hidden_size / num_attention_heads")
-    return config
-
-
-def long_context_from_dict(raw: dict, path) -> dict:
-    """Theta, YaRN and dual chunk attention, in the forms of transformers 4 (rope_theta,
-    rope_scaling) and 5 (rope_parameters holds both)."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in ("default", "yarn"), f"{path}: rope scaling {kind!r} is not supported, "
-            "only yarn")
-    out = {"rope_theta": (raw.get("rope_parameters") or {}).get("rope_theta")
-           or rope.get("rope_theta") or raw.get("rope_theta")}
-    lengths = {raw.get("original_max_position_embeddings")}
-    if kind == "yarn":
-        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None,
-                 "mscale": None, "mscale_all_dim": None}
-        for name, value in usual.items():
-            require(rope.get(name, value) in (value, None), f"{path}: yarn with {name} "
-                    f"{rope.get(name)} is not supported, only {value}")
-        require(isinstance(rope.get("factor"), (int, float)), f"{path}: yarn without a factor")
-        out["yarn_factor"] = float(rope["factor"])
-        lengths.add(rope.get("original_max_position_embeddings"))
-    if chunks := raw.get("dual_chunk_attention_config"):
-        for name in ("chunk_size", "local_size"):
-            require(isinstance(chunks.get(name), int),
-                    f"{path}: dual_chunk_attention_config without {name}")
-            out[name] = chunks[name]
-        lengths.add(chunks.get("original_max_position_embeddings"))
-    lengths.discard(None)
-    # YaRN over a length that the model was not trained at is silently wrong (R7.2).
-    require(len(lengths) < 2, f"{path}: several training lengths {sorted(lengths)} "
-            "(original_max_position_embeddings)")
-    return out | {"original_max_position_embeddings": next(iter(lengths), 0)}
-
-
-def config_to_dict(model: Qwen2) -> dict:
-    """config.json with the published keys: both rope forms, so old and new readers agree."""
-    config, moe = model.config, model.config.num_experts > 0
-    names = [f.name for f in fields(Config)]
-    values = {k: v for k, v in asdict(config).items()
-              if k in names[:-4 if moe else names.index("num_experts")]}
-    rope, length = {"rope_type": "default"}, config.original_max_position_embeddings
-    if length:
-        values["original_max_position_embeddings"] = length
-    if config.yarn_factor > 1:
-        rope = {"rope_type": "yarn", "factor": config.yarn_factor,
-                "original_max_position_embeddings": config.trained_length}
-        values["rope_scaling"] = rope | {"type": "yarn"}
-    if config.chunk_size:
-        values["dual_chunk_attention_config"] = {
-            "chunk_size": config.chunk_size, "local_size": config.local_size,
-            "original_max_position_embeddings": config.trained_length}
-    return {"architectures": [f"Qwen2{'Moe' * moe}{model.architecture}"],
-            "model_type": "qwen2_moe" if moe else "qwen2", **values,
-            "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False,
-            "rope_parameters": rope | {"rope_theta": config.rope_theta},
-            "torch_dtype": str(model.model.norm.weight.dtype)[6:], "use_cache": True}
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    index = path / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        where = read_json(index).get("weight_map")
-        require(isinstance(where, dict), f"{index}: no weight_map")
-        files = sorted(set(where.values()))
-    weights = {}
-    for name in files:
-        require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")
-        try:
-            weights.update(load_file(path / name))
-        except SafetensorError as error:
-            raise InputError(f"{path / name}: not a safetensors file ({error})") from None
-    return weights
-
-
-def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    shards, size = [{}], 0
-    for name, tensor in weights.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    n = len(shards)
-    names = ["model.safetensors"] if n == 1 else [
-        f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, path / (name + ".tmp"), metadata={"format": "pt"})
-        os.replace(path / (name + ".tmp"), path / name)
-    index = path / "model.safetensors.index.json"
-    # Of an earlier save in the other layout: readers disagree on which of the two they prefer.
-    (index if n == 1 else path / "model.safetensors").unlink(missing_ok=True)
-    if n > 1:
-        where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-        total = sum(t.nbytes for t in weights.values())
-        write_atomic(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
-
-
-def split_experts(weights: dict, config: Config) -> dict:
-    """In memory mlp.experts.{gate_up,down}_proj, on disk mlp.experts.{e}.{gate,up,down}_proj. Where
-    there is no shared expert, transformers wants one all the same, of inner size 0."""
-    out = {}
-    for name, w in weights.items():
-        if ".experts." not in name:
-            out[name] = w
-            continue
-        prefix, part = name.rsplit(".", 1)
-        for e in range(config.num_experts):
-            if part == "gate_up_proj":
-                gate, up = w[e].chunk(2)
-                out[f"{prefix}.{e}.gate_proj.weight"] = gate.contiguous()
-                out[f"{prefix}.{e}.up_proj.weight"] = up.contiguous()
-            else:
-                out[f"{prefix}.{e}.down_proj.weight"] = w[e].contiguous()
-        if part == "down_proj" and not config.shared_expert_intermediate_size:
-            shared = prefix.removesuffix("experts") + "shared_expert"
-            C = config.hidden_size
-            out |= {f"{shared}.gate_proj.weight": w.new_empty(0, C),
-                    f"{shared}.up_proj.weight": w.new_empty(0, C),
-                    f"{shared}.down_proj.weight": w.new_empty(C, 0),
-                    f"{shared}_gate.weight": w.new_zeros(1, C)}
-    return out
-
-
-def fuse_experts(weights: dict, config: Config) -> dict:
-    """The inverse of `split_experts`; a missing expert is left for the key check to name."""
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        parts = [[f"{prefix}.{e}.{p}_proj.weight" for e in range(config.num_experts)]
-                 for p in ("gate", "up", "down")]
-        shared = f"model.layers.{layer}.mlp.shared_expert"
-        if config.is_sparse(layer) and not config.shared_expert_intermediate_size:
-            weights.pop(f"{shared}_gate.weight", None)
-            for name in [f"{shared}.{p}_proj.weight" for p in ("gate", "up", "down")]:
-                if name in weights and not weights[name].numel():
-                    del weights[name]
-        if config.is_sparse(layer) and all(n in weights for part in parts for n in part):
-            gate, up, down = (torch.stack([weights.pop(n) for n in part]) for part in parts)
-            weights[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)
-            weights[f"{prefix}.down_proj"] = down
-    return weights
+        """The same kind of directory, each file written under a temporary name and renamed, the
+        weights first."""
+        weights = {self.on_disk.get(name, name): w for name, w in self.state_dict().items()}
+        checkpoint.write_weights(weights, self.config, path)
+        dtype = str(self.model.norm.weight.dtype)[6:]
+        checkpoint.write_config(self.config, self.architecture, dtype, path)

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import checkpoint
 import kernels
 import model as M
 from common import InputError
@@ -462,7 +464,7 @@ def test_load_in_another_dtype(tmp_path):
 @pytest.mark.parametrize("name", ["tied", "moe"])
 def test_sharded_save_and_load(name, tmp_path, monkeypatch):
     """As the Hub stores large models; each shard under the limit, total_size right."""
-    monkeypatch.setattr(M, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     model, ids = build(CONFIGS[name]), random_ids(2, 7)
     model.save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
@@ -485,7 +487,7 @@ def test_saving_over_another_layout_leaves_no_stale_weights(first, second, tmp_p
     """Readers prefer one of model.safetensors and the index: the other must be gone."""
     old, new = build(DENSE, 0), build(DENSE, 1)
     for model, limit in ((old, first), (new, second)):
-        monkeypatch.setattr(M, "SHARD_BYTES", limit)
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", limit)
         model.save_pretrained(tmp_path)
     whole, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
     assert whole.exists() != index.exists()
@@ -498,8 +500,8 @@ def edit_config(path, **changes):
 
 
 def edit_weights(path, **changes):
-    weights = M.load_weights(path) | changes
-    M.save_weights({k: v for k, v in weights.items() if v is not None}, path)
+    weights = load_file(path / "model.safetensors") | changes
+    save_file({k: v for k, v in weights.items() if v is not None}, path / "model.safetensors")
 
 
 def truncate(file, n):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import refuses
 from test_model import CONFIGS, DENSE, SPARSE, edit_weights, random_ids, scramble
 
-import model as M
+import checkpoint
 from model import Config, Qwen2, load_balancing_loss
 
 transformers = pytest.importorskip("transformers", reason="make test-parity installs it")
@@ -207,7 +207,8 @@ def test_transformers_reads_what_we_write(config, sharded, tmp_path, monkeypatch
     """R3.6: no missing, unexpected or mismatched key, and not a word in its log."""
     model, ids = build(config), random_ids(2, 11, vocab=config.vocab_size)
     if sharded:
-        monkeypatch.setattr(M, "SHARD_BYTES", sum(p.nbytes for p in model.parameters()) // 4)
+        size = sum(p.nbytes for p in model.parameters())
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", size // 4)
     model.save_pretrained(tmp_path)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
     hf, complaints = loaded_by_transformers(tmp_path)
