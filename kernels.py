@@ -1,6 +1,7 @@
 """The tensor functions that decide speed and memory, each beside its plain reference twin.
 
     attention             softmax(q k^T) v without keeping the T x S probabilities
+    dual_chunk_attention  the same beyond the training length, with capped distances
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
     expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64           # tokens a side of a tile of fused attention: best of 32 .. 256 on CPU
+SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
 _SWITCH = {"impl": "sdpa", "compile": False}
 
 
@@ -268,6 +270,53 @@ class _Fused(torch.autograd.Function):
         dq, dk, dv = (torch.cat(x, 2) for x in (dq, dk, dv))
         dq = _unfold(dq * scale, q.shape[2])
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+# --- attention beyond the training length ---------------------------------------------------------
+def dual_chunk_attention(q, k, v, chunk, *, scale=None, pads=None):
+    """Causal attention whose position depends on how many chunks of `chunk` tokens lie between
+    query and key (Dual Chunk Attention, An et al. 2024, arXiv 2402.17463; see model.dual_chunks).
+
+    q: three (B,Hq,T,D), one query rotated in three ways: for keys of its own chunk, of the previous
+    one, of all older ones. k, v (B,Hkv,S,D): keys rotated by their position within their chunk.
+    The queries are the last T of S positions. pads (B,): the columns of left padding of each row,
+    which count neither as keys nor as positions. Returns (B,Hq,T,D) in q's dtype; one softmax over
+    the three groups of keys, in fp32. Memory O(S): a block of queries sees all its keys at once.
+    """
+    (B, Hq, T, D), (Hkv, S) = q[0].shape, k.shape[1:3]
+    if pads is not None:
+        out = torch.zeros_like(q[0])
+        for b, pad in enumerate(pads.tolist()):
+            t = min(T, S - pad)                    # the queries of this row that are no padding
+            out[b:b + 1, :, T - t:] = dual_chunk_attention(
+                [x[b:b + 1, :, T - t:] for x in q], k[b:b + 1, :, pad:], v[b:b + 1, :, pad:], chunk,
+                scale=scale)
+        return out
+    scale, dtype = D ** -0.5 if scale is None else scale, q[0].dtype
+    k, v, start, out = _fp32(k), _fp32(v), S - T, []
+    block = max(1, SCORES // (B * Hq * S))
+    while start < S:
+        own = start // chunk * chunk               # where the queries' chunk begins
+        previous, end = max(0, own - chunk), min(S, own + chunk, start + block)
+        at = slice(start - (S - T), end - (S - T))
+        scores = torch.cat([_fold(x[:, :, at], Hkv) @ k[:, :, a:b].mT for x, a, b in zip(
+            q, (own, previous, 0), (end, own, previous), strict=True)][::-1], dim=-1) * scale
+        i = torch.arange(start, end, device=k.device).repeat_interleave(Hq // Hkv)
+        scores = scores.masked_fill(i[:, None] < torch.arange(end, device=k.device), -torch.inf)
+        out.append(_unfold(scores.softmax(-1) @ v[:, :, :end], end - start))
+        start = end
+    return torch.cat(out, dim=2).to(dtype)
+
+
+def dual_chunk_attention_reference(q, k, v, chunk, *, scale=None):
+    """dual_chunk_attention with all scores of all three kinds in memory."""
+    G, (T, D), S = q[0].shape[1] // k.shape[1], q[0].shape[2:], k.shape[2]
+    k_, v_ = (_fp32(x).repeat_interleave(G, dim=1) for x in (k, v))
+    own, previous, older = (_fp32(x) @ k_.mT * (D ** -0.5 if scale is None else scale) for x in q)
+    i, j = torch.arange(S - T, S, device=k.device)[:, None], torch.arange(S, device=k.device)
+    apart = i // chunk - j // chunk
+    scores = torch.where(apart == 0, own, torch.where(apart == 1, previous, older))
+    return (scores.masked_fill(i < j, -torch.inf).softmax(-1) @ v_).to(q[0].dtype)
 
 
 # --- head and loss without the logits -------------------------------------------------------------

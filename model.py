@@ -14,6 +14,7 @@ Letters used in shape comments, here and in every stage:
     E experts    N tokens (B*T flattened)    L layers
 """
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -53,6 +54,11 @@ class Config:
     router_aux_loss_coef: float = 0.001
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    # beyond the training length, at inference (report 3.3): one of the two, see `extended`
+    original_max_position_embeddings: int = 0  # the training length; 0: max_position_embeddings
+    yarn_factor: float = 1.0           # YaRN; 1: off
+    chunk_size: int = 0                # dual chunk attention: the largest distance + 1; 0: off
+    local_size: int = 0                # of it, the tokens before each chunk with exact distances
 
     def __post_init__(self):
         H, K, C = self.num_attention_heads, self.num_key_value_heads, self.hidden_size
@@ -62,9 +68,30 @@ class Config:
         require(self.num_experts_per_tok <= self.num_experts,
                 f"{self.num_experts_per_tok} experts a token of only {self.num_experts}")
 
+        require(0 <= self.local_size <= self.chunk_size // 2, f"local_size {self.local_size} wants "
+                f"at most half of chunk_size {self.chunk_size}")
+        require(self.yarn_factor >= 1, f"the YaRN factor must be >= 1, got {self.yarn_factor}")
+        require(self.yarn_factor == 1 or not self.chunk_size, "YaRN and dual chunk attention both: "
+                "take one (dual chunk attention comes with YaRN's temperature)")
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def trained_length(self) -> int:
+        return self.original_max_position_embeddings or self.max_position_embeddings
+
+    def extended(self, yarn: float = 1.0, dca: bool = False) -> "Config":
+        """The same weights for texts beyond the training length, which is taken from the
+        checkpoint, never from the caller (R7.2): YaRN by a factor, or dual chunk attention for 4x,
+        as in the report, with the DCA paper's typical quarter of exact distances."""
+        if yarn == 1 and not dca:
+            return self
+        length = self.trained_length
+        chunk = {"chunk_size": length, "local_size": length // 4} if dca else {}
+        return replace(self, original_max_position_embeddings=length, yarn_factor=yarn, **chunk,
+                       max_position_embeddings=int(length * (4 if dca else yarn)))
 
     def is_sparse(self, layer: int) -> bool:
         return (self.num_experts > 0 and layer not in self.mlp_only_layers
@@ -118,16 +145,57 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
+def frequencies(config: Config):
+    """inv_freq (D/2,) float32 and the factor of cos and sin.
+
+    Plain RoPE: theta^(-2i/D), factor 1. YaRN (Peng et al. 2023, sections 3.2-3.4): a pair that
+    turns more than 32 times within the training length keeps its frequency, one that turns less
+    than once is slowed down by the factor s (interpolated), between them a linear ramp; and
+    m = 0.1 ln(s) + 1 on cos and sin, so m^2 on the logits, sharpens attention over more keys."""
+    D, s = config.head_dim, config.yarn_factor
+    inv = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    if s == 1:
+        return inv, 1.0
+
+    def pair(turns):  # index of the pair that turns so often within the training length
+        return (D * math.log(config.trained_length / (turns * 2 * math.pi))
+                / (2 * math.log(config.rope_theta)))
+    low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), D - 1)
+    ramp = (torch.arange(D // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    ramp = ramp.clamp(0, 1)
+    return inv / s * ramp + inv * (1 - ramp), 0.1 * math.log(s) + 1
+
+
 def rope(positions, config: Config):
-    """cos, sin of shape (B or 1, 1, T, D), float32: inv_freq_i = theta^(-2i/D), i < D/2.
+    """positions (B or 1, T) -> cos, sin of shape (B or 1, 1, T, D), float32.
 
     Computed from the positions in every forward, never stored: a buffer would follow
     `model.bfloat16()`, and bfloat16 turns position 15,962 into 15,936 (R3.5)."""
-    D = config.head_dim
-    exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
-    angles = positions[..., None].float() * config.rope_theta ** -exponent  # (B, T, D/2)
+    inv, factor = frequencies(config)
+    angles = positions[..., None].float() * inv.to(positions.device)  # (B, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def dual_chunks(positions, config: Config):
+    """Dual chunk attention: positions (B or 1, T) -> rotations of a query towards keys of its own
+    chunk, the previous one, all older ones; and the (B or 1, 1, T, 1) temperature of its logits.
+
+    Chunks have s = chunk_size - local_size tokens, and a key is rotated by its position j mod s
+    alone. A query i is rotated by i mod s for its own chunk (exact distances), by
+    min(i mod s + s, c - 1) for the previous one (exact for the first local_size queries), by c - 1
+    for older ones, c = chunk_size: no distance was not seen in training (paper, eq. 2-7; the code
+    that serves Qwen2.5-1M caps at c instead of c - 1). Up to c tokens nothing changes.
+
+    Temperature (Qwen2.5-1M, section on length extrapolation): m^2 with YaRN's
+    m = 0.1 ln(length / training length) + 1 beyond the training length. Our choice: the length is
+    each query's own, i + 1, so that cached and uncached passes agree."""
+    s, cap = config.chunk_size - config.local_size, config.chunk_size - 1
+    own = positions % s
+    positions_of_query = own, (own + s).clamp(max=cap), torch.full_like(own, cap)
+    rotations = [rope(p, config) for p in positions_of_query]
+    m = 0.1 * ((positions + 1) / config.trained_length).clamp(min=1).log() + 1
+    return rotations, (m * m)[:, None, :, None]
 
 
 def rotate(x, cos, sin):
@@ -146,14 +214,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
         self.head_dim = D
 
-    def forward(self, x, cos, sin, cache=None, layer=0, segment_ids=None, mask=None):
+    def forward(self, x, cos, sin, cache=None, layer=0, segment_ids=None, mask=None, dual=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
-        y = kernels.attention(q, k, v, causal=True, segment_ids=segment_ids, mask=mask)
+        if dual is None:
+            y = kernels.attention(rotate(q, cos, sin), k, v, causal=True, segment_ids=segment_ids,
+                                  mask=mask)
+        else:
+            rotations, temperature, chunk, pads = dual
+            q = [rotate(q, *rotation) * temperature.to(q.dtype) for rotation in rotations]
+            y = kernels.dual_chunk_attention(q, k, v, chunk, pads=pads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -222,17 +296,18 @@ def load_balancing_loss(router: list, valid=None):
     f_e counts e's assignments per token and sums to k, so perfect balance gives k (the scale that
     the published coefficient 0.001 goes with). Layers are averaged, not pooled: pooled, two layers
     that collapse on different experts would look balanced (R5.2).
-    Returns (loss, load (layers, E) with 1 = fair share)."""
-    losses, loads = [], []
+    Returns (loss, load (layers, E) with 1 = fair share, entropy (layers,) of the router in nats:
+    ln E when it does not care, 0 when it is sure)."""
+    losses, loads, entropies = [], [], []
     for probs, expert in router:
-        valid_ = torch.ones(len(probs), dtype=torch.bool, device=probs.device) \
-            if valid is None else valid.flatten()
-        probs, expert = probs[valid_], expert[valid_]
+        if valid is not None:
+            probs, expert = probs[valid.flatten()], expert[valid.flatten()]
         E, k = probs.shape[-1], expert.shape[-1]
         f = torch.bincount(expert.flatten(), minlength=E) / len(probs)
         losses.append(E * (f * probs.mean(0)).sum())
         loads.append(f * E / k)
-    return torch.stack(losses).mean(), torch.stack(loads)
+        entropies.append(torch.special.entr(probs.detach()).sum(-1).mean())
+    return torch.stack(losses).mean(), torch.stack(loads), torch.stack(entropies)
 
 
 class Block(nn.Module):
@@ -360,11 +435,16 @@ class Qwen2(nn.Module):
             new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
             first = torch.where(new, positions, 0).cummax(dim=1).values
             positions = positions - first
-        cos, sin = rope(positions, self.config)
+        chunk, dual = self.config.chunk_size - self.config.local_size, None
+        if 0 < chunk < start + T:  # else all is one chunk, and this is plain attention
+            require(segment_ids is None, "dual chunk attention is for inference, not packed rows")
+            rotations, temperature = dual_chunks(positions, self.config)
+            dual = rotations, temperature, chunk, cache.pads if cache is not None else None
+        cos, sin = rope(positions % chunk if dual else positions, self.config)
         x = self.model.embed_tokens(ids)
         for layer, block in enumerate(self.model.layers):
             x = block(x, router, cos=cos, sin=sin, cache=cache, layer=layer,
-                      segment_ids=segment_ids, mask=mask)
+                      segment_ids=segment_ids, mask=mask, dual=dual)
         if cache is not None:
             cache.length = start + T
         return self.model.norm(x)
@@ -439,18 +519,13 @@ def config_from_dict(raw: dict, path) -> Config:
     kind = raw.get("model_type")
     require(kind in ("qwen2", "qwen2_moe"),
             f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
-    rope_parameters = raw.get("rope_parameters") or {}  # transformers 5 moved theta in here
-    scaling = raw.get("rope_scaling") or (
-        rope_parameters if rope_parameters.get("rope_type", "default") != "default" else None)
-    require(not scaling, f"{path}: rope scaling ({scaling}) is not supported")
     for name, allowed in ONLY.items():
         value = raw.get(name, allowed[0])
         require(value in allowed, f"{path}: {name} is {value!r}, Qwen2 has only {allowed[0]!r}")
     require(all(layer == "full_attention" for layer in raw.get("layer_types") or ()),
             f"{path}: layer_types other than full_attention are not Qwen2")
     values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
-    if "rope_theta" in rope_parameters:
-        values["rope_theta"] = rope_parameters["rope_theta"]
+    values |= long_context_from_dict(raw, path)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "num_key_value_heads", "rope_theta"):
         require(isinstance(values.get(name), (int, float)), f"{path}/config.json: no {name}")
@@ -464,15 +539,59 @@ def config_from_dict(raw: dict, path) -> Config:
     return config
 
 
+def long_context_from_dict(raw: dict, path) -> dict:
+    """Theta, YaRN and dual chunk attention, in the forms of transformers 4 (rope_theta,
+    rope_scaling) and 5 (rope_parameters holds both)."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(kind in ("default", "yarn"), f"{path}: rope scaling {kind!r} is not supported, "
+            "only yarn")
+    out = {"rope_theta": (raw.get("rope_parameters") or {}).get("rope_theta")
+           or rope.get("rope_theta") or raw.get("rope_theta")}
+    lengths = {raw.get("original_max_position_embeddings")}
+    if kind == "yarn":
+        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None,
+                 "mscale": None, "mscale_all_dim": None}
+        for name, value in usual.items():
+            require(rope.get(name, value) in (value, None), f"{path}: yarn with {name} "
+                    f"{rope.get(name)} is not supported, only {value}")
+        require(isinstance(rope.get("factor"), (int, float)), f"{path}: yarn without a factor")
+        out["yarn_factor"] = float(rope["factor"])
+        lengths.add(rope.get("original_max_position_embeddings"))
+    if chunks := raw.get("dual_chunk_attention_config"):
+        for name in ("chunk_size", "local_size"):
+            require(isinstance(chunks.get(name), int),
+                    f"{path}: dual_chunk_attention_config without {name}")
+            out[name] = chunks[name]
+        lengths.add(chunks.get("original_max_position_embeddings"))
+    lengths.discard(None)
+    # YaRN over a length that the model was not trained at is silently wrong (R7.2).
+    require(len(lengths) < 2, f"{path}: several training lengths {sorted(lengths)} "
+            "(original_max_position_embeddings)")
+    return out | {"original_max_position_embeddings": next(iter(lengths), 0)}
+
+
 def config_to_dict(model: Qwen2) -> dict:
     """config.json with the published keys: both rope forms, so old and new readers agree."""
     config, moe = model.config, model.config.num_experts > 0
+    names = [f.name for f in fields(Config)]
     values = {k: v for k, v in asdict(config).items()
-              if moe or k in {f.name for f in fields(Config)[:11]}}
+              if k in names[:-4 if moe else names.index("num_experts")]}
+    rope, length = {"rope_type": "default"}, config.original_max_position_embeddings
+    if length:
+        values["original_max_position_embeddings"] = length
+    if config.yarn_factor > 1:
+        rope = {"rope_type": "yarn", "factor": config.yarn_factor,
+                "original_max_position_embeddings": config.trained_length}
+        values["rope_scaling"] = rope | {"type": "yarn"}
+    if config.chunk_size:
+        values["dual_chunk_attention_config"] = {
+            "chunk_size": config.chunk_size, "local_size": config.local_size,
+            "original_max_position_embeddings": config.trained_length}
     return {"architectures": [f"Qwen2{'Moe' * moe}{model.architecture}"],
             "model_type": "qwen2_moe" if moe else "qwen2", **values,
             "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_parameters": rope | {"rope_theta": config.rope_theta},
             "torch_dtype": str(model.model.norm.weight.dtype)[6:], "use_cache": True}
 
 

@@ -20,7 +20,7 @@ tenth and then slowly. A loss that stays near 7: learning rate too low, or shuff
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import data
 import kernels
-from common import Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, setup
-from model import PRESETS, Qwen2, load_balancing_loss
+from common import (
+    Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
+from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
 
@@ -43,6 +44,7 @@ class Args:
     model: str = "tiny"              # preset of model.py
     init: str = ""                   # continue from this model directory instead of from scratch
     rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
+    upcycle: bool = False            # --init is dense: cut its FFNs into the experts of --model
     tokens: int = 300_000            # training tokens in all
     seq_len: int = 128               # positions a row
     doc_mask: bool = True            # packed documents do not see each other
@@ -107,6 +109,56 @@ def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> flo
 
 
 # ---------------------------------------------------------------------------------------------
+# from dense to MoE
+
+@torch.no_grad()
+def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen2:
+    """A dense model -> an MoE with the experts of `preset` (Qwen2 report, section 2.2.2): each FFN
+    is copied until its inner units suffice, each copy's units are shuffled, experts are cut from
+    the row and the rest is dropped; then a random half of every expert's weights is drawn anew, so
+    that experts differ. All other weights stay.
+
+    Not disclosed, so our choice, made so that the loss goes on from near the dense one's: the
+    shared expert is cut the same way but keeps its weights; the router starts near uniform; and
+    each output is divided by the weight it will get (1/E, or 1/k if normalised, and 1/2 from the
+    shared gate), times the dense size over the active size, which makes the sum of what is active
+    an estimate of the dense FFN."""
+    names = [f.name for f in fields(Config) if "expert" in f.name or "moe" in f.name]
+    names += ["norm_topk_prob", "router_aux_loss_coef", "decoder_sparse_step", "mlp_only_layers"]
+    config = replace(dense.config, **{name: getattr(preset, name) for name in names})
+    E, k, inner = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    shared, F = config.shared_expert_intermediate_size, config.intermediate_size
+    scale, generator = F / (k * inner + shared), rng(seed, 11)
+    model, old = Qwen2(config), dense.state_dict()
+    for name, p in model.named_parameters():
+        if name in old:
+            p.copy_(old[name])
+
+    def units(n):
+        copies = [torch.randperm(F, generator=generator) for _ in range(-(-n // F))]
+        return torch.cat(copies)[:n]
+
+    for layer in filter(config.is_sparse, range(config.num_hidden_layers)):
+        moe, mlp = model.model.layers[layer].mlp, dense.model.layers[layer].mlp
+        gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        cut, experts = units(E * inner).view(E, inner), moe.experts
+        experts.gate_up_proj.copy_(torch.cat((gate[cut], up[cut]), dim=1))
+        experts.down_proj.copy_(down[:, cut].transpose(0, 1)
+                                * scale * (k if config.norm_topk_prob else E))
+        for w in experts.parameters():
+            new = torch.randn(w.shape, generator=generator) * w.std()
+            w.copy_(torch.where(torch.rand(w.shape, generator=generator) < fresh, new, w))
+        moe.gate.weight.normal_(0.0, config.initializer_range, generator=generator)
+        if shared:
+            cut, expert = units(shared), moe.shared_expert
+            expert.gate_proj.weight.copy_(gate[cut])
+            expert.up_proj.weight.copy_(up[cut])
+            expert.down_proj.weight.copy_(down[:, cut] * scale * 2)
+            moe.shared_expert_gate.weight.zero_()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
     # set-up
@@ -148,18 +200,25 @@ def main(args: Args) -> dict:
               f"{row['warning']}")
 
     # model
+    trained = 0
     if args.init:
-        model = Qwen2.from_pretrained(args.init, device=device)
+        model = Qwen2.from_pretrained(args.init)
         require(tokenizer.n_vocab <= model.config.vocab_size, "the tokenizer has "
                 f"{tokenizer.n_vocab} ids, the model of --init only {model.config.vocab_size}")
+        trained = model.config.trained_length
     else:
-        config = replace(PRESETS[args.model], vocab_size=tokenizer.padded_vocab_size(128))
-        model = Qwen2(config).to(device)
-    if args.rope_theta:
-        model.config = replace(model.config, rope_theta=args.rope_theta)
-    require(args.seq_len <= model.config.max_position_embeddings,
-            f"--seq_len {args.seq_len} is beyond the model's "
-            f"{model.config.max_position_embeddings} positions")
+        model = Qwen2(replace(PRESETS[args.model], vocab_size=tokenizer.padded_vocab_size(128)))
+    if args.upcycle:
+        preset = PRESETS[args.model]
+        require(args.init and not model.config.num_experts and preset.num_experts > 0, "--upcycle "
+                "wants a dense --init and a --model with experts, such as tiny-moe")
+        model = upcycle(model, preset, args.seed)
+    # The length that YaRN and dual chunk attention will extend is the longest one trained at.
+    config = replace(model.config, original_max_position_embeddings=max(trained, args.seq_len),
+                     max_position_embeddings=max(model.config.max_position_embeddings,
+                                                 args.seq_len))
+    model.config = replace(config, rope_theta=args.rope_theta or config.rope_theta)
+    model.to(device)
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(ids) // rows
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
@@ -170,11 +229,12 @@ def main(args: Args) -> dict:
     start = run.begin(model, optimizer)
 
     # loop
+    starved = 0  # (MoE layers, experts): steps in a row with less than a tenth of the fair share
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)
     for step in bar:
         began = time.time()
         batch = epoch_order(step, rows, len(ids), args.seed)
-        count, loss, aux_sum, load = rows * args.seq_len, 0.0, 0.0, 0.0
+        count, loss, aux_sum, load, entropy = rows * args.seq_len, 0.0, 0.0, 0.0, 0.0
         for i in range(0, rows, args.micro_batch):
             micro = batch[i:i + args.micro_batch]
             segments = segment_ids[micro].to(device) if segment_ids is not None else None
@@ -183,8 +243,8 @@ def main(args: Args) -> dict:
                 micro_loss = lm_loss(model, ids[micro].to(device).long(), segments, count, router)
             loss += micro_loss.item()
             if router:
-                aux, share = load_balancing_loss(router)
-                aux, load = aux * len(micro) / rows, load + share * len(micro) / rows
+                part, (aux, *stats) = len(micro) / rows, load_balancing_loss(router)
+                aux, load, entropy = aux * part, load + stats[0] * part, entropy + stats[1] * part
                 aux_sum += aux.item()
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
@@ -194,8 +254,16 @@ def main(args: Args) -> dict:
                    "tokens": (step + 1) * count,
                    "tokens_per_s": count / (time.time() - began)}
         if router:
-            metrics |= {"aux": aux_sum, "expert_max": load.max().item(),
-                        "expert_min": load.min().item()}
+            dead = load < 0.1
+            metrics |= {"aux": aux_sum, "dead_experts": int(dead.sum())} | {
+                name: [round(x, 4) for x in per_layer.tolist()] for name, per_layer in (
+                    ("expert_max", load.amax(1)), ("expert_min", load.amin(1)),
+                    ("router_entropy", entropy))}
+            starved = (starved + 1) * dead
+            for layer, expert in (starved == 100).nonzero().tolist():
+                tqdm.write(f"step {step + 1}: expert {expert} of MoE layer {layer} got less than a "
+                           "tenth of its fair share for 100 steps; raise router_aux_loss_coef in "
+                           "config.json or lower --lr")
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(model, val_ids, val_segments, args.micro_batch,
                                                 device, autocast)

@@ -3,6 +3,7 @@ packing, padding, save and load). The third, transformers: test_parity_model.py.
 USERS.md."""
 import itertools
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -360,7 +361,7 @@ def test_one_expert_is_the_dense_model():
         weights |= {p + "experts.gate_up_proj": torch.cat((gate, up))[None],
                     p + "experts.down_proj": down[None], p + "gate.weight": torch.randn(1, 32)}
     sparse.load_state_dict(weights)
-    close(sparse(random_ids(2, 9)), dense(random_ids(2, 9)), 1e-6)
+    close(sparse(random_ids(2, 9)), dense(random_ids(2, 9)), 1e-5)
 
 
 def routing(choice, E, confidence=1.0):
@@ -376,15 +377,16 @@ def test_balance_loss_at_perfect_balance_is_k():
     for E, k in ((4, 1), (4, 2), (8, 4)):
         choice = [[(i + j) % E for j in range(k)] for i in range(3 * E)]
         for confidence in (0.0, 1.0):
-            loss, load = load_balancing_loss([routing(choice, E, confidence)] * 2)
+            loss, load, entropy = load_balancing_loss([routing(choice, E, confidence)] * 2)
             close(loss, torch.tensor(float(k)))
             close(load, torch.ones(2, E))
+            close(entropy, torch.full((2,), math.log(k if confidence else E)))
 
 
 def test_opposite_collapses_do_not_cancel():
     """R5.2: each layer alone scores E, so the mean does; pooled, the layers would score 1."""
     layers = [routing([e] * 8, 4) for e in range(4)]
-    loss, load = load_balancing_loss(layers)
+    loss, load, _ = load_balancing_loss(layers)
     assert loss == 4.0
     assert torch.equal(load, 4 * torch.eye(4))
 
@@ -393,14 +395,14 @@ def test_padding_never_changes_the_balance_loss():
     """R5.3."""
     g = torch.Generator().manual_seed(0)
     probs = torch.randn(10, 6, generator=g).softmax(-1)
-    want, want_load = load_balancing_loss([(probs, probs.topk(2).indices)])
+    want, *want_load = load_balancing_loss([(probs, probs.topk(2).indices)])
     padded = torch.cat((torch.eye(6)[:1].expand(5, 6), probs, torch.eye(6)[3:4].expand(9, 6)))
     valid = torch.tensor([False] * 5 + [True] * 10 + [False] * 9)
     for shape in ((24,), (2, 12)):
-        loss, load = load_balancing_loss([(padded, padded.topk(2).indices)], valid.view(shape))
+        loss, *load = load_balancing_loss([(padded, padded.topk(2).indices)], valid.view(shape))
         close(loss, want)
         close(load, want_load)
-    everything, _ = load_balancing_loss([(padded, padded.topk(2).indices)])
+    everything, *_ = load_balancing_loss([(padded, padded.topk(2).indices)])
     assert (everything - want).abs() > 0.1
 
 
@@ -514,8 +516,17 @@ BROKEN = {
     "wrong shape": (lambda p: edit_weights(p, **{"model.norm.weight": torch.ones(31)}),
                     r"model.norm.weight has shape \(31,\).*\(32,\)"),
     "model_type": (lambda p: edit_config(p, model_type="llama"), "'llama'"),
-    "rope scaling": (lambda p: edit_config(p, rope_scaling={"type": "yarn", "factor": 4.0}),
-                     "rope scaling"),
+    "rope scaling": (lambda p: edit_config(p, rope_scaling={"type": "linear", "factor": 4.0}),
+                     "rope scaling 'linear' is not supported, only yarn"),
+    "yarn factor": (lambda p: edit_config(p, rope_scaling={"type": "yarn"}), "without a factor"),
+    "yarn betas": (lambda p: edit_config(p, rope_scaling={"type": "yarn", "factor": 2.0,
+                                                          "beta_fast": 16}), "beta_fast 16"),
+    "training lengths": (lambda p: edit_config(
+        p, original_max_position_embeddings=128, rope_scaling={
+            "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
+        r"several training lengths \[64, 128\]"),
+    "no local_size": (lambda p: edit_config(p, dual_chunk_attention_config={"chunk_size": 64}),
+                      "without local_size"),
     "sliding window": (lambda p: edit_config(p, use_sliding_window=True), "sliding"),
     "heads": (lambda p: edit_config(p, num_key_value_heads=3), "4 query heads"),
     "no hidden_size": (lambda p: edit_config(p, hidden_size=None), "no hidden_size"),

@@ -327,5 +327,5 @@ def test_balance_loss_equals_transformers(E, k, compare):
             want = load_balancing_loss_func(tuple(logits), E, k, mask)
             probs = torch.cat(logits).softmax(-1)
             keep = None if mask is None else mask.bool().repeat(len(logits), 1)
-            got, _ = load_balancing_loss([(probs, probs.topk(k).indices)], keep)
+            got, *_ = load_balancing_loss([(probs, probs.topk(k).indices)], keep)
             compare("balance loss", got, want, 1e-5)

@@ -14,7 +14,7 @@ import kernels
 import pretrain
 from common import InputError, read_jsonl, rng
 from data import is_held_out
-from helpers import wake
+from helpers import tiny_model, wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
 
@@ -193,11 +193,103 @@ def test_moe_trains_and_logs_expert_load(args, tmp_path):
         pretrain.main(run)
         logs[micro_batch] = log_of(run)
     for row in logs[4]:
-        assert 0 <= row["expert_min"] <= 1 <= row["expert_max"] <= 8 / 2
+        for low, high, entropy in zip(row["expert_min"], row["expert_max"], row["router_entropy"],
+                                      strict=True):
+            assert 0 <= low <= 1 <= high <= 8 / 2
+            assert 0.5 < entropy <= math.log(8)
         assert 1.99 <= row["aux"] < 8
+        assert len(row["expert_max"]) == 2 and row["dead_experts"] < 3
     assert logs[4][-1]["loss"] < logs[4][0]["loss"] - 0.1
-    for name in ("expert_min", "expert_max"):  # the same forward pass, cut otherwise
-        assert logs[1][0][name] == pytest.approx(logs[4][0][name], abs=1e-5)
+    for name in ("expert_min", "expert_max", "router_entropy"):  # the same forward, cut otherwise
+        assert logs[1][0][name] == pytest.approx(logs[4][0][name], abs=2e-4)
+
+
+def test_starved_experts_are_counted_and_told(args, micro_run, tmp_path, monkeypatch, capsys):
+    """R5.4: a forced collapse. Layer 1's router is frozen on experts 2 and 5."""
+    args = replace(args, model="micro-moe", lr=0.0, tokens=104 * ROWS * (SEQ + 1), eval_every=999)
+    build = pretrain.Qwen2.__init__
+
+    def collapsed(self, config):
+        build(self, config)
+        with torch.no_grad():
+            self.model.embed_tokens.weight[:, 0] = 0.05  # to route by, 2.4 after the norm
+            self.model.layers[1].mlp.gate.weight.zero_()
+            self.model.layers[1].mlp.gate.weight[[2, 5], 0] = 50.0
+    monkeypatch.setattr(pretrain.Qwen2, "__init__", collapsed)
+    pretrain.main(args)
+    rows = log_of(args)
+    assert all(row["dead_experts"] == 6 for row in rows)
+    assert all(row["expert_max"][1] == 4.0 and row["expert_min"][1] == 0.0 for row in rows)
+    assert all(row["router_entropy"][1] == pytest.approx(math.log(2), abs=1e-3) for row in rows)
+    told = [line for line in capsys.readouterr().out.splitlines() if "tenth of its fair" in line]
+    assert [line.split(" got")[0] for line in told] == [
+        f"step 100: expert {e} of MoE layer 1" for e in (0, 1, 3, 4, 6, 7)]
+
+
+def dense_and_preset(inner, **changes):
+    dense = tiny_model(intermediate_size=48)
+    return dense, replace(dense.config, num_experts=4, num_experts_per_tok=2,
+                          moe_intermediate_size=inner, **changes)
+
+
+def test_upcycled_experts_are_the_dense_ffn():
+    """Nothing drawn anew, whole copies, normalised weights: exactly the dense model."""
+    dense, preset = dense_and_preset(48, norm_topk_prob=True)
+    ids = torch.randint(97, (2, 20), generator=rng(0))
+    moe = pretrain.upcycle(dense, preset, seed=0, fresh=0.0)
+    torch.testing.assert_close(moe(ids), dense(ids), atol=2e-4, rtol=1e-4)
+    with_shared = replace(preset, shared_expert_intermediate_size=48, norm_topk_prob=False)
+    moe = pretrain.upcycle(dense, with_shared, seed=0, fresh=0.0)
+    for block in moe.model.layers:
+        block.mlp.gate.weight.data.zero_()  # exactly uniform
+    torch.testing.assert_close(moe(ids), dense(ids), atol=2e-4, rtol=1e-4)
+
+
+def test_upcycled_experts_are_cut_from_shuffled_copies_and_half_redrawn():
+    dense, preset = dense_and_preset(18, shared_expert_intermediate_size=20)
+    kept = pretrain.upcycle(dense, preset, seed=3, fresh=0.0)
+    half = pretrain.upcycle(dense, preset, seed=3)
+    for layer, block in enumerate(dense.model.layers):
+        experts = kept.model.layers[layer].mlp.experts
+        same = (experts.gate_up_proj[:, :18, None] == block.mlp.gate_proj.weight).all(-1)
+        used = same.long().argmax(-1)  # which dense unit each of the 4 x 18 is
+        assert same.any(-1).all()
+        counts = used.flatten().bincount(minlength=48)
+        assert counts.min() >= 1 and counts.max() <= 2 and counts.sum() == 72  # 1.5 copies
+        assert (used.flatten()[:48].sort().values == torch.arange(48)).all()
+        assert used[0].tolist() != sorted(used[0].tolist())
+        up, down = experts.gate_up_proj[:, 18:], experts.down_proj
+        assert torch.equal(up, block.mlp.up_proj.weight[used])
+        torch.testing.assert_close(down, block.mlp.down_proj.weight[:, used].transpose(0, 1)
+                                   * 4 * 48 / (2 * 18 + 20))
+        for a, b in zip(experts.parameters(), half.model.layers[layer].mlp.experts.parameters(),
+                        strict=True):
+            assert (a == b).float().mean() == pytest.approx(0.5, abs=0.04)
+            assert b[a != b].std().item() == pytest.approx(a.std().item(), rel=0.1)
+    for name, p in half.named_parameters():
+        if ".mlp." not in name:
+            assert torch.equal(p, dense.get_parameter(name))
+
+
+def test_upcycling_from_the_command_line_goes_on_from_the_dense_loss(args, micro_run):
+    """And the directory is a Qwen2-MoE that loads."""
+    run = replace(args, tokenizer="", init=str(micro_run), model="micro-moe", upcycle=True,
+                  tokens=2 * ROWS * (SEQ + 1))
+    pretrain.main(run)
+    again = Qwen2.from_pretrained(run.out)
+    assert again.config.num_experts == 8 and again.config.moe_intermediate_size == 40
+    assert json.loads(Path(run.out, "config.json").read_text())["model_type"] == "qwen2_moe"
+
+
+def test_the_trained_length_is_recorded(args, micro_run):
+    """R7.2: what YaRN extends. A longer stage raises it, a shorter one does not."""
+    pretrain.main(replace(args, tokens=ROWS * (SEQ + 1)))
+    assert Qwen2.from_pretrained(args.out).config.trained_length == SEQ
+    for seq_len, length in ((2 * SEQ, 2 * SEQ), (SEQ // 2, SEQ)):
+        run = replace(args, tokenizer="", init=args.out, out=f"{args.out}-{seq_len}",
+                      seq_len=seq_len, tokens=2 * ROWS * (SEQ + 1))
+        pretrain.main(run)
+        assert Qwen2.from_pretrained(run.out).config.trained_length == length
 
 
 def test_overfits_one_batch():
@@ -276,7 +368,7 @@ def test_the_tokenizer_is_trained_here_without_one(args):
     ({"micro_batch": 0}, "--micro_batch must be"), ({"eval_every": 0}, "--eval_every must be"),
     ({"save_every": 0}, "--save_every must be"), ({"tokens": -5}, "--tokens must be"),
     ({"tokens": 40}, "--tokens 40 is less than one step of 128"),
-    ({"seq_len": 1024, "batch_tokens": 1024, "tokens": 9999}, "held-out|--seq_len 1024 is beyond"),
+    ({"upcycle": True}, "--upcycle wants a dense --init"),
     ({"data": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
     ({"tokenizer": "/no/such"}, "/no/such"), ({"init": "/no/such"}, "no config.json"),
     ({"weights": "other=1"}, r"weights for \['other'\], but the sources are \['docs'\]"),

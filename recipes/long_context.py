@@ -1,0 +1,216 @@
+"""Long context on a laptop: what the report's section 3.3 does to 32K and 128K, at 256 to 2,048.
+
+A model is trained at 256 tokens with RoPE base 10,000, then continued at 512 with base 1,000,000
+(ABF), and at inference stretched 4x, to 2,048, by YaRN or by dual chunk attention. For each way,
+and for the shortcuts that skip the training, this measures
+
+  - the loss by position on held-out real text (Python's own sources) of 2,048 tokens, and
+  - a needle grid: four lines "The code of Hugo is 47." in so much real text, one asked at its end;
+    the share of answers with both digits right, by length and by depth of the asked line.
+
+    python recipes/long_context.py                     # about a quarter of an hour on one core
+    python recipes/long_context.py --tokens 4e5 --more_tokens 1e5 --n 5 --out runs/quick
+
+Writes table.md, result.json and, with matplotlib, long_context.png to --out.
+"""
+import json
+import random
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data  # noqa: E402
+import kernels  # noqa: E402
+import pretrain  # noqa: E402
+import tasks  # noqa: E402
+from common import cli, positive, setup, write_atomic, write_jsonl  # noqa: E402
+from model import Qwen2  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+SHORT, LONG, FARTHEST = 256, 512, 2048
+LENGTHS, DEPTHS = (128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass
+class Args:
+    out: str = "runs/long_context"   # where everything goes; trained models found here are reused
+    tokens: int = 4_000_000          # of the training at 256
+    more_tokens: int = 800_000       # of the training at 512
+    n: int = 40                      # needle questions a cell
+    texts: int = 24                  # held-out texts for the loss by position
+    seed: int = 0                    # of everything
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+
+def filler(r, texts: list[str], n_chars: int) -> list[str]:
+    """Consecutive lines of one real text, about n_chars of them."""
+    text = r.choice(texts)
+    at = r.randrange(max(1, len(text) - n_chars))
+    return text[at:at + n_chars].split("\n")
+
+
+def needles(r, lines: list[str], depth: float | None = None) -> tuple[str, str, list[str]]:
+    """Hide four codes in the lines -> (text, the name to ask for, all four names). depth: where the
+    asked one goes, 0 = before everything; None: anywhere. The others go anywhere."""
+    codes = {name: f"{r.randrange(10)}{r.randrange(10)}" for name in r.sample(tasks.NAMES, 4)}
+    names, lines = list(codes), list(lines)
+    for i, name in enumerate(names[1:] + names[:1]):  # the asked one last, so that its depth holds
+        where = r.random() if depth is None or i < 3 else depth
+        lines.insert(round(where * len(lines)), f"The code of {name} is {codes[name]}.")
+    return "\n".join(lines), names[0], [f"\nThe code of {n} is {codes[n]}." for n in names]
+
+
+def training_documents(r, texts: list[str], longest: int, n_bytes: int):
+    """Needle documents of up to about `longest` tokens (3 bytes each), all four codes asked."""
+    while n_bytes > 0:
+        size = int(2 ** r.uniform(4, 1 + (longest * 3).bit_length()))
+        text, _, asked = needles(r, filler(r, texts, min(size, longest * 3 - 300)))
+        r.shuffle(asked)
+        yield {"text": text + "".join(asked)}
+        n_bytes -= len(text) + 120
+
+
+def write_data(args: Args) -> tuple[list[str], list[str]]:
+    """-> training and held-out real texts; writes the training files of both stages."""
+    corpus = data.builtin_corpus(args.seed, 4.0)
+    docs = [d["text"] for name in ("stdlib_code", "stdlib_docstrings") for d in corpus[name]]
+    docs = [text for text in docs if len(text) > 300]
+    held_out = [text for text in docs if len(text) > 12_000 and len(text) % 4 == 0]
+    train = [text for text in docs if text not in held_out]
+    for length, tokens in ((SHORT, args.tokens), (LONG, args.more_tokens)):
+        where, r = Path(args.out) / f"data{length}", random.Random(f"{args.seed} {length}")
+        write_jsonl(where / "text.jsonl", ({"text": text} for text in train))
+        write_jsonl(where / "needles.jsonl", training_documents(r, train, length, 2 * tokens))
+    return train, held_out
+
+
+# ---------------------------------------------------------------------------------------------
+# measurements
+
+@torch.no_grad()
+def loss_by_position(model: Qwen2, rows: torch.Tensor) -> torch.Tensor:
+    """rows (n, T+1) -> mean loss of each of the T positions."""
+    total = 0.0
+    for row in rows.split(4):
+        hidden = model.hidden(row[:, :-1])
+        total = total + kernels.linear_cross_entropy(hidden, model.head_weight, row[:, 1:],
+                                                     reduction="none").sum(0)
+    return total / len(rows)
+
+
+@torch.no_grad()
+def needle_accuracy(model, tokenizer, texts, length: int, depth: float, n: int, seed: int) -> float:
+    """Share of n questions whose two digits are both the likeliest tokens."""
+    right, r = 0, random.Random(f"{seed} {length} {depth}")
+    for _ in range(n):
+        asked = "\nThe code of Hugo is 47."
+        lines = filler(r, texts, length * 8)
+        room = length - 4 * 12 - len(tokenizer.encode(asked))
+        lines = tokenizer.decode(tokenizer.encode("\n".join(lines))[:room]).split("\n")
+        text, name, answers = needles(r, lines, depth)
+        end = next(a for a in answers if f" {name} " in a)
+        ids = torch.tensor([tokenizer.encode(text + end)], device=model.head_weight.device)
+        # The text ends in two digits and a full stop, one token each.
+        logits = model.hidden(ids[:, :-1])[0, -3:-1] @ model.head_weight.T
+        right += int((logits.argmax(-1) == ids[0, -3:-1]).all())
+    return right / n
+
+
+def measure(model, tokenizer, rows, texts, args: Args) -> dict:
+    losses = loss_by_position(model, rows)
+    edges = [0, SHORT, LONG, 1024, FARTHEST]
+    grid = [[needle_accuracy(model, tokenizer, texts, length, depth, args.n, args.seed)
+             for depth in DEPTHS] for length in LENGTHS]
+    return {"loss": [losses[a:b].mean().item() for a, b in zip(edges, edges[1:], strict=False)],
+            "curve": losses.view(-1, 64).mean(1).tolist(), "needle": grid}
+
+
+# ---------------------------------------------------------------------------------------------
+
+def table(results: dict[str, dict]) -> str:
+    lines = ["| | loss at 0-255 | 256-511 | 512-1023 | 1024-2047 | "
+             + " | ".join(f"needle {n}" for n in LENGTHS) + " |", "|---" * (5 + len(LENGTHS)) + "|"]
+    for name, r in results.items():
+        cells = [f"{x:.2f}" for x in r["loss"]]
+        cells += [f"{100 * sum(row) / len(row):.0f}" for row in r["needle"]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(12, 6.4), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.25, 1))
+    axis = top.subplots()
+    for name, r in results.items():
+        axis.plot([64 * i + 32 for i in range(len(r["curve"]))], r["curve"], lw=1.2, label=name)
+    for x in (SHORT, LONG):
+        axis.axvline(x, color="grey", lw=0.8, ls=":")
+    axis.set(xlabel="position (dotted: the two training lengths)", ylabel="loss", ylim=(None, 8))
+    axis.legend(fontsize=8, ncol=2)
+    for axis, (name, r) in zip(bottom.subplots(1, len(results)), results.items(), strict=True):
+        axis.imshow(torch.tensor(r["needle"]).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(LENGTHS)), LENGTHS, fontsize=7, rotation=45)
+        axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS], fontsize=7)
+        axis.set_title(name, fontsize=8)
+    bottom.supylabel("depth of the needle", fontsize=8)
+    bottom.supxlabel("tokens", fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def main(args: Args) -> None:
+    positive(args, "tokens", "more_tokens", "n", "texts")
+    out = Path(args.out)
+    train, held_out = write_data(args)
+    short, long = out / "short", out / "long"
+    common = {"batch_tokens": 1024, "weights": "text=0.35,needles=0.65", "vocab_size": 1024,
+              "eval_every": 10**6, "seed": args.seed, "device": args.device, "dtype": args.dtype}
+    if not (short / "model.safetensors").exists():
+        pretrain.main(pretrain.Args(out=str(short), data=str(out / f"data{SHORT}"), seq_len=SHORT,
+                                    tokens=args.tokens, overwrite=True, **common))
+    if not (long / "model.safetensors").exists():
+        pretrain.main(pretrain.Args(out=str(long), init=str(short), data=str(out / f"data{LONG}"),
+                                    seq_len=LONG, rope_theta=1e6, tokens=args.more_tokens,
+                                    lr=7e-4, overwrite=True, **common))
+
+    device, autocast = setup(args)
+    tokenizer = Tokenizer.from_pretrained(short)
+    rows = [tokenizer.encode(text)[:FARTHEST + 1] for text in held_out]
+    rows = torch.tensor([row for row in rows if len(row) > FARTHEST][:args.texts], device=device)
+    ways = {  # name: (model, changes of its config)
+        "trained at 256": (short, lambda c: c),
+        "theta 1e6, no training": (short, lambda c: replace(c, rope_theta=1e6)),
+        "YaRN 8x, no training": (short, lambda c: c.extended(yarn=8.0)),
+        "theta 1e6 + training at 512": (long, lambda c: c),
+        "  then YaRN 4x": (long, lambda c: c.extended(yarn=4.0)),
+        "  then DCA 4x": (long, lambda c: c.extended(dca=True)),
+    }
+    results = {}
+    for name, (path, change) in ways.items():
+        model = Qwen2.from_pretrained(path, device=device)
+        model.config = change(model.config)
+        with autocast:
+            results[name.strip()] = measure(model, tokenizer, rows, train, args)
+        print(table(results).splitlines()[-1], flush=True)
+    text = f"{len(rows)} texts, {args.n} questions a cell, 5 depths, seed {args.seed}\n\n"
+    write_atomic(out / "result.json", json.dumps(results, indent=1))
+    write_atomic(out / "table.md", text + table(results) + "\n")
+    plot(results, out / "long_context.png")
+    print(text + table(results))
+
+
+if __name__ == "__main__":
+    cli(main, Args)
