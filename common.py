@@ -101,7 +101,8 @@ def cli(main, Args) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; continue with the same command and --resume", file=sys.stderr)
+        hint = "; continue with the same command and --resume" * hasattr(Args, "resume")
+        print("stopped" + hint, file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -8,10 +8,10 @@ serves them; the model masks the padding and counts positions from each row's fi
 (KVCache.pads), which makes a batched row equal to the row alone (R3.3). A prompt that wants n
 responses is read once and its cache rows repeated. Rows that finish leave the batch.
 """
+import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import kernels
 import tasks
@@ -38,17 +38,19 @@ class Completion:
 @torch.inference_mode()
 def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop_ids=(), n: int = 1,
-             valid_vocab: int | None = None, batch_size: int = 512) -> list[Completion]:
+             valid_vocab: int | None = None, batch_size: int = 512,
+             watch=None) -> list[Completion]:
     """n completions of each prompt, in prompt order (all n of the first prompt come first).
 
     temperature 0 is greedy. `valid_vocab`: number of ids the tokenizer knows; the padded rows of
-    the embedding above it are never drawn (R1.6). A pure function of its arguments."""
+    the embedding above it are never drawn (R1.6). `watch` is called with each step's tokens, to
+    show an answer while it grows. A pure function of its arguments."""
     require(all(prompts), "an empty prompt cannot be continued")
     out, generator = [], rng(seed, device=model.head_weight.device)
     per_batch = max(1, batch_size // n)
     for i in range(0, len(prompts), per_batch):
         out += generate_batch(model, prompts[i:i + per_batch], max_new_tokens, temperature, top_k,
-                              top_p, generator, stop_ids, n, valid_vocab)
+                              top_p, generator, stop_ids, n, valid_vocab, watch)
     return out
 
 
@@ -61,7 +63,7 @@ def left_pad(prompts, device):
 
 
 def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
-                   n, valid_vocab):
+                   n, valid_vocab, watch=None):
     device, dtype = model.head_weight.device, model.head_weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)  # of the keys and values to be cached
@@ -85,6 +87,8 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
             logits[:, valid_vocab:] = -torch.inf
         token, logprob = draw(logits, temperature, top_k, top_p, generator)
         tokens[alive, step], logprobs[alive, step] = token, logprob
+        if watch is not None:
+            watch(token.tolist())
         ended = running & torch.isin(token, stop)
         lengths[alive[ended]] = step + 1
         running &= ~ended
@@ -204,6 +208,24 @@ class Args:
     dtype: str = "auto"              # auto, float32, bfloat16
 
 
+class Printer:
+    """Prints one answer while it grows. A character can be spread over several tokens: what ends
+    in half of one is held back until the rest has come."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+
+    def __call__(self, tokens: list[int]) -> None:
+        self.ids += [token for token in tokens if token not in self.tokenizer.stop_ids]
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        print(text[self.shown:], end="", flush=True)
+        self.shown = len(text)
+
+
 def main(args: Args) -> None:
     device, autocast = setup(args)
     model, tokenizer = load_policy(args.init, device)
@@ -212,7 +234,8 @@ def main(args: Args) -> None:
     while True:
         try:
             text = args.prompt or input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            print()
             return
         if not text.strip():
             continue
@@ -222,12 +245,15 @@ def main(args: Args) -> None:
             raise InputError(f"the conversation has {len(ids)} tokens; with --max_new_tokens "
                              f"{args.max_new_tokens} it outgrows the model's "
                              f"{model.config.max_position_embeddings} positions")
+        printer = Printer(tokenizer)
         with autocast:
             answer = generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,
                               args.top_p, args.seed + turn, tokenizer.stop_ids,
-                              valid_vocab=tokenizer.n_vocab)[0]
+                              valid_vocab=tokenizer.n_vocab, watch=printer)[0]
         reply = tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
-        tqdm.write(reply)
+        printer.show(reply + "\n")
+        if not answer.finished:
+            print(f"(cut at --max_new_tokens {args.max_new_tokens})", file=sys.stderr)
         if args.prompt:
             return
         messages.append({"role": "assistant", "content": reply})

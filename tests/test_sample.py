@@ -250,3 +250,38 @@ def test_the_chat_answers_one_prompt(micro_run, capsys):
     assert "device cpu" in capsys.readouterr().out
     with pytest.raises(InputError, match="outgrows the model's 512 positions"):
         sample.main(replace(args, max_new_tokens=600))
+
+
+def test_an_answer_is_shown_while_it_grows(micro_run, tokenizer, monkeypatch, capsys):
+    """Piece by piece and never half a character; what `watch` saw is the answer."""
+    ids = tokenizer.encode("Aé世界🙂!")
+    assert len(ids) > 12  # bytes, most of them
+    printer, pieces = sample.Printer(tokenizer), []
+    for token in [*ids, tokenizer.eos_id]:
+        printer([token])
+        pieces.append(capsys.readouterr().out)
+    assert [piece for piece in pieces if piece] == list("Aé世界🙂!")
+    printer([ids[1]])
+    assert capsys.readouterr().out == ""
+    printer.show(tokenizer.decode(printer.ids) + "\n")  # cut inside a character
+    assert capsys.readouterr().out == "\ufffd\n"
+
+    seen, model = [], Qwen2.from_pretrained(micro_run)
+    answer, = generate(model, [ids], 9, seed=4, watch=seen.extend)
+    assert seen == answer.ids
+    typed = iter(["Hello?", "", "Again"])
+
+    def type_(prompt):
+        print(prompt, end="")
+        try:
+            return next(typed)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+    monkeypatch.setattr("builtins.input", type_)
+    sample.main(sample.Args(init=str(micro_run), max_new_tokens=4, device="cpu", temperature=0))
+    out, err = capsys.readouterr()
+    assert err.count("(cut at --max_new_tokens 4)") == out.count("\n> ") - 1 == 2
+    query = [{"role": "user", "content": "Hello?"}]
+    first, = greedy(model, [tokenizer.render(query, add_generation_prompt=True)[0]], 4,
+                    stop_ids=tokenizer.stop_ids, valid_vocab=tokenizer.n_vocab)
+    assert f"\n> {tokenizer.decode(first.ids)}\n> > " in out and out.endswith("> \n")
