@@ -42,6 +42,9 @@ class Args:
     max_new_tokens: int = 128        # longest answer
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
+    window: int = 512                # tokens that such a document is cut into
+    yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
+    dca: bool = False                # stretch it 4x with dual chunk attention
     report: str = ""                 # write the report of the runs in this directory instead
     seed: int = 0                    # of the samples
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -115,7 +118,9 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
 def evaluate(args: Args) -> dict:
     device, autocast = setup(args)
     model, tokenizer = load_policy(args.init, device)
+    model.config = model.config.extended(args.yarn, args.dca)
     positive(args, "samples", "n_queries", "max_new_tokens")
+    require(args.window > 1, f"--window {args.window}: a window predicts its second token first")
     queries = tasks.load(args.queries, args.n_queries)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
@@ -134,14 +139,15 @@ def evaluate(args: Args) -> dict:
                  if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
         texts = [text for text in texts if data.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
-        metrics |= bits_per_byte(model, tokenizer, texts)
+        metrics |= bits_per_byte(model, tokenizer, texts, args.window)
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
          "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
     settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
-                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+                "window": args.window, "yarn": args.yarn, "dca": args.dca}
     write_atomic(Path(args.init) / "eval.json", json.dumps(
         {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
     print(table([(Path(args.init).name, metrics)]))

@@ -508,7 +508,10 @@ def main(compiled=False):
     rows = [(f"attention {i}{n}", attention_reference, functools.partial(attention, impl=i),
              (q, k, v), {"segment_ids": s})
             for n, s in ((", causal", None), (", packed", packed)) for i in ("sdpa", "fused")]
-    rows += [("linear_cross_entropy", ce_ref, ce, (h, w), {"targets": t}),
+    chunked, chunked_ref = (lambda a, b, c, k, v, f=f: f((a, b, c), k, v, 100)
+                            for f in (dual_chunk_attention, dual_chunk_attention_reference))
+    rows += [("dual_chunk_attention", chunked_ref, chunked, (q, q.flip(2), q.flip(3), k, v), {}),
+             ("linear_cross_entropy", ce_ref, ce, (h, w), {"targets": t}),
              ("  30% supervised", ce_ref, ce, (h, w), {"targets": sft}),
              ("token_logprobs", token_logprobs_reference, token_logprobs, (h, w), {"targets": t}),
              ("expert_mlp", expert_mlp_reference, expert_mlp, (x, gate_up, down),

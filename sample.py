@@ -203,6 +203,8 @@ class Args:
     temperature: float = 0.7         # 0 is greedy; this and the next two are Qwen2.5's defaults
     top_k: int = 20                  # draw among the k likeliest tokens; 0: all
     top_p: float = 0.8               # draw within this share of the probability mass
+    yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
+    dca: bool = False                # stretch it 4x with dual chunk attention
     seed: int = 0                    # of the draws
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
@@ -229,6 +231,7 @@ class Printer:
 def main(args: Args) -> None:
     device, autocast = setup(args)
     model, tokenizer = load_policy(args.init, device)
+    model.config = model.config.extended(args.yarn, args.dca)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     turn = 0
     while True:
@@ -244,7 +247,7 @@ def main(args: Args) -> None:
         if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
             raise InputError(f"the conversation has {len(ids)} tokens; with --max_new_tokens "
                              f"{args.max_new_tokens} it outgrows the model's "
-                             f"{model.config.max_position_embeddings} positions")
+                             f"{model.config.max_position_embeddings} positions (--dca: 4x)")
         printer = Printer(tokenizer)
         with autocast:
             answer = generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,

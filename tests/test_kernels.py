@@ -481,6 +481,7 @@ def test_the_script_checks_itself():
     out = subprocess.run([sys.executable, str(ROOT / "kernels.py")], capture_output=True, text=True,
                          timeout=300)
     assert out.returncode == 0, out.stderr
-    for name in ("attention sdpa", "attention fused", "linear_cross_entropy", "token_logprobs",
+    for name in ("attention sdpa", "attention fused", "dual_chunk_attention",
+                 "linear_cross_entropy", "token_logprobs",
                  "expert_mlp"):
         assert name in out.stdout

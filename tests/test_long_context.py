@@ -3,15 +3,19 @@ dual chunk attention against a loop over its position rules. ABF, a change of th
 test_pretrain.py. R numbers: USERS.md."""
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+import evaluate
 import kernels
 import model as M
+import sample
 from common import InputError
-from helpers import tiny_model
+from data import is_held_out
+from helpers import tiny_model, write_rows
 from model import PRESETS, Config, KVCache, PromptCache, Qwen2
 
 LENGTH = 16  # of training, in the tests of dual chunk attention: chunks of 12 tokens, 4 local
@@ -221,6 +225,48 @@ def test_both_at_once_are_refused():
     for change in ({"yarn_factor": 0.5}, {"chunk_size": 8, "local_size": 5}, {"local_size": 1}):
         with pytest.raises(InputError):
             replace(PRESETS["0.5B"], **change)
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py, evaluate.py
+
+@pytest.fixture
+def short_run(micro_run, tmp_path):
+    """A model directory trained at 128 tokens."""
+    path = tmp_path / "short"
+    shutil.copytree(micro_run, path)
+    config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 128}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("flags", [{"yarn": 4.0}, {"dca": True}])
+def test_sample_answers_a_prompt_beyond_the_training_length(flags, short_run, capsys):
+    args = sample.Args(init=str(short_run), prompt="where is the sea " * 40, max_new_tokens=5,
+                       temperature=0.0, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match="outgrows the model's 128 positions"):
+        sample.main(args)
+    seen, extended = [], Config.extended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, "extended", lambda *a: seen.append(extended(*a)) or seen[-1])
+        sample.main(replace(args, **flags))
+    assert seen[0].max_position_embeddings == 512 and seen[0].trained_length == 128
+
+
+def test_evaluate_reads_long_windows(short_run, tmp_path):
+    """The flags reach the model: bits per byte change beyond 128 tokens, and not within."""
+    texts = [f"{i} " + "a long story about the sea and the moon. " * 40 for i in range(200)]
+    held_out = [text for text in texts if is_held_out(text)]
+    assert held_out
+    write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in held_out])
+    args = evaluate.Args(init=str(short_run), n_queries=4, samples=1, max_new_tokens=2, window=400,
+                         text=str(tmp_path), device="cpu", dtype="float32")
+
+    def bits(**flags):
+        return evaluate.evaluate(replace(args, **flags))["bits_per_byte"]
+    assert len({bits(), bits(yarn=4.0), bits(dca=True), bits(window=100)}) == 4
+    assert bits(dca=True, window=100) == pytest.approx(bits(window=100), abs=1e-6)
+    assert json.loads((short_run / "eval.json").read_text())["settings"]["window"] == 100
 
 
 # ---------------------------------------------------------------------------------------------
