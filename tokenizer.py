@@ -425,8 +425,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """Ids -> text; U+FFFD where they are no valid UTF-8 (an answer cut inside a character).
-        skip_special_tokens hides turn marks but keeps <tool_call>, as HF does."""
-        hidden = {self.special[name] for name in self._hidden & self.special.keys()}
+        skip_special_tokens hides turn marks and the pad but keeps <tool_call>, as HF does."""
+        hidden = {self.special[name] for name in self._hidden & self.special.keys()} | {self.pad_id}
         ids = [i for i in ids if i not in hidden] if skip_special_tokens else ids
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
