@@ -222,7 +222,7 @@ def test_young_marks_are_few(rebuilt):
     assert not any("\u0300" <= c < "\u07fd" for c in young(rebuilt))
 
 
-def wild(n, marks, seed=0):
+def wild(n, seed=0):
     """Strings over all planes: marks, surrogates, right-to-left, joined emoji, spaces, control
     tokens, Hangul in parts."""
     rng = random.Random(seed)
@@ -234,7 +234,7 @@ def wild(n, marks, seed=0):
     pieces = [
         lambda: chr(rng.randrange(0xd800)), lambda: chr(rng.randrange(0xe000, 0x110000)),
         lambda: chr(rng.randrange(0x10000, 0x20000)), lambda: chr(rng.randrange(0x250)),
-        lambda: rng.choice("aeonAzαи가कกש") + some(marks, 4),
+        lambda: rng.choice("aeonAzαи가कกש") + some(MARKS, 4),
         lambda: some([chr(c) for c in range(0xd7f0, 0xe010)], 2),             # most are surrogates
         lambda: rng.choice(["\ud83d\ude42", "\ude42\ud83d", "\ud83d", "\udcff"]),
         lambda: rng.choice("\u200f\u202e\u2067") + some("אבגשمرحبا،؟ 12٣", 9),
@@ -257,8 +257,8 @@ def scalars(text: str) -> str:
 
 
 def test_unicode_fuzz(qwen, saved_in_hf, rebuilt, compare):
-    marks = [c for c in MARKS if c not in young(rebuilt)]
-    texts = list(wild(10_000, marks))
+    without = dict.fromkeys(map(ord, young(rebuilt)))
+    texts = [text.translate(without) for text in wild(10_000)]
     clean = list(map(scalars, texts))
     assert sum(a != b for a, b in zip(texts, clean, strict=True)) > 1000      # had surrogates
     nfc = [unicodedata.normalize("NFC", text) for text in clean]
@@ -268,14 +268,14 @@ def test_unicode_fuzz(qwen, saved_in_hf, rebuilt, compare):
     compare("tokenizer: Unicode fuzz, NFC round trip", list(map(qwen.decode, ids)), nfc)
     compare("tokenizer: Unicode fuzz, ids, allow_special", [qwen.encode(t, True) for t in texts],
             ids_of(saved_in_hf, clean))
-    assert max(map(max, ids)) < qwen.eos_id              # and never one without asking
+    assert max(max(row, default=0) for row in ids) < qwen.eos_id     # and never one without asking
 
 
 @pytest.mark.parametrize("which", ["qwen", "trained"])
 def test_random_bytes(which, request, compare):
     tokenizer, rng = request.getfixturevalue(which), random.Random(0)
     samples = [rng.randbytes(rng.randrange(60)) for _ in range(5000)]
-    for text in wild(5000, MARKS, seed=1):                # valid text with a hole or a cut
+    for text in wild(5000, seed=1):                # valid text with a hole or a cut
         data = bytearray(scalars(text).encode())
         data[rng.randrange(len(data))] = rng.randrange(256)
         samples.append(bytes(data[rng.randrange(3):]))
@@ -392,7 +392,7 @@ def chats(n, seed=0):
 
 def test_chats_in_transformers(both, compare):
     """Text of apply_chat_template, and its ids, but for the documented difference: an answer is
-    encoded on its own, so that its first line ends do not join that of the header."""
+    encoded on its own, so that blank lines before it do not join the line end of the header."""
     which, ours, auto, _ = both
     differ = 0
     for messages, tools in [*CHATS.values(), *chats(400)]:
