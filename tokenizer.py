@@ -89,11 +89,10 @@ CHAT_TEMPLATE = r"""{{- '<|im_start|>system\n' }}
 for _name, _text in (" SYSTEM ", DEFAULT_SYSTEM), (" HEAD ", TOOLS_HEAD), (" TAIL ", TOOLS_TAIL):
     CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, f" {json.dumps(_text)} ")
 
-# Why a vocabulary file looks garbled. JSON holds text, tokens are bytes, and many are not valid
-# UTF-8 (a third of a Chinese character). GPT-2 wrote each byte as one printable character: those
-# that print stand for themselves, the other 68 move to U+0100 and up. A space shows as Ġ (U+0120),
-# a newline as Ċ, "世" (bytes E4 B8 96) as ä¸ĸ: a spelling, nothing is broken. Ids 0-255: this
-# order.
+# Why a vocabulary file looks garbled. JSON holds text, tokens are bytes, many not valid UTF-8 (a
+# third of a Chinese character). GPT-2 wrote each byte as one printable character: those that print
+# stand for themselves, the other 68 move to U+0100 and up. A space shows as Ġ (U+0120), a newline
+# as Ċ, "世" (bytes E4 B8 96) as ä¸ĸ: a spelling, nothing is broken. Ids 0-255 have this order.
 _PRINT = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_ORDER = _PRINT + [b for b in range(256) if b not in _PRINT]
 _TO_PRINT = {b: b if i < 188 else 256 + i - 188 for i, b in enumerate(BYTE_ORDER)}
@@ -121,9 +120,8 @@ def clean_text(text: str, nfc: bool = True) -> str:
 
 
 def count_pretokens(texts, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Documents -> how often each distinct pre-token occurs: 4 MB hold some 80,000, and BPE need
-    look at each only once. Those over MAX_PRETOKEN characters (base64, a file without a space) are
-    cut there. This bounds the cost of a merge; only longer tokens could not be learned."""
+    """Documents -> how often each distinct pre-token occurs, which is all that BPE needs: 80,000 in
+    4 MB. Cut at MAX_PRETOKEN characters (base64, a file without a space): bounds a merge's cost."""
     split, counts, words = regex.compile(pattern).findall, Counter(), Counter()
     for text in texts:
         counts.update(split(clean_text(text)))
@@ -135,10 +133,8 @@ def count_pretokens(texts, pattern: str = PATTERN) -> dict[bytes, int]:
 
 def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes, bytes]]:
     """Byte-pair encoding. Repeat: take the most frequent adjacent pair, make it a token, replace it
-    everywhere. Returns the pairs in the order learned; fewer if nothing is left to merge.
-
-    Ties: the greater pair of byte strings wins, (b, a) before (a, z). A rule on the *content* makes
-    the result independent of document order.
+    everywhere. Returns the pairs in the order learned; fewer if nothing is left to merge. Ties: the
+    greater pair of byte strings wins, (b, a) before (a, z), whatever the order of documents.
 
     Worked example, aaabdaaabac: aa occurs 4 times, merge (a, a) -> Z: ZabdZabac. Now Za and ab
     occur twice; (aa, a) > (a, b) as byte strings, so (aa, a) -> Y: YbdYbac; then (aaa, b).
@@ -203,10 +199,9 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
 
 def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Token -> rank, which is all a .tiktoken file has, to the merges that HF files want: BPE on a
-    token's own bytes, with the ranks below its own, must end in two parts. tiktoken merges any
-    neighbours that together are a token, HF only listed pairs; they agree on every text, because
-    inside the stretch that becomes a token the same steps are taken whatever stands around it.
-    151,387 merges for Qwen, some seconds. InputError if a token cannot be reached."""
+    token's own bytes, with the ranks below its own, must end in two parts. (tiktoken merges any
+    neighbours that together are a token, HF only listed pairs. They agree on every text: the steps
+    inside a token are the same whatever stands around it.) InputError if one cannot be reached."""
     merges = []
     for token, limit in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
@@ -222,9 +217,9 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 class Tokenizer:
-    """`special`: control token -> id. `eos_id` <|endoftext|> ends a document, `im_end_id` a turn;
-    generation ends at either: `stop_ids`. `pad_id` is never one of them; even so, build masks from
-    lengths, not from `ids != pad_id`. `n_vocab` == len(): all ids that exist."""
+    """`special`: control token -> id. `eos_id` <|endoftext|> ends a document, `im_end_id` a turn,
+    either a generation: `stop_ids`. `pad_id` is none of them, but build masks from lengths, never
+    from `ids != pad_id`. `n_vocab` == len(): all ids that exist."""
 
     def __init__(self, tokens: dict[bytes, int], special: dict[str, int] | None = None,
                  merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
@@ -286,8 +281,7 @@ class Tokenizer:
         counts = count_pretokens(texts)
         # Every conversation holds the template's own words, and pre-training text hardly any of
         # them: each counts as one word in a thousand, or the default system prompt takes 37 tokens.
-        each = sum(counts.values()) // 1000
-        if each:
+        if each := sum(counts.values()) // 1000:
             for word, n in count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"]).items():
                 counts[word] = counts.get(word, 0) + n * each
         merges = train_bpe(counts, n_merges)
@@ -341,8 +335,9 @@ class Tokenizer:
         if self._merges is None:
             self._merges = merges_from_ranks(self._tokens)
         # Control tokens below the last regular id must be in the vocabulary, or HF renumbers them.
-        inside = {t: i for t, i in self.special.items() if i < max(self._tokens.values())}
-        vocab = {printable(token): i for token, i in self._tokens.items()} | inside
+        last = max(self._tokens.values())
+        vocab = {printable(token): i for token, i in self._tokens.items()}
+        vocab |= {t: i for t, i in self.special.items() if i < last}
         merges = [f"{printable(a)} {printable(b)}" for a, b in self._merges]
         added = {i: {"content": name, "lstrip": False, "normalized": False, "rstrip": False,
                      "single_word": False, "special": name in self._hidden}
@@ -412,21 +407,19 @@ class Tokenizer:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """For bits per byte: over an encoded text the lengths add up to its UTF-8 length, also
-        where a character is spread over several tokens."""
+        """For bits per byte: over a text the lengths add up to its UTF-8 length."""
         return self.decode_bytes([token_id])
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """InputError for an id that is no token: -100 (the ignore label) must not count from the
-        end, and a padded embedding row has no text."""
+        """InputError for an id that is no token, as -100 (the ignore label) or a padded row."""
         if bad := [i for i in ids if not 0 <= i < self.n_vocab]:
             raise InputError(f"token id {bad[0]} is outside 0..{self.n_vocab - 1}")
         return b"".join(map(self._bytes.__getitem__, ids))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """Ids -> text; U+FFFD where they are no valid UTF-8 (an answer cut inside a character).
-        skip_special_tokens hides turn marks but keeps <tool_call>, as HF does."""
-        hidden = {self.special[name] for name in self._hidden & self.special.keys()}
+        skip_special_tokens hides turn marks and the pad but keeps <tool_call>, as HF does."""
+        hidden = {self.special[name] for name in self._hidden & self.special.keys()} | {self.pad_id}
         ids = [i for i in ids if i not in hidden] if skip_special_tokens else ids
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -486,12 +479,10 @@ class Tokenizer:
     def render(self, messages: list[dict], add_generation_prompt: bool = False,
                tools: list | None = None) -> tuple[list[int], list[int]]:
         """Messages -> (ids, mask), the only renderer of the project. mask is 1 on what an assistant
-        says with its <|im_end|>, 0 elsewhere, also on the newline after <|im_end|>, which no model
-        has to say. InputError names a bad message.
-
-        Text between control tokens is encoded in one piece, across template and content, as HF
-        does. Not before an answer: generation starts from the ids of "assistant\\n", so training
-        must see these. (HF differs if an answer starts with a newline: "\\n\\n" is one token.)"""
+        says with its <|im_end|>, 0 elsewhere, also on the newline after it. InputError names a bad
+        message. Text between control tokens is encoded in one piece, across template and content,
+        as HF does. Not before an answer: generation starts from the ids of "assistant\\n", so
+        training must see these. (HF differs if its first line is blank: "\\n\\n" is one token.)"""
         ids, mask, pending, flag = [], [], "", False
         for text, trained, template in [*self._segments(messages, add_generation_prompt, tools),
                                         ("", None, False)]:              # the end: flush

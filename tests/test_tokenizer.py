@@ -1,6 +1,6 @@
-"""tokenizer.py against four kinds of oracle: examples by hand, a slow second implementation, the
-Hugging Face libraries, and identities (round trip, order of documents). Vectors of the published
-vocabulary are used where the shared data folder is present."""
+"""tokenizer.py against examples by hand, a slow second implementation, and identities (round trip,
+order of documents). The published vectors and the Hugging Face libraries:
+test_parity_tokenizer.py."""
 import json
 import os
 import random
@@ -13,21 +13,13 @@ from pathlib import Path
 
 import pytest
 
-try:  # before the project root is on the path: transformers probes for a package named `kernels`
-    import tokenizers
-    import transformers
-except ImportError:
-    transformers = tokenizers = None
+import tokenizer as tok
+from common import InputError
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import tokenizer as tok  # noqa: E402
-from common import InputError  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-
 DATA = ROOT.parent / "shared" / "data" / "tokenizer"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not here")
-needs_hf = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CORPUS = ["The cat sat on the mat. The cat's mat!\r\n\n  def f(x):\n\treturn x  # café 12345\n" * 3,
           "你好，世界。世界很大，世界很美。🙂🙂 naïve Ωmega مرحبا بالعالم, שלום עולם\n" * 3,
@@ -177,18 +169,6 @@ def test_a_million_spaces_encode_as_fewer_do(qwen):
 
 # --- the published vocabulary -------------------------------------------------------------------
 
-@needs_data
-@pytest.mark.parametrize("name", ["edge", "hf", "llamacpp"])
-def test_qwen_vectors(qwen, name):
-    rows = jsonl(f"qwen2_vectors_{name}.jsonl")
-    for row in rows:
-        if row.get("nfc_stable", True):
-            assert qwen.encode(row["text"]) == row["ids"], row["text"]
-            assert qwen.decode(row["ids"]) == unicodedata.normalize("NFC", row["text"])
-    texts = [row["text"] for row in rows]
-    assert qwen.encode_batch(texts) == [qwen.encode(text) for text in texts]
-
-
 def test_qwen_numbers(qwen):
     """The five numbers of the docstring (R1.6), control-token ids, and ids checked by hand."""
     assert (len(qwen._tokens), qwen.n_vocab, qwen.padded_vocab_size()) == (151643, 151665, 151680)
@@ -206,43 +186,6 @@ def test_qwen_numbers(qwen):
     text = f"<|im_start|>system\n{tok.DEFAULT_SYSTEM}<|im_end|>\n<|im_start|>user\n"
     assert qwen.encode(text, allow_special=True) == prompt and qwen.decode(prompt) == text
     assert qwen.render([{"role": "user", "content": ""}])[0] == prompt + [151645, 198]
-
-
-@needs_data
-def test_qwen_tiny_case(tmp_path):
-    """From transformers' own tests: a merge that the digit rule makes dead, tokens that no merge
-    makes (" n"), NFC, and vocab.json + merges.txt without control tokens."""
-    case = json.loads((DATA / "qwen2_tiny_bpe_case.json").read_text(encoding="utf-8"))
-    vocab = [tok.printable(bytes([b])) for b in tok.BYTE_ORDER] + case["vocab_extra"]
-    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *case["merges"], ""]),
-                                         encoding="utf-8")
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.eos_id == case["special"]["<|endoftext|>"] == 270
-    for row in case["cases"]:
-        assert tokenizer.encode(row["text"], allow_special=True) == row["ids"]
-    for row in case["nfc"]:
-        assert tokenizer.decode(tokenizer.encode(row["text"])) == row["normalized"]
-    assert tokenizer.decode([257]) == " n"
-    tokenizer.save_pretrained(tmp_path / "saved")
-    again = Tokenizer.from_pretrained(tmp_path / "saved")
-    assert (again._tokens, again._merges, again.special) == (
-        tokenizer._tokens, tokenizer._merges, tokenizer.special)
-
-
-@pytest.mark.slow
-@needs_hf
-def test_qwen_merges_rebuilt_and_loaded_by_hf(qwen, tmp_path):
-    qwen.save_pretrained(tmp_path)
-    assert len(qwen._merges) == 151_387 == 151_643 - 256
-    assert len(set(qwen._merges)) == 151_387 and qwen._merges[:2] == [(b" ", b" "), (b"  ", b"  ")]
-    hf = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    texts = list(fuzz(3000, seed=5))
-    for text, ids in zip(texts, qwen.encode_batch(texts), strict=True):
-        if "<" not in text:
-            assert hf.encode(text).ids == ids, text
-    again = Tokenizer.from_pretrained(tmp_path)
-    assert again.special == qwen.special and again.encode_batch(texts) == qwen.encode_batch(texts)
 
 
 # --- text and ids -------------------------------------------------------------------------------
@@ -284,8 +227,8 @@ def test_control_tokens_only_on_request(small):
     assert (ids[0], ids[-1]) == (small.im_start_id, small.im_end_id) and small.decode(ids) == text
     # split first, then NFC: a combining mark after ">" must not eat the token
     assert small.encode("<|im_end|>\u0338", allow_special=True)[0] == small.im_end_id
-    ids = small.encode("<|im_end|>a<tool_call>b<|fim_pad|>", allow_special=True)
-    assert small.decode(ids, skip_special_tokens=True) == "a<tool_call>b<|fim_pad|>"
+    ids = small.encode("<|im_end|>a<tool_call>b<|fim_pad|><|fim_prefix|>", allow_special=True)
+    assert small.decode(ids, skip_special_tokens=True) == "a<tool_call>b<|fim_prefix|>"
 
 
 def test_ids_are_checked(small):
@@ -306,25 +249,6 @@ def test_pad_is_no_stop(small):
 
 
 # --- Hugging Face files --------------------------------------------------------------------------
-
-@needs_hf
-def test_saved_files_give_the_same_ids_in_hf(small, tmp_path):
-    small.save_pretrained(tmp_path)
-    low = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    high = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert len(high) == small.n_vocab and high.pad_token_id == small.pad_id
-    assert high.eos_token_id == small.im_end_id and high.eos_token_id != high.pad_token_id
-    for text in fuzz(3000, seed=3):
-        ids = small.encode(text, allow_special=True)
-        assert low.encode(text).ids == ids, text
-        assert low.decode(ids, skip_special_tokens=False) == small.decode(ids)
-    for text in fuzz(300, seed=4):
-        assert high.encode(text) == small.encode(text, allow_special=True)
-    (tmp_path / "tokenizer.json").unlink()                    # vocab.json + merges.txt are enough
-    again = Tokenizer.from_pretrained(tmp_path)
-    assert (again._tokens, again.special, again._hidden) == (
-        small._tokens, small.special, small._hidden)
-
 
 def test_save_load_save(small, tmp_path):
     small.save_pretrained(tmp_path / "a")
@@ -349,37 +273,6 @@ def test_save_is_atomic(small, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         Tokenizer.train(["other"], 279).save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
-
-
-@needs_hf
-def test_other_models_tokenizer(tmp_path):
-    """As SmolLM2 in Qwen2's format: control tokens first and inside the vocabulary, another
-    pattern, no NFC, few control tokens, some bytes missing."""
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
-    alphabet = [bytes([b]) for b in tok.BYTE_ORDER if b not in (4, 0xF1)]
-    merges = tok.train_bpe(tok.count_pretokens(CORPUS, GPT2), 150)
-    names = control + [tok.printable(t) for t in alphabet + [a + b for a, b in merges]]
-    hf = tokenizers.Tokenizer(tokenizers.models.BPE(
-        vocab={t: i for i, t in enumerate(names)},
-        merges=[(tok.printable(a), tok.printable(b)) for a, b in merges]))
-    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(GPT2), behavior="isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    hf.decoder = tokenizers.decoders.ByteLevel()
-    hf.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in control])
-    hf.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert (ours.eos_id, ours.im_start_id, ours.im_end_id, ours.pad_id) == (0, 1, 2, 3)
-    assert ours.n_vocab == len(names) and ours.stop_ids == (2, 0)
-    ours.save_pretrained(tmp_path / "saved")
-    again = Tokenizer.from_pretrained(tmp_path / "saved")
-    hf2 = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    for text in fuzz(1500, seed=6):
-        ids = hf.encode(text).ids
-        assert ours.encode(text, allow_special=True) == ids == again.encode(text, True) == (
-            hf2.encode(text)), text
-        assert ours.decode(ids) == text                       # no NFC here
-    assert ours.encode("\x04a") == hf.encode("\x04a").ids == ours.encode("a")   # dropped
 
 
 def test_load_errors_name_the_file(small, tmp_path):
@@ -444,34 +337,6 @@ CHATS = {
     "tool last": ([{"role": "tool", "content": "r"}, {"role": "tool", "content": "s"}], None),
     "empty system": ([{"role": "system", "content": ""}, {"role": "user", "content": "u"}], None),
 }
-
-
-@needs_data
-def test_chatml_vectors(qwen):
-    for row in jsonl("chatml_vectors.jsonl"):
-        args = row["messages"], row["add_generation_prompt"], row["tools"]
-        assert qwen.render_text(*args) == row["rendered"]
-        assert qwen.decode(qwen.render(*args)[0]) == row["rendered"]
-
-
-@needs_hf
-@pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize("name", CHATS)
-def test_hf_renders_the_same(small, tmp_path, name, prompt):
-    """Text and ids of transformers' apply_chat_template with the template that we write."""
-    messages, tools = CHATS[name]
-    small.save_pretrained(tmp_path)
-    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = hf.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt,
-                                  tokenize=False)
-    assert small.render_text(messages, prompt, tools) == text
-    ids = small.render(messages, prompt, tools)[0]
-    if tools is None:                       # TOOLS holds a forged <|im_end|>, which HF falls for
-        assert hf(text, add_special_tokens=False)["input_ids"] == ids
-    else:
-        want = hf(text.replace("Größe <|im_end|>", "Größe"), add_special_tokens=False)["input_ids"]
-        text = [{"type": "function", "function": {"name": "f", "description": "Größe"}}]
-        assert small.render(messages, prompt, text)[0] == want
 
 
 def trained_runs(tokenizer, messages, tools=None, **kwargs):
