@@ -104,7 +104,7 @@ def spread(values, digits=3):
     """Numbers -> "median (min-max)" in significant digits."""
     shown = [statistics.median(values), min(values), max(values)]
     shown = [f"{x:,.0f}" if abs(x) >= 10**digits else f"{x:.{digits}g}" for x in shown]
-    return f"{shown[0]} ({shown[1]}–{shown[2]})"
+    return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
 
 
 def table(unit, runs, top):
@@ -170,6 +170,7 @@ def main(title, unit, systems, cases, prepare=None):
     add("--processes", type=int, default=3, help="processes a cell")
     add("--peers", default=sys.executable, help="python that has the peers' packages")
     add("--cases", default="", help="only cases that contain one of these words (comma-separated)")
+    add("--systems", default="", help="only these systems (comma-separated, in full)")
     add("--out", default=str(HERE / "RESULTS.md"), help="file to append the table to")
     add("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -181,10 +182,10 @@ def main(title, unit, systems, cases, prepare=None):
         result.pop("result", None)
         print("RESULT " + json.dumps(result))
         return
-    began, tops, runs, words = time.time(), [], {}, [w for w in args.cases.split(",") if w]
+    began, tops, runs, only = time.time(), [], {}, args.systems.split(",")
     print(title)
-    for case in [c for c in cases if not words or any(w in c for w in words)]:
-        rows = {system: [] for system in cases[case]}
+    for case in [c for c in cases if any(word in c for word in args.cases.split(","))]:
+        rows = {system: [] for system in cases[case] if only == [""] or system in only}
         with tempfile.TemporaryDirectory() as directory:
             tops.append(run("ceiling", case, None, directory, args))
             if prepare:
@@ -196,9 +197,10 @@ def main(title, unit, systems, cases, prepare=None):
         runs[case] = {system: found for system, found in rows.items() if found}
     top = {kind: statistics.median(t[kind] for t in tops if t) for kind in ("fp32", "bf16")}
     peers = {r["version"] for found in runs.values() for rs in found.values() for r in rs} - {""}
-    lines = [f"## {title}", "", f"`python bench/{Path(sys.argv[0]).name}"
-             f"{' --cases ' + args.cases if words else ''}`, {time.strftime('%Y-%m-%d %H:%M')}, "
-             f"{args.processes} processes a cell, {time.time() - began:.0f} s. "
+    command = [f"python bench/{Path(sys.argv[0]).name} --processes {args.processes}"]
+    command += [f"--{k} '{v}'" for k in ("cases", "systems") if (v := getattr(args, k))]
+    lines = [f"## {title}", "", f"`{' '.join(command)}`, {time.strftime('%Y-%m-%d %H:%M')}, "
+             f"{time.time() - began:.0f} s. "
              f"{', '.join([machine(), *sorted(peers)])}. GEMM {top['fp32']:.0f} (fp32) and "
              f"{top['bf16']:.0f} (bf16) GFLOP/s. Ratios are to the last system of a case.", "",
              *table(unit, runs, top), ""]

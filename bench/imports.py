@@ -23,10 +23,10 @@ def mine(name):
     return fn
 
 
-SYSTEMS = {"ours, model": (mine("model"), None), "ours, sample": (mine("sample"), None),
-           "transformers, Qwen2": (load("transformers.models.qwen2.modeling_qwen2"),
+SYSTEMS = {"ours model": (mine("model"), None), "ours sample": (mine("sample"), None),
+           "transformers Qwen2": (load("transformers.models.qwen2.modeling_qwen2"),
                                    "transformers"),
-           "TRL, GRPOTrainer": (load("trl.trainer.grpo_trainer"), "trl"),
+           "TRL GRPOTrainer": (load("trl.trainer.grpo_trainer"), "trl"),
            "torch": (load("torch"), None)}
 CASES = {"import": list(SYSTEMS)}
 

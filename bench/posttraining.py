@@ -15,26 +15,25 @@ import time
 import harness
 from harness import memory, timed
 
-LENGTHS = {"sft": (128, 128), "dpo": (64, 64, 64), "grpo": (64,)}  # tokens of the texts of a row
-NAMES = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"),
-         "grpo": ("prompt",)}                                      # as TRL calls them
-LR, STEPS = 1e-4, 5                                                # the first step is not counted
+TEXTS = {"sft": {"prompt": 128, "completion": 128}, "grpo": {"prompt": 64},  # their tokens
+         "dpo": {"prompt": 64, "chosen": 64, "rejected": 64}}
+LR, STEPS = 1e-4, 5                                                          # step 1: warm-up
 
 
 def parse(case):
-    """-> algorithm, dtype, batch, rows of texts: a prompt and its answers, one token a letter."""
+    """-> algorithm, dtype, batch, rows of texts that have a token a letter."""
     algorithm, dtype, batch = case.split()
     draw, queries = random.Random(0), int(batch) // (8 if algorithm == "grpo" else 1)
     return algorithm, dtype, int(batch), [
-        ["".join(" " + draw.choice(string.ascii_letters) for _ in range(n))
-         for n in LENGTHS[algorithm]] for _ in range(queries)]
+        {name: "".join(" " + draw.choice(string.ascii_letters) for _ in range(n))
+         for name, n in TEXTS[algorithm].items()} for _ in range(queries)]
 
 
 def result(algorithm, batch, ticks, losses, before):
     """ticks: (CPU, wall) seconds of each step."""
     cpu, wall = map(statistics.median, zip(*ticks[1:], strict=True))
-    extra = {"s a step": cpu, "MB": memory(peak=True) - before}
-    out = {"cpu": cpu, "wall": wall, "work": batch, "extra": extra}
+    out = {"cpu": cpu, "wall": wall, "work": batch,
+           "extra": {"s a step": cpu, "MB": memory(peak=True) - before}}
     return out if algorithm == "grpo" else out | {"check": losses[:2]}
 
 
@@ -57,7 +56,8 @@ def ours(case):
     model, tokenizer = load_policy("small", "cpu")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
     optimizer, end = common.adamw(model, LR, 0.0), [tokenizer.im_end_id]
-    prompts, *answers = zip(*([tokenizer.encode(t) for t in row] for row in texts), strict=True)
+    ids = ([tokenizer.encode(text) for text in row.values()] for row in texts)
+    prompts, *answers = zip(*ids, strict=True)
 
     def sft_loss():
         ids = torch.tensor([p + a + end for p, a in zip(prompts, answers[0], strict=True)])
@@ -102,23 +102,22 @@ def trl(case):
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     algorithm, dtype, batch, texts = parse(case)
     Trainer, Config = (getattr(trl, algorithm.upper() + kind) for kind in ("Trainer", "Config"))
-    sampling, reward = {}, {}
-    if algorithm == "grpo":
-        sampling = {"num_generations": 8, "max_completion_length": 64, "loss_type": "grpo"}
-        reward = {"reward_funcs": lambda completions, **_: [random.random() for _ in completions]}
+    sampling = {"num_generations": 8, "max_completion_length": 64, "loss_type": "grpo"}
+    reward = {"reward_funcs": lambda completions, **_: [random.random() for _ in completions]}
+    if algorithm != "grpo":
+        sampling = reward = {}
     config = Config(output_dir="trl", use_cpu=True, bf16=dtype == "bf16", max_steps=STEPS,
                     per_device_train_batch_size=batch, learning_rate=LR, max_grad_norm=1.0,
                     lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0,
                     optim="adamw_torch_fused", gradient_checkpointing=False, logging_steps=1,
                     save_strategy="no", report_to="none", disable_tqdm=True, **sampling)
-    data = [dict(zip(NAMES[algorithm], row, strict=True)) for row in texts]
     model = AutoModelForCausalLM.from_pretrained("small", dtype=torch.float32)
     ends, before = [], memory(reset=True)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             ends.append((time.process_time(), time.perf_counter()))
-    run = Trainer(model=model, args=config, train_dataset=Dataset.from_list(data), **reward,
+    run = Trainer(model=model, args=config, train_dataset=Dataset.from_list(texts), **reward,
                   processing_class=AutoTokenizer.from_pretrained("small"), callbacks=[Clock()])
     run.train()
     ticks = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends[:1] + ends, ends, strict=False)]
@@ -127,9 +126,8 @@ def trl(case):
 
 
 SYSTEMS = {"ours": (ours, None), "TRL": (trl, "trl")}
-CASES = {f"{algorithm} {batch}": ["ours", "TRL"] for algorithm, batch in (
-    ("sft fp32", 8), ("sft bf16", 8), ("dpo fp32", 8), ("dpo bf16", 8), ("grpo fp32", 8),
-    ("grpo fp32", 32))}
+CASES = dict.fromkeys(("sft fp32 8", "sft bf16 8", "dpo fp32 8", "dpo bf16 8", "grpo fp32 8",
+                       "grpo fp32 32"), ["ours", "TRL"])
 
 if __name__ == "__main__":
     harness.main("Post-training step", "samples", SYSTEMS, CASES, prepare)

@@ -95,8 +95,8 @@ def dense(case):
 
 
 SYSTEMS = {"ours": (ours, None), "transformers": (transformers, "transformers"),
-           "ours, dense": (dense, None)}
-CASES = {f"{name} {dtype}": ["ours", "transformers"] + ["ours, dense"] * (name == "moe")
+           "ours dense": (dense, None)}
+CASES = {f"{name} {dtype}": ["ours", "transformers"] + ["ours dense"] * (name == "moe")
          for name in SHAPES for dtype in ("fp32", "bf16")}
 
 if __name__ == "__main__":
