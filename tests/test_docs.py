@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted(f"recipes/{path.name}" for path in ROOT.glob("recipes/*.md"))
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
 FLOORS = [["common", "kernels", "sandbox"], ["tokenizer", "answers", "checkpoint"],
@@ -26,7 +27,7 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 300
 
 
-@pytest.mark.parametrize("document", ["README.md", "demo.sh", "LOG.md"])
+@pytest.mark.parametrize("document", ["README.md", "demo.sh", "LOG.md", *RECIPES])
 def test_every_flag_named_exists(document):
     text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
     for stage, rest in re.findall(r"\b(\w+)\.py((?: [^\n`|]*)?)", text):

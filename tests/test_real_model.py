@@ -217,8 +217,8 @@ def their_answer(hf, tokens, messages, n) -> str:
     ("Who are you?", "You are a pirate.")])
 def test_one_answer_of_the_chat(real_checkpoint, theirs, tokens, prompt, system, compare):
     flags = ["--prompt", prompt] + ["--system", system] * bool(system)
-    said = chat(real_checkpoint, *flags)
-    want = their_answer(theirs, tokens, messages(system, [prompt]), 256)
+    said = chat(real_checkpoint, "--max_new_tokens", "80", *flags)
+    want = their_answer(theirs, tokens, messages(system, [prompt]), 80)
     compare("answers of sample.py, 135M", said, want + "\n")
 
 
