@@ -175,7 +175,9 @@ def test_different(prediction, gold):
     "9^9^9^9", "9" * 290, "9" * 5000, "9^" * 140 + "9", "(" * 299, "(" * 140 + "1" + ")" * 140,
     "{" * 299, r"\sqrt" * 50, "√" * 299, "-" * 299, "1/" * 149, "2^(999)*" * 37 + "2",
     r"\frac" * 60,
-    "((((((((10^999)^9)^9)^9)^9)^9)^9)^9)^9", r"\{" * 40 + "1" + r"\}" * 40, "\0", "1e999999999",
+    "((((((((10^999)^9)^9)^9)^9)^9)^9)^9)^9",
+    r"\{" * 75 + "1" + r"\}" * 75, "[" * 149 + "1" + "]" * 149,
+    "(" * 148 + "1,2" + ")" * 148, "\0", "1e999999999",
     "∞" * 299,
     r"\begin{pmatrix}" * 20, r"\boxed{" * 40, "}" * 299, "1,000" * 59, r"\pm" * 99, "2^0.5^0.5",
     "0^{-1}",
@@ -201,6 +203,12 @@ def seconds(call) -> float:
     return taken
 
 
+@pytest.mark.parametrize("answer", ["9^9^9^9", "2^4000*2^4000", "(" * 51 + "x" + ")" * 51 + "+1",
+                                    "10^{400}*\\sqrt2", "(-8)^{1/3}", "1/0", "1" * 301])
+def test_limits(answer):
+    assert parse_failed(answer) and math_equal(answer, answer)
+
+
 def test_no_number_hits_the_value_of_a_letter():
     value = Value("x").number
     assert not math_equal(f"{value.numerator}/{value.denominator}", "x")
@@ -222,6 +230,7 @@ def test_not_a_text():
     (r"\boxed{15\frac12}, or \boxed{15.5}", True, "15.5"), (r"\boxed{1} \boxed{2}", True, "2"),
     (r"\boxed{1} or \boxed{2}", True, "2"), (r"\boxed{15\frac12}, \boxed{15.5}", True, "15.5"),
     (r"\boxed{0} gives \boxed{1} and \boxed{2}", True, "1, 2"), (r"\\boxed{35 cm}", True, "35 cm"),
+    (r"\boxed{1} and \boxed{\boxed{2}}", True, r"1, \boxed{2}"),
     (r"\boxed{1} then \boxed{2", True, "1"), (r"\boxed{a \boxed{2} b}", True, r"a \boxed{2} b"),
     (r"\boxed{} but 7", False, None), (r"\fbox{5}", True, "5"), (r"\boxed {5}", True, "5"),
     (r"{ \boxed{5}", True, "5"), (r"#### 3" "\n" r"\boxed{4}", True, "4"),
@@ -369,6 +378,7 @@ def test_long_texts_are_linear():
                  r"\[", r"\(", r"\$", "$", r"\boxed{1}, ", "\\", "{1}"):
         start = time.process_time()
         extract_answer(unit * 20_000)
+        extract_answer(rf"\boxed{{1}}{unit * 20_000}\boxed{{2}}")
         assert time.process_time() - start < 1
 
 
