@@ -252,10 +252,10 @@ class Value:
         if token == "frac":
             return bounded(self.atom() / self.atom())
         if token == "sqrt":
-            degree = 2
+            degree = Fraction(2)
             if self.take("[") and ((degree := self.atom()) not in (2, 3, 4) or not self.take("]")):
                 raise ValueError("root")
-            return root(self.atom(), int(degree))
+            return power(self.atom(), 1 / degree)
         if not token[:1].isalpha():
             raise ValueError(token)
         self.symbols.add(token)  # crc32, since hash() differs by process
@@ -279,15 +279,6 @@ def power(base, exponent):
     if max(part.bit_length() for part in base.as_integer_ratio()) * abs(exponent) > MAX_BITS:
         raise ValueError("too large")  # asked before computing, not after
     return base ** int(exponent)
-
-
-def root(number, degree: int):
-    """Exact where it can be, so that (sqrt 9)^2 is a fraction and needs no tolerance."""
-    if number < 0:
-        raise ValueError("root of a negative number")
-    value = float(number) ** (1 / degree)
-    exact = Fraction(value).limit_denominator(10**6)
-    return exact if exact ** degree == number else value
 
 
 # ---------------------------------------------------------------------------------------------
