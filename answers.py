@@ -32,7 +32,7 @@ answer goes through four steps, each a section below:
 
 Not covered, so compared as text: functions (sin, log, |x|, 5!), number bases, 2x - y = 0 against
 y = 2x. i*i is not -1. Upper and lower case are one, and units are dropped, as public graders do, so
-5 cm = 5 m. `python answers.py FILE...` measures how often all this is wrong.
+5 cm = 5 kg. `python answers.py FILE...` measures how often all this is wrong.
 """
 import math
 import re
@@ -135,7 +135,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),                 # \frac34: TeX takes a digit each
     (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\*\*", "^"),
     (r"\\leq?(?:slant)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant)?(?![a-z])|>=", "≥"),
-    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"([_^])\s*\{(\w+)\}", r"\1\2"),
+    (r"\\neq?(?![a-z])", "≠"), (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"), (r"([_^])\s*\{(\w+)\}", r"\1\2"),
     # numbers. 2e-3 is 0.002; 2e - 3, with blanks, has a letter e
     (r"(?<=\d)e([+-]?\d+)\b", r"*10^\1"), (r"(?<=\d)\s*hundred\b", "*10^2"),
     (r"(?<=\d)\s*thousand\b", "*10^3"), (r"(?<=\d)\s*million\b", "*10^6"),
@@ -287,7 +288,7 @@ def power(base, exponent):
 
 NAME = re.compile(r"^(?:\\?[a-z]+(?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))"  # x  f(x)  (x,y)
                   r"(?:=|\\in(?![a-z]) ?)")
-SHORT = "(?:mm|cm|km|kg|mg|ml|mph|lbs?|oz|ft)"
+SHORT = "(?:mm|cm|km/h|km|m/s|kg|mg|ml|mph|lbs?|oz|ft)"
 UNIT = rf"(?:{SHORT}|(?!{NOT_UNIT})(?:in|of|[a-z]{{3,}}))"
 # "5 apples", "60 miles per hour", "\frac{1}{2}cm^2"; but not "3abc", which is a product
 UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{SHORT}|(?<=[ )}}]){UNIT})(?:[ /]{UNIT}){{0,3}}"
