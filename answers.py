@@ -41,7 +41,7 @@ import zlib
 from fractions import Fraction
 from pathlib import Path
 
-from common import InputError, read_jsonl
+from common import InputError, read_jsonl, require
 
 # 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
 MAX_CHARS, MAX_NESTED, MAX_BITS = 300, 50, 4096
@@ -574,10 +574,12 @@ def respell(gold: str) -> str:
 
 
 def main(paths: list[str]):
+    require(len(paths) > 0, "name files: with verdicts (pred gold equal), or with questions and golds")
     print(f"{'file':34}{'pairs':>8}{'agree':>9}{'false pos.':>16}{'false neg.':>14}"
           f"{'no answer':>11}")
     for path in paths:
         pairs = labelled_pairs(path)
+        require(len(pairs) > 0, f"{path}: no answers of mathematics")
         wrong = [pair for pair in pairs if math_equal(*pair[:2]) != pair[2]]
         n, n_same = len(pairs), sum(label for *_, label in pairs)
         missed = sum(label for *_, label in wrong)
@@ -589,4 +591,7 @@ def main(paths: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

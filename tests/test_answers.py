@@ -304,6 +304,13 @@ def test_verifier_pairs(shared):
         ("9", "$9$", False), (r"\frac{1}{2} \$ = \frac{10}{9}", "$10/9$", True)]
 
 
+def test_the_table_needs_files_with_answers(tmp_path):
+    path = write(tmp_path, {"prompt": "P", "domain": "code", "check": {"kind": "code"}})
+    for paths, message in ([], "name files"), ([str(path)], "no answers"), (["absent"], "no such"):
+        with pytest.raises(InputError, match=message):
+            main(paths)
+
+
 @pytest.mark.parametrize("name, n, unread", [
     ("math500", 500, 0.05), ("gsm8k_test", 1319, 0), ("svamp_test", 1000, 0),
     pytest.param("gsm8k_train", 7473, 0, marks=pytest.mark.slow)])
