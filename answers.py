@@ -574,7 +574,7 @@ def respell(gold: str) -> str:
 
 
 def main(paths: list[str]):
-    require(len(paths) > 0, "name files: with verdicts (pred gold equal), or with questions and golds")
+    require(len(paths) > 0, "name files, with verdicts (pred gold equal) or with golds")
     print(f"{'file':34}{'pairs':>8}{'agree':>9}{'false pos.':>16}{'false neg.':>14}"
           f"{'no answer':>11}")
     for path in paths:
