@@ -1,112 +1,199 @@
-"""Math answer matching, and readers of the public benchmark files.
+r"""When are two mathematical answers the same? And readers of the public benchmark files.
+
+    answer                  against               same?
+    1,000                   1000                  yes, but (1,000) is the pair of 1 and 0
+    \frac12                 0.5                   yes: numbers are exact fractions
+    1/3                     0.33                  no: rounding is an error
+    1\frac45                9/5                   yes: a mixed number is a sum
+    10%                     0.1                   yes
+    10%                     10                    yes too: "what percent?" is answered either way
+    $5                      5 apples              yes: currency, units, degrees are dropped
+    x = 3                   3                     yes: so is the name
+    x = 3 = 4               3                     no
+    2+3                     5                     no: the sum is still to be worked out
+    5                       2+3                   yes
+    x^2-4                   (x-2)(x+2)            yes
+    2x = 4y+2               x - 2y = 1            yes: an equation times a number is the same one
+    (1,2)                   (2,1)                 no, nor 1,2 and 2,1
+    \{1,2\}                 2, 1                  yes: with a set on either side, order is free
+    1 \pm 2                 \{1+2, 1-2\}          yes
+    -2 < x \le 7            (-2,7]                yes
+    (B) 12                  B                     yes
+    1 2 3 4 5               3                     no: a list of guesses
 
 A reward that pays for wrong answers is found and exploited by GRPO, so the matcher is a whitelist:
-what its small grammar cannot read is compared as text, nothing is evaluated. Numbers are exact
-fractions. Letters and pi stand for fixed arbitrary fractions, and two expressions are equal when
-their values are: different polynomials agree at an arbitrary point with probability about
-degree / 2^31 (Schwartz-Zippel), so (x-2)(x+2) = x^2-4 needs no algebra system. Roots are floats.
+what its small grammar cannot read is compared as text, and nothing is ever evaluated as code. An
+answer goes through four steps, each a section below:
 
-Not covered: functions (sin, log), i*i = -1, equations up to a factor, number bases, intervals as
-inequalities, decimal commas, bare lists in another order ("1, 2" is not "2, 1", "{1, 2}" is
-"{2, 1}"). Dropped, not compared, as public graders have it: units (5 cm = 5 m) and "x =" in front.
+    extract_answer   "So \boxed{x = \dfrac12}."  -> "x = \dfrac12"      where is it?
+    normal_text      -> "x=\frac{1}{2}"                                 one spelling
+    parse            -> Value(1/2), or a text, or (kind, parts)         one tree
+    same             compares two trees
+
+Not covered, so compared as text: functions (sin, log, |x|, 5!), number bases, 2x - y = 0 against
+y = 2x. i*i is not -1. Upper and lower case are one, and units are dropped, as public graders do, so
+5 cm = 5 kg. `python answers.py FILE...` measures how often all this is wrong.
 """
 import math
 import re
+import sys
 import zlib
 from fractions import Fraction
+from pathlib import Path
 
-from common import InputError, read_jsonl
+from common import InputError, read_jsonl, require
 
-# 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 50 ms.
-MAX_CHARS, MAX_NESTED, MAX_BITS, MAX_POWER = 300, 50, 4096, 1000
+# 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
+MAX_CHARS, MAX_NESTED, MAX_BITS = 300, 50, 4096
 TOLERANCE = 1e-9  # for roots and for float noise such as 17.999999999999996
 
 # ---------------------------------------------------------------------------------------------
-# many spellings -> one
+# 1. where is the answer?
+
+BOX = re.compile(r"(\\{1,2}f?box(?:ed)?\s*\{)|\\[{}\\]|([{}])")
+# Between boxes that are one answer: "," "and" ", y =" "or x =". But a mere "or" is a correction
+CHAIN = re.compile(r"[\s$]*(?:,|;|\++|,? ?and|,? ?or(?=.*=))[\s$]*(?:[a-z]\s*=\s*)?")
+PHRASE = re.compile(r"(?:^[ \t]*\**A(?:nswer)?\**[ \t]*[:：]|\b[Aa]nswer\**[ \t]*(?:is|[:：])|"
+                    r"答案[是为：:])[ \t:：*]*(?=\S)", re.M)
+FORMULA = re.compile(r"\$\$([^$]+)\$\$|\\\[(.{1,300}?)\\\]|\\\((.{1,300}?)\\\)|"
+                     r"\$((?:\\.|[^$\\\n]){1,300})\$(?!\d)", re.S)      # "$5 or $6" is no formula
+NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?!\d)(?:/\d+)?%?")
+
+
+def extract_answer(text: str, strict: bool = False) -> str | None:
+    r"""The last \boxed{}, else the line behind ####, else behind the last "A:" or "answer is".
+    Else, unless `strict`, a text that is an answer itself, the last formula, the last number. None
+    if there is none: a parse failure, to be counted."""
+    if (answer := last_box(text)) is not None:
+        pass  # even if empty: no second chance elsewhere
+    elif "####" in text:
+        answer = text.rsplit("####", 1)[1].strip().partition("\n")[0]
+    elif len(found := PHRASE.split(text)) > 1:
+        answer = re.split(r"\n|。|\.(?:\s|$)", found[-1])[0].strip("* ")  # to the sentence's end
+    elif strict:
+        answer = ""
+    elif not re.search(r"[a-z][\s$]+[a-z]", text) and not parse_failed(text):
+        answer = text
+    else:
+        found = [*filter(None, (FORMULA.findall(text) or [[]])[-1])] or NUMBER.findall(text)
+        answer = found[-1] if found else ""
+    return answer.strip() or None
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""(start, end, content) of each closed \boxed{...}, by last brace: outer after inner."""
+    stack, found = [], []
+    for match in BOX.finditer(text):
+        if match[1] or match[2] == "{":
+            stack.append(match)
+        elif match[2] and stack and (start := stack.pop())[1]:
+            found.append((start.start(), match.end(), text[start.end():match.start()]))
+    return found
+
+
+def last_box(text: str) -> str | None:
+    r"""The last box. "\boxed{1} and \boxed{2}" is one answer in two: "1, 2"."""
+    start, parts = None, []
+    for begin, end, content in boxes(text)[:-11:-1]:  # backwards
+        if start is None:
+            parts = [content]
+        elif end > start:
+            continue  # it stands within the box behind it
+        elif not CHAIN.fullmatch(text[end:start]):
+            break
+        elif not math_equal(content, parts[0]):  # "\boxed{1/2}, \boxed{0.5}" says one thing twice
+            parts.insert(0, content)
+        start = begin
+    return ", ".join(parts) if parts else None
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. many spellings -> one
 
 UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "，": ",", "&": ",", "²": "^2", "³": "^3",
-    "°": "", "€": "", "£": "", "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ", "∞": r"\infty ",
-    "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm "})
+    "°": r"^\circ ", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
+    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ",
+    "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
 NAMES = "frac|sqrt|alpha|beta|theta|lambda|omega|infty|pi"
-TEXT = re.compile(r"\\(?:text|mbox|math)(?:rm|bf|it)?\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
+# Words behind a number that are no unit: without them "5 dozen" would be 5, and "3 or 4" be 3
 NOT_UNIT = (rf"(?:{NAMES}|or|and|not|but|mod|more|less|than|pct|percent|percentage|am|pm"
-            r"|[a-z]*illion|hundred|thousand|dozens?|half|halves|thirds?|quarters?|factorial|squared|cubed)\b")
-SHORT = "(?:mm|cm|km|kg|mg|ml|mph|lbs?|oz|ft)"
-UNIT = rf"(?:{SHORT}|(?!{NOT_UNIT})(?:in|of|[a-z]{{3,}}))"
-THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(,\d{3})+(?!,?\d)"
+            r"|[a-z]*illion|hundred|thousand|dozens?|half|halves|thirds?|quarters?|factorial"
+            r"|squared|cubed)\b")
+TEXT = re.compile(r"\\(?:text|mbox|math)(?:rm|bf|it)?\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(,\d{3})+(?!,?\d)")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,)(?=\d{3})", ""),     # 10{,}000  32,\!348  10\,000
-    # (?<!\\): the row break \\ of a matrix stays whole
+    # ornament. (?<!\\): the row break \\ of a matrix stays whole
+    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,)(?=\d{3})", ""),            # 10{,}000  32,\!348  10\,000
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-z])|~", " "),
-    (r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-z])", ""),
-    (r"\\begin\{[pbv]?matrix\}", "["), (r"\\end\{[pbv]?matrix\}", r"\\\\]"), (r"\\\\", ";"),
+    (r"\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[cf]\b)?|\\degrees?(?![a-z])", ""),
+    # LaTeX
+    (r"\\begin\{(?:[pbv]?matrix|array)\}(?:\{[lcr| ]*\})?", "["),  # a matrix is [1,0;0,1;]
+    (r"(?:\\\\\s*)?\\end\{(?:[pbv]?matrix|array)\}", ";]"), (r"\\\\", ";"),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),          # \frac34: TeX takes one digit each
-    (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
-    (r"\\(l|g)eq(?![a-z])", r"\\\1e"), (r"([_^])\s*\{(\w+)\}", r"\1\2"),
-    (r"(?<=\d)\s*hundred\b", "*10^2"), (r"(?<=\d)\s*thousand\b", "*10^3"),
-    (r"(?<=\d)\s*million\b", "*10^6"), (r"(?<=\d)\s*billion\b", "*10^9"),
-    (r"(?<=\d)\s*(?:percent(?:age)?|pct)\b|\s*\\?%", "%"),
-    (r"(?<=[\d})])\s*,?\s+(?:or|and)\s", ","),
-    # a unit is words from a number to the end of its element: "5 apples", "60 miles per hour"
-    (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?: {UNIT}|{SHORT})(?:(?: | ?/ ?){UNIT}){{0,3}}"
-     r"(?:\s*\^\s*\d)?(?=[\s.]*(?:\\?[,)\]}]|$))", ""),
-    (r"(?<!\w)\s+|\s+(?!\w)", ""),                         # but never join: "1 2" is not 12
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),                 # \frac34: TeX takes a digit each
+    (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\*\*", "^"),
+    (r"\\leq?(?:slant)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant)?(?![a-z])|>=", "≥"),
+    (r"\\neq?(?![a-z])", "≠"), (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"), (r"([_^])\s*\{(\w+)\}", r"\1\2"),
+    # numbers. 2e-3 is 0.002; 2e - 3, with blanks, has a letter e
+    (r"(?<=\d)e([+-]?\d+)\b", r"*10^\1"), (r"(?<=\d)\s*hundred\b", "*10^2"),
+    (r"(?<=\d)\s*thousand\b", "*10^3"), (r"(?<=\d)\s*million\b", "*10^6"),
+    (r"(?<=\d)\s*billion\b", "*10^9"), (r"(?<=\d)\s*(?:percent(?:age)?|pct)\b|\s*\\?%", "%"),
+    # 12,345 is a number; in (12,345) the comma separates. Now, while "1,000, 2,000" has its blank
+    (r"^(?!.*(?:[(\[]|\\\{)).*", lambda text: THOUSANDS.sub(
+        lambda number: number[0].replace(",", ""), text[0])),
+    # lists, then blanks; but never join: "1 2" is not 12
+    (r"^(?=.*[<>≤≥])(.*)\bor\b", r"\1\\cup "),                    # x < 1 or x > 2
+    (r"(?<=[\d})])\s*,?\s+(?:or|and)\s", ","), (r"(?<!\w)\s+|\s+(?!\w)", ""),
     # 1\frac{4}{5} and 1 4/5 are sums
     (r"(?<![\d.^_])(?<!\d )(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
     (r"(?<![\d.^_])(?<!\d )(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
-    # x = 5, f(x) = 5, x \in [5, 6]: the name goes
-    (r"(?:^|(?<=,))[a-z](?:_\w|\([a-z]\))?(?:=|\\in(?![a-z]) ?)(?![^,]*=)", ""),
     (r"\.+$", ""))]
-
-
-def boxes(text: str) -> list[str]:
-    """Contents of all closed \\boxed{...} in the order of their last brace: outer after inner."""
-    stack, found = [], []
-    for match in re.finditer(r"(\\f?box(?:ed)?\s*\{)|\\[{}\\]|([{}])", text):
-        if match[1] or match[2] == "{":
-            stack.append(match.end() if match[1] else None)
-        elif match[2] and stack and (start := stack.pop()) is not None:
-            found.append(text[start:match.start()])
-    return found
 
 
 def normal_text(answer: str) -> str:
     """The one spelling that equal text answers share, and that the grammar below reads."""
-    def text_command(match):  # \text{} behind a number is a unit and goes; else it is the answer
-        is_unit = re.search(r"[\d)}]$|\\pi$", match.string[:match.start()].rstrip())
-        keep = not is_unit or re.match(rf"\s*{NOT_UNIT}|.*\d", match[1])
-        return f" {match[1].strip()}{match[2] or ''} " if keep else ""
-
-    text = (boxes(answer) or [answer])[-1].casefold().translate(UNICODE)
-    if "matrix" not in text:
-        text = re.sub(r"\\\\(?=[a-z]{3})", r"\\", text)  # \\frac: escaped once too often
+    if found := boxes(answer):
+        answer = found[-1][2]
+    text = answer.casefold().translate(UNICODE)
+    if not re.search("matrix|array", text):
+        text = re.sub(r"\\\\(?=[a-z]{2})", r"\\", text)  # \\frac: escaped once too often
     text = TEXT.sub(text_command, " ".join(text.split())).strip()
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    if not re.search(r"[(\[]|\\\{", text):  # 12,345 is a number; in (12,345) the comma separates
-        text = re.sub(THOUSANDS, lambda match: match[0].replace(",", ""), text)
     return text.strip()
 
 
+def text_command(match) -> str:
+    r"""\text{m} behind a number is a unit and goes; elsewhere \text{} holds the answer."""
+    behind_number = re.search(r"[\d)}]$|\\pi$", match.string[:match.start()].rstrip())
+    if behind_number and not re.match(rf"\s*{NOT_UNIT}|.*\d", match[1]):
+        return ""
+    return f" {match[1].strip()}{match[2] or ''} "
+
+
 # ---------------------------------------------------------------------------------------------
-# one value: recursive descent over a whitelist of tokens; anything else is a ValueError
+# 3a. one value: recursive descent over a whitelist of tokens; anything else is a ValueError
 
 TOKEN = re.compile(rf"\s*(?:(\d+\.?\d*|\.\d+)|\\?({NAMES})(?![a-z])|([a-z](?:_\w)?)|"
                    r"([-+*/^(){}\[\]]))", re.A)
 # What counts as worked out. Without it "37*12+5" answers "What is 37*12+5?", and "10/5" 10 : 5.
-NUMERAL = re.compile(r"[-+]?\(?[-+]?[\d.]+\)?(?:\*10\^[({]?-?\d+[)}]?)?")
+NUMERAL = re.compile(r"[-+]?\(?[-+]?[\d.]+\)?(?:\*10\^[({]?[-+]?\d+[)}]?)?")
 FRACTION = re.compile(r"[-+]?\(?[-+]?(?:\d+\+)?(?:[\d.]+/[-+]?[\d.]+|"
                       r"\\frac\{[-+]?[\d.]+\}\{[-+]?[\d.]+\})\)?")
 
 
 class Value:
-    """`number` (Fraction, or float after a root) of an expression, the `symbols` that occur in it,
-    and whether it is worked out (`final`): a numeral, or a fraction that is no integer."""
+    """An expression: its `number` (Fraction, or float after a root), the `symbols` that occur in
+    it, and whether it is worked out (`final`): a numeral, or a fraction that is no integer.
 
-    def __init__(self, text: str):
+    Letters and pi stand for fixed arbitrary fractions, and two expressions are equal when their
+    numbers are: different polynomials agree at an arbitrary point with probability about
+    degree / 2^31 (Schwartz-Zippel), so (x-2)(x+2) = x^2-4 needs no algebra system."""
+
+    def __init__(self, text: str, point: str = ""):
         # xy is x*y, but a word is no product: "read" must not equal "dear"
         words = set(re.findall("[a-z]+", text)) - set(NAMES.split("|"))
         self.tokens = [match[match.lastindex] for match in TOKEN.finditer(text)][::-1]  # a stack
@@ -114,10 +201,11 @@ class Value:
         if (TOKEN.sub("", text) or nested > MAX_NESTED
                 or any(len(word) > 2 or word == "ln" for word in words)):
             raise ValueError(text)
-        self.symbols = set()
+        self.symbols, self.point = set(), point
         self.number = self.sum()
         if self.tokens:
             raise ValueError(text)
+        self.percent = False
         self.final = bool(NUMERAL.fullmatch(text) or (
             FRACTION.fullmatch(text) and self.number.denominator != 1))
 
@@ -129,7 +217,7 @@ class Value:
         """sum = product {(+|-) product}"""
         total = self.product()
         while sign := self.take("+", "-"):
-            total = _bounded(total + self.product() * (1 if sign == "+" else -1))
+            total = bounded(total + self.product() * (1 if sign == "+" else -1))
         return total
 
     def product(self):
@@ -139,7 +227,7 @@ class Value:
         while self.tokens and re.match(r"[*/({a-z]", self.tokens[-1]):
             sign = self.take("*", "/")
             factor = self.factor()
-            value = _bounded(value / factor if sign == "/" else value * factor)
+            value = bounded(value / factor if sign == "/" else value * factor)
         return value
 
     def factor(self):
@@ -149,7 +237,7 @@ class Value:
             negative ^= sign == "-"
         number = self.atom()
         if self.take("^"):
-            number = _power(number, self.factor())
+            number = power(number, self.factor())
         return -number if negative else number
 
     def atom(self):
@@ -163,51 +251,95 @@ class Value:
                 raise ValueError("bracket")
             return value
         if token == "frac":
-            return _bounded(self.atom() / self.atom())
+            return bounded(self.atom() / self.atom())
         if token == "sqrt":
-            degree = 2
+            degree = Fraction(2)
             if self.take("[") and ((degree := self.atom()) not in (2, 3, 4) or not self.take("]")):
                 raise ValueError("root")
-            return _root(self.atom(), int(degree))
+            return power(self.atom(), 1 / degree)
         if not token[:1].isalpha():
             raise ValueError(token)
-        self.symbols.add(token)
-        return 1 + Fraction(zlib.crc32(token.encode()), 2**31 - 1)  # hash() differs by process
+        self.symbols.add(token)  # crc32, since hash() differs by process
+        return 1 + Fraction(zlib.crc32((token + self.point).encode()), 2**31 - 1)
 
 
-def _bounded(number):
+def bounded(number):
     """Keeps chains of products small, and infinity out (OverflowError): inf == inf would match."""
     if max(part.bit_length() for part in number.as_integer_ratio()) > MAX_BITS:
         raise ValueError("too large")
     return number
 
 
-def _power(base, exponent):
+def power(base, exponent):
     """Exact for whole exponents; negative bases with others are complex and refused."""
     whole = exponent == int(exponent)
-    if abs(exponent) > MAX_POWER or (base < 0 and not whole):
+    if base < 0 and not whole:
         raise ValueError("exponent")
     if isinstance(base, float) or not whole:
-        return _bounded(float(base) ** float(exponent))
+        return bounded(float(base) ** float(exponent))
     if max(part.bit_length() for part in base.as_integer_ratio()) * abs(exponent) > MAX_BITS:
         raise ValueError("too large")  # asked before computing, not after
     return base ** int(exponent)
 
 
-def _root(number, degree: int):
-    """Exact where it can be, so that (sqrt 9)^2 is a fraction and needs no tolerance."""
-    if number < 0:
-        raise ValueError("root of a negative number")
-    root = float(number) ** (1 / degree)
-    exact = Fraction(root).limit_denominator(10**6)
-    return exact if exact ** degree == number else root
-
-
 # ---------------------------------------------------------------------------------------------
-# a whole answer -> a node: ("value", (Value, is percent)), ("text", str), or (kind, nodes), where
-# kind is a pair of brackets, or the separator of a list without any
+# 3b. a whole answer -> a node: a Value, a text, or (kind, nodes). The kind is a pair of brackets
+# like "(]", or what separates a list without brackets, or the "=" of an equation
 
-def _split(text: str, separator: str) -> list[str]:
+NAME = re.compile(r"^(?:\\?[a-z]+(?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))"  # x  f(x)  (x,y)
+                  r"(?:=|\\in(?![a-z]) ?)")
+SHORT = "(?:mm|cm|km/h|km|m/s|kg|mg|ml|mph|lbs?|oz|ft)"
+UNIT = rf"(?:{SHORT}|(?!{NOT_UNIT})(?:in|of|[a-z]{{3,}}))"
+# "5 apples", "60 miles per hour", "\frac{1}{2}cm^2"; but not "3abc", which is a product
+UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{SHORT}|(?<=[ )}}]){UNIT})(?:[ /]{UNIT}){{0,3}}"
+                   r"(?:\^\d)?\.?")
+
+
+def parse(text: str):
+    """Normal text -> node. What cannot be read stays a text, so nothing raises."""
+    text = interval(NAME.sub("", text))
+    kind, parts = parts_of(text)
+    if not kind:
+        return leaf(text)
+    nodes = [parse(part) for part in parts]
+    return nodes[0] if kind == "()" and len(nodes) == 1 else (kind, nodes)  # (x) is mere grouping
+
+
+INTERVAL = re.compile(r"(?:([^<>≤≥]+)([<≤]))?(?:\\?[a-z](?:_\w)?|\\[a-z]+)(?:([<≤])([^<>≤≥]+))?")
+PLUS_MINUS = re.compile(r"\\pm(?![a-z]) ?")
+MIRROR = str.maketrans("<>≤≥", "><≥≤")
+
+
+def interval(text: str) -> str:
+    """x≤5 -> (-\\infty,5]; 2<x≤3 and 3≥x>2 -> (2,3]. Any other text stays as it is."""
+    rising = text
+    if re.search("[>≥]", text):  # to be read from the right
+        rising = "".join(re.split("([<>≤≥])", text)[::-1]).translate(MIRROR)
+    match = INTERVAL.fullmatch(rising)
+    if not match or not any(match.groups()):
+        return text
+    low, left, right, high = match.groups()
+    low, high = low or r"-\infty", high or r"\infty"
+    return f"{'[' if left == '≤' else '('}{low},{high}{']' if right == '≤' else ')'}"
+
+
+def parts_of(text: str) -> tuple[str, list[str]]:
+    """-> kind, texts of the parts; ("", [text]) if it is no list."""
+    kind, parts = "", [text]
+    if match := re.fullmatch(r"(\\\{|[{(\[])(.+?)\\?([})\]])", text):
+        inner = split(match[2], ",")
+        if len(inner) > 1 or (inner and match[1] != "{"):  # TeX groups with {x}
+            kind, parts = match[1][-1] + match[3], inner
+    for separator in (",", ";", r"\cup"):  # the last to be found is the outermost
+        if len(found := split(text, separator)) > 1:
+            kind, parts = separator, found[:-1] if separator == ";" else found  # a row ends in ;
+    if kind in ("", ",", "{}") and PLUS_MINUS.search(text):
+        kind = "{}"
+        parts = [*dict.fromkeys(PLUS_MINUS.sub(sign, part) for part in parts for sign in "+-")]
+    return kind, parts
+
+
+def split(text: str, separator: str) -> list[str]:
     """Splits outside brackets; [] if they do not close. Any closes any: "(a,b]" is an interval."""
     parts, start, depth = [], 0, 0
     for i, char in enumerate(text):
@@ -215,69 +347,88 @@ def _split(text: str, separator: str) -> list[str]:
         if depth < 0:
             return []
         if depth == 0 and text.startswith(separator, i):
-            parts.append(text[start:i])
+            parts.append(text[start:i].strip())
             start = i + len(separator)
-    return [*parts, text[start:]] if depth == 0 else []
+    return [*parts, text[start:].strip()] if depth == 0 else []
 
 
-def parse(text: str, level: int = 0):
-    """Normal text -> node. What cannot be read stays a text, so nothing raises."""
-    kind, parts = "", []
-    for separator in (r"\cup", ";", ","):  # ";" ends every row of a matrix
-        if not kind and len(parts := _split(text, separator)) > 1:
-            kind = separator
-            parts = parts[:-1] if kind == ";" else parts
-    if not kind and (match := re.fullmatch(r"(\\\{|[{(\[])(.+?)\\?([})\]])", text)):
-        parts = _split(match[2], ",")
-        if len(parts) > 1 or (parts and match[1] in ("[", r"\{")):  # (x), {x}: mere grouping
-            kind = match[1][-1] + match[3]
-    if not kind and re.search(r"\\pm(?![a-z])", text):
-        kind, parts = "{}", [re.sub(r"\\pm(?![a-z])", sign, text) for sign in "+-"]
-    if kind and level < 6:
-        nodes = [parse(part, level + 1) for part in parts]
-        if kind in (",", "{}") and any(node[0] == "{}" for node in nodes):  # 3, 1 \pm 2
-            kind, nodes = "{}", sum((n[1] if n[0] == "{}" else [n] for n in nodes), [])
-        return kind, nodes
-    number = text.removesuffix("%")
+def leaf(text: str):
+    """A number with or without its unit or percent sign, an expression, an equation, or a text."""
+    number = (match[1] if (match := UNITS.fullmatch(text)) else text).removesuffix("%")
     try:
-        if kind or (len(number) > 1 and number.isalpha()):
-            raise ValueError("too deep, or a word")
-        return "value", (Value(number), text != number)
+        if len(number) > 1 and number.isalpha() and number not in NAMES.split("|"):
+            raise ValueError("a word")
+        if number.count("=") == 1:
+            return equation(*number.split("="))
+        value = Value(number)
+        value.percent = text.endswith("%")
+        return value
     except (ValueError, ZeroDivisionError, OverflowError):
-        return "text", text
+        return text
 
 
-def _same(a, b) -> bool:
-    """Prediction a against gold b. The order matters: see `final`."""
-    if a[0] == b[0] == "value":
-        (x, percent_x), (y, percent_y) = a[1], b[1]
-        # echoed arithmetic is no answer; and no number may hit the secret value of a letter
-        if (y.final and not x.final) or x.symbols != y.symbols:
-            return False
-        scale_x, scale_y = (100, 1) if percent_x else (1, 100)
-        return _close(x.number, y.number) or (  # "10%" against a bare number may be 10 or 0.1
-            percent_x != percent_y and _close(x.number / scale_x, y.number / scale_y))
-    if "text" in (a[0], b[0]):
+def equation(left: str, right: str):
+    """left - right at two points: where two equations have the same ratio at both, one is a
+    multiple of the other (with the probability above)."""
+    values = [Value(f"({left})-({right})", point) for point in ("", "'")]
+    if not values[0].symbols or 0 in (values[0].number, values[1].number):
+        raise ValueError("it says nothing")
+    return "=", values
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. are two trees the same?
+
+def same(a, b) -> bool:
+    """Prediction a against gold b. The order matters only to `final`."""
+    if isinstance(a, Value) and isinstance(b, Value):
+        return same_value(a, b)
+    if isinstance(a, str) or isinstance(b, str):
         return a == b
-    if "value" in (a[0], b[0]):  # 5 against {5}
-        a, b = [("{}", [node]) if node[0] == "value" else node for node in (a, b)]
-    if len(a[1]) != len(b[1]) or (a[0] != b[0] and {a[0], b[0]} != {",", "{}"}):
+    if isinstance(a, Value) or isinstance(b, Value):  # 5 against {5}
+        a, b = [("{}", [node]) if isinstance(node, Value) else node for node in (a, b)]
+    (kind_a, a), (kind_b, b) = a, b
+    if kind_a == kind_b == "=":
+        (p, q), (r, s) = [[value.number for value in values] for values in (a, b)]
+        return a[0].symbols == b[0].symbols and close(p * s, q * r)
+    if len(a) != len(b) or (kind_a != kind_b and {kind_a, kind_b} != {",", "{}"}):
         return False  # but a set may be written without its braces
-    if "{}" not in (a[0], b[0]) and a[0] != r"\cup":
-        return all(map(_same, a[1], b[1]))
-    rest = list(b[1])
-    for item in a[1]:
-        if (hit := next((other for other in rest if _same(item, other)), None)) is None:
+    if "{}" not in (kind_a, kind_b) and kind_a != r"\cup":
+        return all(map(same, a, b))
+    rest = list(b)
+    for item in a:
+        if (hit := next((other for other in rest if same(item, other)), None)) is None:
             return False
         rest.remove(hit)
     return True
 
 
-def _close(a, b) -> bool:
+def same_value(a: Value, b: Value) -> bool:
+    """Echoed arithmetic is no answer, and no number may hit the value that stands for a letter."""
+    if (b.final and not a.final) or a.symbols != b.symbols:
+        return False
+    x, y = (value.number / 100 if value.percent else value.number for value in (a, b))
+    return close(a.number, b.number) or close(x, y)  # 10% is like 10 and like 0.1
+
+
+def close(a, b) -> bool:
+    """Equal, but for the noise of floats."""
     if a == b or (isinstance(a, Fraction) and isinstance(b, Fraction)
                   and a.denominator == b.denominator == 1):
         return a == b  # tolerance is for decimals: 10^12 is not 10^12 + 1
     return math.isclose(a, b, rel_tol=TOLERANCE) and float(b) != 0  # 0: 10^-400 is not 10^-500
+
+
+DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+LONE_LETTER = re.compile(r"\(?[a-e]\)?")
+
+
+def choice(answer: str) -> str:
+    r"""The letter of "(B) 12", "b. twelve", \text{(B)}, "option B"; "" if none, or several."""
+    text = TEXT.sub(r" \1 ", answer).strip("$ ").casefold()
+    letters = {*re.findall(r"(?<![\w\\])([b-e]|a(?=[).]|$))(?![\w^])", text)}  # "a" may be a word
+    begins = re.match(r"(?:option |choice )?\(?([a-e])(?:[).](?=\s|$)|$)", text)
+    return begins[1] if begins and letters == {begins[1]} else ""
 
 
 def math_equal(prediction: str, gold: str) -> bool:
@@ -289,10 +440,15 @@ def math_equal(prediction: str, gold: str) -> bool:
         return False
     if max(len(prediction), len(gold)) > MAX_CHARS:
         return prediction.split() == gold.split() != []
-    prediction, gold = normal_text(prediction), normal_text(gold)
+    a, b = normal_text(prediction), normal_text(gold)
+    if not a or not b:
+        return False
+    if LONE_LETTER.fullmatch(a) or LONE_LETTER.fullmatch(b):
+        a, b = choice(prediction) or a, choice(gold) or b
+    if DECIMAL_COMMA.fullmatch(a) and "." in b or DECIMAL_COMMA.fullmatch(b) and "." in a:
+        a, b = a.replace(",", "."), b.replace(",", ".")  # 1,22 beside 1.22 is no list
     try:
-        return bool(prediction and gold) and (
-            prediction == gold or _same(parse(prediction), parse(gold)))
+        return a == b or same(parse(a), parse(b))
     except OverflowError:  # a root, or a fraction, beside what is beyond all floats
         return False
 
@@ -300,36 +456,15 @@ def math_equal(prediction: str, gold: str) -> bool:
 def parse_failed(answer: str) -> bool:
     """True if a part of the answer is only text to the matcher: a metric of its own (R9.5)."""
     nodes = [parse(normal_text(answer) if len(answer) <= MAX_CHARS else "")]
-    for kind, items in nodes:
-        if kind == "text":
+    for node in nodes:  # grows while we walk: breadth first
+        if isinstance(node, str):
             return True
-        nodes += items if kind != "value" else []  # grows while we walk: breadth first
+        nodes += node[1] if isinstance(node, tuple) else []
     return False
 
 
-ANSWER = re.compile(r"(?:^[ \t]*\**A(?:nswer)?\**[ \t]*[:：]|\b[Aa]nswer\**[ \t]*(?:is|[:：])|"
-                    r"答案[是为：:])[ \t:：*]*(?=\S)", re.M)
-NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?!\d)(?:/\d+)?%?")
-
-
-def extract_answer(text: str, strict: bool = False) -> str | None:
-    """The last \\boxed{}, else the line behind ####, else behind the last "A:" or "answer is", else
-    (not when `strict`) the last number. None if there is none: a parse failure, to be counted.
-    """
-    if found := boxes(text):
-        answer = found[-1]  # even if empty: no second chance elsewhere
-    elif "####" in text:
-        answer = text.rsplit("####", 1)[1].strip().partition("\n")[0]
-    elif len(found := ANSWER.split(text)) > 1:
-        answer = re.split(r"\n|。|\.(?:\s|$)", found[-1])[0].strip("* ")  # to the sentence's end
-    else:
-        found = [] if strict else NUMBER.findall(text)
-        answer = found[-1] if found else ""
-    return answer.strip() or None
-
-
 # ---------------------------------------------------------------------------------------------
-# benchmark files -> queries {"prompt", "domain", "check"}
+# 5. benchmark files -> queries {"prompt", "domain", "check"}
 
 def _query(prompt: str, domain: str, **check) -> dict:
     if not prompt.strip() or not check.get("answer", "-"):
@@ -376,7 +511,7 @@ FORMATS = {  # columns -> reader; the first whose columns are all there
     ("Body", "Question", "Answer"): lambda row: _math(  # a third of SVAMP lacks this full stop
         f"{row['Body'].strip().rstrip('.')}. {row['Question']}", row["Answer"]),
     ("problem", "solution"): lambda row: _math(
-        row["problem"], row["answer"] if "answer" in row else boxes(row["solution"])[-1]),
+        row["problem"], row["answer"] if "answer" in row else last_box(row["solution"]) or ""),
     ("prompt", "test", "entry_point"): _humaneval,
     ("text", "code", "test_list"): _mbpp,
     ("prompt", "code", "test_list"): _mbpp,  # the sanitized MBPP
@@ -402,3 +537,61 @@ def load_file(path) -> list[dict]:
     if not queries:
         raise InputError(f"{path}: holds no rows")
     return queries
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. how often is all this wrong? python answers.py FILE...
+
+LABELLED = [("pred", "gold", "equal"), ("solution", "ground_truth", "is_correct"),
+            ("response", "gold", "is_correct")]  # columns: prediction, gold, are they the same?
+
+
+def labelled_pairs(path) -> list[tuple]:
+    """(prediction, gold, label) of a file with verdicts; or made from the golds of a question file:
+    a gold is itself respelled, but not itself with another first digit, nor the next 10 golds."""
+    rows = [row for _, row in read_jsonl(path)]
+    for a, b, label in LABELLED:
+        if rows and rows[0].keys() >= {a, b, label}:
+            return [(extract_answer(row[a], strict=a != "pred"), extract_answer(row[b]), row[label])
+                    for row in rows]
+    golds = [q["check"]["answer"] for q in load_file(path) if q["check"]["kind"] == "math"]
+    # Golds that differ in no more than this may be one answer written twice: no label, no pair
+    bare = [re.sub(r"^\w+ ?=|\\(text|mbox|left|right|circ|[dt]?frac)|[\s\\{}$!,^]", "", gold)
+            for gold in golds]
+    pairs = [(f"$\\boxed{{{respell(gold)}}}$", gold, True) for gold in golds]
+    for i, gold in enumerate(golds):
+        changed = re.sub(r"\d", lambda digit: str(int(digit[0]) % 9 + 1), gold, count=1)
+        others = [golds[j] for j in range(i + 1, min(i + 11, len(golds))) if bare[j] != bare[i]]
+        pairs += [(other, gold, False) for other in [changed, *others] if other != gold]
+    return pairs
+
+
+def respell(gold: str) -> str:
+    """1234 -> 1,234.0;  \\frac{a}{b}+c -> \\dfrac{a}{b} + c"""
+    if re.fullmatch(r"-?\d{4,}", gold):
+        return f"{int(gold):,}.0"
+    return re.sub(r"\s*([-+=*])\s*", r" \1 ", gold.replace(r"\frac{", r"\dfrac{"))
+
+
+def main(paths: list[str]):
+    require(len(paths) > 0, "name files, with verdicts (pred gold equal) or with golds")
+    print(f"{'file':34}{'pairs':>8}{'agree':>9}{'false pos.':>16}{'false neg.':>14}"
+          f"{'no answer':>11}")
+    for path in paths:
+        pairs = labelled_pairs(path)
+        require(len(pairs) > 0, f"{path}: no answers of mathematics")
+        wrong = [pair for pair in pairs if math_equal(*pair[:2]) != pair[2]]
+        n, n_same = len(pairs), sum(label for *_, label in pairs)
+        missed = sum(label for *_, label in wrong)
+        print(f"{Path(path).name:34}{n:8}{1 - len(wrong) / n:9.2%}"
+              f"{f'{len(wrong) - missed} of {n - n_same}':>16}{f'{missed} of {n_same}':>14}"
+              f"{sum(pair[0] is None for pair in pairs):11}")
+        for a, b, label in dict.fromkeys(wrong):
+            print(f"    labelled {'the same' if label else 'different'}: {a}  |  {b}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

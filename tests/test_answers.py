@@ -1,18 +1,18 @@
-"""Answer matching: hand-written verdicts, labelled files, noise. Readers of benchmark files."""
+"""Answer matching: hand-written verdicts, labelled files, noise. Readers of benchmark files.
+
+The rates on the labelled files, with each disagreement: `python answers.py FILE...`"""
 import gzip
 import json
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 
+import answers
 from common import InputError
-from answers import Value, extract_answer, load_file, math_equal, parse_failed
-
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data files are not here")
+from answers import (Value, extract_answer, labelled_pairs, load_file, main, math_equal,
+                     normal_text, parse_failed)
 
 EQUAL = [  # (prediction, gold)
     # R9.5
@@ -66,6 +66,33 @@ EQUAL = [  # (prediction, gold)
     (r"\text{Evelyn}", "evelyn"), ("Evelyn.", r"\text{Evelyn}"), (r"\text{(B)}", "B"), ("(B)", "b"),
     ("North   East", "north east"), (r"\cot x", r"\cot  x"), ("2516_8", "2516_{8}"),
     (r"x \leq 5", "x ≤ 5"),
+    # multiple choice
+    ("(B) 12", "B"), ("B. 12 apples", r"\text{(B)}"), ("b) twelve", "B"), ("Option C", "(C)"),
+    (r"\textbf{(D)} \frac12", "D"), (r"\mathrm{(A)}", "A"), ("(B) a circle", "B"),
+    # equations, inequalities
+    ("x + y = 3", "y + x = 3"), ("2x = 4y + 2", "x - 2y = 1"), ("3 = x + y", "-x-y = -3"),
+    ("x^2 + y^2 = 25", r"\frac{x^2}{25} + \frac{y^2}{25} = 1"), ("(x, y) = (1, 2)", "(1,2)"),
+    ("AB = 5", "5"), ("f(x) = 2x", "2x"), (r"\theta = 30^\circ", "30"), ("area = 12 cm^2", "12"),
+    ("x > 3", r"(3, \infty)"), ("3 < x", "x > 3"), (r"x \le 5", r"(-\infty, 5]"),
+    (r"-2 \le x \le 7", "x \\in [-2,7]"), (r"7 \geq x > -2", "-2 < x <= 7"),
+    (r"x < 1 \text{ or } x \ge 2", r"(-\infty,1) \cup [2,\infty)"), ("x>=0", r"x \geqslant 0"),
+    # more numbers, units, lists
+    ("1.5e3", "1500"), ("2E-05", "0.00002"), ("1e+16", r"1 \times 10^{16}"),
+    ("2½", "2.5"), ("½", "1/2"),
+    ("1,22", "1.22"), ("0,5", "0.5"), ("37°C", "37"),
+    (r"37^\circ\mathrm{F}", "37"), ("¥500", "500"),
+    (r"10\text{ m}", "10"), ("x**2", "x^2"), ("pi/2", r"\frac\pi2"), ("(even)", "even"),
+    ("1,000, 2,000", "1000, 2000"), (r"\(1,000\)", "1000"), ("1,000 and 2,000", "1000, 2000"),
+    (r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \\ \end{array}\right)",
+     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ("3 hundred", "300"), ("3 thousand", "3000"), ("3 billion", "3,000,000,000"),
+    (r"x\,+\;1", "x+1"), (r"1 \quad", "1"), ("5~cm", "5"), (r"45\degree", "45"), ("£5", "5"),
+    (r"6 \div 4", "6/4"), ("6÷4", "6/4"), ("3×x", "3x"), ("3·x", "3x"), ("1–x", "1-x"),
+    ("x²", "x^2"), ("x³", "x^3"), (r"x \lt 3", "x < 3"), (r"x \gt 3", "x > 3"),
+    ("x ∈ (1，2]", "(1,2]"), ("x ≠ 3", r"x \neq 3"), ("100 km/h", "100"), (r"9.8 m/s^2", "9.8"),
+    ("1 ± √2", r"1 \pm \sqrt2"), ("⅓", "1/3"), ("1⅔", "5/3"), ("¼", "0.25"), ("¾", "0.75"),
+    (r"\begin{bmatrix} 1 & 1/2 \end{bmatrix}", r"\begin{bmatrix} 1 & 0.5 \end{bmatrix}"),
+    (r"\{\pm 1, 3\}", "3, 1, -1"), (r"(1, \pm 2)", r"(1, \{-2, 2\})"),
 ]
 DIFFERENT = [
     # R9.5: blank, dumps, echoes
@@ -77,7 +104,7 @@ DIFFERENT = [
     # close, not equal
     ("1000", "1001"), ("10", "100"), ("-5", "5"), ("0.33", "1/3"), ("0.5", "0.05"),
     ("3.14", r"\pi"),
-    ("1000000000001", "1000000000000"), ("1.22", "1,22"), ("12", "1 2"), ("2 3", "6"),
+    ("1000000000001", "1000000000000"), ("1.22", "1,23"), ("12", "1 2"), ("2 3", "6"),
     ("5 million", "5"),
     ("10%", "10.1"), ("10%", r"0.1\%"), ("100%", "10"), (r"\frac{1}{2}", r"\frac{2}{1}"),
     (r"\frac12", "12"), (r"1\frac{4}{5}", "4/5"), ("1 4/5", "14/5"), (r"\sqrt{2}", "2"),
@@ -107,7 +134,25 @@ DIFFERENT = [
     ("0,111", "111"), ("10^{-400}", "10^{-500}"), (r"\sqrt{2}", "10^{900}+1/3"),
     (r"3 \text{ or 4}", "3"),
     (r"3\text{4}", "3"), ("3 is wrong", "4"), (r"\text{even}", r"\text{even and odd}"),
+    # multiple choice
+    ("(B) 12", "C"), ("(B) 12", "(B) 13"), ("A. 18", "A. 26"), ("(A) 3 (B) 4", "A"),
+    ("(A) or (B)", "A"), ("A or B", "A"), ("b(x+1)", "b"), ("e^x", "e"), ("a. 3, b. 4", "a"),
+    # equations, inequalities
+    ("x + y = 3", "x + y = 4"), ("x + y = 3", "2x + y = 3"), ("x + y = 3", "(x+y-3)^2 = 0"),
+    ("x - x = y - y", "x + y = 3"), ("1 = 2", "3 = 4"), ("x > 3", "x < 3"), ("x > 3", r"x \ge 3"),
+    ("x > 3", "3"), ("5 < x > 3", "(3,5)"), (r"-2 < x < 7", "(7,-2)"),
+    # more numbers, units, lists
+    ("2e3", "2003"), ("2e - 3", "0.002"), ("1,50", "1,5"), ("1,234", "1.234"), ("1,22", "122"),
+    ("3abc", "3"), ("5 more than x", "5"), (r"3 \pmod{5}", "3"), ("(1,000)", "1000"),
 ]
+
+
+def test_the_table_of_the_docstring_is_true():
+    rows = re.findall(r"^    (.+?)  +(.+?)  +(yes|no)\b", answers.__doc__, re.M)
+    assert len(rows) == 19
+    for answer, against, verdict in rows:
+        assert math_equal(answer, against) == (verdict == "yes"), answer
+    assert not math_equal("(1,000)", "1000") and not math_equal("1,2", "2,1")  # said in passing
 
 
 ECHO = [  # equal in value, but the first has not been worked out
@@ -137,7 +182,9 @@ def test_different(prediction, gold):
     "9^9^9^9", "9" * 290, "9" * 5000, "9^" * 140 + "9", "(" * 299, "(" * 140 + "1" + ")" * 140,
     "{" * 299, r"\sqrt" * 50, "√" * 299, "-" * 299, "1/" * 149, "2^(999)*" * 37 + "2",
     r"\frac" * 60,
-    "((((((((10^999)^9)^9)^9)^9)^9)^9)^9)^9", r"\{" * 40 + "1" + r"\}" * 40, "\0", "1e999999999",
+    "((((((((10^999)^9)^9)^9)^9)^9)^9)^9)^9",
+    r"\{" * 75 + "1" + r"\}" * 75, "[" * 149 + "1" + "]" * 149,
+    "(" * 148 + "1,2" + ")" * 148, "\0", "1e999999999",
     "∞" * 299,
     r"\begin{pmatrix}" * 20, r"\boxed{" * 40, "}" * 299, "1,000" * 59, r"\pm" * 99, "2^0.5^0.5",
     "0^{-1}",
@@ -149,9 +196,25 @@ def test_different(prediction, gold):
     "①", "1²"])
 def test_hostile_answers_are_only_text(answer):
     for other in ("1", r"\sqrt{10^{800}}", r"\{1,2\}", answer[::-1]):
+        assert seconds(lambda: (math_equal(answer, other), math_equal(other, answer),  # noqa: B023
+                                extract_answer(answer))) < 0.1
+
+
+def seconds(call) -> float:
+    """Of processor time; the best of three if that is long, since a garbage collection may be."""
+    for _ in range(3):
         start = time.process_time()
-        math_equal(answer, other), math_equal(other, answer), extract_answer(answer)
-        assert time.process_time() - start < 0.1
+        call()
+        if (taken := time.process_time() - start) < 0.05:
+            break
+    return taken
+
+
+@pytest.mark.parametrize("answer", [
+    "9^9^9^9", "2^2000*2^2000*2^2000", "(" * 51 + "x" + ")" * 51 + "+1", r"10^{400}*\sqrt2",
+    "(-8)^{1/3}", "1/0", "1" * 301])
+def test_limits(answer):
+    assert parse_failed(answer) and math_equal(answer, answer)
 
 
 def test_no_number_hits_the_value_of_a_letter():
@@ -168,7 +231,15 @@ def test_not_a_text():
 
 
 @pytest.mark.parametrize("text, strict, answer", [
-    (r"so \boxed{3}", True, "3"), (r"\boxed{\frac{1}{2}} and \boxed{\{1,2\}}", True, r"\{1,2\}"),
+    (r"so \boxed{3}", True, "3"),
+    (r"\boxed{\frac{1}{2}}. No, \boxed{\{1,2\}}", True, r"\{1,2\}"),
+    (r"$x = \boxed{1}$ or $x = \boxed{-2}$", True, "1, -2"),
+    (r"\boxed{1}, \boxed{2}", True, "1, 2"),
+    (r"\boxed{15\frac12}, or \boxed{15.5}", True, "15.5"), (r"\boxed{1} \boxed{2}", True, "2"),
+    (r"\boxed{1} or \boxed{2}", True, "2"), (r"\boxed{15\frac12}, \boxed{15.5}", True, "15.5"),
+    (r"\boxed{0} gives \boxed{1} and \boxed{2}", True, "1, 2"), (r"\\boxed{35 cm}", True, "35 cm"),
+    (r"\boxed{\left\{1\right.} so", True, r"\left\{1\right."),
+    (r"\boxed{1} and \boxed{\boxed{2}}", True, r"1, \boxed{2}"),
     (r"\boxed{1} then \boxed{2", True, "1"), (r"\boxed{a \boxed{2} b}", True, r"a \boxed{2} b"),
     (r"\boxed{} but 7", False, None), (r"\fbox{5}", True, "5"), (r"\boxed {5}", True, "5"),
     (r"{ \boxed{5}", True, "5"), (r"#### 3" "\n" r"\boxed{4}", True, "4"),
@@ -180,10 +251,15 @@ def test_not_a_text():
     ("Answer: x = 2", True, "x = 2"),
     ("the answer is 1. No, the answer is 2.", True, "2"), ("答案是 18。", True, "18"),
     ("答案：18", True, "18"),
-    ("we get 3, so 12,345 apples", False, "12,345"), ("we get 3", True, None), ("x-3", False, "3"),
+    ("we get 3, so 12,345 apples", False, "12,345"), ("we get 3", True, None),
+    ("x-3", False, "x-3"),
     ("it is -3", False, "-3"), ("half is 1/2", False, "1/2"), ("about 50%", False, "50%"),
-    ("$.50.", False, ".50"),
-    ("none", False, None), ("", False, None), ("AZYUK2A", False, None), ("1,2345", False, "2345")])
+    ("so $.50.", False, ".50"),
+    ("none", False, None), ("", False, None), ("AZYUK2A", False, None),
+    ("see 1,2345", False, "2345"),
+    (r"so $x$ is $\frac{1}{2}$ then", False, r"\frac{1}{2}"),
+    ("from $5 to $6", False, "6"),
+    ("it is\n\\[ x^2 \\]", False, "x^2"), (r"thus \( 9 \)", False, "9")])
 def test_extract_answer(text, strict, answer):
     assert extract_answer(text, strict=strict) == answer
 
@@ -202,52 +278,62 @@ def test_parse_failed_tells_numbers_from_text():
 # ---------------------------------------------------------------------------------------------
 # labelled files
 
-def rows(name):
-    return [json.loads(line) for line in (DATA / name).read_text("utf-8").splitlines()]
+def disagreements(path):
+    return [pair for pair in labelled_pairs(path) if math_equal(*pair[:2]) != pair[2]]
 
 
-@needs_data
-def test_gsm8k_model_solutions_have_no_wrong_verdict():
-    labels = [(math_equal(extract_answer(row["solution"], strict=True) or "",
-                          extract_answer(row["ground_truth"])), row["is_correct"])
-              for row in rows("math/gsm8k_model_solutions.jsonl")]
-    assert len(labels) == 3196 and sum(label for _, label in labels) > 800
-    assert labels.count((True, False)) == labels.count((False, True)) == 0
+def test_gsm8k_model_solutions_have_no_wrong_verdict(shared):
+    pairs = labelled_pairs(shared / "math/gsm8k_model_solutions.jsonl")
+    assert len(pairs) == 3196 and 800 < sum(label for *_, label in pairs) < 2400
+    assert not disagreements(shared / "math/gsm8k_model_solutions.jsonl")
 
 
-@needs_data
-def test_qwen_math_samples_have_no_wrong_verdict():
-    # The label calls 10000 a wrong answer to the gold 10{,}000: the one place where it is wrong
-    for row in rows("math/qwen_math_rm8.jsonl"):
-        label = row["is_correct"] or (row["extracted"], row["gold"]) == ("10000", "10{,}000")
-        assert math_equal(extract_answer(row["response"], strict=True), row["gold"]) == label
-        assert math_equal(row["extracted"], row["gold"]) == label
+def test_qwen_math_samples_have_one_wrong_verdict_and_it_is_the_label(shared):
+    path = shared / "math/qwen_math_rm8.jsonl"
+    assert disagreements(path) == [("10000", "10{,}000", False)]
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        assert math_equal(row["extracted"], extract_answer(row["response"], strict=True))
 
 
-@needs_data
-def test_verifier_pairs():
-    # Known misses, all from symbolic graders: decimal comma, prose around the answer, two boxes
-    missed = {"6", "15", "16", "17", "28", "29", "34", "35", "249"}
-    for row in rows("math/verifier_pairs_hendrycks.jsonl"):
-        assert math_equal(row["pred"], row["gold"]) == row["equal"], row
-    for row in rows("math/verifier_pairs_mathverify.jsonl"):
-        texts = [row[key].replace("\\\\", "\\") for key in ("pred", "gold")]
-        verdict = math_equal(*[extract_answer(text, strict=True) or text for text in texts])
-        assert verdict == (row["equal"] and row["id"].split("/")[-1] not in missed), row
+def test_verifier_pairs(shared):
+    """Two labels of a symbolic grader are not ours: that $...$ is no formula if it has a line break
+    (the number in it then counts to us), and that 1/2 = 10/9 answers 10/9."""
+    assert not disagreements(shared / "math/verifier_pairs_hendrycks.jsonl")
+    assert disagreements(shared / "math/verifier_pairs_mathverify.jsonl") == [
+        ("9", "$9$", False), (r"\frac{1}{2} \$ = \frac{10}{9}", "$10/9$", True)]
 
 
-@needs_data
-@pytest.mark.parametrize("name", ["math500", "gsm8k_test", "gsm8k_train", "svamp_test"])
-def test_gold_answers_match_themselves_and_not_their_neighbours(name):
-    golds = [query["check"]["answer"] for query in load_file(DATA / f"math/{name}.jsonl")]
-    assert all(math_equal(gold, gold) for gold in golds)
-    noise = r"\\text|\\mbox|[dt](?=frac)|[\s,{}$]|\\[!$]|\^\\circ|\.$"
-    plain = [re.sub(noise, "", gold).lower() for gold in golds]
-    clashes = {(golds[i], golds[i + 1]) for i in range(len(golds) - 1)
-               if math_equal(golds[i], golds[i + 1]) and plain[i] != plain[i + 1]}
-    assert not clashes
-    failed = sum(map(parse_failed, golds)) / len(golds)
-    assert failed < (0.06 if name == "math500" else 1e-9)
+def test_the_table_needs_files_with_answers(tmp_path):
+    path = write(tmp_path, {"prompt": "P", "domain": "code", "check": {"kind": "code"}})
+    for paths, message in ([], "name files"), ([str(path)], "no answers"), (["absent"], "no such"):
+        with pytest.raises(InputError, match=message):
+            main(paths)
+
+
+@pytest.mark.parametrize("name, n, unread", [
+    ("math500", 500, 0.05), ("gsm8k_test", 1319, 0), ("svamp_test", 1000, 0),
+    pytest.param("gsm8k_train", 7473, 0, marks=pytest.mark.slow)])
+def test_golds_match_respelled_and_nothing_else(shared, name, n, unread):
+    """Each against itself in another spelling, with another first digit, and the next 10 golds."""
+    pairs = labelled_pairs(shared / f"math/{name}.jsonl")
+    golds = [gold for _, gold, label in pairs if label]
+    assert len(golds) == n and len(pairs) > 10 * n
+    assert not disagreements(shared / f"math/{name}.jsonl")
+    assert sum(map(parse_failed, golds)) <= unread * n
+
+
+def test_the_table_of_rates(tmp_path, capsys):
+    """By hand: of 3 different pairs one passes as the same, of 1 same pair one as different."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"response": r, "gold": g, "is_correct": c}) + "\n"
+                            for r, g, c in [(r"\boxed{1}", "1", False), (r"\boxed{2}", "1", False),
+                                            ("2", "1", False), (r"\boxed{x}", "y", True)]))
+    main([str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == "pairs.jsonl 4 50.00% 1 of 3 1 of 1 1".split()
+    assert [line.strip() for line in lines[2:]] == [
+        "labelled different: 1  |  1", "labelled the same: x  |  y"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,48 +344,80 @@ SOUP = (r"\frac \sqrt \boxed { } ( ) [ ] \{ \} , . ^ _ + - * / = % $ \$ \pi \tex
         "cm and or #### A: answer").split()
 
 
-def test_noise_neither_raises_nor_hangs():
-    rng, slowest = random.Random(0), 0.0
-    for n in range(10_000):  # two strings each
-        if n % 2:
-            texts = ["".join(rng.choices(SOUP, k=rng.randrange(40))) for _ in "ab"]
-        else:
-            texts = [bytes(rng.choices(range(1, 256), k=rng.randrange(80))).decode("latin-1")
-                     for _ in "ab"]
-        start = time.process_time()
-        math_equal(*texts), extract_answer(texts[0])
-        slowest = max(slowest, time.process_time() - start)
-    assert slowest < 0.05
+def noise(rng) -> str:
+    if rng.random() < 0.5:
+        return "".join(rng.choices(SOUP, k=rng.randrange(40)))
+    return bytes(rng.choices(range(1, 256), k=rng.randrange(80))).decode("latin-1")
+
+
+def mutated(rng, text: str) -> str:
+    """A few characters or symbols of `text` deleted, doubled, replaced or moved."""
+    for _ in range(rng.randrange(1, 4)):
+        i, j = sorted(rng.randrange(len(text) + 1) for _ in "ij")
+        piece = rng.choice(["", text[i:j] * 2, rng.choice(SOUP), text[i:j][::-1]])
+        text = text[:i] + piece + text[min(j, i + 3):]
+    return text
+
+
+def test_noise_and_mutations():
+    """10,000 cases. Nothing raises, no call takes 0.1 s, an answer equals itself, extraction of a
+    boxed answer gives it back, and order matters only to arithmetic that is still to be done."""
+    rng, slowest, hits = random.Random(0), 0.0, 0
+    good = [answer for pair in EQUAL + DIFFERENT + ECHO for answer in pair]
+    for n in range(10_000):
+        a, b = (noise(rng), noise(rng)) if n % 2 else rng.choice(EQUAL)
+        a = a if n % 2 else mutated(rng, a)
+        b = rng.choice(good) if n % 4 == 1 else b
+        slowest = max(slowest, seconds(lambda: math_equal(a, b)))  # noqa: B023
+        verdict = math_equal(a, b)
+        hits += verdict
+        blank = not (normal_text(a) if len(a) <= answers.MAX_CHARS else a.split())
+        assert math_equal(a, a) != blank, a
+        extract_answer(a)
+        if a.count("{") == a.count("}") == 0 and "\\" not in a:
+            assert extract_answer(rf"so \boxed{{{a}}}.") == (a.strip() or None)
+        if verdict != math_equal(b, a):
+            trees = [answers.parse(normal_text(text)) for text in (a, b)]
+            assert {final(tree) for tree in trees} == {True, False}, (a, b)
+    assert slowest < 0.1 and hits > 100
+
+
+def final(tree) -> bool:
+    """Is all of it worked out?"""
+    nodes = tree[1] if isinstance(tree, tuple) else [tree]
+    return all(final(node) if isinstance(node, tuple) else getattr(node, "final", True)
+               for node in nodes)
 
 
 def test_long_texts_are_linear():
-    for unit in (r"\boxed{", "{", "1,000", "A: ", "answer is ", "-1", "* ", "\n\n", "#### ", "1."):
+    for unit in (r"\boxed{", "{", "1,000", "A: ", "answer is ", "-1", "* ", "\n\n", "#### ", "1.",
+                 r"\[", r"\(", r"\$", "$", r"\boxed{x+1}, ", "\\", "{1}"):
         start = time.process_time()
         extract_answer(unit * 20_000)
+        extract_answer(rf"\boxed{{1}}{unit * 20_000}\boxed{{2}}")
         assert time.process_time() - start < 1
 
 
 # ---------------------------------------------------------------------------------------------
 # readers
 
-@needs_data
 @pytest.mark.parametrize("name, count, kind", [
     ("math/gsm8k_test", 1319, "math"), ("math/gsm8k_train", 7473, "math"),
     ("math/svamp_test", 1000, "math"),
     ("math/math500", 500, "math"), ("code/humaneval", 164, "code"),
     ("code/mbpp_train", 474, "code"),
     ("code/mbpp_sanitized_train", 170, "code"), ("ifeval/ifeval_input", 541, "ifeval")])
-def test_reads_every_row(name, count, kind):
-    queries = load_file(DATA / f"{name}.jsonl")
+def test_reads_every_row(shared, name, count, kind):
+    queries = load_file(shared / f"{name}.jsonl")
     assert len(queries) == count
     assert all(q["check"]["kind"] == kind and q["prompt"].strip() and q["domain"] for q in queries)
 
 
-@needs_data
-def test_reference_code_passes_the_tests_that_were_read():
+def test_reference_code_passes_the_tests_that_were_read(shared):
     for name, solution in (("humaneval", "canonical_solution"), ("mbpp_train", "code")):
-        path = f"code/{name}.jsonl"
-        for query, row in list(zip(load_file(DATA / path), rows(path), strict=True))[:30]:
+        path = shared / f"code/{name}.jsonl"
+        rows = map(json.loads, path.read_text("utf-8").splitlines())
+        for query, row in list(zip(load_file(path), rows, strict=True))[:30]:
             prefix, tests = query["check"].get("prefix", ""), query["check"]["tests"]
             exec(f"{prefix}{row[solution]}\n{tests}", {})
             with pytest.raises((AssertionError, NameError, TypeError)):
