@@ -241,17 +241,18 @@ def fit_loss(N, D, loss, bootstrap=200, seed=0) -> LossLaw:
             r, J = np.where(ok[:, None], new[0], r), np.where(ok[:, None, None], new[1], J)
         return p, huber(r)
 
-    def raw(p):
-        return p + np.stack([z0 + 0 * p[..., 0], z0 + p[..., 3] * x0, z0 + p[..., 4] * y0,
-                             0 * p[..., 0], 0 * p[..., 0]], -1)
+    uncentre = np.eye(5)
+    uncentre[3, 1], uncentre[4, 2] = x0, y0
     share, power = np.log([0.05, 0.3, 0.8]), (0.1, 0.4, 1.0)
-    starts, value = minimise(np.array(list(product(share, share, share, power, power))),
-                             np.ones((1, len(x))), 30)
-    best, value = minimise(starts[value.argsort()[:5]], np.ones((1, len(x))), 300)
-    best = best[value.argmin()]
+    best = np.array(list(product(share, share, share, power, power)))
+    for steps, keep in ((30, 5), (300, 1)):
+        best, value = minimise(best, np.ones((1, len(x))), steps)
+        best = best[value.argsort()[:keep]]
+    best = best[0]
     start = np.maximum(best, [math.log(0.1), *[-math.inf] * 4])  # where E is 0 no step would leave
     draws, _ = minimise(np.tile(start, (bootstrap, 1)), resample(len(x), bootstrap, seed))
-    return LossLaw("ND", raw(best)).finish(logs[:, :2], logs[:, 2], raw(draws))
+    best, draws = (p @ uncentre + [z0, z0, z0, 0, 0] for p in (best, draws))
+    return LossLaw("ND", best).finish(logs[:, :2], logs[:, 2], draws)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -624,7 +625,8 @@ def grid_rows(rows: list[dict], path) -> list[dict]:
     missing = [name for name in names.values() if name not in rows[0]]
     require(not missing, f"{path}: no column {', '.join(missing)}")
     for number, row in enumerate(rows, 2):
-        row.setdefault("total", row["N"])
+        if moe:
+            row["total"] = row["N"]
         try:
             row |= {name: float(row[column]) for name, column in names.items()}
         except (TypeError, ValueError):
@@ -634,7 +636,7 @@ def grid_rows(rows: list[dict], path) -> list[dict]:
     return rows
 
 
-def fit(args: Args, rows=None) -> dict[str, dict[str, Law]]:
+def fit(args: Args) -> dict[str, dict[str, Law]]:
     """{table: laws} of a file or of the tables in a directory, printed."""
     path, out = Path(args.data or args.out), {}
     files = [path] if not path.is_dir() else sorted(
@@ -715,10 +717,10 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, device) ->
         loss = pretrain.main(asked)["val_loss"]
     count = common.read_json(f"{asked.out}/run.json")["result"]
     return {"kind": "moe" if PRESETS[size].num_experts else "dense", "size": size,
-            "N": count["active"] - count["total"] + count["non_embedding"], "D": D, "lr": lr,
-            "batch_tokens": batch, "loss": loss, "warmup": asked.warmup, "seed": args.seed,
-            "schedule": f"cosine to {asked.final_lr}", "seq_len": args.seq_len,
-            "data": args.data, "device": str(device), "dtype": args.dtype}
+            "N": count["active"] - count["total"] + count["non_embedding"],
+            "total": count["non_embedding"], "D": D, "lr": lr, "batch_tokens": batch, "loss": loss,
+            "warmup": asked.warmup, "seed": args.seed, "schedule": f"cosine to {asked.final_lr}",
+            "seq_len": args.seq_len, "data": args.data, "device": str(device), "dtype": args.dtype}
 
 
 def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, int]:
