@@ -274,10 +274,10 @@ def optimum(points: dict[tuple, float], degree=3, within=0.01):
 
     The minimum of a polynomial in (log lr, log batch), fitted by least squares to the runs `within`
     of the lowest loss, looked for no further than half a grid step from these: the valley is so
-    flat that noise moves the lowest run by a step or two. Degree 3 within 1% is what predicts
-    left-out runs near the optimum of Step Law's table best (LOG.md). With fewer than 1.5 runs a
-    coefficient the degree is lowered, and below 2 a parabola is laid through the lowest run and its
-    neighbours on each axis."""
+    flat that noise moves the lowest run by a step or two. Degree 3 within 1% predicts left-out runs
+    near the optima of Step Law's table as well as any (LOG.md, 2026-11-24). With fewer than 1.5
+    runs a coefficient the degree is lowered, and below 2 a parabola is laid through the lowest run
+    and its neighbours on each axis."""
     xy, loss = np.log(list(points)), np.array(list(points.values()))
     low, high, near = xy.min(0), xy.max(0), loss <= loss.min() * (1 + within)
     best = lowest = xy[loss.argmin()]
