@@ -1,7 +1,13 @@
 """scaling.py: laws recovered from rows made by known laws, published numbers and refits, the edges
-of grids, and a sweep in small."""
-import csv
+of grids, the arithmetic of a plan against counters and measured memory, and a sweep in small.
+The published tables are not in the repository: their tests skip without ../shared/data."""
+import json
 import math
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +16,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+import pretrain
 import scaling
 from common import InputError, parse_args
 from model import PRESETS, Qwen2
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "scaling"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data" / "scaling"
 LRS = [1e-4 * 2 ** (i / 2) for i in range(14)]
 BATCHES = [2 ** 14 * 2 ** (i / 2) for i in range(16)]
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside this checkout")
@@ -30,149 +38,237 @@ def true_batch(N, D):
 
 def make_rows(noise=0.0, seed=0, sizes=(5e7, 1e8, 2e8, 4e8), tokens=(2e9, 5e9, 1e10, 2e10),
               lrs=LRS):
-    """Losses with one valley, a parabola in the logarithms, at the optimum of a known law."""
-    rng = np.random.default_rng(seed)
-    return [{"N": N, "D": D, "lr": lr, "batch_tokens": b,
-             "loss": scaling.EPOCH.predict(N, D) + 0.02 * math.log(lr / true_lr(N, D)) ** 2
-             + 0.01 * math.log(b / true_batch(N, D)) ** 2 + noise * rng.normal()}
-            for N in sizes for D in tokens for lr in lrs for b in BATCHES]
+    """Losses with one oblique valley, a parabola in the logarithms, at a known law's optimum."""
+    rng, rows = np.random.default_rng(seed), []
+    for N in sizes:
+        for D in tokens:
+            for lr in lrs:
+                for b in BATCHES:
+                    u, v = math.log(lr / true_lr(N, D)), math.log(b / true_batch(N, D))
+                    loss = scaling.EPOCH.predict(N=N, D=D) + 0.02 * u * u - 0.01 * u * v + (
+                        0.01 * v * v + noise * rng.normal())
+                    rows.append({"N": N, "D": D, "lr": lr, "batch_tokens": b, "loss": loss})
+    return rows
+
+
+def fit_rows(rows, bootstrap=4, loss=True, **kwargs):
+    return scaling.fit_cells(scaling.measure_cells(rows, **kwargs), bootstrap, loss=loss)
+
+
+def table(name):
+    return scaling.read_table(SHARED / name)
 
 
 # ---------------------------------------------------------------------------------------------
 # hyper-parameter law
 
 def test_exact_law_is_recovered():
-    rows = make_rows()
-    lr, batch = (scaling.fit_hyperparameter_law(rows, t, bootstrap=20) for t in ("lr", "batch"))
-    assert (lr.a, lr.b, lr.c) == pytest.approx((math.log(0.1), -0.5, 0.2), abs=1e-6)
-    assert (batch.a, batch.b, batch.c) == pytest.approx((math.log(20.0), 0.1, 0.4), abs=1e-6)
-    assert lr.predict(N=1e9, D=1e11) == pytest.approx(true_lr(1e9, 1e11), rel=1e-5)
-    assert lr.interval(N=1e9, D=1e11) == pytest.approx([true_lr(1e9, 1e11)] * 2, rel=1e-4)
-    assert lr.spread < 1e-6 and not any(c["edge"] for c in lr.cells)
+    laws = fit_rows(make_rows())
+    lr, batch = laws["lr"], laws["batch"]
+    assert (lr["a"], lr["N"], lr["D"]) == pytest.approx((0.1, -0.5, 0.2), rel=1e-4)
+    assert (batch["a"], batch["N"], batch["D"]) == pytest.approx((20, 0.1, 0.4), rel=1e-4)
+    x = {"N": 1e9, "D": 1e11}
+    assert lr.predict(**x) == pytest.approx(true_lr(**x), rel=1e-5)
+    assert lr.interval(**x) == pytest.approx([true_lr(**x)] * 2, rel=1e-4)
+    assert lr.spread < 1e-6 and lr.edges == 0 and lr.seen == pytest.approx(
+        np.array([(5e7, 4e8), (2e9, 2e10)]))
 
 
-@pytest.mark.parametrize("target, exponents", [("lr", (-0.5, 0.2)), ("batch", (0.1, 0.4))])
-def test_noisy_law_is_inside_its_intervals(target, exponents):
+def test_noisy_law_is_inside_its_intervals():
     """95% intervals: of 20 data sets, at most 3 may miss (P(more) = 1.6% at the nominal level)."""
-    missed = np.zeros(2)
+    missed = np.zeros(4)
     for seed in range(20):
-        law = scaling.fit_hyperparameter_law(make_rows(0.002, seed), target, bootstrap=100)
-        for i, (name, true) in enumerate(zip("bc", exponents, strict=True)):
-            low, high = law.ci(name)
+        laws = fit_rows(make_rows(0.002, seed), 40, loss=False)
+        found = [laws[target].ci(axis) for target in ("lr", "batch") for axis in "ND"]
+        for i, ((low, high), true) in enumerate(zip(found, (-0.5, 0.2, 0.1, 0.4), strict=True)):
             missed[i] += not low <= true <= high
             assert high - low < 0.3
     assert missed.max() <= 3
 
 
+def test_the_surface_beats_the_lowest_run():
+    error = {degree: np.mean([
+        abs(fit_rows(make_rows(0.002, seed), degree=degree, loss=False)["lr"]["N"] + 0.5)
+        for seed in range(6)]) for degree in (0, 3)}
+    assert error[3] < error[0] / 2
+
+
+def test_interval_covers_a_new_cell():
+    """9 cells that scatter 10% about a law: intervals called 95% hold at least 88% of new cells
+    beyond them and of exponents (400 data sets; 91-92%, without `student` 85%)."""
+    rng, hits = np.random.default_rng(0), []
+    N, D = np.array([(n, d) for n in (1e8, 3e8, 1e9) for d in (1e9, 1e10, 1e11)]).T
+    for seed in range(400):
+        noise = np.exp(rng.normal(0, 0.1, 10))
+        law = scaling.fit_power("ND", np.stack([N, D], 1), true_lr(N, D) * noise[:9], 200, seed)
+        low, high = law.interval(N=2e9, D=2e11)
+        low_N, high_N = law.ci("N")
+        hits.append((low <= true_lr(2e9, 2e11) * noise[9] <= high, low_N <= -0.5 <= high_N))
+    assert (np.mean(hits, 0) >= 0.88).all() and (np.mean(hits, 0) < 0.99).all()
+
+
+def test_student():
+    for dof, quantile in {4: 2.776, 9: 2.262, 19: 2.093, 235: 1.970}.items():
+        assert 1.96 * scaling.student(dof) == pytest.approx(quantile, rel=0.02)
+
+
 def test_edge_is_flagged_and_left_out():
     """A grid that ends below the best lr of the smallest models (R6.3)."""
-    lrs = [lr for lr in LRS if lr < 0.8 * true_lr(5e7, 5e9)]
-    rows = make_rows(lrs=lrs)
-    law = scaling.fit_hyperparameter_law(rows, "lr", bootstrap=20)
-    edges = [c for c in law.cells if c["edge"]]
-    assert {(c["N"], c["D"]) for c in edges} >= {(5e7, D) for D in (5e9, 1e10, 2e10)}
-    assert 0 < len(edges) < len(law.cells)
-    assert (law.b, law.c) == pytest.approx((-0.5, 0.2), abs=0.02)
-    with pytest.raises(InputError, match="16 more are on an edge"):
-        scaling.fit_hyperparameter_law(make_rows(lrs=LRS[:2]), "lr")
+    rows = make_rows(lrs=[lr for lr in LRS if lr < 0.8 * true_lr(5e7, 5e9)])
+    cells = scaling.measure_cells(rows)
+    edges = {(c["N"], c["D"]) for c in cells if c["edge"]["lr"]}
+    assert edges >= {(5e7, D) for D in (5e9, 1e10, 2e10)} and len(edges) < len(cells)
+    law = scaling.fit_cells(cells, 4)["lr"]
+    assert law.edges == len(edges) and len(law.y) == len(cells) - len(edges)
+    assert (law["N"], law["D"]) == pytest.approx((-0.5, 0.2), abs=0.02)
+    said = []
+    laws = scaling.fit_cells(scaling.measure_cells(make_rows(lrs=LRS[:2])), 4, show=said.append)
+    assert "lr" not in laws and "16 more are on an edge" in said[0]
 
 
 def test_optimum_by_hand():
-    grid = {(lr, 1.0): (math.log2(lr) - 0.25) ** 2 for lr in (0.5, 1.0, 2.0)}
-    assert scaling.optimum(grid, 0) == (pytest.approx(2 ** 0.25), False)
-    assert scaling.optimum({**grid, (4.0, 1.0): math.inf}, 0)[0] == pytest.approx(2 ** 0.25)
-    assert scaling.optimum({**grid, (2.0, 1.0): math.inf}, 0) == (1.0, False)  # no parabola left
-    assert scaling.optimum({(2.0, 1.0): 1.0, (4.0, 1.0): 2.0}, 0) == (2.0, True)
-    # the best batch of each lr: (2, 9) beats what batch 1 says
-    assert scaling.optimum({**grid, (2.0, 9.0): -1.0, (4.0, 9.0): 1.0}, 0)[0] > 1.5
+    def best(points, **kwargs):
+        (lr, batch), edge = scaling.optimum(points, **kwargs)
+        return lr, batch, edge
+    grid = {(lr, 1.0): 9 + (math.log2(lr) - 0.25) ** 2 for lr in (0.5, 1.0, 2.0)}
+    assert best(grid) == (pytest.approx(2 ** 0.25), 1.0, (False, True))
+    assert best({**grid, (4.0, 1.0): math.inf})[0] == pytest.approx(2 ** 0.25)
+    # no parabola left, but still bracketed
+    assert best({**grid, (2.0, 1.0): math.inf}) == (1.0, 1.0, (False, True))
+    assert best({(2.0, 1.0): 1.0, (4.0, 1.0): 2.0}) == (2.0, 1.0, (True, True))
+    assert best(grid, degree=0)[0] == 1.0
+    # an oblique cubic valley, whose minimum is not where either axis alone would put it
+    def loss(x, y):
+        return 9 + 0.1 * (x - 0.3) ** 2 + 0.1 * (x - 0.3) * (y + 0.2) + 0.1 * (y + 0.2) ** 2 + (
+            0.02 * (x - 0.3) ** 3)
+    grid = {(2.0 ** x, 2.0 ** y): loss(x, y) for x in range(-3, 4) for y in range(-3, 4)}
+    lr, batch, edge = best(grid, within=0.05)
+    assert (math.log2(lr), math.log2(batch)) == pytest.approx((0.3, -0.2), abs=1e-4)
+    assert edge == (False, False)
 
 
 def test_order_and_units_do_not_matter():
     rows = make_rows(0.002)
     shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
-    a, b = (scaling.fit_hyperparameter_law(r, "lr", bootstrap=20) for r in (rows, shuffled))
-    assert (a.a, a.b, a.c) == (b.a, b.b, b.c) and (a.draws.b == b.draws.b).all()
-    scaled = [{**r, "lr": 7 * r["lr"], "D": r["D"] / 1e9} for r in rows]
-    c = scaling.fit_hyperparameter_law(scaled, "lr", bootstrap=2)
-    assert (c.b, c.c) == pytest.approx((a.b, a.c), abs=1e-9)
+    a, b = (fit_rows(r)["lr"] for r in (rows, shuffled))
+    assert (a.coef == b.coef).all() and (a.draws == b.draws).all()
+    c = fit_rows([{**r, "lr": 7 * r["lr"], "D": r["D"] / 1e9} for r in rows])["lr"]
+    assert (c["N"], c["D"]) == pytest.approx((a["N"], a["D"]), abs=1e-6)
 
 
 def test_repeats_are_averaged_and_diverged_runs_ignored():
     rows = make_rows(sizes=(5e7, 1e8), tokens=(2e9, 5e9))
-    law = scaling.fit_hyperparameter_law(rows, "lr", bootstrap=2)
+    law = fit_rows(rows)["lr"]
     luck = np.random.default_rng(0).random(len(rows))  # of two seeds, alike on average only
     lucky = [{**r, "loss": r["loss"] + d} for r, u in zip(rows, luck, strict=True) for d in (-u, u)]
     nans = [{**r, "loss": math.nan} if r["lr"] == LRS[-1] else r for r in lucky]
     for other in (lucky, nans):
-        again = scaling.fit_hyperparameter_law(other, "lr", bootstrap=2)
-        assert (again.b, again.c) == pytest.approx((law.b, law.c), abs=1e-9)
+        assert fit_rows(other)["lr"].coef == pytest.approx(law.coef, abs=1e-6)
 
 
-def test_terms_and_too_few_cells():
-    rows = make_rows(sizes=(1e8,))
-    with pytest.raises(InputError, match="do not determine 3"):
-        scaling.fit_hyperparameter_law(rows, "lr")  # one N: its exponent is anything
-    law = scaling.fit_hyperparameter_law(rows, "lr", terms="D", bootstrap=2)
-    assert law.b == 0 and law.c == pytest.approx(0.2, abs=1e-6)
-    with pytest.raises(InputError, match="target"):
-        scaling.fit_hyperparameter_law(rows, "wd")
+def test_too_few_cells():
+    with pytest.raises(InputError, match="do not determine 3"):  # one N: its exponent is anything
+        scaling.fit_power("ND", [(1e8, 1e9), (1e8, 2e9), (1e8, 3e9), (1e8, 4e9)], [1, 2, 3, 4])
+    assert scaling.fit_power("D", [1e9, 2e9, 4e9], [1, 2, 4])["D"] == pytest.approx(1)
+
+
+def test_left_out_cells_are_predicted_without_themselves():
+    rows = make_rows()
+    cells = scaling.measure_cells(rows)
+    gaps = scaling.left_out(cells, rows)["the other cells"]
+    assert len(gaps) == 16 and max(gaps) < 1e-3  # half a grid step off at most
+    cells[3]["lr"] *= 1.9  # a wrong optimum spoils the others' predictions, never its own
+    again = scaling.left_out(cells, rows)["the other cells"]
+    assert again[3] == gaps[3] and max(again) > max(gaps)
+    assert scaling.nearest(cells[0]["points"], 1.0, 2e4) == math.inf  # no run near that
 
 
 # ---------------------------------------------------------------------------------------------
-# loss law
+# loss law, IsoFLOP
 
 def grid_points(n=5):
-    N, D = (torch.tensor(v).double() for v in zip(
-        *[(1e7 * 4 ** i, 1e9 * 4 ** j) for i in range(n) for j in range(n)], strict=True))
-    return N, D
+    return np.array([(1e7 * 4 ** i, 1e9 * 4 ** j) for i in range(n) for j in range(n)]).T
 
 
 def test_exact_loss_law_is_recovered():
     N, D = grid_points()
     for true in (scaling.CHINCHILLA, scaling.EPOCH):
-        law = scaling.fit_loss_law(N, D, true.predict(N, D))
-        for name in ("E", "A", "B", "alpha", "beta"):
-            assert getattr(law, name) == pytest.approx(getattr(true, name), rel=2e-3), name
-        assert law.spread < 1e-5
+        law = scaling.fit_loss(N, D, true.predict(N=N, D=D), 2)
+        for name in law.names:
+            assert law[name] == pytest.approx(true[name], rel=1e-4), name
+        assert law.spread < 1e-6
 
 
 def test_noisy_loss_law_and_an_outlier():
     """The Huber loss bounds the pull of one bad run; the interval covers a new run."""
     N, D = grid_points()
-    true, rng = scaling.EPOCH, torch.Generator().manual_seed(0)
-    loss = true.predict(N, D) * (0.002 * torch.randn(len(N), generator=rng).double()).exp()
+    rng = np.random.default_rng(0)
+    loss = scaling.EPOCH.predict(N=N, D=D) * np.exp(0.002 * rng.normal(size=len(N)))
     loss[7] *= 1.3
-    law = scaling.fit_loss_law(N, D, loss, bootstrap=20)
+    law = scaling.fit_loss(N, D, loss, 20)
     for name in ("E", "alpha", "beta"):
-        assert getattr(law, name) == pytest.approx(getattr(true, name), rel=0.1), name
+        assert law[name] == pytest.approx(scaling.EPOCH[name], rel=0.1), name
     low, high = law.interval(N=1e11, D=1e13)
-    assert low < true.predict(1e11, 1e13) < high
-    order = torch.randperm(len(N), generator=rng)
-    again = scaling.fit_loss_law(N[order], D[order], loss[order])
-    assert again.predict(1e10, 1e11) == pytest.approx(law.predict(1e10, 1e11), rel=1e-4)
+    assert low < scaling.EPOCH.predict(N=1e11, D=1e13) < high
+    order = rng.permutation(len(N))
+    again = scaling.fit_loss(N[order], D[order], loss[order], 2)
+    assert again.predict(N=1e10, D=1e11) == pytest.approx(law.predict(N=1e10, D=1e11), rel=1e-4)
     with pytest.raises(InputError, match="5 cells"):
-        scaling.fit_loss_law(N[:5], D[:5], loss[:5])
+        scaling.fit_loss(N[:5], D[:5], loss[:5])
 
 
 @shared
-def test_chinchilla_refit():
-    """Epoch AI's refit and standard errors (2404.10102), without the 5 points that they drop: the
-    highest losses, models trained on less than half a token a parameter."""
-    rows = list(csv.DictReader(open(SHARED / "chinchilla_extracted.csv")))
-    rows = sorted(rows, key=lambda r: float(r["loss"]))[:-5]
-    N, C, loss = (torch.tensor([float(r[k]) for r in rows]).double()
-                  for k in ("Model Size", "Training FLOP", "loss"))
-    D = C / 6 / N
-    assert len(rows) == 240
-    law, epoch = scaling.fit_loss_law(N, D, loss), scaling.EPOCH
+def test_chinchilla_refit(capsys):
+    """Epoch AI's refit (2404.10102) within a quarter of its standard errors, which the bootstrap
+    agrees with, at a minimum as good as theirs."""
+    rows = table("chinchilla_extracted.csv")
+    law, epoch = scaling.report_points(rows, scaling.Args(bootstrap=60))["loss"], scaling.EPOCH
+    assert len(law.y) == 240 and "OUTSIDE" not in capsys.readouterr().out
     for name, error in {"E": 0.026, "A": 125, "B": 1293, "alpha": 0.015, "beta": 0.021}.items():
-        assert abs(getattr(law, name) - getattr(epoch, name)) < error / 4, name
+        assert abs(law[name] - epoch[name]) < error / 4, name
+        low, high = law.ci(name)
+        assert low < epoch[name] < high and 0.6 < (high - low) / (2 * 1.96 * error) < 1.6, name
 
     def huber(law):
-        return torch.nn.functional.huber_loss(law.predict(N, D).log(), loss.log(), delta=1e-3,
-                                              reduction="sum").item()
-    assert huber(law) <= huber(epoch) * (1 + 1e-6)  # as good a minimum as theirs
-    assert law.beta / (law.alpha + law.beta) == pytest.approx(0.513, abs=0.005)
+        return torch.nn.functional.huber_loss(
+            torch.tensor(law.predict(N=law.x[:, 0], D=law.x[:, 1])).log(),
+            torch.tensor(law.y).log(), delta=1e-3, reduction="sum").item()
+    ours = replace(epoch, x=law.x, y=law.y)
+    assert huber(law) <= huber(ours) * (1 + 1e-6)
+    assert law["beta"] / (law["alpha"] + law["beta"]) == pytest.approx(0.513, abs=0.005)
+
+
+def test_akima():
+    x, y = np.array([0.0, 1, 2.5, 3, 4, 6]), np.array([1.0, 3, 6, 7, 9, 13])
+    at = np.linspace(0, 6, 50)
+    assert scaling.akima(x, y, at) == pytest.approx(1 + 2 * at)  # a line stays a line
+    y[3] = 0
+    assert scaling.akima(x, y, x) == pytest.approx(y)  # through the points
+    assert scaling.akima(x, y, np.array([0.5])) == pytest.approx([2])  # unmoved by a far outlier
+
+
+def test_isoflop_of_a_known_law():
+    """N* of a loss law goes as C^(beta / (alpha + beta)); a curve without a minimum is left out."""
+    true = scaling.EPOCH
+    curves = {C: [(N, float(true.predict(N=N, D=C / 6 / N))) for N in 1e8 * 1.5 ** np.arange(24)]
+              for C in (1e19, 1e20, 1e21, 1e22)}
+    curves[1e26] = curves[1e22][:4]
+    law = scaling.fit_isoflop(curves, 10)
+    assert law.edges == 1 and law["C"] == pytest.approx(
+        true["beta"] / (true["alpha"] + true["beta"]), abs=2e-3)
+
+
+@shared
+def test_isoflop_of_published_curves(capsys):
+    law = scaling.report_isoflop(table("isoflops_curves.json"), scaling.Args(bootstrap=4))["N*"]
+    assert law["C"] == pytest.approx(0.5143, abs=5e-4)  # what the curves' own loss law says
+    rows = table("porian_isoflop.json")
+    laws = scaling.report_isoflop(rows, scaling.Args(bootstrap=20))
+    for row, law in zip(rows, laws.values(), strict=True):
+        # In one setting two of twelve minima are on an edge, and the authors kept one of them.
+        assert law["C"] == pytest.approx(row["fit"]["n_exponent"], abs=0.015 if law.edges else 3e-3)
+    assert [law.edges for law in laws.values()] == [0, 2, 0, 0, 0, 0]
+    assert capsys.readouterr().out.count("OUTSIDE") == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,12 +276,132 @@ def test_chinchilla_refit():
 
 def test_known_answers():
     assert scaling.flops(7e9, 1e12) == 4.2e22
-    assert scaling.step_law(1e8, 2e9) == pytest.approx((2.537e-3, 118_663), rel=3e-4)
-    assert scaling.step_law(7e9, 1.4e12) == pytest.approx((9.166e-4, 4_998_815), rel=3e-4)
-    assert scaling.deepseek_law(1e17) == pytest.approx((2.338e-3, 106_190), rel=3e-4)
-    assert scaling.deepseek_law(1e20) == pytest.approx((9.860e-4, 1_017_145), rel=3e-4)
-    assert scaling.CHINCHILLA.predict(1e9, 2e10) == pytest.approx(2.580, abs=5e-4)
-    assert scaling.EPOCH.predict(1e9, 2e10) == pytest.approx(2.529, abs=5e-4)
+    for name, label, x, answer in (
+            ("lr", "Step Law", (1e8, 2e9), 2.537e-3), ("batch", "Step Law", (1e8, 2e9), 118_663),
+            ("lr", "Step Law", (7e9, 1.4e12), 9.166e-4),
+            ("batch", "Step Law", (7e9, 1.4e12), 4_998_815),
+            ("loss", "Chinchilla", (1e9, 2e10), 2.580), ("loss", "Epoch AI", (1e9, 2e10), 2.529)):
+        law = scaling.PUBLISHED[name][label]
+        assert law.predict(N=x[0], D=x[1]) == pytest.approx(answer, rel=3e-4), (name, label)
+    for C, lr, batch in ((1e17, 2.338e-3, 106_190), (1e20, 9.860e-4, 1_017_145)):
+        assert scaling.DEEPSEEK_LR.predict(C=C) == pytest.approx(lr, rel=3e-4)
+        assert scaling.DEEPSEEK_BATCH.predict(C=C) == pytest.approx(batch, rel=3e-4)
+
+
+@shared
+def test_step_law_dense(capsys):
+    """Published exponents inside our intervals; each cell's settings, predicted from the other 11,
+    within 0.25% of its best run; so too the three largest, held out together."""
+    rows = scaling.grid_rows(table("steplaw_dense.csv"), "")
+    laws = scaling.report_runs("dense", rows, scaling.Args(bootstrap=20))
+    said = capsys.readouterr().out
+    assert len(rows) == 1402 and len(laws["lr"].y) == 12 and laws["lr"].edges == 0
+    for name, axis, published in (("lr", "N", -0.713), ("lr", "D", 0.307),
+                                  ("batch(D)", "D", 0.571)):
+        low, high = laws[name].ci(axis)
+        assert low < published < high and high - low < 0.6
+    assert said.count("inside") == 3 and said.count(": held") >= 8 and said.count("MISSED") <= 1
+    gaps = scaling.left_out(scaling.measure_cells(rows), rows)
+    assert max(gaps["the other cells"]) <= 0.0025 and np.mean(gaps["the other cells"]) < 0.001
+    assert max(gaps["Step Law"]) == pytest.approx(0.0031, abs=1e-4)  # the formula as published
+    assert np.mean(gaps["DeepSeek LLM"]) > 5 * np.mean(gaps["Step Law"])  # another schedule
+    assert "(largest) the other cells" in said and "of the best in 3 of 3 cells" in said
+    # the last batch's loss instead of the smoothed one: noise favours small batches, no law
+    last = fit_rows([{**r, "loss": float(r["loss_last"])} for r in
+                     ({**r, "loss_last": raw["loss"]} for r, raw in
+                      zip(rows, table("steplaw_dense.csv"), strict=True))], degree=0)["lr"]
+    assert last.spread > 3 * laws["lr"].spread
+
+
+@shared
+def test_degree_and_window_are_chosen_by_prediction():
+    """Each run within 0.5% of its cell's best is predicted by the surface fitted without it. Degree
+    3 within 1%, the default, does this as well as any: so was it chosen, not by the exponents."""
+    def error(degree, within):
+        out = []
+        for points in scaling.cells_of(scaling.grid_rows(table("steplaw_dense.csv"), "")).values():
+            loss = np.array(list(points.values())) / min(points.values()) - 1
+            xy = np.log(list(points))[loss <= within]
+            loss, (u, v) = loss[loss <= within], (xy - xy.mean(0)).T
+            X = np.stack([u ** i * v ** j for i in range(degree + 1)
+                          for j in range(degree + 1 - i)], -1)
+            Q = np.linalg.qr(X)[0]
+            out += ((loss - Q @ (Q.T @ loss)) / (1 - (Q ** 2).sum(1)))[loss < 0.005].tolist()
+        return np.sqrt(np.mean(np.square(out)))
+    best = error(3, 0.01)
+    assert best < 0.0011
+    for degree, within, worse in ((2, 0.01, 1.1), (2, 0.02, 1.8), (3, 0.02, 1.15), (3, 0.03, 1.4),
+                                  (4, 0.01, 1.1), (4, 0.015, 0.99), (4, 0.03, 1.3)):
+        assert error(degree, within) > worse * best, (degree, within)
+
+
+@shared
+def test_step_law_moe(capsys):
+    """N is the activated part. Within 0.25% from the other cells; the dense formula fails at this N
+    and nearly holds at the total N, of which the table has only one."""
+    rows = scaling.grid_rows(table("steplaw_moe.csv"), "")
+    assert {r["kind"] for r in rows} == {"moe"}
+    assert sorted({r["N"] for r in rows}) == [187973632, 232579072, 590436352]
+    assert {r["batch_tokens"] for r in rows} == {2048 * float(r["bs"]) for r in rows}
+    cells = scaling.measure_cells(rows)
+    assert len(cells) == 9 and not any(c["edge"]["lr"] or c["edge"]["batch"] for c in cells)
+    gaps = scaling.left_out(cells, rows)
+    assert max(gaps["the other cells"]) <= 0.0025
+    assert np.mean(gaps["Step Law"]) > 0.01 > 10 * np.mean(gaps["Step Law at total N"])
+    low, high = scaling.fit_cells(cells, 40)["lr"].ci("N")
+    assert low < 0 < high and low > -0.5  # no trend in activated N, and not the dense one
+
+
+# ---------------------------------------------------------------------------------------------
+# plan
+
+def plan(laws, **flags):
+    return scaling.plan(scaling.Args(command="plan", **flags), laws)
+
+
+def test_plan(capsys):
+    laws = fit_rows(make_rows(), 5)
+    for budget in (1e19, 1e21):
+        out = plan(laws, budget=budget)
+        assert out["flops"] == pytest.approx(budget)
+        worse = [laws["loss"].predict(N=out["N"] * f, D=out["D"] / f) for f in (0.9, 1.1)]
+        assert out["loss"] < min(worse)
+        for alone in ({"model": str(out["N"])}, {"tokens": str(out["D"])}):
+            again = plan(laws, **alone)  # the same line of optima
+            assert (again["N"], again["D"]) == pytest.approx((out["N"], out["D"]))
+    assert out["extrapolates"] and "x the nearest fitted" in capsys.readouterr().out
+    inside = plan(laws, model="1e8", tokens="5e9")
+    assert not inside["extrapolates"] and "inside the fitted" in capsys.readouterr().out
+    assert inside["lr"] == pytest.approx(true_lr(1e8, 5e9), rel=1e-4)
+    assert inside["lr_interval"][0] <= inside["lr"] * 1.0001
+    assert plan(laws, budget=6e18, model="1e8")["D"] == pytest.approx(1e10)
+    for bad in ({}, {"budget": 1e20, "model": "1e8", "tokens": "1e9"}, {"tokens": "-1"}):
+        with pytest.raises(InputError, match="one or two"):
+            plan(laws, **bad)
+    with pytest.raises(InputError, match="--model wants float, got '7b'"):
+        plan(laws, model="7b", tokens="1e9")
+
+
+def test_plan_of_a_preset(capsys):
+    """Qwen2.5-7B on its 18T tokens: the report's counts, and every assumption printed."""
+    out = plan({}, model="7B", tokens="18e12", gpus=64)
+    said = capsys.readouterr().out
+    assert out["N"] == 6_525_621_760 and out["flops"] == pytest.approx(6 * 6_525_621_760 * 18e12)
+    assert (out["lr"], out["batch"]) == pytest.approx((2.11e-3, 2.149e7), rel=1e-3)
+    assert out["loss_interval"] == pytest.approx((1.9569, 2.0323), abs=1e-4)
+    assert len(out["extrapolates"]) == 4 and "loss in D, 56" in said
+    seconds = out["training_flops"] / (64 * 989e12 * 0.4)
+    assert out["days"] == pytest.approx(seconds / 86400)
+    assert out["cost"] == pytest.approx(seconds / 3600 * 64 * 2.5)
+    for assumed in ("64 GPUs", "989 TFLOPS", "MFU 0.4", "2.5 a GPU hour", "FSDP over 64", "bf16",
+                    "1 x 4096 tokens", "the range of: Step Law"):
+        assert assumed in said, assumed
+    assert out["memory"]["AdamW"] == 8 * 7_615_616_512 / 64 and "DOES NOT FIT" not in said
+    plan({}, model="72B", tokens="18e12", gpus=8)
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    moe = plan({}, model="Qwen2-57B-A14B", tokens="4.5e12")
+    assert moe["N"] == 14_249_270_784 - 2 * 151936 * 3584
+    assert "at its total N" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["micro", "micro-moe"])
@@ -198,80 +414,142 @@ def test_flops_against_a_counter(name, monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.long))
     kernels.use(*old)
-    count = model.count_parameters()
-    N = count["active"] - count["total"] + count["non_embedding"]
-    ours = scaling.flops(N, T, config.num_hidden_layers, config.hidden_size, T, config.vocab_size)
+    ours = scaling.flops(scaling.count(config)["N"], T, config.num_hidden_layers,
+                         config.hidden_size, T, config.vocab_size)
     assert ours == pytest.approx(3 * counter.get_total_flops(), rel=0.01)
 
 
-@shared
-def test_step_law_dense():
-    rows = scaling.read_rows(SHARED / "steplaw_dense.csv")
-    lr = scaling.fit_hyperparameter_law(rows, "lr")
-    batch = scaling.fit_hyperparameter_law(rows, "batch", terms="D")
-    assert len(rows) == 1402 and len(lr.cells) == 12 and not any(c["edge"] for c in lr.cells)
-    # The table holds 12 of their 17 cells: exponents agree within both their and our errors.
-    for value, (low, high), published, sd in ((lr.b, lr.ci("b"), -0.713, 0.030), (
-            lr.c, lr.ci("c"), 0.307, 0.019), (batch.c, batch.ci("c"), 0.571, 0.019)):
-        assert low - 2 * sd < published < high + 2 * sd and low < value < high
-    gaps = []
-    for (N, D), points in scaling.cells_of(rows).items():
-        want = lr.predict(N, D), batch.predict(N, D)
-        near = min(points, key=lambda p: sum(math.log(a / b) ** 2
-                                             for a, b in zip(p, want, strict=True)))
-        gaps.append(points[near] / min(points.values()) - 1)
-    assert max(gaps) < 0.0035 and sum(gaps) / len(gaps) < 0.0015
+def small(moe: bool):
+    experts = {"moe_intermediate_size": 96, "shared_expert_intermediate_size": 192} if moe else {}
+    return replace(PRESETS["tiny-moe" if moe else "tiny"], vocab_size=512, **experts)
 
 
-@shared
-def test_step_law_moe_counts_activated_parameters():
-    rows = scaling.read_rows(SHARED / "steplaw_moe.csv")
-    assert {r["kind"] for r in rows} == {"moe"}
-    assert sorted({r["N"] for r in rows}) == [187973632, 232579072, 590436352]
-    law = scaling.fit_hyperparameter_law(rows, "lr", bootstrap=20)
-    assert len(law.cells) == 9 and law.c > 0
-    assert {r["batch_tokens"] for r in rows} == {2048 * float(r["bs"]) for r in rows}
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps(moe, bf16):
+    """Every tensor saved for the backward pass, counted once a storage."""
+    config, B, T, kept = small(moe), 4, 256, {}
+    model = Qwen2(config)
+    shapes = {p.shape[-2:] for p in model.parameters() if p.ndim > 1}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        copy = {tensor.shape[-2:], tensor.mT.shape[-2:] if tensor.ndim > 1 else ()} & shapes
+        if storage.data_ptr() not in weights and not copy:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    ids = torch.randint(0, 512, (B, T + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(
+            "cpu", torch.bfloat16, enabled=bf16):
+        loss = pretrain.lm_loss(model, ids, None, B * T, [] if moe else None)
+    ours = scaling.memory(config, 1, B, T, bf16)["activations"]
+    assert loss.requires_grad and ours == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+TRAIN = """
+import sys
+import torch
+import common, pretrain, scaling
+from dataclasses import replace
+from model import PRESETS, Qwen2
+
+name, bf16 = sys.argv[1], sys.argv[2] == "True"
+
+def train(config, rows, T):
+    model = Qwen2(config)
+    optimizer = common.adamw(model, 1e-3, 0.1)
+    for _ in range(2):
+        for _ in range(2):
+            ids = torch.randint(0, config.vocab_size, (rows, T + 1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                router = [] if config.num_experts else None
+                pretrain.lm_loss(model, ids, None, 2 * rows * T, router).backward()
+        common.clip_and_step(model, optimizer, 1e-3, 1.0)
+
+config = replace(PRESETS[name], hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
+                 vocab_size=2048)
+if config.num_experts:
+    config = replace(config, moe_intermediate_size=256, shared_expert_intermediate_size=512)
+train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memory
+before = common.peak_rss_mb()
+train(config, 8, 128)
+print(common.peak_rss_mb() - before, sum(scaling.memory(config, 1, 8, 128, bf16, False).values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")
+@pytest.mark.parametrize("name, bf16", [("tiny", False), ("tiny", True), ("tiny-moe", False)])
+def test_memory_against_a_measured_run(name, bf16):
+    """R0.5: two steps of two micro-batches in a process of its own, within 15% of the peak. Freed
+    memory must go back to the system, or the allocator is measured. (Not the MoE in bf16: on a CPU
+    its grouped matmuls take 0.3 GB that autograd does not keep.)"""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+                        "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", TRAIN, name, str(bf16)], cwd=ROOT, env=env,
+                         capture_output=True, text=True, check=True).stdout
+    measured, predicted = map(float, out.split())
+    assert predicted / 1e6 == pytest.approx(measured, rel=0.15)
 
 
 # ---------------------------------------------------------------------------------------------
-# plan
-
-def test_plan(capsys):
-    laws = scaling.fit(make_rows(), bootstrap=5)
-    for budget in (1e19, 1e21):
-        out = scaling.plan(laws, budget=budget)
-        assert out["flops"] == pytest.approx(budget)
-        worse = [laws["loss"].predict(out["N"] * f, out["D"] / f) for f in (0.9, 1.1)]
-        assert out["loss"] < min(worse)
-        for alone in ("N", "D"):  # the same line of optima from N or D alone
-            again = scaling.plan(laws, **{alone: out[alone]})
-            assert (again["N"], again["D"]) == pytest.approx((out["N"], out["D"]))
-    assert out["extrapolates"] and "x the nearest fitted" in capsys.readouterr().out
-    inside = scaling.plan(laws, N=1e8, D=5e9)
-    assert not inside["extrapolates"] and "no, inside" in capsys.readouterr().out
-    assert inside["lr"] == pytest.approx(true_lr(1e8, 5e9), rel=1e-4)
-    assert scaling.plan(laws, budget=6e18, N=1e8)["D"] == pytest.approx(1e10)
-    for bad in ({}, {"budget": 1e20, "N": 1e8, "D": 1e9}):
-        with pytest.raises(InputError, match="one or two"):
-            scaling.plan(laws, **bad)
-    with pytest.raises(InputError, match="no loss law"):
-        scaling.plan({"lr": laws["lr"]}, budget=1e20)
-
-
-# ---------------------------------------------------------------------------------------------
-# rows and the sweep
+# rows, commands and the sweep
 
 def test_rows_are_read_back_or_refused(tmp_path):
     rows = make_rows(sizes=(1e8,), tokens=(2e9,))[:5]
     scaling.write_rows(tmp_path / "rows.csv", rows)
-    again = scaling.read_rows(tmp_path / "rows.csv")
+    again = scaling.grid_rows(scaling.read_table(tmp_path / "rows.csv"), "")
     assert [{k: r[k] for k in rows[0]} for r in again] == rows and again[0]["kind"] == "dense"
     (tmp_path / "a.csv").write_text("N,D,lr,loss\n1,2,3,4\n")
     (tmp_path / "b.csv").write_text("N,D,lr,batch_tokens,loss\n1,2,3,4,5\n1,2,x,4,5\n")
-    with pytest.raises(InputError, match="no column batch_tokens"):
-        scaling.read_rows(tmp_path / "a.csv")
-    with pytest.raises(InputError, match="b.csv:3"):
-        scaling.read_rows(tmp_path / "b.csv")
+    (tmp_path / "c.json").write_text("[1")
+    (tmp_path / "d.csv").write_text("N,D\n")
+    for name, message in (("a.csv", "no column batch_tokens"), ("b.csv", "b.csv:3"),
+                          ("c.json", "not JSON"), ("d.csv", "no rows"), ("e.csv", "no such file")):
+        with pytest.raises(InputError, match=message):
+            scaling.fit(scaling.Args(data=str(tmp_path / name)))
+
+
+def test_fit_of_given_rows(tmp_path, capsys, monkeypatch):
+    """`fit` of a directory: it says what was held out and how that went, skips what it cannot read,
+    writes nothing without --plots, and a plot a law with it."""
+    scaling.write_rows(tmp_path / "rows.csv", make_rows(0.001, seed=1))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    args = scaling.Args(command="fit", data=str(tmp_path), out=str(tmp_path / "out"), bootstrap=10)
+    laws = scaling.main(args)["dense"]
+    said = capsys.readouterr().out
+    assert laws["lr"].ci("N")[0] < -0.5 < laws["lr"].ci("N")[1]
+    assert said.count(": held") + said.count("MISSED") == 12 and said.count(": held") >= 10
+    assert "the 4 largest held out" in said and "skipped" in said
+    assert not (tmp_path / "out").exists()
+
+    class Axes:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+    figure = types.SimpleNamespace(savefig=lambda path: Path(path).write_text("png"))
+    pyplot = types.SimpleNamespace(subplots=lambda: (figure, Axes()), close=lambda f: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(pyplot=pyplot))
+    scaling.main(replace(args, plots=True))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"dense-{name}.png" for name in ("lr", "batch", "batch(D)", "loss")}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    scaling.main(replace(args, plots=True))
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_commands(tmp_path):
+    """The first word is the command; a plan takes its laws from --data."""
+    scaling.write_rows(tmp_path / "rows.csv", make_rows())
+
+    def run(*words):
+        return subprocess.run([sys.executable, "scaling.py", *words], cwd=ROOT,
+                              capture_output=True, text=True)
+    done = run("plan", "--model", "1e8", "--tokens", "5e9", "--data", str(tmp_path / "rows.csv"))
+    assert f"lr    {true_lr(1e8, 5e9):.4g}" in done.stdout and done.returncode == 0
+    done = run("plann", "--model", "1e8")
+    assert done.returncode == 2 and "sweep, fit or plan, not 'plann'" in done.stderr
 
 
 def test_descend_finds_the_bottom_with_few_runs():
@@ -297,39 +575,38 @@ def test_sizes():
 
 
 def test_sweep_in_small(tmp_path, capsys):
-    """The whole stage: rows with their provenance (R6.1), laws it can fit, --resume, --rows."""
+    """The whole stage: rows with their provenance (R6.1), what it can fit, --resume."""
     flags = ["--out", str(tmp_path / "s"), "--sizes", "16x1,16x1-moe", "--tokens", "512,1024",
              "--lrs", "4e-3,16e-3", "--batches", "128,256", "--bootstrap", "5"]
-    result = scaling.main(parse_args(scaling.Args, [*flags, "--N", "1e4", "--D", "1e5"]))
+    scaling.main(parse_args(scaling.Args, flags))
     said = capsys.readouterr().out
-    rows = scaling.read_rows(tmp_path / "s" / "rows.csv")
-    assert result["runs"] == len(rows) >= 12 and {r["kind"] for r in rows} == {"dense", "moe"}
-    assert "no law for lr: 0 cells (2 more are on an edge)" in said and "plan: N 1e+04" in said
+    rows = scaling.grid_rows(scaling.read_table(tmp_path / "s" / "rows.csv"), "")
+    assert len(rows) >= 12 and {r["kind"] for r in rows} == {"dense", "moe"}
+    assert "no law: 0 cells (2 more are on an edge)" in said
     for row in rows:
         assert row["schedule"] == "cosine to 0.1" and row["device"] == "cpu" and row["seed"] == "0"
-        assert 4 < row["loss"] < 6.5
+        assert row["seq_len"] == "64" and 4 < row["loss"] < 6.5
         assert row["warmup"] == str(int(row["D"] / row["batch_tokens"] / 10))
     assert len({r["loss"] for r in rows}) == len(rows)
     count = {kind: Qwen2(PRESETS[name]).count_parameters() for kind, name in
              (("dense", "16x1"), ("moe", "16x1-moe"))}  # N leaves out embedding and idle experts
     for row in rows:
         assert row["N"] == count[row["kind"]]["active"] - 16 * PRESETS["16x1"].vocab_size
+    result = json.loads((tmp_path / "s" / "run.json").read_text())["result"]
+    assert result["runs"] == len(rows)
     with pytest.raises(InputError, match="overwrite"):
         scaling.main(parse_args(scaling.Args, flags))
     before = (tmp_path / "s" / "rows.csv").read_text()
-    scaling.main(parse_args(scaling.Args, [*flags, "--resume", "--N", "1e4", "--D", "1e5"]))
+    scaling.main(parse_args(scaling.Args, [*flags, "--resume"]))
     assert (tmp_path / "s" / "rows.csv").read_text() == before  # nothing was trained again
     with pytest.raises(InputError, match="another --data, --seq_len or --seed"):
         scaling.main(parse_args(scaling.Args, [*flags, "--resume", "--seed", "1"]))
 
 
-def test_fit_of_given_rows_checks_itself(tmp_path, capsys):
-    scaling.write_rows(tmp_path / "rows.csv", make_rows(0.001, seed=1))
-    args = scaling.Args(rows=str(tmp_path / "rows.csv"), bootstrap=10, budget=1e20)
-    result = scaling.main(args)
-    assert result["held_out"]["N"] == 4e8 and result["held_out"]["D"] == 2e10
-    verdicts = [result["held_out"][k] for k in ("lr", "batch", "loss")]
-    assert set(verdicts) <= {"held", "MISSED"} and verdicts.count("held") >= 2  # of 95% each
-    said = capsys.readouterr().out
-    assert "Step Law" in said and "extrapolates: " in said
-    assert not Path("runs/scaling").exists() or "ready after" not in said  # it writes nothing
+def test_parity_of_an_moe(capsys):
+    """The dense law solved for the N that has the MoE's loss."""
+    dense = fit_rows(make_rows(), 4)["loss"]
+    loss = float(scaling.EPOCH.predict(N=3e8, D=5e9))
+    scaling.report_parity(dense, [{"N": 1e8, "D": 5e9, "lr": 1e-3, "batch_tokens": 1e5,
+                                   "loss": loss}])
+    assert "equal at N 3e+08" in capsys.readouterr().out
