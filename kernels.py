@@ -14,6 +14,7 @@ Letters: B batch, T queries, S keys, D head dim, Hq/Hkv query/kv heads, G = Hq/H
 C hidden, V vocabulary; E experts, F an expert's inner width. "fp32" means: float64 stays float64.
 CPU paths are tested and measured; what is particular to CUDA is not yet measured on a GPU.
 """
+import contextlib
 import functools
 import statistics
 import sys
@@ -63,6 +64,12 @@ def _autocast(*tensors):
     return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if on else tensors
 
 
+def _no_autocast(kind):
+    # Entering the context costs as much as three small operations: in decoding, it is felt.
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+
+
 # --- attention ------------------------------------------------------------------------------------
 def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
     """Grouped-query attention: softmax(scale q k^T + masks) v, softmax in fp32.
@@ -98,7 +105,7 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
         impl = "sdpa" if T == 1 else _SWITCH["impl"]
     scale = D ** -0.5 if scale is None else scale
     q, k, v = _autocast(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         if impl == "fused":
             return _Fused.apply(q, k, v, causal, segment_ids, scale, mask,
                                 _SWITCH["compile"] and torch.is_grad_enabled())
@@ -325,8 +332,11 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     """F.cross_entropy(hidden @ weight.T, targets) with only a chunk of the logits alive at a time.
 
     hidden (..., C), weight (V,C), targets (...) int. Returns fp32: a scalar for "mean" (over the
-    supervised targets) and "sum"; for "none" the shape of targets, 0 where ignored. Logits are fp32
-    whatever the inputs. Rows of ignore_index are dropped first and cost no matmul: in SFT, most.
+    supervised targets) and "sum"; for "none" the shape of targets, 0 where ignored. In bf16 (also
+    under autocast) the products are bf16 and all else is fp32; a CPU, which has no product of bf16
+    with an fp32 result, also rounds the logits to bf16 for "mean" and "sum", as transformers does:
+    in fp32 the head would take most of a step. Rows of ignore_index are dropped first and cost no
+    matmul: in SFT, most.
     No supervised target at all: the loss and its gradients are exactly 0, not NaN (R4.3).
     valid_vocab: rows of weight from there on are padding of the embedding and get probability 0.
     chunk_rows trades memory for speed, nothing else. ValueError for shapes that do not fit, an
@@ -379,9 +389,9 @@ def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total,
     if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < len(weight):
         raise ValueError(f"targets span {t.min()}..{t.max()}; allowed are 0..{len(weight) - 1} and "
                          f"{ignore_index} (ignored)")
-    h, weight = _autocast(h, weight)
-    if not h.is_cuda:                              # no bf16 x bf16 -> fp32 matmul there
-        h, weight = _fp32(h), _fp32(weight)
+    (h,) = _autocast(h)
+    if not (h.is_cuda or total):                   # log-probs: no bf16 x bf16 -> fp32 matmul there
+        h = _fp32(h)
     # CPU: chunks that stay in cache; the best of 64 .. 4096 rows is 512 at V 4096, 128 at V 32,000.
     # CUDA: 512 MiB of logits, a guess. A chunk is full, for the compiler, at min(that, all rows),
     # so that pre-training's one fixed shape counts as well.
@@ -398,8 +408,10 @@ def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total,
 def _chunk(h, w, t, g, dw, inv_t):
     """-log softmax(h w^T inv_t)[t]: h (n,C), w (V,C), t (n,1) -> (n,). With g (n,1) also the
     gradients of sum(g nll): returns dh (n,C) and adds to dw (V,C), fp32, unless that is None."""
-    def mm(a, b):                                  # bf16 comes here only on CUDA; sums in fp32
-        return a @ b if a.dtype == _fp32(a).dtype else torch.mm(a, b, out_dtype=torch.float32)
+    def mm(a, b):                                  # sums are fp32; a CPU rounds them to bf16 after
+        if a.is_cuda and a.dtype == torch.bfloat16:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return _fp32(a @ b)
     logp = mm(h, w.mT).mul_(inv_t).log_softmax(-1)
     nll = -logp.gather(1, t)
     if g is None:
@@ -432,6 +444,7 @@ class _ChunkedNLL(torch.autograd.Function):
     def forward(ctx, h, w, t, inv_t, rows, total, grad, compiled):
         ctx.rest = inv_t, rows, total, compiled
         early = total and grad and any(ctx.needs_input_grad)
+        w = w.to(h.dtype)  # here, so that its gradient comes back in fp32
         g = torch.ones_like(_fp32(h[:, :1])) if early else None
         with torch.autocast(h.device.type, enabled=False):
             nll, dh, dw = _ChunkedNLL.walk(h, w, t, g, inv_t, rows,

@@ -13,6 +13,7 @@ Letters used in shape comments, here and in every stage:
     H query heads    K key/value heads    D head size    F inner size of an MLP
     E experts    N tokens (B*T flattened)    L layers
 """
+import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,12 +135,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # The published order: normalise in float32, cast back, and only then multiply.
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        # x / sqrt(mean(x^2) + eps), in the published order: normalise in float32, cast back, and
+        # only then multiply.
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
+@functools.cache
 def frequencies(config: Config):
     """inv_freq (D/2,) float32 and the factor of cos and sin.
 

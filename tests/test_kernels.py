@@ -369,18 +369,25 @@ def test_head_refuses_what_does_not_fit():
         K.token_logprobs(h, w, t, temperature=0.0)
 
 
-def test_bf16_loss_is_fp32_with_fp32_logits():
+def test_bf16_logits_are_rounded_in_the_loss_and_not_in_log_probs():
+    """On a CPU: the loss as transformers computes it; log-probabilities, of RL, exact."""
     h, w, t = head(V=300, dtype=torch.bfloat16)
     for fn in (K.linear_cross_entropy, K.token_logprobs):
         out, dh, dw = values_and_grads(lambda h, w, f=fn: f(h, w, t), (h, w))
         assert out.dtype == torch.float32 and dh.dtype == dw.dtype == torch.bfloat16
-    torch.testing.assert_close(K.linear_cross_entropy(h, w, t),
-                               F.cross_entropy(h.float() @ w.float().T, t), rtol=1e-6, atol=1e-6)
+    exact = -F.cross_entropy(h.float() @ w.float().T, t, reduction="none")
+    torch.testing.assert_close(K.token_logprobs(h, w, t), exact, rtol=1e-6, atol=1e-6)
+    rounded = F.cross_entropy((h @ w.T).float(), t)
+    torch.testing.assert_close(K.linear_cross_entropy(h, w, t), rounded, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rounded, -exact.mean(), rtol=1e-3, atol=0)
     h, w = h.detach().float().requires_grad_(), w.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         loss = K.linear_cross_entropy(h, w, t)
     loss.backward()
     assert loss.dtype == h.grad.dtype == w.grad.dtype == torch.float32
+    want = torch.autograd.grad(F.cross_entropy(h @ w.T, t), (h, w))
+    for got, exact in zip((h.grad, w.grad), want, strict=True):
+        assert (got - exact).norm() < 0.01 * exact.norm()
 
 
 def test_frozen_sides_and_no_grad():
