@@ -1,15 +1,17 @@
 """Long context on a laptop: what the report's section 3.3 does to 32K and 128K, at 256 to 2,048.
 
-A model is trained at 256 tokens with RoPE base 10,000, then continued at 512 with base 1,000,000
-(ABF), and at inference stretched 4x, to 2,048, by YaRN or by dual chunk attention. For each way,
+The demo's base model goes on at 256 tokens with RoPE base 10,000, then at 512 with base 1,000,000
+(ABF), and at inference is stretched 4x, to 2,048, by YaRN or by dual chunk attention. For each way,
 and for the shortcuts that skip the training, this measures
 
   - the loss by position on held-out real text (Python's own sources) of 2,048 tokens, and
-  - a needle grid: four lines "The code of Hugo is 47." in so much real text, one asked at its end;
-    the share of answers with both digits right, by length and by depth of the asked line.
+  - a needle grid: a line "The code is 47." somewhere in so much real text, asked at its end; the
+    share of answers with both digits right, by length and by depth of the line.
 
-    python recipes/long_context.py                     # about a quarter of an hour on one core
-    python recipes/long_context.py --tokens 4e5 --more_tokens 1e5 --n 5 --out runs/quick
+    python recipes/long_context.py --init runs/demo/pretrain      # after `make demo`
+
+(From scratch, 3 million tokens did not teach a model of this size to look a code up, see LOG.md,
+2026-11-24: the demo's model can, because its questions need it.)
 
 Writes table.md, result.json and, with matplotlib, long_context.png to --out.
 """
@@ -26,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import kernels  # noqa: E402
 import pretrain  # noqa: E402
-import tasks  # noqa: E402
 from common import cli, positive, setup, write_atomic, write_jsonl  # noqa: E402
 from model import Qwen2  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -38,8 +39,9 @@ LENGTHS, DEPTHS = (128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)
 @dataclass
 class Args:
     out: str = "runs/long_context"   # where everything goes; trained models found here are reused
-    tokens: int = 4_000_000          # of the training at 256
-    more_tokens: int = 800_000       # of the training at 512
+    init: str = "runs/demo/pretrain"  # base model to start from
+    tokens: int = 1_500_000          # of the training at 256
+    more_tokens: int = 500_000       # of the training at 512
     n: int = 40                      # needle questions a cell
     texts: int = 24                  # held-out texts for the loss by position
     seed: int = 0                    # of everything
@@ -57,25 +59,20 @@ def filler(r, texts: list[str], n_chars: int) -> list[str]:
     return text[at:at + n_chars].split("\n")
 
 
-def needles(r, lines: list[str], depth: float | None = None) -> tuple[str, str, list[str]]:
-    """Hide four codes in the lines -> (text, the name to ask for, all four names). depth: where the
-    asked one goes, 0 = before everything; None: anywhere. The others go anywhere."""
-    codes = {name: f"{r.randrange(10)}{r.randrange(10)}" for name in r.sample(tasks.NAMES, 4)}
-    names, lines = list(codes), list(lines)
-    for i, name in enumerate(names[1:] + names[:1]):  # the asked one last, so that its depth holds
-        where = r.random() if depth is None or i < 3 else depth
-        lines.insert(round(where * len(lines)), f"The code of {name} is {codes[name]}.")
-    return "\n".join(lines), names[0], [f"\nThe code of {n} is {codes[n]}." for n in names]
+def needle(r, lines: list[str], depth: float) -> tuple[str, str]:
+    """Hide a code in the lines, at 0 = before all of them, 1 = after -> (text, the answer)."""
+    line, lines = f"The code is {r.randrange(10)}{r.randrange(10)}.", list(lines)
+    lines.insert(round(depth * len(lines)), line)
+    return "\n".join(lines), "\n" + line
 
 
 def training_documents(r, texts: list[str], longest: int, n_bytes: int):
-    """Needle documents of up to about `longest` tokens (3 bytes each), all four codes asked."""
+    """Needle documents of up to about `longest` tokens of 3 bytes."""
     while n_bytes > 0:
-        size = int(2 ** r.uniform(4, 1 + (longest * 3).bit_length()))
-        text, _, asked = needles(r, filler(r, texts, min(size, longest * 3 - 300)))
-        r.shuffle(asked)
-        yield {"text": text + "".join(asked)}
-        n_bytes -= len(text) + 120
+        size = int(2 ** r.uniform(4, (longest * 3).bit_length()))
+        text = "".join(needle(r, filler(r, texts, min(size, longest * 3 - 60)), r.random()))
+        yield {"text": text}
+        n_bytes -= len(text)
 
 
 def write_data(args: Args) -> tuple[list[str], list[str]]:
@@ -110,14 +107,11 @@ def loss_by_position(model: Qwen2, rows: torch.Tensor) -> torch.Tensor:
 def needle_accuracy(model, tokenizer, texts, length: int, depth: float, n: int, seed: int) -> float:
     """Share of n questions whose two digits are both the likeliest tokens."""
     right, r = 0, random.Random(f"{seed} {length} {depth}")
+    room = length - 2 * len(tokenizer.encode("\nThe code is 47."))
     for _ in range(n):
-        asked = "\nThe code of Hugo is 47."
-        lines = filler(r, texts, length * 8)
-        room = length - 4 * 12 - len(tokenizer.encode(asked))
-        lines = tokenizer.decode(tokenizer.encode("\n".join(lines))[:room]).split("\n")
-        text, name, answers = needles(r, lines, depth)
-        end = next(a for a in answers if f" {name} " in a)
-        ids = torch.tensor([tokenizer.encode(text + end)], device=model.head_weight.device)
+        lines = tokenizer.encode("\n".join(filler(r, texts, length * 8)))[:room]
+        text = "".join(needle(r, tokenizer.decode(lines).split("\n"), depth))
+        ids = torch.tensor([tokenizer.encode(text)], device=model.head_weight.device)
         # The text ends in two digits and a full stop, one token each.
         logits = model.hidden(ids[:, :-1])[0, -3:-1] @ model.head_weight.T
         right += int((logits.argmax(-1) == ids[0, -3:-1]).all())
@@ -176,15 +170,15 @@ def main(args: Args) -> None:
     out = Path(args.out)
     train, held_out = write_data(args)
     short, long = out / "short", out / "long"
-    common = {"batch_tokens": 1024, "weights": "text=0.35,needles=0.65", "vocab_size": 1024,
-              "eval_every": 10**6, "seed": args.seed, "device": args.device, "dtype": args.dtype}
+    common = {"batch_tokens": 1024, "weights": "text=0.5,needles=0.5", "eval_every": 10**6,
+              "seed": args.seed, "device": args.device, "dtype": args.dtype, "overwrite": True}
     if not (short / "model.safetensors").exists():
-        pretrain.main(pretrain.Args(out=str(short), data=str(out / f"data{SHORT}"), seq_len=SHORT,
-                                    tokens=args.tokens, overwrite=True, **common))
+        pretrain.main(pretrain.Args(out=str(short), init=args.init, data=str(out / f"data{SHORT}"),
+                                    seq_len=SHORT, tokens=args.tokens, lr=1e-3, **common))
     if not (long / "model.safetensors").exists():
         pretrain.main(pretrain.Args(out=str(long), init=str(short), data=str(out / f"data{LONG}"),
                                     seq_len=LONG, rope_theta=1e6, tokens=args.more_tokens,
-                                    lr=7e-4, overwrite=True, **common))
+                                    lr=5e-4, **common))
 
     device, autocast = setup(args)
     tokenizer = Tokenizer.from_pretrained(short)
