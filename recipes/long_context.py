@@ -153,7 +153,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         axis.plot([64 * i + 32 for i in range(len(r["curve"]))], r["curve"], lw=1.2, label=name)
     for x in (SHORT, LONG):
         axis.axvline(x, color="grey", lw=0.8, ls=":")
-    axis.set(xlabel="position (dotted: the two training lengths)", ylabel="loss", ylim=(None, 8))
+    axis.set(xlabel="position (dotted: the two training lengths)", ylabel="loss")
     axis.legend(fontsize=8, ncol=2)
     for axis, (name, r) in zip(bottom.subplots(1, len(results)), results.items(), strict=True):
         axis.imshow(torch.tensor(r["needle"]).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

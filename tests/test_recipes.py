@@ -1,0 +1,72 @@
+"""recipes/: the long-context experiment, its measurements by hand and its whole path on a model
+without skill. The flags in the Markdown recipes are checked by test_docs.py."""
+import importlib.util
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("long_context", ROOT / "recipes" / "long_context.py")
+L = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(L)
+
+
+def test_loss_by_position_is_the_mean_over_rows():
+    model, rows = tiny_model(), torch.randint(97, (6, 21))
+    want = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(),
+                           reduction="none").view(6, 20).mean(0)
+    torch.testing.assert_close(L.loss_by_position(model, rows), want, atol=1e-4, rtol=1e-4)
+
+
+class Reader:
+    """Finds the first code in the text, as a model should, or always says 0."""
+
+    def __init__(self, tokenizer, reads):
+        self.tokenizer, self.reads, self.lengths = tokenizer, reads, []
+        self.head_weight = torch.eye(tokenizer.n_vocab)
+
+    def hidden(self, ids):
+        self.lengths.append(ids.shape[1] + 1)
+        code = re.search(r"The code is (\d)(\d)\.", self.tokenizer.decode(ids[0].tolist()))
+        digits = code.groups() if self.reads else "00"
+        out = torch.zeros(1, ids.shape[1], self.tokenizer.n_vocab)
+        for at, digit in zip((-3, -2), digits, strict=True):
+            out[0, at, self.tokenizer.encode(digit)[0]] = 1.0
+        return out
+
+
+@pytest.mark.parametrize("length", [128, 512])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_the_needle_is_in_the_text_and_asked_at_its_end(length, depth, tokenizer, texts):
+    book = ["\n".join(texts)]
+    reader = Reader(tokenizer, reads=True)
+    assert L.needle_accuracy(reader, tokenizer, book, length, depth, 20, seed=0) == 1.0
+    assert all(0.9 * length < n <= length + 2 for n in reader.lengths)
+    blind = Reader(tokenizer, reads=False)
+    assert L.needle_accuracy(blind, tokenizer, book, length, depth, 20, seed=0) < 0.2
+
+
+def test_depth_is_where_the_needle_goes():
+    lines = [str(i) for i in range(10)]
+    for depth, want in ((0.0, 0), (0.5, 5), (1.0, 10)):
+        text, asked = L.needle(random.Random(0), lines, depth)
+        assert text.split("\n").index(asked.strip()) == want and len(text.split("\n")) == 11
+
+
+@pytest.mark.slow
+def test_the_whole_recipe(micro_run, tmp_path):
+    L.main(L.Args(init=str(micro_run), out=str(tmp_path / "out"), tokens=20_000, more_tokens=10_000,
+                  n=1, texts=4, device="cpu", dtype="float32"))
+    results = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(results) == 6 and all(len(r["loss"]) == 4 for r in results.values())
+    trained, dca = results["theta 1e6 + training at 512"], results["then DCA 4x"]
+    assert dca["loss"][:2] == pytest.approx(trained["loss"][:2], abs=1e-4)  # unchanged up to 512
+    assert dca["loss"][3] != trained["loss"][3]
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 10
