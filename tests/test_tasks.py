@@ -52,8 +52,11 @@ def test_documents_hold_no_query_of_another_split(prompts):
     text = []
     for domain in DOMAINS:
         text += itertools.islice(tasks.documents(domain), 400)
-    questions = re.findall(r"^Question: (.*?)\nAnswer:", "\n\n".join(text), re.M | re.S)
-    assert len(questions) > 1000 and {tasks.split_of(q) for q in questions} == {"sft"}
+    patterns = [re.escape(form).replace(r"\{\}", "(.+?)") for form in tasks.FORMS]
+    forms = [next(p for p in patterns if re.match(p, doc, re.S)) for doc in text]
+    questions = [re.match(p, doc, re.S)[1] for p, doc in zip(forms, text, strict=True)]
+    assert {tasks.split_of(q) for q in questions} == {"sft"}
+    assert min(forms.count(p) for p in patterns) > 200  # each form is used
     everything = "\n".join(text)
     for split in ("rl", "val", "test"):
         assert not [p for p in prompts[split] if p in everything]
@@ -85,6 +88,17 @@ def test_load():
 
 # ---------------------------------------------------------------------------------------------
 # demonstrations
+
+@pytest.mark.parametrize("worked", [0.0, 0.6, 1.0])
+def test_share_of_worked_demonstrations(worked):
+    """`worked` is the share that shows its work; the questions do not depend on it."""
+    for domain in ("mathematics", "logic"):
+        pairs = list(itertools.islice(tasks.items("sft", domain, 0, worked), 1000))
+        shown = [not text.startswith("The answer is") for _, text in pairs]
+        assert sum(shown) / 1000 == pytest.approx(worked, abs=0.05)
+        other = itertools.islice(tasks.items("sft", domain, 0, 1 - worked), 1000)
+        assert [query for query, _ in pairs] == [query for query, _ in other]
+
 
 def mutate(r, domain: str, query: dict, text: str) -> str:
     """A near miss: right in form, wrong in content."""
