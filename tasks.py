@@ -391,15 +391,18 @@ def extract_code(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
+VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, most come again in later steps
+
+
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     """1.0 where the response passes its query's check, else 0.0. Code runs in the sandbox, several
-    programs at a time, equal ones once."""
+    programs at a time, equal ones once in the life of this process."""
     scores, jobs = [0.0] * len(queries), {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
         if check["kind"] == "code":
-            jobs[i] = {"code": check.get("prefix", "") + extract_code(response),
-                       "language": check["language"], "tests": check["tests"]}
+            jobs[i] = (check.get("prefix", "") + extract_code(response), check["language"],
+                       check["tests"])
         elif check["kind"] == "math":
             answer = extract_answer(response, strict=True)
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
@@ -409,8 +412,12 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             echo = words_of(query["prompt"]) == words_of(response)
             scores[i] = float(bool(response.strip()) and not echo
                               and all(follows(response, rule, kw) for rule, kw in rules))
-    for i, result in zip(jobs, sandbox.run_many(list(jobs.values())), strict=True):
-        scores[i] = float(result.passed)
+    new = list(dict.fromkeys(job for job in jobs.values() if job not in VERDICTS))
+    results = sandbox.run_many([dict(zip(("code", "language", "tests"), job, strict=True))
+                                for job in new])
+    VERDICTS.update((job, result.passed) for job, result in zip(new, results, strict=True))
+    for i, job in jobs.items():
+        scores[i] = float(VERDICTS[job])
     return scores
 
 
@@ -424,7 +431,7 @@ def score(query: dict, response: str) -> float:
 GENERATORS = {"mathematics": mathematics, "code": code, "instruction": instruction, "logic": logic}
 
 
-def items(split: str, domain: str, seed: int, worked: float = 0.8):
+def items(split: str, domain: str, seed: int, worked: float = 0.6):
     """Endless (query, demonstration) of one split and domain; prompts may come again. worked: the
     share of the demonstrations in mathematics and logic that show their work."""
     r = random.Random(f"{split} {domain} {seed}")
@@ -484,7 +491,7 @@ def documents(domain: str, seed: int = 0):
     always one a document: with several in view, which of them is being answered is the hardest
     thing for a small model to find out (LOG.md, 2026-11-23). The report's synthetic data is written
     by larger models; a generator that knows the answer is the small-scale stand-in."""
-    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.6)
+    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1)
     while True:
         form = r.choice(FORMS)
         shots = [next(stream) for _ in range(1 if r.random() < 0.95 else 2)]
