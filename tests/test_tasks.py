@@ -285,3 +285,14 @@ def test_score_many_equals_score():
     responses = [text for _, text in pairs] + ["no"] * 8
     assert score_many(queries, responses) == [1.0] * 8 + [0.0] * 8
     assert [score(q, r) for q, r in zip(queries[:4], responses[:4], strict=True)] == [1.0] * 4
+
+
+def test_a_program_runs_once(monkeypatch):
+    """Within a call and in later ones; other tests of the same program are another run."""
+    query = next(tasks.items("val", "code", 9))[0]
+    other = {**query, "check": {**query["check"], "tests": "assert False"}}
+    ran, run_many = [], tasks.sandbox.run_many
+    monkeypatch.setattr(tasks.sandbox, "run_many", lambda jobs: ran.extend(jobs) or run_many(jobs))
+    text = "unheard_of = 1"
+    assert score_many([query, query], [text, text]) == [0.0, 0.0] and len(ran) == 1
+    assert score_many([query, other], [text, text]) == [0.0, 0.0] and len(ran) == 2
