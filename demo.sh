@@ -23,7 +23,7 @@ python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$
 
 say "3. pre-training"
 python pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --out "$RUN/pretrain" \
-  --tokens 2.8e6 --seed "$SEED"
+  --tokens 3.4e6 --seed "$SEED"
 evaluate pretrain --few_shot 1 --text "$RUN/data"
 
 say "4. SFT on verified demonstrations"

@@ -20,8 +20,9 @@ the variance is measured once, with the initial policy.
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
 
 Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
-Watch reward and pass instead: they rise within the first 20 steps. Dead groups (all 8 rewards
-equal) grow as queries are solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
+Watch pass instead, from one passage through the queries to the next: the mixed ones come first in
+each, the hopeless and the solved ones last. Dead groups (all 8 rewards equal) grow as queries are
+solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
 """
 import copy
 import random

@@ -482,8 +482,7 @@ def few_shot(query: dict, k: int, seed: int = 0) -> str:
 
 # Collected text puts questions in many ways, and so many layouts are one more reason to look for
 # the question itself: the chat template, first met in SFT, is then only another one.
-FORMS = ("Question: {}\nAnswer: {}", "Q: {}\nA: {}", "Problem: {}\nSolution:\n{}",
-         "User: {}\nAssistant:\n{}", "### Task\n{}\n### Response\n{}", "{}\n\n{}")
+FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
 
 
 def documents(domain: str, seed: int = 0):
@@ -491,7 +490,7 @@ def documents(domain: str, seed: int = 0):
     always one a document: with several in view, which of them is being answered is the hardest
     thing for a small model to find out (LOG.md, 2026-11-23). The report's synthetic data is written
     by larger models; a generator that knows the answer is the small-scale stand-in."""
-    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1)
+    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.75)
     while True:
         form = r.choice(FORMS)
         shots = [next(stream) for _ in range(1 if r.random() < 0.95 else 2)]
