@@ -15,7 +15,7 @@ first. The reward is Qwen2.5-Math's, verifier and reward model together (eq. in 
 
 so the reward model ranks answers but can never make a wrong one beat a right one. Not disclosed, so
 our choice: learning rate, clip, KL coefficient, temperature, length, number of episodes, and that
-the variance is measured once, with the initial policy.
+the variance is measured once, with the initial policy, and compared within a domain.
 
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
 

@@ -97,10 +97,10 @@ def mathematics(r):
     """-> (prompt, check, right responses): one states the answer at once, one shows its work."""
     prompt, answer, steps = r.choice(
         [gain_and_loss, boxes, together, change, share, perimeter])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, responses(steps, answer)
+    return prompt, {"kind": "math", "answer": str(answer)}, direct_and_worked(steps, answer)
 
 
-def responses(steps: list[str], answer) -> list[str]:
+def direct_and_worked(steps: list[str], answer) -> list[str]:
     direct = f"The answer is \\boxed{{{answer}}}."
     return [direct, ". ".join([*steps, direct])]
 
@@ -147,7 +147,7 @@ def syllogism(r):
 def logic(r):
     """-> (prompt, check, right responses), as in mathematics."""
     prompt, answer, steps = r.choice([swap, weekday, syllogism])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, responses(steps, answer)
+    return prompt, {"kind": "math", "answer": str(answer)}, direct_and_worked(steps, answer)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def extract_code(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
-VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, most come again in later steps
+VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, many come again in later steps
 
 
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
@@ -480,8 +480,8 @@ def few_shot(query: dict, k: int, seed: int = 0) -> str:
         + FORMS[0].format(query["prompt"], "").rstrip()
 
 
-# Collected text puts questions in many ways, and so many layouts are one more reason to look for
-# the question itself: the chat template, first met in SFT, is then only another one.
+# Collected text puts questions in more ways than one; the chat template, first met in SFT, is then
+# only another. With six of these the small model learned much more slowly (LOG.md, 2026-11-24).
 FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
 
 
