@@ -481,7 +481,7 @@ def few_shot(query: dict, k: int, seed: int = 0) -> str:
 
 
 # Collected text puts questions in more ways than one; the chat template, first met in SFT, is then
-# only another. With six of these the small model learned much more slowly (LOG.md, 2026-11-24).
+# only another. (Six layouts were tried as well: LOG.md, 2026-11-24.)
 FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
 
 
