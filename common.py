@@ -112,6 +112,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def positive(args, *names: str) -> None:
+    """Refuse an Args in which one of these numbers is zero or less."""
     for name in names:
         value = getattr(args, name)
         require(value > 0, f"--{name} must be positive, got {value}")

@@ -23,25 +23,25 @@ python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$
 
 say "3. pre-training"
 python pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --out "$RUN/pretrain" \
-  --tokens 3.2e6 --seed "$SEED"
+  --tokens 3.4e6 --seed "$SEED"
 evaluate pretrain --few_shot 1 --text "$RUN/data"
 
 say "4. SFT on verified demonstrations"
 python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 600 --epochs 8 \
-  --lr 7e-4 --seed "$SEED"
+  --lr 2e-4 --seed "$SEED"
 evaluate sft
 
 # From here one core trains on, stage by stage, and the other runs the control: more SFT on the same
 # demonstrations for as long. One thread each; run.json has the seconds of both.
 export OMP_NUM_THREADS=1
 say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
-(python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 600 --epochs 56 \
-  --lr 7e-4 --seed "$SEED"
+(python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 600 --epochs 95 \
+  --lr 2e-4 --seed "$SEED"
  evaluate sft_control) > "$RUN/sft_control.log" 2>&1 &
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
-python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 800 \
-  --pairs_per_query 4 --batch_size 16 --epochs 2 --lr 2e-4 --nll 0.2 --seed "$SEED"
+python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 1200 \
+  --pairs_per_query 4 --epochs 2 --lr 2e-4 --beta 0.05 --nll 3 --seed "$SEED"
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
@@ -51,11 +51,11 @@ python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --n_queries 200 --steps 8
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
   --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 240 --responses 2 \
-  --lr 1e-3 --epochs 2 --seed "$SEED"
+  --lr 5e-4 --seed "$SEED"
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
-python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 800 \
-  --steps 60 --batch_queries 48 --lr 5e-4 --normalise none --seed "$SEED"
+python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 1200 \
+  --steps 160 --batch_queries 24 --lr 3e-4 --normalise none --seed "$SEED"
 evaluate grpo
 
 wait

@@ -18,9 +18,11 @@ disclosed): beta, batch, schedule, the OnDARE variant with its alpha and p.
 
 --data: JSONL of {"prompt": str or messages, "chosen": str or messages, "rejected": ...}.
 
-Expect: the loss starts at exactly ln 2 = 0.693 and the accuracy (share of pairs with h > 0) rises
-to 0.7-0.9. Both log-probabilities may fall, the rejected one faster: that is DPO, not a fault. A
-fall of the chosen one by more than a few nats is one: lower --lr or raise --beta.
+Expect: the loss starts at exactly ln 2 = 0.693 (with --nll, that times the chosen answers' loss
+more) and the accuracy (share of pairs with h > 0) rises to 0.7-0.9. Both log-probabilities may
+fall, the rejected one faster: that is DPO, not a fault. A fall of the chosen one by more than a few
+nats is one: lower --lr, or raise --beta or --nll, which holds the chosen answer up. A small model
+needs much of it (LOG.md, 2026-11-24).
 """
 from dataclasses import dataclass
 

@@ -109,7 +109,8 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
     stops = tokenizer.stop_ids + (tuple(blank) if len(blank) == 1 else ())
     out = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
                    stop_ids=stops, valid_vocab=tokenizer.n_vocab)
-    texts = [tokenizer.decode(c.ids).split("\n\n")[0].strip() for c in out]
+    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids).split("\n\n")[0].strip()
+             for c in out]
     scores = tasks.score_many([q for q in queries for _ in range(n)], texts)
     pairs = list(zip(texts, scores, strict=True))
     return [pairs[i:i + n] for i in range(0, len(pairs), n)]

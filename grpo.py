@@ -15,16 +15,18 @@ first. The reward is Qwen2.5-Math's, verifier and reward model together (eq. in 
 
 so the reward model ranks answers but can never make a wrong one beat a right one. Not disclosed, so
 our choice: learning rate, clip, KL coefficient, temperature, length, number of episodes, and that
-the variance is measured once, with the initial policy.
+the variance is measured once, with the initial policy, and compared within a domain.
 
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
 
 Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
-Watch reward and pass instead: they rise within the first 20 steps. Dead groups (all 8 rewards
-equal) grow as queries are solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
+Watch pass instead, from one passage through the queries to the next: the mixed ones come first in
+each, the hopeless and the solved ones last. Dead groups (all 8 rewards equal) grow as queries are
+solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
 """
 import copy
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -143,8 +145,10 @@ def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: in
 
 
 def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
-    """Sample each query once with the initial policy; highest variance of scores first. Refuses to
-    train where there is nothing to learn from (R12.7)."""
+    """Sample each query's group once with the initial policy; highest variance of scores first
+    within a domain, the domains in turn: scores spread more in one domain than in another, and in
+    one order for all, whole stretches of training were of one domain (LOG.md, 2026-11-24). Refuses
+    to train where there is nothing to learn from (R12.7)."""
     answers, verified, rewards, scores = sample_episode(model, reward_model, tokenizer, queries,
                                                         args, args.seed)
     truncated = sum(not a.finished for a in answers) / len(answers)
@@ -154,7 +158,11 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens")
     require(mixed > 0, "every query passes always or never, so all advantages are 0: choose easier "
             "or harder --queries, or more SFT")
-    return [queries[i] for i in query_order(rewards if scores is None else scores).tolist()]
+    order, seen, rank = query_order(rewards if scores is None else scores).tolist(), Counter(), {}
+    for i in order:
+        rank[i] = seen[queries[i]["domain"]]
+        seen[queries[i]["domain"]] += 1
+    return [queries[i] for i in sorted(order, key=rank.get)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ import tasks
 from common import (
     InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
     require, setup, write_jsonl)
-from model import Config, Qwen2
-from sample import load_policy, prompt_ids, rollout
+from model import Config, PromptCache, Qwen2
+from sample import left_pad, load_policy, prompt_ids, rollout
 from tokenizer import Tokenizer
 
 
@@ -102,18 +102,28 @@ class RewardModel(Qwen2):
     def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
         """Rewards of responses to prompts. A prompt is a string, messages, or token ids; a response
         is a string or, straight from the sampler, token ids."""
-        rows = []
+        pairs = []
         for prompt, response in zip(prompts, responses, strict=True):
             if not prompt or not isinstance(prompt[0], int):
                 prompt = prompt_ids(self.tokenizer, {"prompt": prompt})
             if isinstance(response, str):
                 response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
-            rows.append(prompt + response)
-        out = torch.zeros(len(rows))
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for i in range(0, len(rows), batch_size):
-            index = by_length[i:i + batch_size]
-            out[index] = self.rewards([rows[j] for j in index]).cpu()
+            pairs.append((tuple(prompt), response))
+        out, device = torch.zeros(len(pairs)), self.head.weight.device
+        # Responses to one prompt stay together: it is read once, as in completion_logprobs.
+        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), pairs[i]))
+        for i in range(0, len(pairs), batch_size):
+            batch = order[i:i + batch_size]
+            index = {p: k for k, p in enumerate(dict.fromkeys(pairs[j][0] for j in batch))}
+            ids, pads = left_pad(list(index), device)
+            cache = PromptCache(pads)
+            self.hidden(ids, cache=cache)
+            cache.select(torch.tensor([index[pairs[j][0]] for j in batch], device=device))
+            answers = [pairs[j][1] for j in batch]
+            last = torch.tensor([len(answer) - 1 for answer in answers], device=device)
+            hidden = self.hidden(pad_rows(answers, 0).to(device), cache=cache)
+            hidden = hidden[torch.arange(len(batch), device=device), last]
+            out[batch] = self.head(hidden).flatten().float().cpu()
         return out.tolist()
 
     def rewards(self, rows: list[list[int]]):

@@ -16,7 +16,9 @@ is for a model a thousand times smaller; recipes for published weights pass --lr
 demonstrations. With no --init, a base model is looked for in runs/pretrain.
 
 Expect: the loss starts far below pre-training's (answers are easy to guess token by token) and
-falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves.
+falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves. A
+loss near 0 is no good sign: too high a rate learns the demonstrations by heart and loses what the
+base model could do (LOG.md, 2026-11-24).
 """
 from dataclasses import dataclass
 

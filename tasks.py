@@ -93,16 +93,16 @@ def perimeter(r):
             2 * (a + b), [f"{a} + {b} = {a + b}", f"2 * {a + b} = {2 * (a + b)}"])
 
 
-def mathematics(r, shown=0.5):
+def mathematics(r):
+    """-> (prompt, check, right responses): one states the answer at once, one shows its work."""
     prompt, answer, steps = r.choice(
         [gain_and_loss, boxes, together, change, share, perimeter])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, reasoned(r, steps, answer, shown)
+    return prompt, {"kind": "math", "answer": str(answer)}, direct_and_worked(steps, answer)
 
 
-def reasoned(r, steps: list[str], answer, shown: float) -> str:
-    """A demonstration that shows its work, with this probability, or states the answer at once."""
-    work = ". ".join(steps) + ". " if r.random() < shown else ""
-    return f"{work}The answer is \\boxed{{{answer}}}."
+def direct_and_worked(steps: list[str], answer) -> list[str]:
+    direct = f"The answer is \\boxed{{{answer}}}."
+    return [direct, ". ".join([*steps, direct])]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,9 +144,10 @@ def syllogism(r):
     return (f"{' '.join(rules)} {fact} Is {name} a {ask}? Answer yes, no or unknown.", kind, steps)
 
 
-def logic(r, shown=0.5):
+def logic(r):
+    """-> (prompt, check, right responses), as in mathematics."""
     prompt, answer, steps = r.choice([swap, weekday, syllogism])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, reasoned(r, steps, answer, shown)
+    return prompt, {"kind": "math", "answer": str(answer)}, direct_and_worked(steps, answer)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,7 +244,8 @@ def number_function(r):
     return prompt, f"{name}(n)", [f"    return {one}", loop], inputs
 
 
-def code(r, shown=0.5):
+def code(r):
+    """-> (prompt, check, right responses): one, in one of two styles."""
     what, signature, bodies, inputs = r.choice(
         [list_function, list_function, string_function, number_function])(r)
     prompt = f"Write a Python function `{signature}` that {what}."
@@ -253,7 +255,7 @@ def code(r, shown=0.5):
     tests = "\n".join(f"assert {name}({x}) == {namespace[name](eval(x))!r}" for x in inputs)
     body = r.choice(bodies)
     return prompt, {"kind": "code", "language": "python", "tests": tests}, \
-        f"```python\ndef {signature}:\n{body}\n```"
+        [f"```python\ndef {signature}:\n{body}\n```"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,8 +298,8 @@ def sentence(r, topic: str) -> list[str]:
     return words
 
 
-def instruction(r, shown=0.5):
-    """-> (prompt, check, demonstration): one or two constraints on a short text."""
+def instruction(r):
+    """-> (prompt, check, right responses): one, to one or two constraints on a short text."""
     if r.random() < 0.25:
         kind, n = r.choice(list(CATEGORIES)), r.randint(2, 6)
         names = r.sample(CATEGORIES[kind], n)
@@ -344,7 +346,7 @@ def instruction(r, shown=0.5):
         rules.append(("startend:quotation", {}))
     check = {"kind": "ifeval", "instruction_id_list": [i for i, _ in rules],
              "kwargs": [k for _, k in rules]}
-    return prompt + ".", check, text
+    return prompt + ".", check, [text]
 
 
 def words_of(text: str) -> list[str]:
@@ -389,15 +391,18 @@ def extract_code(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
+VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, many come again in later steps
+
+
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     """1.0 where the response passes its query's check, else 0.0. Code runs in the sandbox, several
-    programs at a time, equal ones once."""
+    programs at a time, equal ones once in the life of this process."""
     scores, jobs = [0.0] * len(queries), {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
         if check["kind"] == "code":
-            jobs[i] = {"code": check.get("prefix", "") + extract_code(response),
-                       "language": check["language"], "tests": check["tests"]}
+            jobs[i] = (check.get("prefix", "") + extract_code(response), check["language"],
+                       check["tests"])
         elif check["kind"] == "math":
             answer = extract_answer(response, strict=True)
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
@@ -407,8 +412,12 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             echo = words_of(query["prompt"]) == words_of(response)
             scores[i] = float(bool(response.strip()) and not echo
                               and all(follows(response, rule, kw) for rule, kw in rules))
-    for i, result in zip(jobs, sandbox.run_many(list(jobs.values())), strict=True):
-        scores[i] = float(result.passed)
+    new = list(dict.fromkeys(job for job in jobs.values() if job not in VERDICTS))
+    results = sandbox.run_many([dict(zip(("code", "language", "tests"), job, strict=True))
+                                for job in new])
+    VERDICTS.update((job, result.passed) for job, result in zip(new, results, strict=True))
+    for i, job in jobs.items():
+        scores[i] = float(VERDICTS[job])
     return scores
 
 
@@ -422,12 +431,13 @@ def score(query: dict, response: str) -> float:
 GENERATORS = {"mathematics": mathematics, "code": code, "instruction": instruction, "logic": logic}
 
 
-def items(split: str, domain: str, seed: int, shown: float = 0.5):
-    """Endless (query, demonstration) of one split and domain; prompts may come again. shown: the
-    share of answers in mathematics and logic that show their work."""
+def items(split: str, domain: str, seed: int, worked: float = 0.6):
+    """Endless (query, demonstration) of one split and domain; prompts may come again. worked: the
+    share of the demonstrations in mathematics and logic that show their work."""
     r = random.Random(f"{split} {domain} {seed}")
     while True:
-        prompt, check, demonstration = GENERATORS[domain](r, shown)
+        prompt, check, right = GENERATORS[domain](r)
+        demonstration = right[len(right) > 1 and r.random() < worked]
         if split_of(prompt) == split:
             yield {"prompt": prompt, "domain": domain, "check": check}, demonstration
 
@@ -462,22 +472,29 @@ def demonstrations(n: int, seed: int = 0) -> list[dict]:
 
 
 def few_shot(query: dict, k: int, seed: int = 0) -> str:
-    """The query as plain text after k worked examples of its domain: how a base model is asked."""
-    stream = items("sft", query["domain"], seed)
+    """The query as plain text after k worked examples of its domain, in the first of FORMS: how a
+    base model is asked."""
+    stream = items("sft", query["domain"], seed, worked=1.0)
     shots = [next(stream) for _ in range(k)]
-    return "".join(f"Question: {q['prompt']}\nAnswer: {text}\n\n" for q, text in shots) \
-        + f"Question: {query['prompt']}\nAnswer:"
+    return "".join(FORMS[0].format(q["prompt"], text) + "\n\n" for q, text in shots) \
+        + FORMS[0].format(query["prompt"], "").rstrip()
+
+
+# Collected text puts questions in more ways than one; the chat template, first met in SFT, is then
+# only another. (Six layouts were tried as well: LOG.md, 2026-11-24.)
+FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
 
 
 def documents(domain: str, seed: int = 0):
-    """Endless plain-text documents for pre-training: worked questions of the sft split, nearly
+    """Endless plain-text documents for pre-training: answered questions of the sft split, nearly
     always one a document: with several in view, which of them is being answered is the hardest
     thing for a small model to find out (LOG.md, 2026-11-23). The report's synthetic data is written
     by larger models; a generator that knows the answer is the small-scale stand-in."""
-    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.85)
+    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.75)
     while True:
+        form = r.choice(FORMS)
         shots = [next(stream) for _ in range(1 if r.random() < 0.95 else 2)]
-        yield "\n\n".join(f"Question: {q['prompt']}\nAnswer: {text}" for q, text in shots)
+        yield "\n\n".join(form.format(q["prompt"], text) for q, text in shots)
 
 
 def load(name: str, n: int = 400, seed: int = 0) -> list[dict]:

@@ -13,7 +13,7 @@ import tasks
 from data import is_held_out
 from evaluate import bits_per_byte, by_domain, interval, pass_at_k
 from model import Qwen2
-from sample import rollout
+from sample import Completion, rollout
 
 TEXTS = ["A short text.", "", "x", "The same words again and again. " * 9, "naïve café, 世界 2025",
          "Tabs\tand\n\nblank lines\n"]
@@ -149,13 +149,23 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
 
 def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
     """With --few_shot the text is cut before the next question that a base model would ask."""
-    class Completion:
-        ids = tokenizer.encode(" The answer is \\boxed{7}.\n\nQuestion: 2?\nAnswer: \\boxed{4}.")
-    monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion])
+    ids = tokenizer.encode(" The answer is \\boxed{7}.\n\nQuestion: 2?\nAnswer: \\boxed{4}.")
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(ids, [], False)])
     query = {"prompt": "p", "domain": "logic", "check": {"kind": "math", "answer": "7"}}
     args = stage_args(evaluate, few_shot=1)
     assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [
         [("The answer is \\boxed{7}.", 1.0)]]
+
+
+def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch):
+    """"<|endoftext|>" in the text would be a word in small letters, and fail constraints."""
+    ids = tokenizer.encode(" A SEA.") + [tokenizer.eos_id]
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(ids, [], True)])
+    rules = ["change_case:english_capital", "ours:exact_words"]
+    query = {"prompt": "p", "domain": "instruction", "check": {
+        "kind": "ifeval", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
+    args = stage_args(evaluate, few_shot=1)
+    assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):

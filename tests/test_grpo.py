@@ -365,15 +365,18 @@ def test_preflight_refuses(scores, finished, words, monkeypatch):
     """R12.7: no query passes only sometimes, or most answers cut: one line with the knob."""
     monkeypatch.setattr(grpo, "rollout", fake_rollout(scores, finished))
     args = stage_args(grpo, group=4)
-    refuses(lambda: grpo.order_queries(None, None, None, [{"q": 1}, {"q": 2}], args), *words)
+    refuses(lambda: grpo.order_queries(None, None, None, [{"domain": "a"}] * 2, args), *words)
 
 
 def test_preflight_orders_by_variance(monkeypatch):
-    """Report 4.3: the mixed query first, the dead ones after it, in their order."""
+    """Report 4.3: the mixed query first, the dead ones after it, in their order; with several
+    domains, so within each, and the domains in turn."""
     scores = [[0.0] * 4, [1.0, 0, 0, 0], [1.0] * 4, [1.0, 1, 0, 0]]
-    monkeypatch.setattr(grpo, "rollout", fake_rollout(scores))
-    ordered = grpo.order_queries(None, None, None, list("abcd"), stage_args(grpo, group=4))
-    assert ordered == list("dbac")
+    for domains, want in (("1111", "dbac"), ("1222", "dabc"), ("1121", "dcba")):
+        queries = [{"prompt": p, "domain": d} for p, d in zip("abcd", domains, strict=True)]
+        monkeypatch.setattr(grpo, "rollout", fake_rollout(scores))
+        ordered = grpo.order_queries(None, None, None, queries, stage_args(grpo, group=4))
+        assert "".join(query["prompt"] for query in ordered) == want
 
 
 @pytest.mark.parametrize("flag,value", [

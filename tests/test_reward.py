@@ -48,6 +48,16 @@ def test_score_does_not_depend_on_the_batch(tokenizer):
     assert model.score(PROMPTS[::-1], RESPONSES[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
 
 
+def test_a_prompt_read_once_scores_like_whole_rows(tokenizer):
+    """A group's prompt is read once: as if every row were read alone, from its first token."""
+    model = random_reward(tokenizer)
+    prompts, responses = [p for p in PROMPTS for _ in RESPONSES], RESPONSES * len(PROMPTS)
+    rows = [prompt_ids(tokenizer, {"prompt": p}) + tokenizer.encode(r) + [tokenizer.im_end_id]
+            for p, r in zip(prompts, responses, strict=True)]
+    want = [model.rewards([row]).item() for row in rows]
+    assert model.score(prompts, responses, 5) == pytest.approx(want, abs=1e-5)
+
+
 def test_score_is_read_at_the_last_token_whatever_the_padding(tokenizer):
     """R11.1: a full forward of the row alone, the head at its last position; padding of any id,
     of any length, and the padding id inside the text change nothing."""

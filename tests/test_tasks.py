@@ -52,8 +52,11 @@ def test_documents_hold_no_query_of_another_split(prompts):
     text = []
     for domain in DOMAINS:
         text += itertools.islice(tasks.documents(domain), 400)
-    questions = re.findall(r"^Question: (.*?)\nAnswer:", "\n\n".join(text), re.M | re.S)
-    assert len(questions) > 1000 and {tasks.split_of(q) for q in questions} == {"sft"}
+    patterns = [re.escape(form).replace(r"\{\}", "(.+?)") for form in tasks.FORMS]
+    forms = [next(p for p in patterns if re.match(p, doc, re.S)) for doc in text]
+    questions = [re.match(p, doc, re.S)[1] for p, doc in zip(forms, text, strict=True)]
+    assert {tasks.split_of(q) for q in questions} == {"sft"}
+    assert min(forms.count(p) for p in patterns) > 400  # each form is used
     everything = "\n".join(text)
     for split in ("rl", "val", "test"):
         assert not [p for p in prompts[split] if p in everything]
@@ -85,6 +88,17 @@ def test_load():
 
 # ---------------------------------------------------------------------------------------------
 # demonstrations
+
+@pytest.mark.parametrize("worked", [0.0, 0.6, 1.0])
+def test_share_of_worked_demonstrations(worked):
+    """`worked` is the share that shows its work; the questions do not depend on it."""
+    for domain in ("mathematics", "logic"):
+        pairs = list(itertools.islice(tasks.items("sft", domain, 0, worked), 1000))
+        shown = [not text.startswith("The answer is") for _, text in pairs]
+        assert sum(shown) / 1000 == pytest.approx(worked, abs=0.05)
+        other = itertools.islice(tasks.items("sft", domain, 0, 1 - worked), 1000)
+        assert [query for query, _ in pairs] == [query for query, _ in other]
+
 
 def mutate(r, domain: str, query: dict, text: str) -> str:
     """A near miss: right in form, wrong in content."""
@@ -271,3 +285,14 @@ def test_score_many_equals_score():
     responses = [text for _, text in pairs] + ["no"] * 8
     assert score_many(queries, responses) == [1.0] * 8 + [0.0] * 8
     assert [score(q, r) for q, r in zip(queries[:4], responses[:4], strict=True)] == [1.0] * 4
+
+
+def test_a_program_runs_once(monkeypatch):
+    """Within a call and in later ones; other tests of the same program are another run."""
+    query = next(tasks.items("val", "code", 9))[0]
+    other = {**query, "check": {**query["check"], "tests": "assert False"}}
+    ran, run_many = [], tasks.sandbox.run_many
+    monkeypatch.setattr(tasks.sandbox, "run_many", lambda jobs: ran.extend(jobs) or run_many(jobs))
+    text = "unheard_of = 1"
+    assert score_many([query, query], [text, text]) == [0.0, 0.0] and len(ran) == 1
+    assert score_many([query, other], [text, text]) == [0.0, 0.0] and len(ran) == 2
