@@ -207,7 +207,7 @@ def gains(chats: dict[str, list[dict]]) -> list[dict]:
     """Stage against stage, query by query: what all queries have in common, how hard they are,
     cancels, so these intervals are narrower than those of the two means."""
     out = []
-    for before, after in (("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
+    for before, after in (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
                           ("sft", "sft_control"), ("sft_control", "grpo")):
         old, new = chats.get(before, []), chats.get(after, [])
         if old and [row["prompt"] for row in old] == [row["prompt"] for row in new]:
