@@ -121,7 +121,9 @@ def evaluate(args: Args) -> dict:
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
     positive(args, "samples", "n_queries", "max_new_tokens")
-    require(args.window > 1, f"--window {args.window}: a window predicts its second token first")
+    longest = model.config.max_position_embeddings
+    require(1 < args.window <= longest or not args.text,
+            f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
     queries = tasks.load(args.queries, args.n_queries)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
