@@ -5,12 +5,11 @@ There is no Trainer here. Each stage writes its own loop; these are functions th
 
 Nothing random is hidden: every stage draws its data order and its samples from generators seeded
 by (seed, step), see `rng`. A checkpoint therefore is weights + optimizer + step, and a resumed
-run equals an uninterrupted one bit for bit on a CPU (tests/test_pipeline.py).
+run equals an uninterrupted one bit for bit on a CPU (tests/test_faults.py).
 """
 import contextlib
 import dataclasses
 import difflib
-import functools
 import gzip
 import inspect
 import json
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-STRIKES = 5  # steps in a row that were skipped: no accident of one batch, so the run stops
+STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
 
 
 class InputError(ValueError):
@@ -39,7 +39,7 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):
-    """Training that went on would be of no use: see `Run.log`."""
+    """The loss or the gradient stays nan or infinite."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,17 +217,15 @@ def clip_and_step(model, optimizer, lr: float, max_norm: float, loss: float = 0.
 
 def watch(model, found: list[str]) -> list:
     """Hooks that put into an empty `found` the first module whose output in training, or weight
-    whose gradient, is not finite. They look at every activation: only to be used after a bad step.
+    whose gradient, is not finite. A look at every activation takes time: for use after a bad step.
     """
-    def look(what: str, x) -> None:
-        if not found and torch.is_tensor(x) and not x.isfinite().all():
+    def look(what: str, *args) -> None:  # args: module, inputs, output; or only a gradient
+        training = len(args) == 1 or torch.is_grad_enabled()
+        if training and not found and torch.is_tensor(args[-1]) and not args[-1].isfinite().all():
             found.append(what)
-
-    def hook(name: str):
-        return lambda module, inputs, out: (
-            look(f"output of {name}", out) if torch.is_grad_enabled() else None)
-    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    return hooks + [p.register_hook(functools.partial(look, f"gradient of {name}"))
+    hooks = [module.register_forward_hook(partial(look, f"output of {name}"))
+             for name, module in model.named_modules()]
+    return hooks + [p.register_hook(partial(look, f"gradient of {name}"))
                     for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -236,8 +234,7 @@ def watch(model, found: list[str]) -> list:
 
 def open_text(path: str | Path):
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    require(path.is_file(), f"{path}: no such file")
     try:
         return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
     except OSError as error:
@@ -276,7 +273,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        known = [e.strerror for e in (error, error.__context__) if isinstance(e, OSError)]
+        reason = (known or str(error).splitlines())[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"
                          ) from None
 
@@ -330,9 +328,9 @@ class Run:
     """A stage's --out directory: run.json (what was asked and what came out), log.jsonl (one
     object a step, exactly what is shown), samples.jsonl, the model, and state/ while training.
 
-    Killed at any moment, a run goes on with the same command and --resume: from its last state;
-    from step 0 where it had saved none yet; also where the model was already written. Only where
-    run.json says finished, which is written last, is there nothing left to do."""
+    A run killed at any moment goes on with the same command and --resume: from its last state, or
+    from step 0 where there is none yet; also when the model is written, until run.json, the last
+    file, says finished."""
 
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
@@ -444,8 +442,8 @@ class Run:
             os.fsync(file.fileno())
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "seconds": self.seconds()}
-        with replacing(self.state_file) as temporary:
-            torch.save(state, temporary)
+        with replacing(self.state_file) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # to a name, torch would not tell why a write failed
 
     def seconds(self) -> float:
         return self.previous_seconds + time.time() - self.started

@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch._dynamo  # noqa: E402, F401  an optimizer imports it: once here, not in each fork
+
 import common  # noqa: E402
 import model  # noqa: E402
 import tasks  # noqa: E402

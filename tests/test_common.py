@@ -395,8 +395,8 @@ def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
     """R4.4; and the torn file does not stop `finish`."""
     run, (model, optimizer) = interrupted(tmp_path / "run"), small()
 
-    def torn(state, path):
-        Path(path).write_bytes(b"half")
+    def torn(state, file):
+        file.write(b"half")
         raise KeyboardInterrupt
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
