@@ -273,7 +273,7 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
-        known = [e.strerror for e in (error, error.__context__) if isinstance(e, OSError)]
+        known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
         reason = (known or str(error).splitlines())[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"
                          ) from None

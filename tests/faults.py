@@ -73,7 +73,7 @@ def arm(stage, clock: Clock, order: Path) -> None:
 
     def new_fsync(fd):
         name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        clock.tick(f"write {name}", lambda: name.endswith(".tmp") and os.ftruncate(
+        clock.tick(f"write {name}", lambda: name == "log.jsonl" or os.ftruncate(
             fd, os.fstat(fd).st_size // 2))
         fsync(fd)
 
@@ -160,8 +160,8 @@ def main(job: dict) -> dict:
 def choose(moments: list[str], n: int, seed: int) -> list[list]:
     """n lists of moments, all chosen by the seed: a quarter while a state is saved, a quarter
     while the stage finishes, one each before anything is written, before the first state, in a
-    log line, and at a moment of the wall clock; the rest anywhere, every other one killed again
-    after it was continued."""
+    log line after it, and at a moment of the wall clock; the rest anywhere, every other one killed
+    again after it was continued."""
     r, where = random.Random(seed), range(1, len(moments) + 1)
     last = max(i for i in where if moments[i - 1] == "log")
     state = [i for i in where if "state.pt" in moments[i - 1]]
@@ -170,7 +170,7 @@ def choose(moments: list[str], n: int, seed: int) -> list[list]:
     kills = [[i] for i in r.sample(state, n // 4) + r.sample(finish, n // 4)]
     if n:
         kills += [[r.randint(1, begun)], [r.randint(begun + 1, state[0] - 1)],
-                  [r.choice([i for i in where if moments[i - 1] == "log"])],
+                  [r.choice([i for i in where if moments[i - 1] == "log" and i > state[0]])],
                   [{"share": r.uniform(0.2, 0.9)}]]
     while len(kills) < n:
         kills.append([r.choice(where)] + [r.choice(where[:len(where) // 2])] * (len(kills) % 2))
