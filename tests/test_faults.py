@@ -454,7 +454,7 @@ def short(inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("stage", [s for s in STAGES if s != "pretrain-moe"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_is_skipped_counted_and_recorded(stage, gradient, short, tmp_path,
                                                                    poison):
     """R4.5: its row tells the batch and, from the second in a row on, the module; no other row is
@@ -479,7 +479,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_recorded(stage, gradie
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s != "pretrain-moe"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_five_such_steps_in_a_row_end_the_run(stage, short, tmp_path, poison):
     """R4.5: one line that names the first bad module, also where the run was continued between
     them; the state from before is there."""
