@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from model import MLP, Qwen2
 from reward import RewardModel
 from sample import load_policy
 
+resource = pytest.importorskip("resource", reason="limits of Unix")
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"pretrain": pretrain, "pretrain-moe": pretrain, "sft": sft, "dpo": dpo, "reward": reward,
           "grpo": grpo}
