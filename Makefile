@@ -20,7 +20,7 @@ test-faults: .venv/ready
 
 # Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
 test-parity: .venv/parity
-	$(PY) -m pytest -m parity
+	PARITY=1 $(PY) -m pytest -m parity -rs
 
 # Against the peers of requirements-bench.txt, in an environment of their own; appends the tables to
 # bench/RESULTS.md. BENCH="--core 1 --processes 5" passes options on.

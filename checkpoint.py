@@ -30,6 +30,11 @@ ONLY = {
 }
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "rope_theta")
+POSITIVE = ("max_position_embeddings", "rms_norm_eps", "decoder_sparse_step", "yarn_factor")
+
+
 def read_config(path: str | Path, Config):
     """config.json of a directory -> a Config (model.py's dataclass). InputError for anything that
     Qwen2 does not have: a model that is nearly right would be silently wrong."""
@@ -44,15 +49,19 @@ def read_config(path: str | Path, Config):
         require(value in allowed, f"{path}: {name} is {value!r}, Qwen2 has only {allowed[0]!r}")
     require(all(layer == "full_attention" for layer in raw.get("layer_types") or ()),
             f"{path}: layer_types other than full_attention are not Qwen2")
-    values = {f.name: raw[f.name] for f in fields(Config) if f.name in raw}
+    published = fields(Config)[:-4]  # the others, on long context, have other names there
+    values = {f.name: raw[f.name] for f in published if raw.get(f.name) is not None}
     values |= long_context_from_dict(raw, path)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads", "rope_theta"):
-        require(isinstance(values.get(name), (int, float)), f"{path}/config.json: no {name}")
-    if kind == "qwen2_moe":
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            require(values.get(name), f"{path}/config.json: no {name}")
-        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+    need = SIZES + ("num_experts", "num_experts_per_tok", "moe_intermediate_size")[:3 * (
+        kind == "qwen2_moe")]
+    for name in need:
+        require(values.get(name) is not None, f"{path}/config.json: no {name}")
+    values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+    for f in fields(Config):
+        value, kinds = values.get(f.name, f.default), {int: int, float: (int, float), bool: bool}
+        good = isinstance(value, kinds.get(f.type, tuple)) and (
+            f.type not in (int, float) or (value > 0 if f.name in need + POSITIVE else value >= 0))
+        require(good, f"{path}/config.json: {f.name} is {value!r}")
     config = Config(**values)
     require(raw.get("head_dim") in (None, config.head_dim), f"{path}: head_dim is "
             f"{raw.get('head_dim')}, Qwen2 has hidden_size / num_attention_heads")
@@ -62,12 +71,16 @@ def read_config(path: str | Path, Config):
 def long_context_from_dict(raw: dict, path) -> dict:
     """Theta, YaRN and dual chunk attention, in the forms of transformers 4 (rope_theta,
     rope_scaling) and 5 (rope_parameters holds both)."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    forms = [raw.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    require(all(isinstance(form, dict) and not any(isinstance(v, dict) for v in form.values())
+                for form in forms), f"{path}: rope_scaling or rope_parameters is no flat object")
+    rope = forms[0] or forms[1]
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in ("default", "yarn"), f"{path}: rope scaling {kind!r} is not supported, "
             "only yarn")
-    out = {"rope_theta": (raw.get("rope_parameters") or {}).get("rope_theta")
-           or rope.get("rope_theta") or raw.get("rope_theta")}
+    thetas = {form.get("rope_theta") for form in (*forms, raw)} - {None}
+    require(len(thetas) < 2, f"{path}: several rope_theta {sorted(thetas)}")
+    out = {"rope_theta": next(iter(thetas), None)}
     lengths = {raw.get("original_max_position_embeddings")}
     if kind == "yarn":
         usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None,
@@ -88,7 +101,12 @@ def long_context_from_dict(raw: dict, path) -> dict:
     # YaRN over a length that the model was not trained at is silently wrong (R7.2).
     require(len(lengths) < 2, f"{path}: several training lengths {sorted(lengths)} "
             "(original_max_position_embeddings)")
-    return out | {"original_max_position_embeddings": next(iter(lengths), 0)}
+    length = next(iter(lengths), 0)
+    # A published model is set to YaRN by adding rope_scaling alone: it then has more positions.
+    if kind == "yarn":
+        positions = raw.get("max_position_embeddings") or 0
+        out["max_position_embeddings"] = max(positions, int(length * out["yarn_factor"]))
+    return out | {"original_max_position_embeddings": length}
 
 
 def write_config(config, architecture: str, dtype: str, path: str | Path) -> None:

@@ -35,7 +35,7 @@ evaluate sft
 # demonstrations for as long. One thread each; run.json has the seconds of both.
 export OMP_NUM_THREADS=1
 say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
-(python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 600 --epochs 95 \
+(python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 600 --epochs 115 \
   --lr 2e-4 --seed "$SEED"
  evaluate sft_control) > "$RUN/sft_control.log" 2>&1 &
 
@@ -55,7 +55,7 @@ python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" 
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
 python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 1200 \
-  --steps 160 --batch_queries 24 --lr 3e-4 --normalise none --seed "$SEED"
+  --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 --normalise none --seed "$SEED"
 evaluate grpo
 
 wait

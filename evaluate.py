@@ -121,7 +121,9 @@ def evaluate(args: Args) -> dict:
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
     positive(args, "samples", "n_queries", "max_new_tokens")
-    require(args.window > 1, f"--window {args.window}: a window predicts its second token first")
+    longest = model.config.max_position_embeddings
+    require(1 < args.window <= longest or not args.text,
+            f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
     queries = tasks.load(args.queries, args.n_queries)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
@@ -207,7 +209,7 @@ def gains(chats: dict[str, list[dict]]) -> list[dict]:
     """Stage against stage, query by query: what all queries have in common, how hard they are,
     cancels, so these intervals are narrower than those of the two means."""
     out = []
-    for before, after in (("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
+    for before, after in (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
                           ("sft", "sft_control"), ("sft_control", "grpo")):
         old, new = chats.get(before, []), chats.get(after, [])
         if old and [row["prompt"] for row in old] == [row["prompt"] for row in new]:

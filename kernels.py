@@ -286,22 +286,28 @@ def dual_chunk_attention(q, k, v, chunk, *, scale=None, pads=None):
 
     q: three (B,Hq,T,D), one query rotated in three ways: for keys of its own chunk, of the previous
     one, of all older ones. k, v (B,Hkv,S,D): keys rotated by their position within their chunk.
-    The queries are the last T of S positions. pads (B,): the columns of left padding of each row,
-    which count neither as keys nor as positions. Returns (B,Hq,T,D) in q's dtype; one softmax over
-    the three groups of keys, in fp32. Memory O(S): a block of queries sees all its keys at once.
+    The queries are the last T of S positions. pads: the columns of left padding of each of the B
+    rows, which count neither as keys nor as positions. Returns (B,Hq,T,D) in q's dtype, by one fp32
+    softmax over the three groups of keys. Memory O(S): a block of queries sees all keys at once.
     """
-    (B, Hq, T, D), (Hkv, S) = q[0].shape, k.shape[1:3]
-    if pads is not None:
-        out = torch.zeros_like(q[0])
-        for b, pad in enumerate(pads.tolist()):
-            t = min(T, S - pad)                    # the queries of this row that are no padding
-            out[b:b + 1, :, T - t:] = dual_chunk_attention(
-                [x[b:b + 1, :, T - t:] for x in q], k[b:b + 1, :, pad:], v[b:b + 1, :, pad:], chunk,
-                scale=scale)
+    dtype = q[0].dtype
+    q, (k, v) = _autocast(*q), _autocast(k, v)
+    with _no_autocast(k.device.type):
+        if pads is None:
+            return _dual_chunks(q, _fp32(k), _fp32(v), chunk, scale).to(dtype)
+        out, T = torch.zeros_like(q[0], dtype=dtype), q[0].shape[2]
+        for b, pad in enumerate(pads):
+            if (t := min(T, k.shape[2] - pad)) > 0:    # how many queries of this row are no padding
+                out[b:b + 1, :, T - t:] = _dual_chunks(
+                    [x[b:b + 1, :, T - t:] for x in q], _fp32(k[b:b + 1, :, pad:]),
+                    _fp32(v[b:b + 1, :, pad:]), chunk, scale).to(dtype)
         return out
-    scale, dtype = D ** -0.5 if scale is None else scale, q[0].dtype
-    k, v, start, out = _fp32(k), _fp32(v), S - T, []
-    block = max(1, SCORES // (B * Hq * S))
+
+
+def _dual_chunks(q, k, v, chunk, scale):
+    (B, Hq, T, D), (Hkv, S) = q[0].shape, k.shape[1:3]
+    scale = D ** -0.5 if scale is None else scale
+    start, out, block = S - T, [], max(1, SCORES // (B * Hq * S))
     while start < S:
         own = start // chunk * chunk               # where the queries' chunk begins
         previous, end = max(0, own - chunk), min(S, own + chunk, start + block)
@@ -312,7 +318,7 @@ def dual_chunk_attention(q, k, v, chunk, *, scale=None, pads=None):
         scores = scores.masked_fill(i[:, None] < torch.arange(end, device=k.device), -torch.inf)
         out.append(_unfold(scores.softmax(-1) @ v[:, :, :end], end - start))
         start = end
-    return torch.cat(out, dim=2).to(dtype)
+    return torch.cat(out, dim=2)
 
 
 def dual_chunk_attention_reference(q, k, v, chunk, *, scale=None):

@@ -85,7 +85,12 @@ class Config:
         if yarn == 1 and not dca:
             return self
         length = self.trained_length
-        chunk = {"chunk_size": length, "local_size": length // 4} if dca else {}
+        require(self.original_max_position_embeddings or length <= 32768, "config.json has "
+                f"{length} positions, but not the length of training: add "
+                "original_max_position_embeddings (32768 for Qwen2.5)")
+        chunk = {"chunk_size": length, "local_size": length // 4}
+        if not dca or self.chunk_size:  # those of the checkpoint, where it has them
+            chunk = {}
         return replace(self, original_max_position_embeddings=length, yarn_factor=yarn, **chunk,
                        max_position_embeddings=int(length * (4 if dca else yarn)))
 
@@ -95,7 +100,8 @@ class Config:
 
 
 def _size(C, F, L, H, K, V=151936, tied=False, eps=1e-6, positions=131072):
-    return Config(V, C, F, L, H, K, positions, eps, tie_word_embeddings=tied)
+    return Config(V, C, F, L, H, K, positions, eps, tie_word_embeddings=tied,
+                  original_max_position_embeddings=32768 if positions > 32768 else 0)
 
 
 def _moe(base: Config, experts, k, inner, shared):
@@ -174,8 +180,8 @@ def rope(positions, config: Config):
 
 
 def dual_chunks(positions, config: Config):
-    """Dual chunk attention: positions (B or 1, T) -> rotations of a query towards keys of its own
-    chunk, the previous one, all older ones; and the (B or 1, 1, T, 1) temperature of its logits.
+    """Dual chunk attention: positions (B or 1, T) -> three rotations (cos, sin) of a query, towards
+    keys of its own chunk, the previous one, all older ones.
 
     Chunks have s = chunk_size - local_size tokens, and a key is rotated by its position j mod s
     alone. A query i is rotated by i mod s for its own chunk (exact distances), by
@@ -183,15 +189,15 @@ def dual_chunks(positions, config: Config):
     for older ones, c = chunk_size: no distance was not seen in training (paper, eq. 2-7; the code
     that serves Qwen2.5-1M caps at c instead of c - 1). Up to c tokens nothing changes.
 
-    Temperature (Qwen2.5-1M, section on length extrapolation): m^2 with YaRN's
-    m = 0.1 ln(length / training length) + 1 beyond the training length. Our choice: the length is
-    each query's own, i + 1, so that cached and uncached passes agree."""
+    Temperature (Qwen2.5-1M, section on length extrapolation), in the rotations: m^2 on the logits
+    with YaRN's m = 0.1 ln(length / training length) + 1 beyond the training length. Our choice: the
+    length is each query's own, i + 1, so that cached and uncached passes agree."""
     s, cap = config.chunk_size - config.local_size, config.chunk_size - 1
     own = positions % s
-    positions_of_query = own, (own + s).clamp(max=cap), torch.full_like(own, cap)
-    rotations = [rope(p, config) for p in positions_of_query]
     m = 0.1 * ((positions + 1) / config.trained_length).clamp(min=1).log() + 1
-    return rotations, (m * m)[:, None, :, None]
+    heat = (m * m)[:, None, :, None]
+    return [(cos * heat, sin * heat) for cos, sin in (
+        rope(p, config) for p in (own, (own + s).clamp(max=cap), torch.full_like(own, cap)))]
 
 
 def rotate(x, cos, sin):
@@ -221,8 +227,8 @@ class Attention(nn.Module):
             y = kernels.attention(rotate(q, cos, sin), k, v, causal=True, segment_ids=segment_ids,
                                   mask=mask)
         else:
-            rotations, temperature, chunk, pads = dual
-            q = [rotate(q, *rotation) * temperature.to(q.dtype) for rotation in rotations]
+            rotations, chunk, pads = dual
+            q = [rotate(q, *rotation) for rotation in rotations]
             y = kernels.dual_chunk_attention(q, k, v, chunk, pads=pads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -434,8 +440,8 @@ class Qwen2(nn.Module):
         chunk, dual = self.config.chunk_size - self.config.local_size, None
         if 0 < chunk < start + T:  # else all is one chunk, and this is plain attention
             require(segment_ids is None, "dual chunk attention is for inference, not packed rows")
-            rotations, temperature = dual_chunks(positions, self.config)
-            dual = rotations, temperature, chunk, cache.pads if cache is not None else None
+            pads = cache.pads.tolist() if cache is not None and cache.pads is not None else None
+            dual = dual_chunks(positions, self.config), chunk, pads
         cos, sin = rope(positions % chunk if dual else positions, self.config)
         x = self.model.embed_tokens(ids)
         for layer, block in enumerate(self.model.layers):

@@ -20,7 +20,7 @@ tenth and then slowly. A loss that stays near 7: learning rate too low, or shuff
 import math
 import random
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -118,13 +118,15 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
     the row and the rest is dropped; then a random half of every expert's weights is drawn anew, so
     that experts differ. All other weights stay.
 
-    Not disclosed, so our choice, made so that the loss goes on from near the dense one's: the
-    shared expert is cut the same way but keeps its weights; the router starts near uniform; and
-    each output is divided by the weight it will get (1/E, or 1/k if normalised, and 1/2 from the
-    shared gate), times the dense size over the active size, which makes the sum of what is active
-    an estimate of the dense FFN."""
-    names = [f.name for f in fields(Config) if "expert" in f.name or "moe" in f.name]
-    names += ["norm_topk_prob", "router_aux_loss_coef", "decoder_sparse_step", "mlp_only_layers"]
+    Not disclosed, so our choice, made so that the loss goes on nearer to the dense one's (LOG.md,
+    2026-11-24, has numbers): the new weights have initializer_range; the shared expert is cut the
+    same way but keeps its weights; the router starts near uniform; and each output is divided by
+    the weight it will get (1/E, or 1/k if normalised, and 1/2 from the shared gate), times the
+    dense size over the active size, which makes the sum of what is active an estimate of the dense
+    FFN."""
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+             "shared_expert_intermediate_size", "norm_topk_prob", "router_aux_loss_coef",
+             "decoder_sparse_step", "mlp_only_layers")
     config = replace(dense.config, **{name: getattr(preset, name) for name in names})
     E, k, inner = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
     shared, F = config.shared_expert_intermediate_size, config.intermediate_size
@@ -146,7 +148,7 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
         experts.down_proj.copy_(down[:, cut].transpose(0, 1)
                                 * scale * (k if config.norm_topk_prob else E))
         for w in experts.parameters():
-            new = torch.randn(w.shape, generator=generator) * w.std()
+            new = torch.randn(w.shape, generator=generator) * config.initializer_range
             w.copy_(torch.where(torch.rand(w.shape, generator=generator) < fresh, new, w))
         moe.gate.weight.normal_(0.0, config.initializer_range, generator=generator)
         if shared:
@@ -229,7 +231,8 @@ def main(args: Args) -> dict:
     start = run.begin(model, optimizer)
 
     # loop
-    starved = 0  # (MoE layers, experts): steps in a row with less than a tenth of the fair share
+    starved = 0  # (MoE layers, experts): steps in a row, since the start or --resume, with less
+    # than a tenth of the fair share
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)
     for step in bar:
         began = time.time()
@@ -262,8 +265,8 @@ def main(args: Args) -> dict:
             starved = (starved + 1) * dead
             for layer, expert in (starved == 100).nonzero().tolist():
                 tqdm.write(f"step {step + 1}: expert {expert} of MoE layer {layer} got less than a "
-                           "tenth of its fair share for 100 steps; raise router_aux_loss_coef in "
-                           "config.json or lower --lr")
+                           "tenth of its fair share for 100 steps: lower --lr, or raise "
+                           "router_aux_loss_coef in the config.json of --init")
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(model, val_ids, val_segments, args.micro_batch,
                                                 device, autocast)

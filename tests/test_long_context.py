@@ -79,8 +79,8 @@ def test_positions_of_the_papers_examples():
     """FACTS 3.4: towards the previous chunk 6 7 8 9 9 9 (c = 10, s = 6), 5 6 7 7 7 (c = 8, s = 5);
     towards older ones c - 1."""
     for c, s, want in ((10, 6, [6, 7, 8, 9, 9, 9]), (8, 5, [5, 6, 7, 7, 7])):
-        config = Config(max_position_embeddings=c, chunk_size=c, local_size=c - s)
-        (own, previous, older), _ = M.dual_chunks(torch.arange(2 * s)[None], config)
+        config = Config(max_position_embeddings=1000, chunk_size=c, local_size=c - s)
+        own, previous, older = M.dual_chunks(torch.arange(2 * s)[None], config)
         for got, positions in ((own, list(range(s)) * 2), (previous, want * 2),
                                (older, [c - 1] * 2 * s)):
             for a, b in zip(got, M.rope(torch.tensor([positions]), config), strict=True):
@@ -121,21 +121,24 @@ def by_the_rules(model, ids):
     return model.model.norm(x) @ model.head_weight.T
 
 
-def test_dual_chunk_attention_equals_a_direct_reference():
+@pytest.mark.parity
+def test_dual_chunk_attention_equals_a_direct_reference(compare):
     model = chunked()
     logits = model(IDS)
-    for row, want in zip(IDS, logits, strict=True):
-        close(by_the_rules(model, row), want)
+    for row, got in zip(IDS, logits, strict=True):
+        compare("dual chunk attention: direct reference", got, by_the_rules(model, row), 1e-4)
     with_flat_heat = replace(model.config, original_max_position_embeddings=10**9)
     model.config = with_flat_heat
     assert (model(IDS) - logits).abs().max() > 1e-2  # the temperature is there
 
 
-def test_up_to_the_training_length_nothing_changes():
+@pytest.mark.parity
+def test_up_to_the_training_length_nothing_changes(compare):
     model = chunked()
     long = model(IDS)
     model.config = replace(model.config, chunk_size=0, local_size=0)
-    close(long[:, :LENGTH], model(IDS[:, :LENGTH]))
+    compare("dual chunk attention: plain below training length", long[:, :LENGTH],
+            model(IDS[:, :LENGTH]), 1e-4)
     assert (long - model(IDS))[:, LENGTH:].abs().max() > 0.1
     assert torch.equal(chunked()(IDS[:, :12]), model(IDS[:, :12]))  # one chunk: bit for bit
 
@@ -149,18 +152,30 @@ def test_cached_equals_uncached_across_chunks(sizes):
     close(torch.cat([model(part, cache=cache) for part in IDS.split(sizes, 1)], 1), model(IDS))
 
 
-@pytest.mark.parametrize("sizes", [[45], [5, 20, 20], [30, 1, 14]])
+@pytest.mark.parametrize("sizes, pad", [([45], 7), ([5, 20, 20], 7), ([30, 1, 14], 7),
+                                        ([15, 30], 20), ([15, 1, 1, 28], 15)])
 @torch.no_grad()
-def test_left_padding_shifts_the_chunks_of_its_row_only(sizes):
-    """R3.3, R3.4: chunks begin where the row does."""
+def test_left_padding_shifts_the_chunks_of_its_row_only(sizes, pad):
+    """R3.3, R3.4: chunks begin where the row does, also if that is after a chunk of nothing."""
     model = chunked()
     for make in (lambda pads: KVCache(model.config, 2, 45, "cpu", torch.float32, pads),
                  PromptCache):
-        cache = make(torch.tensor([7, 0]))
+        cache = make(torch.tensor([pad, 0]))
         out = torch.cat([model(part, cache=cache) for part in IDS.split(sizes, 1)], 1)
         assert out.isfinite().all()
-        close(out[0, 7:], model(IDS[:1, 7:])[0])
+        close(out[0, pad:], model(IDS[:1, pad:])[0])
         close(out[1], model(IDS[1:])[0])
+
+
+def test_the_kernel_keeps_its_sums_in_float32_under_autocast():
+    g = torch.Generator().manual_seed(0)
+    q = [torch.randn(1, 4, 40, 16, generator=g).bfloat16() for _ in range(3)]
+    k, v = (torch.randn(1, 2, 40, 16, generator=g).bfloat16() for _ in range(2))
+    want = kernels.dual_chunk_attention(q, k, v, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.dual_chunk_attention(q, k, v, 7), want)
+        exact = kernels.dual_chunk_attention([x.float() for x in q], k.float(), v.float(), 7)
+    assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), want)
 
 
 def test_packed_rows_are_refused():
@@ -170,7 +185,8 @@ def test_packed_rows_are_refused():
 
 @pytest.mark.parametrize("T, S, chunk", [(30, 30, 7), (5, 30, 7), (1, 30, 7), (30, 30, 30),
                                          (30, 30, 1), (9, 29, 10)])
-def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch):
+@pytest.mark.parity
+def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch, compare):
     """In float64, forward and backward; also when a block holds few queries."""
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(2, h, n, 8, generator=g, dtype=torch.float64).requires_grad_()
@@ -183,7 +199,7 @@ def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch):
         grads = [torch.autograd.grad((o * weights).sum(), leaves, retain_graph=True,
                                      materialize_grads=True) for o in outs]
         for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
-            close(a, b, 1e-12)
+            compare("dual chunk attention: kernel and twin, float64", a, b, 1e-12)
     same = kernels.dual_chunk_attention([leaves[0]] * 3, *leaves[3:], chunk)
     close(same, kernels.attention(leaves[0], *leaves[3:], impl="reference"), 1e-12)
 
@@ -207,16 +223,35 @@ def test_the_published_forms_are_read(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     plain = json.loads((tmp_path / "config.json").read_text())
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    for change in ({"rope_scaling": yarn, "rope_theta": 1e6, "rope_parameters": None},
+    del plain["rope_theta"], plain["rope_parameters"]
+    for change in ({"rope_scaling": yarn, "rope_theta": 1e6},
                    {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", **yarn}}):
         (tmp_path / "config.json").write_text(json.dumps(plain | change))
         config = Qwen2.from_pretrained(tmp_path).config
         assert (config.yarn_factor, config.trained_length, config.rope_theta) == (4.0, 32768, 1e6)
+        assert config.max_position_embeddings == 131_072  # the file says less, as published
     chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
     (tmp_path / "config.json").write_text(json.dumps(
-        plain | {"dual_chunk_attention_config": chunks, "max_position_embeddings": 1010000}))
+        plain | {"rope_theta": 1e7, "dual_chunk_attention_config": chunks,
+                 "max_position_embeddings": 1010000}))
     config = Qwen2.from_pretrained(tmp_path).config
     assert (config.chunk_size, config.local_size, config.trained_length) == (262144, 8192, 262144)
+
+
+def test_a_length_that_is_not_recorded_is_asked_for():
+    """R7.2: published base models have 131,072 positions and were trained at 32,768."""
+    assert PRESETS["7B"].extended(yarn=4.0).max_position_embeddings == 131_072
+    assert PRESETS["0.5B"].extended(dca=True).chunk_size == 32_768
+    unknown = replace(PRESETS["7B"], original_max_position_embeddings=0)
+    with pytest.raises(InputError, match="add original_max_position_embeddings"):
+        unknown.extended(yarn=4.0)
+    assert unknown.extended() == unknown
+
+
+def test_chunks_of_the_checkpoint_are_kept():
+    config = replace(PRESETS["7B"], max_position_embeddings=1_010_000, chunk_size=262_144,
+                     local_size=8192, original_max_position_embeddings=262_144)
+    assert config.extended(dca=True).local_size == 8192
 
 
 def test_both_at_once_are_refused():
@@ -246,15 +281,19 @@ def test_sample_answers_a_prompt_beyond_the_training_length(flags, short_run, ca
                        temperature=0.0, device="cpu", dtype="float32")
     with pytest.raises(InputError, match="outgrows the model's 128 positions"):
         sample.main(args)
-    seen, extended = [], Config.extended
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, "extended", lambda *a: seen.append(extended(*a)) or seen[-1])
+    seen, rope, chunked = [], M.rope, kernels.dual_chunk_attention
+    with pytest.MonkeyPatch.context() as patch:  # what the forward passes really do
+        patch.setattr(M, "rope", lambda p, c: seen.append((c.yarn_factor, c.trained_length))
+                      or rope(p, c))
+        patch.setattr(kernels, "dual_chunk_attention",
+                      lambda *a, **k: seen.append("dual") or chunked(*a, **k))
         sample.main(replace(args, **flags))
-    assert seen[0].max_position_embeddings == 512 and seen[0].trained_length == 128
+    assert ("dual" in seen) == ("dca" in flags) and (flags.get("yarn", 1.0), 128) in seen
 
 
 def test_evaluate_reads_long_windows(short_run, tmp_path):
-    """The flags reach the model: bits per byte change beyond 128 tokens, and not within."""
+    """The flags reach the model: windows of 400 tokens are refused without them, and differ with
+    each; windows within the training length do not."""
     texts = [f"{i} " + "a long story about the sea and the moon. " * 40 for i in range(200)]
     held_out = [text for text in texts if is_held_out(text)]
     assert held_out
@@ -264,7 +303,9 @@ def test_evaluate_reads_long_windows(short_run, tmp_path):
 
     def bits(**flags):
         return evaluate.evaluate(replace(args, **flags))["bits_per_byte"]
-    assert len({bits(), bits(yarn=4.0), bits(dca=True), bits(window=100)}) == 4
+    with pytest.raises(InputError, match="--window 400 wants 2 to 128"):
+        bits()
+    assert len({bits(yarn=4.0), bits(dca=True), bits(window=100)}) == 3
     assert bits(dca=True, window=100) == pytest.approx(bits(window=100), abs=1e-6)
     assert json.loads((short_run / "eval.json").read_text())["settings"]["window"] == 100
 

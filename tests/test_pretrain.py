@@ -232,17 +232,18 @@ def dense_and_preset(inner, **changes):
                           moe_intermediate_size=inner, **changes)
 
 
-def test_upcycled_experts_are_the_dense_ffn():
+@pytest.mark.parity
+def test_upcycled_experts_are_the_dense_ffn(compare):
     """Nothing drawn anew, whole copies, normalised weights: exactly the dense model."""
     dense, preset = dense_and_preset(48, norm_topk_prob=True)
     ids = torch.randint(97, (2, 20), generator=rng(0))
     moe = pretrain.upcycle(dense, preset, seed=0, fresh=0.0)
-    torch.testing.assert_close(moe(ids), dense(ids), atol=2e-4, rtol=1e-4)
+    compare("upcycling, nothing redrawn: the dense model", moe(ids), dense(ids), 5e-4)
     with_shared = replace(preset, shared_expert_intermediate_size=48, norm_topk_prob=False)
     moe = pretrain.upcycle(dense, with_shared, seed=0, fresh=0.0)
     for block in moe.model.layers:
         block.mlp.gate.weight.data.zero_()  # exactly uniform
-    torch.testing.assert_close(moe(ids), dense(ids), atol=2e-4, rtol=1e-4)
+    compare("upcycling, nothing redrawn: the dense model", moe(ids), dense(ids), 5e-4)
 
 
 def test_upcycled_experts_are_cut_from_shuffled_copies_and_half_redrawn():
@@ -265,17 +266,22 @@ def test_upcycled_experts_are_cut_from_shuffled_copies_and_half_redrawn():
         for a, b in zip(experts.parameters(), half.model.layers[layer].mlp.experts.parameters(),
                         strict=True):
             assert (a == b).float().mean() == pytest.approx(0.5, abs=0.04)
-            assert b[a != b].std().item() == pytest.approx(a.std().item(), rel=0.1)
+            assert b[a != b].std().item() == pytest.approx(0.02, rel=0.1)
     for name, p in half.named_parameters():
         if ".mlp." not in name:
             assert torch.equal(p, dense.get_parameter(name))
 
 
-def test_upcycling_from_the_command_line_goes_on_from_the_dense_loss(args, micro_run):
-    """And the directory is a Qwen2-MoE that loads."""
-    run = replace(args, tokenizer="", init=str(micro_run), model="micro-moe", upcycle=True,
-                  tokens=2 * ROWS * (SEQ + 1))
+def test_upcycling_from_the_command_line_goes_on_from_the_dense_loss(args):
+    """Nearer to it than to a new model's; and the directory is a Qwen2-MoE that loads."""
+    dense = replace(args, tokens=150 * ROWS * (SEQ + 1), lr=4e-3, eval_every=150, save_every=999)
+    pretrain.main(dense)
+    run = replace(args, tokenizer="", init=dense.out, out=dense.out + "-moe", model="micro-moe",
+                  upcycle=True, tokens=2 * ROWS * (SEQ + 1), lr=0.0)
     pretrain.main(run)
+    before, after = (log_of(a)[-1]["val_loss"] for a in (dense, run))
+    new = math.log(640)
+    assert before < new - 1 and before - 0.05 < after < before + 0.3 * (new - before)
     again = Qwen2.from_pretrained(run.out)
     assert again.config.num_experts == 8 and again.config.moe_intermediate_size == 40
     assert json.loads(Path(run.out, "config.json").read_text())["model_type"] == "qwen2_moe"
@@ -321,6 +327,9 @@ def test_init_and_a_new_rope_base_continue_a_model(args, micro_run):
     pretrain.main(run)
     old, new = Qwen2.from_pretrained(micro_run), Qwen2.from_pretrained(run.out)
     assert (old.config.rope_theta, new.config.rope_theta) == (1e4, 1e6)
+    as_before = replace(run, rope_theta=0.0, out=run.out + "-same")
+    pretrain.main(as_before)
+    assert abs(log_of(run)[0]["loss"] - log_of(as_before)[0]["loss"]) > 1e-5  # it trains with it
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
 
 

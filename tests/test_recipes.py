@@ -4,12 +4,14 @@ import importlib.util
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from common import InputError
 from helpers import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,10 +47,12 @@ class Reader:
 @pytest.mark.parametrize("length", [128, 512])
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_the_needle_is_in_the_text_and_asked_at_its_end(length, depth, tokenizer, texts):
-    book = ["\n".join(texts)]
+    book = "\n".join(texts)
     reader = Reader(tokenizer, reads=True)
     assert L.needle_accuracy(reader, tokenizer, book, length, depth, 20, seed=0) == 1.0
     assert all(0.9 * length < n <= length + 2 for n in reader.lengths)
+    with pytest.raises(AssertionError):
+        L.needle_accuracy(reader, tokenizer, "too short", length, depth, 1, seed=0)
     blind = Reader(tokenizer, reads=False)
     assert L.needle_accuracy(blind, tokenizer, book, length, depth, 20, seed=0) < 0.2
 
@@ -62,11 +66,19 @@ def test_depth_is_where_the_needle_goes():
 
 @pytest.mark.slow
 def test_the_whole_recipe(micro_run, tmp_path):
-    L.main(L.Args(init=str(micro_run), out=str(tmp_path / "out"), tokens=20_000, more_tokens=10_000,
-                  n=1, texts=4, device="cpu", dtype="float32"))
+    base = tmp_path / "base"
+    shutil.copytree(micro_run, base)
+    config = json.loads((base / "config.json").read_text())
+    args = L.Args(init=str(base), out=str(tmp_path / "out"), tokens=20_000, more_tokens=10_000,
+                  n=1, texts=4, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match="trained at 512 tokens, more than 256"):
+        L.main(args)
+    config["original_max_position_embeddings"] = 128
+    (base / "config.json").write_text(json.dumps(config))
+    L.main(args)
     results = json.loads((tmp_path / "out" / "result.json").read_text())
     assert len(results) == 6 and all(len(r["loss"]) == 4 for r in results.values())
-    trained, dca = results["theta 1e6 + training at 512"], results["then DCA 4x"]
+    trained, dca = results["theta 1e6 + training at 512"], results["then DCA + temperature, 4x"]
     assert dca["loss"][:2] == pytest.approx(trained["loss"][:2], abs=1e-4)  # unchanged up to 512
     assert dca["loss"][3] != trained["loss"][3]
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 10
