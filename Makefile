@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-parity bench lint clean
+.PHONY: demo test test-all test-faults test-parity bench lint clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -12,6 +12,11 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(PY) -m pytest -m 'slow or not slow'
+
+# Every stage killed about twenty times and continued, full disks, torn and planted files; ends with
+# a table of the kills survived.
+test-faults: .venv/ready
+	$(PY) -m pytest tests/test_faults.py -m 'slow or not slow'
 
 # Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
 test-parity: .venv/parity

@@ -4,7 +4,6 @@ Names in the files are those of model.py, with one exception: a published MoE st
 three matrices apart, model.py stacks them. Everything that Qwen2 does not have is refused.
 """
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import InputError, read_json, require, write_atomic
+from common import InputError, read_json, replacing, require, write_atomic
 
 SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as the Hub does
 
@@ -161,7 +160,6 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
 def write_weights(weights: dict[str, torch.Tensor], config, path: str | Path) -> None:
     """model.safetensors, or shards with an index where they exceed SHARD_BYTES."""
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
     for name, tensor in split_experts(weights, config).items():
         tensor = tensor.detach().cpu().contiguous()
@@ -174,15 +172,15 @@ def write_weights(weights: dict[str, torch.Tensor], config, path: str | Path) ->
     names = ["model.safetensors"] if n == 1 else [
         f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, path / (name + ".tmp"), metadata={"format": "pt"})
-        os.replace(path / (name + ".tmp"), path / name)
+        with replacing(path / name) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
     index = path / "model.safetensors.index.json"
-    # Of an earlier save in the other layout: readers disagree on which of the two they prefer.
-    (index if n == 1 else path / "model.safetensors").unlink(missing_ok=True)
     if n > 1:
         where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
         total = sum(t.nbytes for shard in shards for t in shard.values())
         write_atomic(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+    # Of an earlier save in the other layout: readers disagree on which of the two they prefer.
+    (index if n == 1 else path / "model.safetensors").unlink(missing_ok=True)
 
 
 def split_experts(weights: dict, config) -> dict:

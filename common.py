@@ -5,8 +5,9 @@ There is no Trainer here. Each stage writes its own loop; these are functions th
 
 Nothing random is hidden: every stage draws its data order and its samples from generators seeded
 by (seed, step), see `rng`. A checkpoint therefore is weights + optimizer + step, and a resumed
-run equals an uninterrupted one bit for bit on a CPU (tests/test_pipeline.py).
+run equals an uninterrupted one bit for bit on a CPU (tests/test_faults.py).
 """
+import contextlib
 import dataclasses
 import difflib
 import gzip
@@ -21,15 +22,24 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
+
+STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
 
 
 class InputError(ValueError):
     """Bad input from the user: shown as one line (what, where, what to do), exit code 2."""
+
+
+class Diverged(InputError):
+    """The loss or the gradient stays nan or infinite."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,10 +202,11 @@ def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:
     return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
 
 
-def clip_and_step(model, optimizer, lr: float, max_norm: float) -> float:
+def clip_and_step(model, optimizer, lr: float, max_norm: float, loss: float = 0.0) -> float:
     """Clip the global gradient norm, step with `lr`, zero the gradients. Returns the norm before
-    clipping; a non-finite one skips the step and is returned, for the stage to log (R4.5)."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    clipping. Where it or the step's loss is not finite, weights and optimizer stay as they are and
+    what is returned is not finite either: `Run.log` counts such steps (R4.5)."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item() + 0.0 * loss
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -204,13 +215,26 @@ def clip_and_step(model, optimizer, lr: float, max_norm: float) -> float:
     return norm
 
 
+def watch(model, found: list[str]) -> list:
+    """Hooks that put into an empty `found` the first module whose output in training, or weight
+    whose gradient, is not finite. A look at every activation takes time: for use after a bad step.
+    """
+    def look(what: str, *args) -> None:  # args: module, inputs, output; or only a gradient
+        training = len(args) == 1 or torch.is_grad_enabled()
+        if training and not found and torch.is_tensor(args[-1]) and not args[-1].isfinite().all():
+            found.append(what)
+    hooks = [module.register_forward_hook(partial(look, f"output of {name}"))
+             for name, module in model.named_modules()]
+    return hooks + [p.register_hook(partial(look, f"gradient of {name}"))
+                    for name, p in model.named_parameters() if p.requires_grad]
+
+
 # ---------------------------------------------------------------------------------------------
 # files
 
 def open_text(path: str | Path):
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    require(path.is_file(), f"{path}: no such file")
     try:
         return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
     except OSError as error:
@@ -243,13 +267,44 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def write_atomic(path: str | Path, content: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
+@contextlib.contextmanager
+def writing(path):
+    """A disk that is full or cannot be written to is told in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
+        known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
+        reason = (known or str(error).splitlines())[0]
+        raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"
+                         ) from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """Gives a temporary name to write under, then renames: a reader sees the old file or the new
+    one. After a crash of the machine too, by fsync: else the rename may reach the disk before the
+    bytes do, and leave an empty file. So no older copy is kept beside it (R4.4)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # half of a file, on a disk that is full
+
+
+def write_atomic(path: str | Path, content: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def plain(x):
+    """For JSON, which has no nan and no infinity: null."""
+    return json.loads(json.dumps(x), parse_constant=lambda name: None)
 
 
 def write_jsonl(path: str | Path, rows) -> None:
@@ -271,26 +326,33 @@ def peak_rss_mb() -> float:
 
 class Run:
     """A stage's --out directory: run.json (what was asked and what came out), log.jsonl (one
-    object a step, exactly what is shown), samples.jsonl, the model, and state/ while training."""
+    object a step, exactly what is shown), samples.jsonl, the model, and state/ while training.
+
+    A run killed at any moment goes on with the same command and --resume: from its last state, or
+    from step 0 where there is none yet; also when the model is written, until run.json, the last
+    file, says finished."""
 
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
         self.started, self.previous_seconds = time.time(), 0.0
-        self.state_file = self.path / "state" / "state.pt"
-        record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else None
+        self.log_file, self.state_file = self.path / "log.jsonl", self.path / "state" / "state.pt"
+        self.skipped, self.strikes, self.hooks, self.found = 0, 0, [], []
+        record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
         asked = {k: v for k, v in self.args.items() if k not in ("resume", "overwrite")}
+        finished = record.get("finished")
         if args.resume:
-            require(record is not None and self.state_file.exists(),
-                    f"{self.path}: nothing to resume (no state/state.pt)")
-            had = {k: v for k, v in record["args"].items() if k in asked}
+            why = "it is finished" if finished else "it was not begun: no run.json"
+            require(record and not finished, f"{self.path}: nothing to resume ({why})")
+            had = {k: v for k, v in record.get("args", {}).items() if k in asked}
             diff = [f"{k} {had.get(k)!r} -> {v!r}" for k, v in asked.items() if had.get(k) != v]
             require(not diff, f"{self.path}: --resume with other arguments: {', '.join(diff)}")
-        elif record is not None and not args.overwrite and (
-                record.get("finished") or self.has_steps()):
-            what = "a finished run" if record.get("finished") else "an interrupted run"
-            more = " (or --resume to continue it)" * self.state_file.exists()
-            raise InputError(f"{self.path} holds {what}: pass --overwrite{more} or another --out")
-        self.resumed = args.resume
+        elif record and not args.overwrite:
+            # A run that was refused before its first step leaves nothing to protect.
+            steps = any(f.exists() and f.stat().st_size for f in (self.log_file, self.state_file))
+            what = "a finished run" if finished else "an interrupted run (--resume to continue it)"
+            require(not finished and not steps,
+                    f"{self.path} holds {what}: pass --overwrite or another --out")
+        self.resumed = args.resume and self.state_file.exists()
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK),
                 f"--out {self.path}: {parent} is not a directory that can be written to")
@@ -298,28 +360,32 @@ class Run:
     def begin(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0; with --resume, restore the last state, drop later
         log lines and return its step. Until here nothing was written: a refusal loses nothing."""
+        self.model, step = model, 0
         if self.resumed:
-            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.previous_seconds = state["seconds"]
-            log = self.path / "log.jsonl"
-            write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= state["step"]])
-            print(f"resumed {self.path} after step {state['step']}")
-            return state["step"]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.state_file.unlink(missing_ok=True)
-            (self.path / "log.jsonl").write_text("", encoding="utf-8")
+            try:
+                # weights_only: a state is tensors and numbers; a pickle could run any code.
+                state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+                step, self.previous_seconds = state["step"], state["seconds"]
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+            except Exception as error:  # whatever the unpickler makes of a torn or foreign file
+                raise InputError(f"{self.state_file}: not a whole state of this run "
+                                 f"({type(error).__name__}); delete it, and --resume starts again "
+                                 "from step 0") from None
+            # One line a step: what was logged after the state, or torn, is not even read.
+            rows = [row for _, row in islice(read_jsonl(self.log_file), step)]
+            write_jsonl(self.log_file, rows)
+            self.skipped = sum("skipped" in row for row in rows)
+            self.strike(rows[-1].get("skipped", 0) if rows else 0)
+        else:
+            with writing(f"--out {self.path}"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.state_file.unlink(missing_ok=True)
+                self.log_file.write_text("", encoding="utf-8")
             self.write_record({"finished": False})
-        except OSError as error:
-            raise InputError(f"--out {self.path}: {error.strerror}") from None
-        return 0
-
-    def has_steps(self) -> bool:
-        """Was anything trained here? A run refused for a bad flag leaves nothing to protect."""
-        log = self.path / "log.jsonl"
-        return self.state_file.exists() or (log.is_file() and log.stat().st_size > 0)
+        if self.args["resume"]:
+            print(f"resumed {self.path} after step {step}")
+        return step
 
     def write_record(self, result: dict) -> None:
         try:
@@ -331,19 +397,38 @@ class Run:
                   "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                   "git": git, "python": platform.python_version(),
                   "torch": torch.__version__, "seed": self.args["seed"], **result}
-        write_atomic(self.path / "run.json", json.dumps(record, indent=1) + "\n")
+        write_atomic(self.path / "run.json", json.dumps(plain(record), indent=1) + "\n")
 
-    def log(self, step: int, steps: int, bar: tqdm, **metrics) -> None:
-        """Append to log.jsonl; show on the bar, or as ten lines in all without a terminal."""
+    def strike(self, strikes: int) -> None:
+        """So many steps in a row were skipped: from the first on, look for the module at fault."""
+        self.strikes, self.found[:] = strikes, []
+        if strikes and not self.hooks:
+            self.hooks = watch(self.model, self.found)
+        while self.hooks and not strikes:
+            self.hooks.pop().remove()
+
+    def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
+        """Append to log.jsonl; show on the bar, or as ten lines in all without a terminal. A step
+        that `clip_and_step` skipped also tells how many in a row it is, its batch (the stage's row
+        numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), self.found[:1]
+        if bad:
+            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": "".join(where)}
+        with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(row)) + "\n")
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
         bar.set_postfix(shown, refresh=False)
         if bar.disable and (step % max(1, steps // 10) == 0 or step == steps):
             print(f"{self.stage} {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()),
                   flush=True)
+        self.skipped += bad
+        self.strike((self.strikes + 1) * bad)
+        if self.strikes == STRIKES:
+            raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
+                           f"first in the {''.join(where) or 'loss'}; the batches are in "
+                           f"{self.log_file}. Lower --lr, or look at these rows")
 
     def save_samples(self, rollouts) -> None:
         """samples.jsonl: what the model answered and what that was worth."""
@@ -352,12 +437,13 @@ class Run:
              "score": r.score, "finished": r.finished} for r in rollouts))
 
     def save_state(self, step: int, model, optimizer) -> None:
-        """The training state after `step` steps, under a temporary name and renamed (R4.4)."""
-        self.state_file.parent.mkdir(exist_ok=True)
-        temporary = self.state_file.with_suffix(".tmp")
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "seconds": self.seconds()}, temporary)
-        os.replace(temporary, self.state_file)
+        """The training state after `step` steps, and before it the log of these steps (R4.4)."""
+        with writing(self.log_file), open(self.log_file, "rb+") as file:
+            os.fsync(file.fileno())
+        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "seconds": self.seconds()}
+        with replacing(self.state_file) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # to a name, torch would not tell why a write failed
 
     def seconds(self) -> float:
         return self.previous_seconds + time.time() - self.started
@@ -369,6 +455,7 @@ class Run:
         stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
-                           "peak_rss_mb": round(peak_rss_mb()), "result": result})
+                           "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,
+                           "result": result})
         shutil.rmtree(self.state_file.parent, ignore_errors=True)  # with what a killed save left
         print(f"{self.stage}: {self.path} ready after {self.seconds():.0f} s")

@@ -199,8 +199,8 @@ def main(args: Args) -> dict:
                                 ("reward_rejected", reward_rejected)):
                 sums[name] += value.sum().item() / len(batch)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip)
-        run.log(step + 1, steps, bar, **sums, lr=lr, grad_norm=norm,
+        norm = clip_and_step(model, optimizer, lr, args.clip, sums["loss"])
+        run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=norm,
                 margin=sums["reward_chosen"] - sums["reward_rejected"])
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)

@@ -25,6 +25,7 @@ each, the hopeless and the solved ones last. Dead groups (all 8 rewards equal) g
 solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
 """
 import copy
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -232,11 +233,13 @@ def main(args: Args) -> dict:
                 loss += micro_loss.item()
                 sums = {k: max(sums[k], v) if k == "gap" else sums[k] + v for k, v in logs.items()}
             lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
-            norm = clip_and_step(model, optimizer, lr, args.clip)
+            norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+            if not math.isfinite(norm):
+                break  # the log shows the last inner step
         finished = [len(a.ids) for a in answers if a.finished]
         trained = sum(len(answers[i].ids) for i in alive) or 1
-        run.log(step + 1, args.steps, bar, reward=rewards.mean().item(),
-                **{"pass": verified.mean().item()},
+        run.log(step + 1, args.steps, bar, [query["prompt"] for query in batch],
+                reward=rewards.mean().item(), **{"pass": verified.mean().item()},
                 score=scores.mean().item() if scores is not None else 0.0,
                 dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
                 cut=1 - len(finished) / len(answers),

@@ -252,7 +252,7 @@ def main(args: Args) -> dict:
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip)
+        norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
                    "tokens": (step + 1) * count,
                    "tokens_per_s": count / (time.time() - began)}
@@ -270,7 +270,7 @@ def main(args: Args) -> dict:
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(model, val_ids, val_segments, args.micro_batch,
                                                 device, autocast)
-        run.log(step + 1, steps, bar, **metrics)
+        run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 

@@ -260,11 +260,11 @@ def main(args: Args) -> dict:
     # loop
     bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=None)
     for step in bar:
-        batch = [rows[i] for i in epoch_order(step, args.batch_size, len(rows), args.seed)]
-        batch.sort(key=lambda row: len(row[0]))
+        batch = epoch_order(step, args.batch_size, len(rows), args.seed)
+        batch.sort(key=lambda i: len(rows[i][0]))
         loss_sum = correct = 0.0
         for i in range(0, len(batch), args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
             with autocast:
                 chosen, rejected = model.rewards([row[0] for row in micro]
                                                  + [row[1] for row in micro]).chunk(2)
@@ -273,8 +273,9 @@ def main(args: Args) -> dict:
             correct += (chosen > rejected).sum().item() / len(batch)
             loss.backward()
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip)
-        run.log(step + 1, steps, bar, loss=loss_sum, accuracy=correct, lr=lr, grad_norm=norm)
+        norm = clip_and_step(model, optimizer, lr, args.clip, loss_sum)
+        run.log(step + 1, steps, bar, batch, loss=loss_sum, accuracy=correct, lr=lr,
+                grad_norm=norm)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 

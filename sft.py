@@ -118,11 +118,11 @@ def main(args: Args) -> dict:
     # loop
     bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=None)
     for step in bar:
-        batch = [rows[i] for i in epoch_order(step, args.batch_size, len(rows), args.seed)]
-        batch.sort(key=lambda row: len(row[0]))  # rows of one forward pass have similar lengths
-        count, loss = sum(sum(mask[1:]) for _, mask in batch), 0.0
+        batch = epoch_order(step, args.batch_size, len(rows), args.seed)
+        batch.sort(key=lambda i: len(rows[i][0]))  # rows of one forward pass have similar lengths
+        count, loss = sum(sum(rows[i][1][1:]) for i in batch), 0.0
         for i in range(0, len(batch), args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
             ids = pad_rows([ids for ids, _ in micro], tokenizer.pad_id).to(device)
             mask = pad_rows([mask for _, mask in micro], 0).to(device)
             with autocast:
@@ -130,8 +130,8 @@ def main(args: Args) -> dict:
             loss += micro_loss.item()
             micro_loss.backward()
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip)
-        run.log(step + 1, steps, bar, loss=loss, lr=lr, grad_norm=norm, targets=count,
+        norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+        run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=norm, targets=count,
                 epoch=(step + 1) * args.batch_size / len(rows))
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)

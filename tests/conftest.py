@@ -3,6 +3,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in the stages run as subprocesses
@@ -32,6 +33,12 @@ torch.set_num_threads(1)
 
 
 COMPARED = {}  # kind -> [cases, values compared, largest deviation], printed at the end
+SURVIVED = defaultdict(Counter)  # stage -> kills by where they fell, printed at the end
+
+
+@pytest.fixture
+def survived():
+    return SURVIVED
 
 
 @pytest.fixture
@@ -55,6 +62,12 @@ def compare():
 
 
 def pytest_terminal_summary(terminalreporter):
+    if SURVIVED:
+        terminalreporter.section("killed and continued to the same end")
+        places = ("kills", "forward", "step", "log", "state", "finish", "other files", "clock")
+        terminalreporter.line(f"{'stage':<14}" + "".join(f"{place:>13}" for place in places))
+        for stage, counts in (SURVIVED | {"all": sum(SURVIVED.values(), Counter())}).items():
+            terminalreporter.line(f"{stage:<14}" + "".join(f"{counts[p]:>13}" for p in places))
     if COMPARED:
         terminalreporter.section("compared")
         terminalreporter.line(f"{'kind':<56}{'cases':>7}{'values':>12}{'largest deviation':>19}")

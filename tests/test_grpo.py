@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from helpers import (
-    gradients, interrupt_at, log, micro_model, refuses, same_weights, stage_args, tiny_model,
-    write_rows)
+    gradients, interrupt_at, letter_queries, log, refuses, same_weights, stage_args, teach_letters,
+    tiny_model)
 
 import grpo
 from grpo import group_advantages, grpo_loss, query_order, shaped_reward
@@ -265,36 +265,13 @@ def test_bandit_is_learned(aggregate, inner_steps):
 
 @pytest.fixture
 def policy(tokenizer, tmp_path):
-    """A micro model nudged by a few SFT steps to say "A." or "B." and stop."""
-    from sft import sft_loss, tokenize_conversations
-    model = micro_model(tokenizer)
-    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-             for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")]
-    rows, _ = tokenize_conversations(talks, tokenizer, 512)
-    from common import pad_rows
-    ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(40):
-        sft_loss(model, ids, mask, int(mask.sum())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    path = tmp_path / "policy"
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def queries(path, keyword="A"):
-    check = {"kind": "ifeval", "instruction_id_list": ["keywords:existence"],
-             "kwargs": [{"keywords": [keyword]}]}
-    return write_rows(path, [{"prompt": q, "domain": "instruction", "check": check}
-                             for q in ("Pick A.", "Choose A.")])
+    return teach_letters(tokenizer, tmp_path / "policy")
 
 
 def run(policy, tmp_path, name, **values):
     args = {"init": str(policy), "out": str(tmp_path / name), "steps": 6, "batch_queries": 2,
             "group": 8, "max_new_tokens": 8, "lr": 1e-3, "save_every": 2, "warmup": 1,
-            "queries": queries(tmp_path / "q.jsonl"), **values}
+            "queries": letter_queries(tmp_path / "q.jsonl"), **values}
     return grpo.main(stage_args(grpo, **args))
 
 
