@@ -714,8 +714,12 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, device) ->
                           batch_tokens=int(batch), warmup=int(D / batch / 10), micro_batch=64,
                           eval_every=10**9, save_every=10**9, **shared)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        loss = pretrain.main(asked)["val_loss"]
-    count = common.read_json(f"{asked.out}/run.json")["result"]
+        try:
+            loss = pretrain.main(asked)["val_loss"]
+        except common.Diverged:
+            loss = math.inf  # a rate that is too high is a result
+    with torch.device("meta"):
+        count = Qwen2(PRESETS[size]).count_parameters()
     return {"kind": "moe" if PRESETS[size].num_experts else "dense", "size": size,
             "N": count["active"] - count["total"] + count["non_embedding"],
             "total": count["non_embedding"], "D": D, "lr": lr, "batch_tokens": batch, "loss": loss,
