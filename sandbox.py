@@ -53,8 +53,7 @@ from dataclasses import dataclass
 # Per process. NPROC counts all processes of the user (of its namespace, where there is one).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}  # of the child until it clears it
-COMPILER = LIMITS | {"RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 256, "RLIMIT_NOFILE": 1024,
-                     "RLIMIT_CPU": 60, "RLIMIT_DATA": 2 << 30}
+COMPILER = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 256, "RLIMIT_NOFILE": 1024}
 DISK = 64 << 20  # bytes of all files of a run together, where it has files of its own
 SHOWN = 10_000  # bytes of stdout and of stderr kept in a Result
 REQUIRED = ("pids", "network", "files", "no new privileges", "limits")
@@ -92,18 +91,13 @@ class Language:
 
 # The linker gives start-up code our __wrap_main for main, and main for __real_main.
 C_AFTER = """
-#ifdef __cplusplus
-extern "C" {
-#endif
-int __real_main(int, char **);
-int __wrap_main(int n, char **v) {
-    int status = __real_main(n, v);
+int sandbox_real(int, char **) __asm__("__real_main");
+int sandbox_wrap(int n, char **v) __asm__("__wrap_main");
+int sandbox_wrap(int n, char **v) {
+    int status = sandbox_real(n, v);
     if (!status) __builtin_printf("%s%s\\n", "KEY_A", "KEY_B");
     return status;
 }
-#ifdef __cplusplus
-}
-#endif
 """
 # The code may have made assert a macro that does nothing.
 C = dict(between="\n#undef NDEBUG\n#include <assert.h>\n", after=C_AFTER, memory="RLIMIT_AS")
@@ -266,15 +260,21 @@ def _start():
     except (ImportError, OSError):
         pass
     if call and job["view"]:
-        try:  # NPROC does not bind root; newer kernels have a limit for each namespace
-            fd = posix.open("/proc/sys/kernel/pid_max", posix.O_WRONLY)
-            posix.write(fd, b"%d" % 400)
-            posix.close(fd)
-        except OSError:
+        try:
+            # NPROC does not bind root. From Linux 6.14 on pid_max is a namespace's own; before, it
+            # is the machine's, and root may set it even here: never write it there.
+            if tuple(map(int, posix.uname().release.split("-")[0].split(".")[:2])) >= (6, 14):
+                fd = posix.open("/proc/sys/kernel/pid_max", posix.O_WRONLY)
+                posix.write(fd, b"400")
+                posix.close(fd)
+        except (OSError, ValueError):
             pass
-        if _private_root(call, home, job["view"], job["disk"]):
-            layers, home = [*layers, "files"], "/tmp"
-            posix.chdir(home)
+        try:
+            if _private_root(call, home, job["view"], job["disk"]):
+                layers, home = [*layers, "files"], "/tmp"
+                posix.chdir(home)
+        except OSError:
+            pass  # run without this layer
     child = posix.fork()
     if child:  # the first process of its namespace: when it ends the kernel kills all others
         try:
@@ -433,10 +433,11 @@ def _view() -> tuple:
                     if words and words[0] != "./main"})
     wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives",
               "/etc/ld.so.cache", *glob.glob("/etc/java*"), sys.base_prefix]
+    private = {"/", *map(os.path.expanduser, ("~", "~/.local"))}
     for tool in tools:  # its folder, or the one around bin/, which holds lib/ and share/ too
         for folder in {os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))}:
             parent = os.path.dirname(folder)
-            wanted.append(folder if parent in ("/", os.path.expanduser("~")) else parent)
+            wanted.append(folder if parent in private else parent)
     steps = {path: ("dir", path, "") for path in ("/tmp", "/proc", "/dev")}
     devices = [f"/dev/{name}" for name in ("null", "zero", "random", "urandom")]
     for path in [*filter(os.path.exists, sorted(wanted, key=len)), *devices]:
@@ -456,7 +457,8 @@ def _launchers() -> dict:
     took out of our kill's reach. unshare leaves the files to the child (`_private_root`)."""
     steps, _ = _view()
     options = {"tree": "--ro-bind", "file": "--ro-bind", "link": "--symlink", "dir": "--dir"}
-    bwrap = [word for kind, path, target in steps if not path.startswith(("/proc", "/dev", "/tmp"))
+    bwrap = [word for kind, path, target in steps
+             if path not in ("/proc", "/tmp") and not path.startswith("/dev")
              for word in (options[kind], *((target or path,) * (kind != "dir")), path)]
     return {"unshare": ["unshare", *"--user --map-root-user --net --pid --ipc --uts --mount --fork "
                         "--kill-child".split()],
@@ -566,7 +568,10 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
             "commands": [] if python else list(zip(_commands(language), ends, strict=True))[
                 :1 if _check_only else 2],
             "limits": LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory: memory_mb << 20},
-            "compiler": {} if python else COMPILER, "disk": DISK,
+            "compiler": {} if python else COMPILER | {
+                "RLIMIT_CPU": int(timeout + row.seconds) + 2,
+                "RLIMIT_DATA": max(2048, memory_mb) << 20},  # a limit can only be lowered later
+            "disk": DISK,
             "folder": "/tmp" if launcher == "bwrap" else folder,
             "view": view if launcher == "unshare" else (), "filter": _filter(bool(launcher)),
             "env": {"PATH": path, "LANG": "C.UTF-8"}, "required": REQUIRED * require_isolation,
@@ -599,7 +604,7 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     elif not python and lines and not passed:  # what the compiler or the runtime had to say
         reason += ": " + next((line for line in lines if "rror" in line), lines[0]).strip()
     return Result(passed, stage, "" if passed else reason[:500], *texts, seconds,
-                  tuple(layers.decode().split(",")))
+                  tuple(filter(None, layers.decode().split(","))))
 
 
 def _converse(link, message: bytes, timeout: float, extra: float) -> tuple:
