@@ -592,7 +592,7 @@ def test_hostile(name, folder, monkeypatch):
     if not sandbox._launcher()[0]:
         pytest.skip("no user namespaces here")
     before = resident()
-    r = contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=0.7)
+    r = contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=0.5)
     assert resident() - before < 8 << 20
     print(f"\n{name}: {r.reason[:70]}")
 
