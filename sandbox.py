@@ -514,8 +514,8 @@ def _filter(alone: bool) -> bytes:
 
 
 def isolation() -> tuple:
-    """The layers that hold on this machine. All of them together cost about 4 ms of CPU a run, of
-    13 (bench/sandbox.py): little beside generation, so they are always on."""
+    """The layers that hold on this machine. Namespaces and files of its own cost 2 to 4 ms of the
+    13 to 19 of a Python run (bench/RESULTS.md): little beside generation, so they are always on."""
     return run("pass").isolation
 
 
