@@ -22,7 +22,8 @@ studies this file (Python: frames hold A and the tests, the socket holds B; othe
 the program's own text; having both forges a pass); patched library modules (`math.fabs = ...`) and
 test globals; operators that do not compare (an `__sub__` that returns 0); outside Python also
 patched comparisons (`operator==`, `equals`) and library functions; memory summed over processes
-(64 of them at the limit each). Each layer that `Result.isolation` lacks leaves more open: without
+(64 of them at the limit each); programs under way when this process gets SIGKILL (their CPU limit
+ends them, sleep does not; an empty folder stays). Each layer that `Result.isolation` lacks leaves more open: without
 "files" all that your user may read and write, without "network" and "seccomp" the network, without
 "pids" and "seccomp" processes that call setsid(). `require_isolation=True` refuses to run then.
 
