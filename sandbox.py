@@ -23,9 +23,10 @@ the program's own text; having both forges a pass); patched library modules (`ma
 test globals; operators that do not compare (an `__sub__` that returns 0); outside Python also
 patched comparisons (`operator==`, `equals`) and library functions; memory summed over processes
 (64 of them at the limit each); programs under way when this process gets SIGKILL (their CPU limit
-ends them, sleep does not; an empty folder stays). Each layer that `Result.isolation` lacks leaves more open: without
-"files" all that your user may read and write, without "network" and "seccomp" the network, without
-"pids" and "seccomp" processes that call setsid(). `require_isolation=True` refuses to run then.
+ends them, sleep does not; an empty folder stays). Each layer that `Result.isolation` lacks leaves
+more open: without "files" all that your user may read and write, without "network" and "seccomp"
+the network, without "pids" and "seccomp" processes that call setsid().
+`require_isolation=True` refuses to run then.
 
 `python sandbox.py` tries every language. POSIX only; elsewhere `check` works for Python, and `run`
 raises RuntimeError. C and C++ need a linker that knows --wrap (macOS's does not).
