@@ -63,7 +63,6 @@ class Config:
                 f"hidden size {C} over {H} heads must give an even head size (RoPE turns pairs)")
         require(self.num_experts_per_tok <= self.num_experts,
                 f"{self.num_experts_per_tok} experts a token of only {self.num_experts}")
-
         require(0 <= self.local_size <= self.chunk_size // 2, f"local_size {self.local_size} wants "
                 f"at most half of chunk_size {self.chunk_size}")
         require(self.yarn_factor >= 1, f"the YaRN factor must be >= 1, got {self.yarn_factor}")
@@ -88,9 +87,9 @@ class Config:
         require(self.original_max_position_embeddings or length <= 32768, "config.json has "
                 f"{length} positions, but not the length of training: add "
                 "original_max_position_embeddings (32768 for Qwen2.5)")
-        chunk = {"chunk_size": length, "local_size": length // 4}
-        if not dca or self.chunk_size:  # those of the checkpoint, where it has them
-            chunk = {}
+        chunk = {}
+        if dca and not self.chunk_size:  # else those of the checkpoint
+            chunk = {"chunk_size": length, "local_size": length // 4}
         return replace(self, original_max_position_embeddings=length, yarn_factor=yarn, **chunk,
                        max_position_embeddings=int(length * (4 if dca else yarn)))
 
@@ -155,7 +154,9 @@ def frequencies(config: Config):
     than once is slowed down by the factor s (interpolated), between them a linear ramp; and
     m = 0.1 ln(s) + 1 on cos and sin, so m^2 on the logits, sharpens attention over more keys."""
     D, s = config.head_dim, config.yarn_factor
-    inv = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    # On the CPU by name: kept for all calls, it must not follow a `with torch.device("meta")`.
+    pairs = torch.arange(0, D, 2, dtype=torch.float32, device="cpu")
+    inv = 1.0 / config.rope_theta ** (pairs / D)
     if s == 1:
         return inv, 1.0
 
@@ -163,7 +164,7 @@ def frequencies(config: Config):
         return (D * math.log(config.trained_length / (turns * 2 * math.pi))
                 / (2 * math.log(config.rope_theta)))
     low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), D - 1)
-    ramp = (torch.arange(D // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    ramp = (pairs / 2 - low) / (high - low or 0.001)
     ramp = ramp.clamp(0, 1)
     return inv / s * ramp + inv * (1 - ramp), 0.1 * math.log(s) + 1
 

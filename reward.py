@@ -30,8 +30,8 @@ import tasks
 from common import (
     InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
     require, setup, write_jsonl)
-from model import Config, PromptCache, Qwen2
-from sample import left_pad, load_policy, prompt_ids, rollout
+from model import Config, Qwen2
+from sample import load_policy, prompt_ids, read_prompts, rollout
 from tokenizer import Tokenizer
 
 
@@ -110,15 +110,11 @@ class RewardModel(Qwen2):
                 response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
             pairs.append((tuple(prompt), response))
         out, device = torch.zeros(len(pairs)), self.head.weight.device
-        # Responses to one prompt stay together: it is read once, as in completion_logprobs.
+        # Responses to one prompt stay together, so that read_prompts reads it once.
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), pairs[i]))
         for i in range(0, len(pairs), batch_size):
             batch = order[i:i + batch_size]
-            index = {p: k for k, p in enumerate(dict.fromkeys(pairs[j][0] for j in batch))}
-            ids, pads = left_pad(list(index), device)
-            cache = PromptCache(pads)
-            self.hidden(ids, cache=cache)
-            cache.select(torch.tensor([index[pairs[j][0]] for j in batch], device=device))
+            _, cache = read_prompts(self, [pairs[j][0] for j in batch])
             answers = [pairs[j][1] for j in batch]
             last = torch.tensor([len(answer) - 1 for answer in answers], device=device)
             hidden = self.hidden(pad_rows(answers, 0).to(device), cache=cache)

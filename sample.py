@@ -132,21 +132,27 @@ def draw(logits, temperature: float, top_k: int, top_p: float, generator):
     return token, logprobs.gather(-1, token[:, None]).flatten()
 
 
-def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
-                        temperature: float = 1.0, valid_vocab: int | None = None):
-    """The sampler's numbers again, with gradients: (B, R) log-probabilities of each completion's
-    ids under softmax(logits / temperature), and the (B, R) bool mask of its length. DPO, GRPO and
-    their references all call this one, so that step 0 is exactly ln 2 and ratio 1.
-
-    A prompt that comes several times, as in GRPO's groups and DPO's pairs, is read once: with a
+def read_prompts(model: Qwen2, prompts: list):
+    """-> the last hidden state of each prompt (B, 1, C) and a PromptCache with a row for each. A
+    prompt that comes several times, as in GRPO's groups and DPO's pairs, is read once: with a
     prompt of 60 tokens and 8 responses of 20, that is 220 tokens a group instead of 640."""
-    device = model.head_weight.device
+    device = model.model.norm.weight.device
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device)
     ids, pads = left_pad(list(index), device)
     cache = PromptCache(pads)
-    hidden = model.hidden(ids, cache=cache)[rows, -1:]                # predicts the first id
+    hidden = model.hidden(ids, cache=cache)[rows, -1:]
     cache.select(rows)
+    return hidden, cache
+
+
+def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
+                        temperature: float = 1.0, valid_vocab: int | None = None):
+    """The sampler's numbers again, with gradients: (B, R) log-probabilities of each completion's
+    ids under softmax(logits / temperature), and the (B, R) bool mask of its length. DPO, GRPO and
+    their references all call this one, so that step 0 is exactly ln 2 and ratio 1."""
+    device = model.head_weight.device
+    hidden, cache = read_prompts(model, prompts)                      # predicts the first id
     ids = pad_rows(completions, 0).to(device)
     lengths = torch.tensor([[len(c)] for c in completions], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths        # (B, R), by lengths (R8.3)
