@@ -32,6 +32,7 @@ ONLY = {
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "rope_theta")
+MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 POSITIVE = ("max_position_embeddings", "rms_norm_eps", "decoder_sparse_step", "yarn_factor")
 
 
@@ -52,8 +53,7 @@ def read_config(path: str | Path, Config):
     published = fields(Config)[:-4]  # the others, on long context, have other names there
     values = {f.name: raw[f.name] for f in published if raw.get(f.name) is not None}
     values |= long_context_from_dict(raw, path)
-    need = SIZES + ("num_experts", "num_experts_per_tok", "moe_intermediate_size")[:3 * (
-        kind == "qwen2_moe")]
+    need = SIZES + (MOE_SIZES if kind == "qwen2_moe" else ())
     for name in need:
         require(values.get(name) is not None, f"{path}/config.json: no {name}")
     values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())

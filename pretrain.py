@@ -231,8 +231,9 @@ def main(args: Args) -> dict:
     start = run.begin(model, optimizer)
 
     # loop
-    starved = 0  # (MoE layers, experts): steps in a row, since the start or --resume, with less
-    # than a tenth of the fair share
+    # (MoE layers, experts): steps in a row, since the start or --resume, with less than a tenth of
+    # the fair share.
+    starved = 0
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)
     for step in bar:
         began = time.time()
