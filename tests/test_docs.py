@@ -97,3 +97,11 @@ def test_a_lesson_has_all_its_parts(lesson):
     written = re.search(r"## Exercises\n(.*?)\n## ", text, re.S)[1]
     for name in re.findall(r"^def (\w+)", read(f"exercises/lesson{number}.py"), re.M):
         assert f"`{name}`" in written, name
+
+
+def test_the_map_of_the_report_names_what_exists():
+    rows = re.findall(r"\| `(\w+)\.(\w+)` \| `(\w+)\.(\w+)` \|$", read("docs/report-map.md"), re.M)
+    assert len(rows) == read("docs/report-map.md").count("\n|") - 2
+    for module, name, test_file, test in rows:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+        assert f"def {test}(" in read(f"tests/{test_file}.py"), f"{test_file}.{test}"
