@@ -191,8 +191,8 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
          for s in stages if s["seconds"]])]
     parts.append("<h2>Curves</h2>")
     for name, rows in logs.items():
-        figures = "".join(curve(rows, metric) for metric in CURVES[name])
-        parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
+        if figures := "".join(curve(rows, metric) for metric in CURVES[name]):
+            parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
     if "sft" in chats and "grpo" in chats:
         for label, want in (("Learned", (0, 1)), ("Lost", (1, 0))):
             n, pairs = turned(chats["sft"], chats["grpo"], want)
