@@ -486,7 +486,7 @@ def _humaneval(row: dict) -> dict:
               f"```python code block.\n\n```python\n{row['prompt'].strip()}\n```")
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
     return _query(prompt, "code", kind="code", language="python", tests=tests,
-                  prefix=row["prompt"], entry_point=row["entry_point"])
+                  prefix=row["prompt"])
 
 
 def _mbpp(row: dict) -> dict:
