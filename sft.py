@@ -37,8 +37,9 @@ from tqdm import tqdm
 import kernels
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, open_text, pad_rows, positive,
-    require, setup, write_atomic)
+    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, open_text, pad_rows,
+    positive, require, setup, write_atomic)
+from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
 
@@ -133,6 +134,8 @@ def pack(rows, max_len: int):
             packed.append(row := ([], [], []))
         for part, new in zip(row, (ids, mask, [i] * len(ids)), strict=True):
             part += new
+    while len(packed) % WORLD:  # each process wants as many
+        packed.append(([0, 0], [0, 0], [0, 0]))
     return packed
 
 
@@ -157,6 +160,7 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every", "samples",
              "max_new_tokens")
+    divisible(args.batch_size, "--batch_size")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     require(not (args.data and args.queries), "--data and --queries: take one")
     model, tokenizer = load_policy(args.init, device)
@@ -181,26 +185,27 @@ def main(args: Args) -> dict:
           f"{steps} steps")
 
     # optimizer, resume
+    model = sharded(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
     if isinstance(file, io.BytesIO):
         write_atomic(built, file.getvalue().decode())
 
     # loop
-    bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         parts = sorted((rows[i] for i in batch), key=lambda row: len(row[0]))  # little padding
         count, loss = sum(sum(mask[1:]) for _, mask in parts), 0.0
         parts = pack(parts, args.max_len) if args.pack else parts
-        for i in range(0, len(parts), args.micro_batch):
-            micro = zip(*parts[i:i + args.micro_batch], strict=True)
+        for micro in micro_batches(parts, args.micro_batch):
             ids, mask, *segments = (pad_rows(column, pad).to(device) for column, pad in zip(
-                micro, (tokenizer.pad_id, 0, -1), strict=False))
+                zip(*micro, strict=True), (tokenizer.pad_id, 0, -1), strict=False))
             with autocast:
                 micro_loss = sft_loss(model, ids, mask, count, *segments)
             loss += micro_loss.item()
             micro_loss.backward()
+        loss = summed(loss)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=norm, targets=count,
@@ -209,7 +214,7 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1,
+    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
                      args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     run.save_samples(answers)

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import math
+import os
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -141,6 +143,15 @@ def test_packed_is_unpacked(impl, max_len):
     assert error < 5e-6
     unmasked = sft.sft_loss(all_, ids, mask, count)  # if they saw each other, it would show
     assert (unmasked - loss).abs() > 1e-3 or max_len == 12
+
+
+def test_packed_rows_are_shared_by_processes(monkeypatch):
+    """As many for each of four, by rows of nothing; their loss is 0."""
+    monkeypatch.setattr(sft, "WORLD", 4)
+    packed = sft.pack(random_batch(), 20)
+    assert len(packed) == 4 and packed[3][1] == [0, 0]
+    ids, mask, segments = (torch.tensor([part]) for part in packed[3])
+    assert sft.sft_loss(tiny_model(), ids, mask, 1, segments).item() == 0
 
 
 def test_packed_conversations_do_not_see_each_other():
@@ -329,6 +340,31 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert same_weights(tmp_path / "halves", tmp_path / "whole")
     assert not same_weights(tmp_path / "whole", micro_run)
     assert not (tmp_path / "halves" / "state").exists()
+
+
+def test_ctrl_c_saves_the_step_at_hand(micro_run, tmp_path, monkeypatch, capsys):
+    """SIGINT in step 3, between two states: step 3 is finished and saved, and --resume goes on from
+    there to the same end."""
+    no_samples(monkeypatch, sft)
+    run(micro_run, tmp_path, "whole")
+    real, calls = sft.clip_and_step, []
+
+    def clip_and_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "clip_and_step", clip_and_step)
+        run(micro_run, tmp_path, "halves")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+    assert "stopping after this step" in capsys.readouterr().err
+    run(micro_run, tmp_path, "halves", resume=True)
+    assert "after step 3" in capsys.readouterr().out
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert same_weights(tmp_path / "halves", tmp_path / "whole")
 
 
 def test_micro_batch_changes_memory_only(micro_run, tmp_path, monkeypatch):
