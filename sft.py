@@ -19,8 +19,7 @@ embeddings: LOG.md, 2026-11-24): lr = 7e-6 (6.5e9 / N)^0.37.
 
 --data: JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
 "tool_calls" where there are some; every turn of the assistant is trained on. With --queries, --init
-answers these, and what passes its check is the data. With neither: verified built-in
-demonstrations. With no --init, a base model is looked for in runs/pretrain.
+answers these, and what passes its check is the data. With neither: verified demonstrations.
 
 Expect: the loss starts far below pre-training's (answers are easy to guess token by token) and
 falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves. A
@@ -75,10 +74,9 @@ class Args:
 # data
 
 class Conversations:
-    """(ids, mask) by number, of a JSONL. In memory is only where each line begins, so a million
-    take no more room than a thousand. All are read once before training: a bad one is refused now;
-    one that is cut before the assistant's first word is dropped and counted, as a step of only such
-    would be 0/0 (R8.5)."""
+    """(ids, mask) by number, of a JSONL: in memory is only where each line begins. All are read
+    once before training: a bad one is refused now; one cut before the assistant's first word is
+    dropped and counted, as a step of only such would be 0/0 (R8.5)."""
 
     def __init__(self, file, tokenizer, max_len: int, n: int, name: str = ""):
         self.file, self.tokenizer, self.max_len = file, tokenizer, max_len
@@ -86,13 +84,11 @@ class Conversations:
         try:
             for line in file:
                 number += 1
-                if line.strip() and any(self.tokens(line)[1][1:]):
-                    self.starts.append(start)
-                elif line.strip():
-                    self.dropped += 1
+                if line.strip() and len(self) + self.dropped < n:
+                    learns = any(self.tokens(line)[1][1:])
+                    self.starts.extend([start] * learns)
+                    self.dropped += not learns
                 start += len(line)
-                if len(self.starts) + self.dropped == n:
-                    break
         except (ValueError, EOFError, OSError) as error:  # also of a torn .gz
             raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
@@ -112,15 +108,12 @@ class Conversations:
 
 
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
-    """Of several responses to each query those that pass its check (the sandbox, answer matching,
-    constraints), each different one once."""
+    """Of several responses to each query those that pass its check, each different one once."""
     queries = tasks.load(args.queries, args.n_data, args.seed)
     groups = rollout(model, tokenizer, queries, args.samples, args.max_new_tokens, 1.0, args.seed)
-    passed = [dict.fromkeys(a.text for a in group if a.score == 1) for group in groups]
-    print(f"{sum(map(bool, passed))} of {len(queries)} queries have a right response")
-    return [{"messages": [{"role": "user", "content": query["prompt"]},
-                          {"role": "assistant", "content": text}]}
-            for query, texts in zip(queries, passed, strict=True) for text in texts]
+    passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
+    return [{"messages": [{"role": "user", "content": prompt},
+                          {"role": "assistant", "content": text}]} for prompt, text in passed]
 
 
 def pack(rows, max_len: int):
@@ -132,8 +125,8 @@ def pack(rows, max_len: int):
         row = next((row for row in packed if len(row[0]) + len(ids) <= max_len), None)
         if row is None:
             packed.append(row := ([], [], []))
-        for part, new in zip(row, (ids, mask, [i] * len(ids)), strict=True):
-            part += new
+        for column, new in zip(row, (ids, mask, [i] * len(ids)), strict=True):
+            column += new
     while len(packed) % WORLD:  # each process wants as many
         packed.append(([0, 0], [0, 0], [0, 0]))
     return packed
@@ -146,8 +139,8 @@ def sft_loss(model: Qwen2, ids, mask, count: int, segments=None):
     """Summed loss of ids (B, T) where mask (B, T) is 1, over `count`, the step's supervised tokens.
     Rows are padded on the right: causal attention never looks there, and the mask is 0.
     segments (B, T): which conversation of a packed row a token is of."""
-    hidden = model.hidden(ids[:, :-1],
-                          segment_ids=None if segments is None else segments[:, :-1])
+    segments = None if segments is None else segments[:, :-1]
+    hidden = model.hidden(ids[:, :-1], segment_ids=segments)
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum") / count
 
