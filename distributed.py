@@ -38,6 +38,11 @@ def first() -> bool:
     return store is None or store.add("came", 1) == 1
 
 
+def lost(error: BaseException) -> bool:
+    """Does this say that another process is gone?"""
+    return WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 # ---------------------------------------------------------------------------------------------
 # rows and numbers
 

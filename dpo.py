@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, divisible, epoch_order, lr_at, positive, require, rng, setup,
+    Run, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup,
     write_jsonl)
 from distributed import QUIET, cut, merged, micro_batches, share, sharded, summed, whole
 from model import Qwen2
@@ -134,7 +134,6 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
-    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     pairs = read_pairs(args.data) if args.data else []
     queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)

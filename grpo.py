@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from common import Run, adamw, cli, clip_and_step, divisible, lr_at, positive, require, setup
+from common import Run, adamw, cli, clip_and_step, lr_at, positive, require, setup
 from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
@@ -181,7 +181,6 @@ def main(args: Args) -> dict:
             f"{args.normalise!r}")
     positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
              "inner_steps", "micro_batch", "save_every")
-    divisible(args.batch_queries * args.group, "--batch_queries x --group")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)
     reward_model = None

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import data
 import kernels
 from common import (
-    Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, positive, require, rng, setup)
-from distributed import QUIET, RANK, gathered, micro_batches, sharded, summed, whole
+    Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
+from distributed import QUIET, RANK, WORLD, gathered, micro_batches, sharded, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -225,7 +225,7 @@ def main(args: Args) -> dict:
     model.to(device)
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(ids) // rows
-    divisible(rows, "--batch_tokens / --seq_len")
+    require(rows % WORLD == 0, f"--batch_tokens gives {rows} rows a step: no multiple of {WORLD}")
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 

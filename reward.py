@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, pad_rows, positive,
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive,
     read_jsonl, require, setup, write_jsonl)
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
@@ -232,7 +232,6 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_queries", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
-    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     model = RewardModel.from_language_model(model, tokenizer)
     pairs = read_pairs(args.pairs) if args.pairs else []

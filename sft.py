@@ -27,7 +27,7 @@ from tqdm import tqdm
 import kernels
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, pad_rows, positive,
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive,
     read_jsonl, require, setup)
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Qwen2
@@ -102,7 +102,6 @@ def main(args: Args) -> dict:
     run = Run(args, "sft")
     device, autocast = setup(args)
     positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every")
-    divisible(args.batch_size, "--batch_size")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     model, tokenizer = load_policy(args.init, device)
 
