@@ -18,8 +18,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from functools import partial
@@ -380,7 +382,7 @@ class Run:
     def begin(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0; with --resume, restore the last state, drop later
         log lines and return its step. Until here nothing was written: a refusal loses nothing."""
-        self.model, step = model, 0
+        self.model, self.optimizer, self.stopping, step = model, optimizer, False, 0
         if self.resumed:
             try:
                 if self.state.name == ".metadata":
@@ -410,7 +412,15 @@ class Run:
             self.write_record({"finished": False})
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
+        if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.interrupt)
         return step
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the step at hand is finished and its state saved. A second one ends at once."""
+        self.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def write_record(self, result: dict) -> None:
         try:
@@ -456,6 +466,9 @@ class Run:
             raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
                            f"first in the {''.join(where) or 'loss'}; the batches are in "
                            f"{self.log_file}. Lower --lr, or look at these rows")
+        if self.stopping and step < steps:
+            self.save_state(step, self.model, self.optimizer)
+            raise KeyboardInterrupt
 
     def save_samples(self, rollouts) -> None:
         """samples.jsonl: what the model answered and what that was worth."""
