@@ -290,6 +290,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
+        if lost(error):
+            raise
         known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
         reason = (known or str(error).splitlines())[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"

@@ -21,8 +21,7 @@ store = None  # torchrun's, which outlives a process that is killed
 
 
 def join() -> None:
-    """Meet the other processes. torchrun ends them by SIGTERM when one has died: that is told like
-    Ctrl-C."""
+    """Meet the others. When one has died, torchrun ends all by SIGTERM: that is like Ctrl-C."""
     global store
     if WORLD > 1:
         if torch.cuda.is_available():
@@ -40,11 +39,8 @@ def first() -> bool:
 
 def lost(error: BaseException) -> bool:
     """Does this say that another process is gone?"""
-    return WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
-
-# ---------------------------------------------------------------------------------------------
-# rows and numbers
 
 def micro_batches(rows: list, size: int):
     """This process's parts of a step's rows, at most `size` each. Processes compute in step, so all
@@ -88,9 +84,6 @@ def summed(x):
     return total if torch.is_tensor(x) else total.item()
 
 
-# ---------------------------------------------------------------------------------------------
-# weights
-
 def sharded(model):
     """Cut the weights over the processes, in place: one unit a block, and one for the rest."""
     if WORLD > 1:
@@ -124,12 +117,9 @@ def cut(tensor, like):
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-# ---------------------------------------------------------------------------------------------
-# the training state
-
 @contextlib.contextmanager
 def reasons():
-    """What torch.distributed.checkpoint raises is no Exception: one process's error instead."""
+    """The checkpoint library's error is no Exception: raise that of one process instead."""
     try:
         yield
     except dist.checkpoint.api.CheckpointException as error:
