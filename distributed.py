@@ -84,13 +84,18 @@ def summed(x):
     return total if torch.is_tensor(x) else total.item()
 
 
-def sharded(model):
-    """Cut the weights over the processes, in place: one unit a block, and one for the rest."""
+def sharded(model, autocast):
+    """Cut the weights over the processes, in place: one unit a block, and one for the rest. Blocks
+    are gathered in autocast's dtype: it would keep a copy in it of every weight it casts."""
     if WORLD > 1:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
         mesh = dist.init_device_mesh(model.head_weight.device.type, (WORLD,))
+        policy = MixedPrecisionPolicy(autocast.fast_dtype, torch.float32, cast_forward_inputs=False)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
         for part in (*model.model.layers, model):
-            fully_shard(part, mesh=mesh)
             part.set_gradient_divide_factor(1.0)  # the sum, not the mean
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other
         register_fsdp_forward_method(model, "hidden")

@@ -169,7 +169,7 @@ def main(args: Args) -> dict:
     reference = merged(reference)
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     params = dict(model.named_parameters())
     if args.base:
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())

@@ -193,10 +193,10 @@ def main(args: Args) -> dict:
     # data
     with autocast:
         queries = order_queries(model, reward_model, tokenizer, queries, args)
-    reference = sharded(copy.deepcopy(model)) if args.kl else None
+    reference = sharded(copy.deepcopy(model), autocast) if args.kl else None
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, weight_decay=0.0)
     start = run.begin(model, optimizer)
 

@@ -30,7 +30,7 @@ import data
 import kernels
 from common import (
     Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
-from distributed import QUIET, RANK, WORLD, gathered, micro_batches, sharded, summed, whole
+from distributed import QUIET, RANK, WORLD, gathered, micro_batches, share, sharded, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -103,11 +103,11 @@ def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
 def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> float:
     """Mean loss per token of the fixed held-out rows, whatever the batch size."""
     total = 0.0
-    for i in range(0, len(ids), micro_batch):
+    for i in share(range(0, len(ids), micro_batch)):
         segments = segment_ids[i:i + micro_batch].to(device) if segment_ids is not None else None
         with autocast:
             total += lm_loss(model, ids[i:i + micro_batch].to(device), segments, 1).item()
-    return total / ids[:, 1:].numel()
+    return summed(total) / ids[:, 1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def main(args: Args) -> dict:
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
 

@@ -250,7 +250,7 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} pairs, {len(held_out)} held out (other queries), {steps} steps")
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)

@@ -113,7 +113,7 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} conversations ({dropped} dropped: nothing to learn from), {steps} steps")
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
 

@@ -30,9 +30,11 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
     runs = [{"stage": STAGES[name].__name__, "args": inputs[name] | {
         "out": str(folder / name), "micro_batch": micro_batch,
         "resume": (folder / name / "state").exists()}} | values for name in names]
-    # And SFT with faults.
-    runs += [one | {"args": one["args"] | {"out": str(folder / "nan")}, "nan": [2, 4, 5]}
-             for one in runs if one["stage"] == "sft" and not values]
+    if not values:
+        (sft,) = [one for one in runs if one["stage"] == "sft"]
+        nan, bf16 = ({"out": str(folder / name)} for name in ("nan", "bf16"))
+        runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
+                 sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}}]
     if n > 1:
         codes, told = start(n, {"runs": runs}, folder)
         assert codes == [0] * n, told
@@ -83,6 +85,14 @@ def test_a_fault_in_one_process_is_skipped_by_all(one, two):
     rows = log(two / "nan")
     assert [row.get("skipped") for row in rows] == [None, 1, None, 1, 2, None]
     assert rows[4]["first"].startswith("output of model.layers.1.mlp")
+
+
+def test_bfloat16_is_autocast_on_several_processes_too(one, two):
+    """Blocks are gathered in bfloat16, weights, gradients and sums stay in float32."""
+    for x, y in zip(log(one / "bf16"), log(two / "bf16"), strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=2e-3)
+        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=2e-2)
+    assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
 
 
 @pytest.mark.slow
