@@ -109,6 +109,7 @@ def test_the_map_of_the_report_names_what_exists():
         assert f"def {test}(" in read(f"tests/{test_file}.py"), f"{test_file}.{test}"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_course_run(tmp_path):
     """In the order of the lessons, each from what the one before left in runs/."""
     for lesson in LESSONS:
