@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -208,9 +208,12 @@ def epoch_order(step: int, batch_size: int, n: int, seed: int) -> list[int]:
     """The rows of one step: positions of an endless sequence of shuffled epochs, so that an epoch
     sees every row once, and the batch is a pure function of (seed, step)."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {e: torch.randperm(n, generator=rng(seed, e)).tolist()
-              for e in {p // n for p in positions}}
-    return [epochs[p // n][p % n] for p in positions]
+    return [int(shuffled(n, seed, p // n)[p % n]) for p in positions]
+
+
+@lru_cache(2)  # not drawn anew for each step: a million rows take 20 ms
+def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=rng(seed, epoch))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:

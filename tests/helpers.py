@@ -90,11 +90,11 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
 def teach_letters(tokenizer, path):
     """A micro model directory: a policy that says "A." or "B.", and mostly stops."""
     from common import pad_rows
-    from sft import sft_loss, tokenize_conversations
+    from sft import sft_loss
     model = micro_model(tokenizer)
     talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
              for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")]
-    rows, _ = tokenize_conversations(talks, tokenizer, 512)
+    rows = [tokenizer.render(talk) for talk in talks]
     ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for _ in range(40):
