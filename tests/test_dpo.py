@@ -89,6 +89,51 @@ def test_answer_is_content_and_end(tokenizer):
     assert rejected.count(tokenizer.im_end_id) == 1  # text that looks like a token is text
 
 
+@pytest.mark.parity
+def test_loss_gradients_and_metrics_equal_trl(tmp_path, tokenizer, compare):
+    """TRL's DPOTrainer on random batches: the loss, every weight's gradient and what is logged."""
+    trl = pytest.importorskip("trl", reason="make test-parity installs it")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    vocab, theirs = tokenizer.padded_vocab_size(128), []
+    ours = [tiny_model(seed, 1.5, vocab_size=vocab) for seed in (0, 1)]  # policy, reference
+    for i, model in enumerate(ours):
+        model.save_pretrained(tmp_path / str(i))
+        theirs.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(i), dtype=torch.float32))
+    tokenizer.save_pretrained(tmp_path / "0")
+    trainer = trl.DPOTrainer(
+        *theirs, trl.DPOConfig(str(tmp_path / "trl"), beta=0.3, use_cpu=True, bf16=False,
+                               gradient_checkpointing=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r"}]),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "0"))
+    policy, generator = trainer.model.train(), torch.Generator().manual_seed(0)
+    for _ in range(10):
+        sizes = torch.randint(1, 12, (4, 3), generator=generator).tolist()
+        rows = [[torch.randint(vocab, (n,), generator=generator).tolist() for n in row]
+                for row in sizes]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        batch = trainer.data_collator([dict(zip(names, row, strict=True)) for row in rows])
+        want = trainer.compute_loss(policy, batch)
+        want.backward()
+        logged = {k: torch.tensor(v.pop()) for k, v in trainer._metrics["train"].items()}
+        (chosen, rejected), (ref_chosen, ref_rejected) = (
+            completion_logprobs(model, [r[0] for r in rows] * 2,
+                                [r[1] for r in rows] + [r[2] for r in rows])[0].sum(-1).chunk(2)
+            for model in ours)
+        loss, good, bad = dpo_loss(chosen, rejected, ref_chosen.detach(), ref_rejected.detach(),
+                                   0.3)
+        loss.mean().backward()
+        compare("DPO loss, TRL", loss.mean(), want, 1e-5)
+        for name, value in {"rewards/chosen": good, "rewards/rejected": bad,
+                            "rewards/margins": good - bad, "rewards/accuracies": good > bad,
+                            "logps/chosen": chosen, "logps/rejected": rejected}.items():
+            compare("DPO metrics, TRL", value.float().mean(), logged[name], 1e-5)
+        gradients = dict(policy.named_parameters())
+        for name, p in ours[0].named_parameters():
+            compare("DPO gradients, TRL", p.grad, gradients[name].grad, 1e-5)
+        ours[0].zero_grad(), policy.zero_grad()
+
+
 # ---------------------------------------------------------------------------------------------
 # the online merging optimizer
 
