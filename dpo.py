@@ -38,8 +38,10 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, epoch_order, lr_at, positive, read_json, require, rng, setup,
-    write_atomic, write_jsonl)
+    Run, cli, clip_and_step, divisible, epoch_order, lr_at, positive, read_json, require, rng,
+    setup, write_atomic, write_jsonl)
+from distributed import (
+    QUIET, WORLD, cut, gathered, merged, micro_batches, share, sharded, summed, whole)
 from label import review
 from model import Qwen2
 from reward import RewardModel, pair_responses, read_pairs
@@ -63,7 +65,7 @@ class Args:
     check_format: bool = False       # and those whose chosen answer is ill-formed
     reward_model: str = ""           # and those that it scores
     min_margin: float = 0.0          #   chosen - rejected below this
-    cache: str = ""                  # where reference log-probabilities are kept; empty: --out
+    cache: str = ""                  # of reference log-probabilities; empty: cache, beside --out
     epochs: float = 1.0              # passes over the pairs
     batch_size: int = 32             # pairs a step
     micro_batch: int = 32            # pairs a forward pass: memory only
@@ -121,20 +123,20 @@ class OnlineMerging(torch.optim.Optimizer):
             return x
         if self.ties:
             kept = max(1, round(self.reserve * x.numel()))
-            least = x.abs().flatten().kthvalue(x.numel() - kept + 1).values
-            return x * (x.abs() >= least)
+            sizes = (x if WORLD == 1 else x.full_tensor()).abs().flatten()
+            return x * (x.abs() >= sizes.kthvalue(x.numel() - kept + 1).values.item())
         generator = rng(self.seed, step + 1, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
-        return x * keep / self.reserve
+        return x * cut(keep, x) / self.reserve
 
-    def merged(self, delta, tau):
+    def merge(self, delta, tau):
         delta, tau = (1 - self.alpha) * delta, self.alpha * tau
         larger = torch.where(delta.abs() >= tau.abs(), delta, tau)
         differ = delta.sign() * tau.sign() < 0
         return torch.where(differ, larger, delta + tau) if self.ties else delta + tau
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None) -> None:
         beta1, beta2 = self.betas
         (group,) = self.param_groups
         for i, (p, tau) in enumerate(zip(group["params"], self.taus, strict=True)):
@@ -150,7 +152,7 @@ class OnlineMerging(torch.optim.Optimizer):
             state["v"].lerp_(p.grad.square(), 1 - beta2)
             m, v = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
             delta = -group["lr"] * m / (v.sqrt() + self.eps)
-            p += self.merged(self.drop(delta, t, i), tau)
+            p += self.merge(self.drop(delta, t, i), tau)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,6 +178,7 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
+    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     scorer = args.reward_model and RewardModel.from_pretrained(args.reward_model, device=device)
     pairs = read_pairs(args.data) if args.data else []
@@ -206,21 +209,26 @@ def main(args: Args) -> dict:
         return logprobs.sum(-1).chunk(2), mask.sum(-1).chunk(2)[0]
 
     # reference: the policy before its first step, so one model is enough
-    key = content_hash(model, rows, device.type, autocast.fast_dtype, args.micro_batch)
-    cache = Path(args.cache or args.out) / f"reference-{key}.json"
-    reference = read_json(cache)["logprobs"] if cache.exists() else []
-    with torch.no_grad(), autocast:
-        for i in range(len(reference), len(rows), args.micro_batch):
-            (chosen, rejected), _ = sequence_logprobs(rows[i:i + args.micro_batch])
-            reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    key = content_hash(model, rows, device.type, autocast.fast_dtype, args.micro_batch, WORLD)
+    cache = Path(args.cache or Path(args.out).parent / "cache") / f"reference-{key}.json"
+    if all(gathered(cache.exists())):
+        reference = read_json(cache)["logprobs"]
+    else:
+        reference, mine = [], share(rows)
+        with torch.no_grad(), autocast:
+            for i in range(0, len(mine), args.micro_batch):
+                (chosen, rejected), _ = sequence_logprobs(mine[i:i + args.micro_batch])
+                reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
+        reference = merged(reference)
 
     # optimizer, resume
+    model = sharded(model)
     params = dict(model.named_parameters())
     if args.base:
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
         require({k: p.shape for k, p in base.items()} == {k: p.shape for k, p in params.items()},
                 f"--base {args.base} and --init {args.init} differ in size or architecture")
-        taus = [(params[name] - base[name]).detach() for name in params]
+        taus = [(p - cut(base[name], p)).detach() for name, p in params.items()]
         optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
                                   args.seed, args.merge)
     else:
@@ -230,13 +238,12 @@ def main(args: Args) -> dict:
     write_atomic(cache, json.dumps({"logprobs": reference}))
 
     # loop
-    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
         sums = dict.fromkeys(("loss", "accuracy", "reward_chosen", "reward_rejected"), 0.0)
-        for i in range(0, len(batch), args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+        for micro in micro_batches(batch, args.micro_batch):
             ref_chosen, ref_rejected = torch.tensor([reference[j] for j in micro], device=device).T
             with autocast:
                 (chosen, rejected), length = sequence_logprobs([rows[j] for j in micro])
@@ -248,6 +255,7 @@ def main(args: Args) -> dict:
                                 ("reward_chosen", reward_chosen),
                                 ("reward_rejected", reward_rejected)):
                 sums[name] += value.sum().item() / len(batch)
+        sums = summed(sums)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, sums["loss"])
         run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=norm,
@@ -256,8 +264,8 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1, args.max_new_tokens,
-                     1.0, args.seed)
+    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                     args.max_new_tokens, 1.0, args.seed)
     run.save_samples([group[0] for group in groups])
     run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)
     return sums

@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_json,
-    read_jsonl, require, setup, write_jsonl)
+    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, pad_rows, positive,
+    read_json, read_jsonl, require, setup, write_jsonl)
+from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
 from sample import load_policy, prompt_ids, read_prompts, rollout
 from tokenizer import Tokenizer
@@ -107,7 +108,7 @@ class RewardModel(Qwen2):
         last real token by its length, never by looking for a padding id (R11.1)."""
         hidden = self.hidden(ids)
         last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.head(last).flatten().float()
+        return self.head(last).sum(1).float()  # of one number: FSDP wants no view
 
     @torch.no_grad()
     def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
@@ -273,6 +274,7 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_queries", "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
+    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     kind = TwoLayers if args.two_layers else RewardModel
     model = kind.from_language_model(model, tokenizer)
@@ -299,24 +301,25 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} {'prompts' if args.listwise else 'pairs'}, {steps} steps")
 
     # optimizer, resume
+    model = sharded(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
-    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0][0]))
         loss_sum = correct = 0.0
-        for i in range(0, len(batch), args.micro_batch):
-            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
+        for micro in micro_batches(batch, args.micro_batch):
             with autocast:
-                chosen, rejected, weight = comparisons(model, micro)
+                chosen, rejected, weight = comparisons(model, [rows[j] for j in micro])
             loss = (preference_loss(chosen, rejected) * weight).sum() / len(batch)
             loss_sum += loss.item()
             correct += ((chosen > rejected) * weight).sum().item() / len(batch)
             loss.backward()
+        loss_sum, correct = map(summed, (loss_sum, correct))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss_sum)
         run.log(step + 1, steps, bar, batch, loss=loss_sum, accuracy=correct, lr=lr,
@@ -325,7 +328,8 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save
-    by_source = {source: {"pairs": len(some)} | accuracies(model, some)
+    scorer = whole(model)
+    by_source = {source: {"pairs": len(some)} | accuracies(scorer, some)
                  for source, some in held_out.items() if some}
     for source, row in by_source.items():
         print(f"held out, {source}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
