@@ -8,7 +8,6 @@ report.md (for a terminal or a repository), report.html (one file, no network, n
 in any browser) and report.json (for programs).
 """
 import json
-import time
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -65,7 +64,8 @@ def collect(root: Path):
             chats[name] = [row for _, row in read_jsonl(folder / "eval_samples.jsonl")]
     total = sum(s["seconds"] or 0 for s in stages)
     if (root / "started").exists():  # demo.sh's clock: data, tokenizer, evaluations included
-        total = time.time() - float((root / "started").read_text())
+        ended = max(path.stat().st_mtime for path in root.glob("*/*.json"))
+        total = ended - float((root / "started").read_text())
     report = {"name": root.name, "stages": stages, "gains": gains(chats), "seed": run["seed"],
               "total_seconds": round(total)}
     return report, logs, chats

@@ -2,6 +2,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -105,3 +107,16 @@ def test_the_map_of_the_report_names_what_exists():
     for module, name, test_file, test in rows:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
         assert f"def {test}(" in read(f"tests/{test_file}.py"), f"{test_file}.{test}"
+
+
+def test_the_commands_of_the_course_run(tmp_path):
+    """In the order of the lessons, each from what the one before left in runs/."""
+    for lesson in LESSONS:
+        for block in re.findall(r"(?<=\n\n)```\n(.*?)```", read(f"docs/{lesson}"), re.S):
+            for command in block.splitlines():
+                program, *arguments = command.split()
+                assert program == "python", command
+                arguments[0] = str(ROOT / arguments[0])
+                done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
+                                      capture_output=True, timeout=600)
+                assert done.returncode == 0, f"{lesson}: {command}\n{done.stderr[-2000:]}"

@@ -139,9 +139,9 @@ def test_loss_equals_the_formula(aggregate, kl, kl_ratio, high):
 @pytest.mark.parametrize("kl_ratio", [True, False])
 def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio, tmp_path,
                                                  tokenizer, compare):
-    """TRL's GRPOTrainer on random completions and rewards, off-policy, with KL and clip-higher;
-    cut completions masked. Its std is Bessel's, with 1e-4 added, ours the paper's with 1e-6; its
-    divisor is one batch's for bnpo, the whole step's for dapo."""
+    """TRL's GRPOTrainer on random completions and rewards, off-policy, with KL and clip-higher. Its
+    std is Bessel's, with 1e-4 added, ours the paper's with 1e-6; bnpo divides by the tokens of one
+    micro-batch and dapo by the step's, which are the same here."""
     trl = pytest.importorskip("trl", reason="make test-parity installs it")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -157,7 +157,7 @@ def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio,
         theirs, lambda **kwargs: rewards, trl.GRPOConfig(
             str(tmp_path / "trl"), loss_type=loss_type, beta=0.3, use_bias_correction_kl=kl_ratio,
             epsilon=0.2, epsilon_high=0.28, scale_rewards=scale, num_generations=G,
-            max_completion_length=longest, mask_truncated_completions=True, temperature=0.7,
+            max_completion_length=longest, temperature=0.7,
             per_device_train_batch_size=2 * G, gradient_accumulation_steps=1, use_cpu=True,
             bf16=False, gradient_checkpointing=False, report_to="none"),
         train_dataset=Dataset.from_list([{"prompt": "p"}]),
@@ -172,9 +172,7 @@ def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio,
     for _ in range(5):
         sizes = torch.randint(1, longest, (2 * G,), generator=generator).tolist()
         prompts = [prompt for prompt in (draw(3), draw(6)) for _ in range(G)]
-        answers = [draw(n) + [tokenizer.stop_ids[0]] for n in sizes]
-        answers[1], answers[6] = draw(longest), draw(longest)
-        finished = [i for i in range(2 * G) if i not in (1, 6)]
+        answers = [draw(n) for n in sizes]
         rewards = torch.rand(2 * G, generator=generator).tolist()
         sampled = prompts, answers, None, ["c"] * 2 * G, None, {}, None, None
         trainer._generate = lambda prompts, sampled=sampled: sampled
@@ -186,19 +184,16 @@ def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio,
             advantages /= (table.std(1) + 1e-4)[:, None]
         compare("GRPO advantages, TRL", advantages.flatten(), batch["advantages"], 1e-5)
 
-        inputs = [prompts[i] for i in finished], [answers[i] for i in finished], 0.7
-        logprobs, mask = completion_logprobs(ours[0], *inputs)
-        noise = 0.5 * torch.randn(2 * G, longest, generator=generator)
-        old = logprobs.detach() + noise[finished][:, :mask.shape[1]]
-        batch["old_per_token_logps"] = torch.zeros(2 * G, batch["completion_ids"].shape[1])
-        batch["old_per_token_logps"][finished, :mask.shape[1]] = old
+        logprobs, mask = completion_logprobs(ours[0], prompts, answers, 0.7)
+        ref = completion_logprobs(ours[1], prompts, answers, 0.7)[0].detach()
+        old = logprobs.detach() + 0.5 * torch.randn(mask.shape, generator=generator)
+        batch["old_per_token_logps"] = old
         want = trainer.compute_loss(trainer.model, batch)
         want.backward()
         loss, logs = grpo_loss(
-            logprobs, old, completion_logprobs(ours[1], *inputs)[0].detach(),
-            advantages.flatten()[finished], mask, clip_eps=0.2, clip_high=0.28, kl=0.3,
+            logprobs, old, ref, advantages.flatten(), mask, clip_eps=0.2, clip_high=0.28, kl=0.3,
             kl_ratio=kl_ratio, aggregate=aggregate,
-            count={"seq_mean": 2 * G, "constant": 2 * G * longest}.get(aggregate))
+            count=2 * G * longest if aggregate == "constant" else None)
         loss.backward()
         assert logs["clipped"] > 0
         compare(f"GRPO loss, TRL {loss_type}", loss, want, 1e-5)

@@ -1,6 +1,7 @@
 """report.py: what it says of stages whose numbers are known, and that report.html needs nothing but
 itself."""
 import json
+import os
 from html.parser import HTMLParser
 
 import pytest
@@ -49,6 +50,15 @@ def test_gains_are_only_of_the_same_queries(tmp_path):
     rows = [{"prompt": "a", "pass@1": 0.5, "greedy_score": 1.0}]
     assert len(report.gains({"sft": rows, "dpo": rows})) == 1
     assert report.gains({"sft": rows, "dpo": [rows[0] | {"prompt": "b"}]}) == []
+
+
+def test_total_time_is_the_clock_of_the_demo(tmp_path):
+    """From `started` to the last file written, whenever the report is made."""
+    fake_stage(tmp_path, "sft", [0.0])
+    (tmp_path / "started").write_text("1000")
+    for path in tmp_path.glob("*/*"):
+        os.utime(path, (1090, 1090))
+    assert report.main(report.Args(run=str(tmp_path)))["total_seconds"] == 90
 
 
 def test_report_of_nothing_is_refused(tmp_path):
