@@ -82,5 +82,5 @@ stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/r
   --lr "$(lr 3e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
 evaluate grpo --max_new_tokens 64 --samples 2
 
-"$PYTHON" report.py "$OUT"
+"$PYTHON" report.py --run "$OUT"
 cat "$OUT/times.txt"
