@@ -12,7 +12,7 @@ set -euo pipefail
 MODEL=$(realpath "$1") GSM8K=$(realpath "$2") SVAMP=$(realpath "$3")
 OUT=$(realpath -m "${4:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-N_SFT=${N_SFT:-480} N_RL=${N_RL:-256} STEPS=${STEPS:-24} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
+N_SFT=${N_SFT:-480} N_RL=${N_RL:-192} STEPS=${STEPS:-24} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
 LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
