@@ -151,12 +151,29 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
 # ---------------------------------------------------------------------------------------------
 # one episode
 
-def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: int):
-    """-> groups (Q lists of G rollouts), verdicts (Q, G), rewards (Q, G), RM scores or None."""
-    groups = rollout(model, tokenizer, queries, args.group, args.max_new_tokens, args.temperature,
-                     seed)
-    verified = torch.tensor([[a.score for a in group] for group in groups])
-    scores = None
+def is_mixed(group) -> bool:
+    return len({answer.score for answer in group}) > 1
+
+
+def sample_groups(model, tokenizer, queries, args: Args, step: int):
+    """-> a step's groups of answers, and the share of those sampled that they are: its batch of the
+    queries and, with --resample, the batches after it until enough groups hold right and wrong
+    answers (DAPO, section 3.2); what is missing then is made up of dead groups. Each step has its
+    own stretch of the queries, so that it is a pure function of its number."""
+    B, groups = args.batch_queries, []
+    while len(groups) <= args.resample * B and sum(map(is_mixed, groups)) < B:
+        first = step * (1 + args.resample) * B + len(groups)
+        batch = [queries[(first + i) % len(queries)] for i in range(B)]
+        seed = args.seed * 100_003 + step + 1 + 1_000_003 * (len(groups) // B)
+        groups += rollout(model, tokenizer, batch, args.group, args.max_new_tokens,
+                          args.temperature, seed)
+    best = sorted(range(len(groups)), key=lambda i: not is_mixed(groups[i]))[:B]
+    return [groups[i] for i in sorted(best)], B / len(groups)
+
+
+def reward_groups(groups, reward_model, args: Args):
+    """-> verdicts (Q, G), rewards (Q, G), the reward model's scores (Q, G) or None."""
+    verified, scores = torch.tensor([[a.score for a in group] for group in groups]), None
     if reward_model is not None:
         mine = [a for group in share(groups) for a in group]
         scores = reward_model.score([a.prompt_ids for a in mine], [a.ids for a in mine])
@@ -166,28 +183,7 @@ def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: in
     if args.overlong == "soft":
         lengths = torch.tensor([[len(a.ids) for a in group] for group in groups])
         rewards = rewards + overlong_punishment(lengths, args.max_new_tokens)
-    return groups, verified, rewards, scores
-
-
-def sample_mixed(model, reward_model, tokenizer, queries, args: Args, step: int):
-    """The episode of a step: its batch of the queries and, with --resample, the batches after it
-    until enough groups hold right and wrong answers (DAPO, section 3.2); what is missing then is
-    made up of dead groups. Each step has its own stretch of the queries, so that a step is a pure
-    function of its number. -> as sample_episode, and the share of the groups sampled that is used.
-    """
-    B, parts, mixed = args.batch_queries, [], torch.zeros(0, dtype=torch.bool)
-    while len(parts) <= args.resample and mixed.sum() < B:
-        k = step * (1 + args.resample) + len(parts)
-        batch = [queries[(k * B + i) % len(queries)] for i in range(B)]
-        seed = args.seed * 100_003 + step + 1 + 1_000_003 * len(parts)
-        parts.append(sample_episode(model, reward_model, tokenizer, batch, args, seed))
-        verified = parts[-1][1]
-        mixed = torch.cat((mixed, verified.amax(1) != verified.amin(1)))
-    used = sorted(sorted(range(len(mixed)), key=lambda i: not mixed[i])[:B])
-    groups = sum((part[0] for part in parts), [])
-    tensors = [None if part[0] is None else torch.cat(part)[used]
-               for part in list(zip(*parts, strict=True))[1:]]
-    return [groups[i] for i in used], *tensors, len(used) / len(mixed)
+    return verified, rewards, scores
 
 
 def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
@@ -198,11 +194,12 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
     learn from (R12.7)."""
     if args.order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
-    groups, verified, rewards, scores = sample_episode(
-        model, reward_model, tokenizer,
-        queries if args.order == "variance" else queries[:2 * args.batch_queries], args, args.seed)
+    groups = rollout(model, tokenizer,
+                     queries if args.order == "variance" else queries[:2 * args.batch_queries],
+                     args.group, args.max_new_tokens, args.temperature, args.seed)
+    verified, rewards, scores = reward_groups(groups, reward_model, args)
     truncated = sum(not a.finished for group in groups for a in group) / verified.numel()
-    mixed = ((verified.amax(1) != verified.amin(1)).float().mean()).item()
+    mixed = sum(map(is_mixed, groups)) / len(groups)
     print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries only sometimes, "
           f"{truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens")
@@ -258,8 +255,8 @@ def main(args: Args) -> dict:
                disable=QUIET)
     for step in bar:
         with autocast:
-            groups, verified, rewards, scores, used = sample_mixed(
-                whole(model), reward_model, tokenizer, queries, args, step)
+            groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
+            verified, rewards, scores = reward_groups(groups, reward_model, args)
         answers = [answer for group in groups for answer in group]
         kept = [a.finished or args.overlong != "mask" for a in answers]
         advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)

@@ -12,7 +12,7 @@ from helpers import (
 
 import grpo
 from grpo import (
-    group_advantages, grpo_loss, overlong_punishment, query_order, sample_mixed, shaped_reward)
+    group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
 from sample import Rollout, completion_logprobs, generate, prompt_ids, rollout
 
 AGGREGATES = ["seq_mean", "token_mean", "constant"]
@@ -451,11 +451,9 @@ def test_dead_groups_are_resampled(monkeypatch):
             (2, 1, "gh", 2 / 6, 3), (2, 2, "bc", 2 / 4, 2), (1, 2, "ij", 2 / 4, 2)):
         seeds.clear()
         args = stage_args(grpo, group=4, batch_queries=2, resample=resample)
-        groups, verified, rewards, scores, used = sample_mixed(None, None, None, queries, args,
-                                                               step)
-        assert "".join(g[0].query["prompt"] for g in groups) == want
-        assert verified.tolist() == [[a.score for a in g] for g in groups] == rewards.tolist()
-        assert used == share and scores is None and len(set(seeds)) == len(seeds) == sampled
+        groups, used = sample_groups(None, None, queries, args, step)
+        assert "".join(group[0].query["prompt"] for group in groups) == want
+        assert used == share and len(set(seeds)) == len(seeds) == sampled
     assert len({group[0].query["prompt"] for group in groups}) == 2
 
 
