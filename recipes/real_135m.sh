@@ -12,7 +12,7 @@ set -euo pipefail
 MODEL=$(realpath "$1") GSM8K=$(realpath "$2") SVAMP=$(realpath "$3")
 OUT=$(realpath -m "${4:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-N_SFT=${N_SFT:-480} N_RL=${N_RL:-192} STEPS=${STEPS:-24} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
+N_SFT=${N_SFT:-320} N_RL=${N_RL:-128} STEPS=${STEPS:-16} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
 LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
@@ -65,7 +65,7 @@ ln -sf "$MODEL"/* "$OUT/pretrain/"
 evaluate pretrain --samples 1 --max_new_tokens 64
 
 stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --epochs 1 --batch_size 16 --micro_batch 8 \
-  --lr "$(lr 1e-4)"
+  --warmup 3 --lr "$(lr 1e-4)"
 evaluate sft --max_new_tokens 64 --samples 2
 
 stage dpo dpo --init "$OUT/sft" --base "$MODEL" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" \
@@ -79,7 +79,7 @@ stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatu
 
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
   --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 64 \
-  --lr "$(lr 3e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
+  --lr "$(lr 4e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
 evaluate grpo --max_new_tokens 64 --samples 2
 
 "$PYTHON" report.py --run "$OUT"
