@@ -206,8 +206,9 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
-                     args.max_new_tokens, 1.0, args.seed)
+    with autocast:
+        groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                         args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     run.save_samples(answers)
     stopped = sum(a.finished for a in answers) / len(answers)
