@@ -55,7 +55,7 @@ class Args:
     folds: int = 5                   # of the cross-validation on --labels
     judge: str = ""                  # model directory that scores documents
     judge_tokens: int = 512          # of a document that the judge reads
-    keep: float = 1.0                # share of the documents to keep, the best first
+    keep: float = 1.0                # share of the text to keep, the best first
     generate: int = 0                # questions that --policy answers; instead of all the above
     policy: str = ""                 # chat model that answers them
     responses: int = 4               # answers a question
@@ -137,9 +137,9 @@ def classify(model: Classifier, classes: list[str], text: str) -> dict[str, floa
 def cross_validate(texts: list[str], bags: list, targets: torch.Tensor, folds: int, seed: int):
     """(n, classes) probabilities, each by a model that saw neither the text nor a near-duplicate:
     these fall into one fold together."""
-    group, (_, pairs) = list(range(len(texts))), data.deduplicate({"text": t} for t in texts)
-    for i, j, _ in pairs:
-        group[i] = group[j]
+    near = data.NearDuplicates()
+    first = [near.find(text)[0] for text in texts]
+    group = [i if j < 0 else j for i, j in enumerate(first)]
     fold = torch.randperm(len(texts), generator=rng(seed, 1))[group] % folds
     probs = torch.zeros_like(targets)
     for k in range(folds):
@@ -155,6 +155,15 @@ def auc(scores, labels) -> float:
     scores, good = np.asarray(scores), np.asarray(labels, dtype=bool)
     gap = scores[good][:, None] - scores[~good]
     return float((gap > 0).mean() + (gap == 0).mean() / 2)
+
+
+def best(scores, sizes, keep: float) -> np.ndarray:
+    """(n,) bool: the documents of highest score that hold a share `keep` of all the text. By
+    documents, a score that likes long ones would hardly drop anything."""
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    kept = np.zeros(len(order), dtype=bool)
+    kept[order] = np.cumsum(np.asarray(sizes)[order]) <= keep * np.sum(sizes)
+    return kept
 
 
 def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[str]]:
@@ -243,15 +252,15 @@ def main(args: Args) -> dict:
         print(f"judge, AUC: {report['judge']}")
     if args.data:
         # Two passes: what is kept depends on all scores, and documents need not fit in memory.
-        rows = [{k: v for scorer in scorers for k, v in scorer(doc["text"]).items()}
-                for doc in tqdm(data.read_all(args.data), "scores", disable=None)]
-        quality = np.array([row.get(QUALITY, row.get("mean", 0.0)) for row in rows])
-        least = np.quantile(quality, 1 - args.keep)
-        report["least"] = float(least)
+        rows, sizes = [], []
+        for doc in tqdm(data.read_all(args.data), "scores", disable=None):
+            rows.append({k: v for scorer in scorers for k, v in scorer(doc["text"]).items()})
+            sizes.append(len(doc["text"]))
+        keep = best([row.get(QUALITY, row.get("mean", 0.0)) for row in rows], sizes, args.keep)
 
         def kept():
-            for doc, row, value in zip(data.read_all(args.data), rows, quality, strict=True):
-                if value >= least:
+            for doc, row, good in zip(data.read_all(args.data), rows, keep, strict=True):
+                if good:
                     domain = max(classes, key=row.get) if classes and QUALITY not in row else None
                     yield doc | {"source": domain or doc["source"], "scores": row}
         report["sources"] = data.write_sources(out, kept())
