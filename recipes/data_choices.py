@@ -1,9 +1,9 @@
 """What filtering and the mixture are worth, measured by pre-training on little data.
 
 Filtering: web pages (C4, Common Crawl, DCLM's human study), after the rules of data.py, all of
-them against the half (of the text) that quality.py's classifier scores highest; it learned from DCLM's
-labels, and each labelled page is scored by a model that did not see it. Equal tokens, about an epoch or
-less, one tokenizer; bits per byte on clean text of other origin.
+them against the half of the text that quality.py's classifier scores highest; it learned from
+DCLM's labels, and each labelled page is scored by a model that did not see it. Equal tokens, about
+one epoch or less, one tokenizer; bits per byte on clean text of other origin.
 
 Mixture: general text, mathematics and code in three mixtures; bits per byte on held-out documents
 of each.
