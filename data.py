@@ -28,7 +28,7 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -221,8 +221,8 @@ WORDS = {name: frozenset(words.split()) for name, words in WORDS.items()}
 
 
 def language(text: str) -> str:
-    """A guess, "" where none of the above fits: a script that a fifth of the letters are in (Kana
-    first: Japanese has Han too), else the words that most often occur, if one in twenty is such."""
+    """A guess: a script that a fifth of the letters are in (Kana first: Japanese has Han too), else
+    the words that most often occur, if one in twenty is such, else "unknown"."""
     letters = sum(map(str.isalpha, text))
     for name, span in SCRIPTS.items():
         if len(re.findall(f"[{span}]", text)) > letters / 5:
@@ -230,13 +230,14 @@ def language(text: str) -> str:
     words = re.findall(r"[^\W\d_]+", text.lower())
     hits = {name: sum(word in known for word in words) for name, known in WORDS.items()}
     best = max(hits, key=hits.get)
-    return best if hits[best] > len(words) / 20 else ""
+    return best if hits[best] > len(words) / 20 else "unknown"
 
 
 def other_language(text: str, kind: str = "prose", wanted=()) -> str:
-    found = language(text) if kind == "prose" and wanted else ""
-    return f"language {found or 'unknown'}" if wanted and kind == "prose" and (
-        found not in wanted) else ""
+    if not wanted or kind != "prose":
+        return ""
+    found = language(text)
+    return "" if found in wanted else f"language {found}"
 
 
 # The first reason counts, so the counts add up. Gopher's stop-word test is left out: it drops
@@ -261,6 +262,7 @@ def verdicts(documents, stages: dict):
 WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
+@lru_cache(1)  # two stages ask for the same text
 def word_ids(text: str) -> np.ndarray:
     """(words,) uint64, the CRC-32 of each word: Python's own hash differs from run to run."""
     return np.array([crc32(w.encode("utf-8", "replace")) for w in WORD.findall(text.lower())],
@@ -635,7 +637,7 @@ class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
     input: str = ""                # .txt, .jsonl, .parquet, with commas; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
-    languages: str = ""            # of prose to keep, as en,zh (a guess by script and words); all
+    languages: str = ""            # of prose to keep, as en,zh,unknown (see WORDS); empty: all
     tokenizer: str = ""            # directory: write token files too, for pretrain.py to map
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
