@@ -16,7 +16,7 @@ FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
 FLOORS = [["common", "kernels", "sandbox", "ifeval"], ["tokenizer", "answers", "checkpoint"],
           ["model", "tasks"], ["data", "sample"], ["pretrain", "sft", "reward", "evaluate"],
-          ["label"], ["dpo", "grpo", "scaling", "report"]]
+          ["label"], ["dpo", "grpo", "scaling", "report", "quality"]]
 
 
 def test_the_table_names_every_file_with_its_line_count():
