@@ -391,12 +391,12 @@ def extract_code(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
-VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, many come again in later steps
+VERDICTS: dict[tuple, bool] = {}  # of the last programs: in RL, many come again in later steps
 
 
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     """1.0 where the response passes its query's check, else 0.0. Code runs in the sandbox, several
-    programs at a time, equal ones once in the life of this process."""
+    programs at a time, equal ones once."""
     scores, jobs = [0.0] * len(queries), {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
@@ -418,6 +418,8 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     VERDICTS.update((job, result.passed) for job, result in zip(new, results, strict=True))
     for i, job in jobs.items():
         scores[i] = float(VERDICTS[job])
+    for job in list(VERDICTS)[:-10_000]:  # a long run must not keep all that it ever sampled
+        del VERDICTS[job]
     return scores
 
 
