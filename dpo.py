@@ -32,7 +32,9 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup, write_jsonl)
+    Run, cli, clip_and_step, divisible, epoch_order, lr_at, positive, require, rng, setup,
+    write_jsonl)
+from distributed import QUIET, cut, merged, micro_batches, share, sharded, summed, whole
 from model import Qwen2
 from reward import pair_responses, read_pairs, tokenize_pair
 from sample import completion_logprobs, load_policy, rollout
@@ -102,10 +104,10 @@ class OnlineMerging(torch.optim.Optimizer):
             return x
         generator = rng(self.seed, step + 1, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
-        return x * keep / self.reserve
+        return x * cut(keep, x) / self.reserve
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None) -> None:
         beta1, beta2 = self.betas
         (group,) = self.param_groups
         for i, (p, tau) in enumerate(zip(group["params"], self.taus, strict=True)):
@@ -132,6 +134,7 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
+    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     pairs = read_pairs(args.data) if args.data else []
     queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)
@@ -159,19 +162,21 @@ def main(args: Args) -> dict:
         return logprobs.sum(-1).chunk(2), mask.sum(-1).chunk(2)[0]
 
     # reference: the policy before its first step, so one model is enough
-    reference = []
+    reference, mine = [], share(rows)
     with torch.no_grad(), autocast:
-        for i in range(0, len(rows), args.micro_batch):
-            (chosen, rejected), _ = sequence_logprobs(rows[i:i + args.micro_batch])
+        for i in range(0, len(mine), args.micro_batch):
+            (chosen, rejected), _ = sequence_logprobs(mine[i:i + args.micro_batch])
             reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    reference = merged(reference)
 
     # optimizer, resume
+    model = sharded(model)
     params = dict(model.named_parameters())
     if args.base:
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
         require({k: p.shape for k, p in base.items()} == {k: p.shape for k, p in params.items()},
                 f"--base {args.base} and --init {args.init} differ in size or architecture")
-        taus = [(params[name] - base[name]).detach() for name in params]
+        taus = [(p - cut(base[name], p)).detach() for name, p in params.items()]
         optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
                                   args.seed)
     else:
@@ -180,13 +185,12 @@ def main(args: Args) -> dict:
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
-    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
         sums = dict.fromkeys(("loss", "accuracy", "reward_chosen", "reward_rejected"), 0.0)
-        for i in range(0, len(batch), args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+        for micro in micro_batches(batch, args.micro_batch):
             ref_chosen, ref_rejected = torch.tensor([reference[j] for j in micro], device=device).T
             with autocast:
                 (chosen, rejected), length = sequence_logprobs([rows[j] for j in micro])
@@ -198,6 +202,7 @@ def main(args: Args) -> dict:
                                 ("reward_chosen", reward_chosen),
                                 ("reward_rejected", reward_rejected)):
                 sums[name] += value.sum().item() / len(batch)
+        sums = summed(sums)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, sums["loss"])
         run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=norm,
@@ -206,8 +211,8 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1, args.max_new_tokens,
-                     1.0, args.seed)
+    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                     args.max_new_tokens, 1.0, args.seed)
     run.save_samples([group[0] for group in groups])
     run.finish(model, tokenizer, pairs=len(rows), **sums)
     return sums

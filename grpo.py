@@ -34,7 +34,8 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from common import Run, adamw, cli, clip_and_step, lr_at, positive, require, setup
+from common import Run, adamw, cli, clip_and_step, divisible, lr_at, positive, require, setup
+from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
 
@@ -140,8 +141,10 @@ def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: in
     verified = torch.tensor([[a.score for a in group] for group in groups])
     scores = None
     if reward_model is not None:
-        scores = torch.tensor(reward_model.score([a.prompt_ids for a in answers],
-                                                 [a.ids for a in answers])).view_as(verified)
+        mine = [a for group in share(groups) for a in group]
+        scores = reward_model.score([a.prompt_ids for a in mine], [a.ids for a in mine])
+        scores = merged([scores[i:i + args.group] for i in range(0, len(scores), args.group)])
+        scores = torch.tensor(scores).view_as(verified)
     return answers, verified, shaped_reward(verified, scores), scores
 
 
@@ -178,6 +181,7 @@ def main(args: Args) -> dict:
             f"{args.normalise!r}")
     positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
              "inner_steps", "micro_batch", "save_every")
+    divisible(args.batch_queries * args.group, "--batch_queries x --group")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)
     reward_model = None
@@ -190,23 +194,27 @@ def main(args: Args) -> dict:
     # data
     with autocast:
         queries = order_queries(model, reward_model, tokenizer, queries, args)
-    reference = copy.deepcopy(model) if args.kl else None
+    reference = sharded(copy.deepcopy(model)) if args.kl else None
 
     # optimizer, resume
+    model = sharded(model)
     optimizer = adamw(model, args.lr, weight_decay=0.0)
     start = run.begin(model, optimizer)
 
     # loop
-    bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps, disable=None)
+    bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
+               disable=QUIET)
     for step in bar:
         batch = [queries[(step * args.batch_queries + i) % len(queries)]
                  for i in range(args.batch_queries)]
         with autocast:
             answers, verified, rewards, scores = sample_episode(
-                model, reward_model, tokenizer, batch, args, args.seed * 100_003 + step + 1)
+                whole(model), reward_model, tokenizer, batch, args, args.seed * 100_003 + step + 1)
         advantages = group_advantages(rewards, args.normalise).flatten()
         # A response of a dead group has neither advantage nor, without KL, gradient: skip it.
         alive = [i for i in range(len(answers)) if args.kl or advantages[i] != 0]
+        # A few may fill the shares of several processes up to one size.
+        alive += sorted(set(range(len(answers))) - set(alive))[:-len(alive) % WORLD]
         # Groups stay together, to share their prompt, among groups of similar length.
         longest = [max(len(a.ids) for a in answers[i:i + args.group])
                    for i in range(0, len(answers), args.group)]
@@ -216,8 +224,8 @@ def main(args: Args) -> dict:
                  "constant": len(answers) * args.max_new_tokens}[args.aggregate]
         for _ in range(args.inner_steps):
             loss, sums = 0.0, {"clipped": 0, "kl": 0.0, "entropy": 0.0, "gap": 0.0}
-            for i in range(0, len(alive), args.micro_batch):
-                micro = [answers[j] for j in alive[i:i + args.micro_batch]]
+            for part in micro_batches(alive, args.micro_batch):
+                micro = [answers[j] for j in part]
                 inputs = ([a.prompt_ids for a in micro], [a.ids for a in micro], args.temperature,
                           tokenizer.n_vocab)
                 with autocast:
@@ -227,11 +235,13 @@ def main(args: Args) -> dict:
                 old = torch.zeros_like(logprobs).masked_scatter(mask, torch.tensor(
                     [p for a in micro for p in a.logprobs], device=device))
                 micro_loss, logs = grpo_loss(
-                    logprobs, old, ref, advantages[alive[i:i + args.micro_batch]].to(device), mask,
+                    logprobs, old, ref, advantages[part].to(device), mask,
                     clip_eps=args.clip_eps, kl=args.kl, aggregate=args.aggregate, count=count)
                 micro_loss.backward()
                 loss += micro_loss.item()
                 sums = {k: max(sums[k], v) if k == "gap" else sums[k] + v for k, v in logs.items()}
+            gap = max(gathered(sums["gap"]))
+            loss, sums = summed(loss), summed(sums) | {"gap": gap}
             lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
             norm = clip_and_step(model, optimizer, lr, args.clip, loss)
             if not math.isfinite(norm):

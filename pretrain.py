@@ -29,7 +29,8 @@ from tqdm import tqdm
 import data
 import kernels
 from common import (
-    Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
+    Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, positive, require, rng, setup)
+from distributed import QUIET, RANK, gathered, micro_batches, sharded, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -74,8 +75,9 @@ def load_sources(args: Args) -> dict[str, list[str]]:
     With no --data, data.py builds its corpus first: real Python documentation and code, and
     synthetic documents of the four domains."""
     path = Path(args.data or f"{args.out}-data-seed{args.seed}")
-    if not args.data and not (path / "report.json").exists():
+    if not args.data and not (path / "report.json").exists() and RANK == 0:
         data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
+    gathered("the corpus is there")
     files = [Path(p) for p in args.data.split(",")]
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
@@ -223,10 +225,12 @@ def main(args: Args) -> dict:
     model.to(device)
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(ids) // rows
+    divisible(rows, "--batch_tokens / --seq_len")
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 
     # optimizer, resume
+    model = sharded(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
 
@@ -234,13 +238,12 @@ def main(args: Args) -> dict:
     # (MoE layers, experts): steps in a row, since the start or --resume, with less than a tenth of
     # the fair share.
     starved = 0
-    bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.time()
         batch = epoch_order(step, rows, len(ids), args.seed)
         count, loss, aux_sum, load, entropy = rows * args.seq_len, 0.0, 0.0, 0.0, 0.0
-        for i in range(0, rows, args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+        for micro in micro_batches(batch, args.micro_batch):
             segments = segment_ids[micro].to(device) if segment_ids is not None else None
             router = [] if model.config.num_experts else None
             with autocast:
@@ -252,6 +255,7 @@ def main(args: Args) -> dict:
                 aux_sum += aux.item()
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
+        loss, aux_sum, load, entropy = map(summed, (loss, aux_sum, load, entropy))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
@@ -269,8 +273,8 @@ def main(args: Args) -> dict:
                            "tenth of its fair share for 100 steps: lower --lr, or raise "
                            "router_aux_loss_coef in the config.json of --init")
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
-            metrics["val_loss"] = held_out_loss(model, val_ids, val_segments, args.micro_batch,
-                                                device, autocast)
+            metrics["val_loss"] = held_out_loss(whole(model), val_ids, val_segments,
+                                                args.micro_batch, device, autocast)
         run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
-    require, setup, write_jsonl)
+    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, pad_rows, positive,
+    read_jsonl, require, setup, write_jsonl)
+from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
 from sample import load_policy, prompt_ids, read_prompts, rollout
 from tokenizer import Tokenizer
@@ -96,7 +97,7 @@ class RewardModel(Qwen2):
         last real token by its length, never by looking for a padding id (R11.1)."""
         hidden = self.hidden(ids)
         last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.head(last).flatten().float()
+        return self.head(last).sum(1).float()  # of one number: FSDP wants no view
 
     @torch.no_grad()
     def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
@@ -231,6 +232,7 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_queries", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
+    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     model = RewardModel.from_language_model(model, tokenizer)
     pairs = read_pairs(args.pairs) if args.pairs else []
@@ -249,25 +251,26 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} pairs, {len(held_out)} held out (other queries), {steps} steps")
 
     # optimizer, resume
+    model = sharded(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
-    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0]))
         loss_sum = correct = 0.0
-        for i in range(0, len(batch), args.micro_batch):
-            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
+        for micro in micro_batches(batch, args.micro_batch):
             with autocast:
-                chosen, rejected = model.rewards([row[0] for row in micro]
-                                                 + [row[1] for row in micro]).chunk(2)
+                chosen, rejected = model.rewards([rows[j][0] for j in micro]
+                                                 + [rows[j][1] for j in micro]).chunk(2)
             loss = preference_loss(chosen, rejected).sum() / len(batch)
             loss_sum += loss.item()
             correct += (chosen > rejected).sum().item() / len(batch)
             loss.backward()
+        loss_sum, correct = map(summed, (loss_sum, correct))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss_sum)
         run.log(step + 1, steps, bar, batch, loss=loss_sum, accuracy=correct, lr=lr,
@@ -276,7 +279,7 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save
-    result = accuracies(model, held_out) if held_out else {}
+    result = accuracies(whole(model), held_out) if held_out else {}
     print("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     run.finish(model, tokenizer, pairs=len(rows), held_out_pairs=len(held_out), **result)
     return result

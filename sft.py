@@ -27,8 +27,9 @@ from tqdm import tqdm
 import kernels
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
-    require, setup)
+    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, pad_rows, positive,
+    read_jsonl, require, setup)
+from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
 
@@ -101,6 +102,7 @@ def main(args: Args) -> dict:
     run = Run(args, "sft")
     device, autocast = setup(args)
     positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every")
+    divisible(args.batch_size, "--batch_size")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     model, tokenizer = load_policy(args.init, device)
 
@@ -112,23 +114,24 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} conversations ({dropped} dropped: nothing to learn from), {steps} steps")
 
     # optimizer, resume
+    model = sharded(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
 
     # loop
-    bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0]))  # rows of one forward pass have similar lengths
         count, loss = sum(sum(rows[i][1][1:]) for i in batch), 0.0
-        for i in range(0, len(batch), args.micro_batch):
-            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
-            ids = pad_rows([ids for ids, _ in micro], tokenizer.pad_id).to(device)
-            mask = pad_rows([mask for _, mask in micro], 0).to(device)
+        for micro in micro_batches(batch, args.micro_batch):
+            ids = pad_rows([rows[j][0] for j in micro], tokenizer.pad_id).to(device)
+            mask = pad_rows([rows[j][1] for j in micro], 0).to(device)
             with autocast:
                 micro_loss = sft_loss(model, ids, mask, count)
             loss += micro_loss.item()
             micro_loss.backward()
+        loss = summed(loss)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=norm, targets=count,
@@ -137,7 +140,8 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1, 160, 1.0, args.seed)
+    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1, 160, 1.0,
+                     args.seed)
     answers = [group[0] for group in groups]
     run.save_samples(answers)
     stopped = sum(a.finished for a in answers) / len(answers)

@@ -1,5 +1,7 @@
 """sft.py: the loss by hand, invariances of the step, dropped rows, resume. R numbers: USERS.md."""
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -165,6 +167,31 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert same_weights(tmp_path / "halves", tmp_path / "whole")
     assert not same_weights(tmp_path / "whole", micro_run)
     assert not (tmp_path / "halves" / "state").exists()
+
+
+def test_ctrl_c_saves_the_step_at_hand(micro_run, tmp_path, monkeypatch, capsys):
+    """SIGINT in step 3, between two states: step 3 is finished and saved, and --resume goes on from
+    there to the same end."""
+    no_samples(monkeypatch, sft)
+    run(micro_run, tmp_path, "whole")
+    real, calls = sft.clip_and_step, []
+
+    def clip_and_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "clip_and_step", clip_and_step)
+        run(micro_run, tmp_path, "halves")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+    assert "stopping after this step" in capsys.readouterr().err
+    run(micro_run, tmp_path, "halves", resume=True)
+    assert "after step 3" in capsys.readouterr().out
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert same_weights(tmp_path / "halves", tmp_path / "whole")
 
 
 def test_micro_batch_changes_memory_only(micro_run, tmp_path, monkeypatch):
