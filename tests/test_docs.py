@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(f"recipes/{path.name}" for path in ROOT.glob("recipes/*.md"))
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
-FLOORS = [["common", "kernels", "sandbox", "ifeval"], ["tokenizer", "answers", "checkpoint"],
+FLOORS = [["distributed"], ["common", "kernels", "sandbox", "ifeval"],
+          ["tokenizer", "answers", "checkpoint"],
           ["model", "tasks"], ["data", "sample"], ["pretrain", "sft", "reward", "evaluate"],
           ["label"], ["dpo", "grpo", "scaling", "report", "quality"]]
 
