@@ -36,8 +36,8 @@ from tqdm import tqdm
 import kernels
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, divisible, epoch_order, lr_at, open_text, pad_rows,
-    positive, require, setup, write_atomic)
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, open_text, pad_rows, positive,
+    require, setup, write_atomic)
 from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
@@ -153,7 +153,6 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every", "samples",
              "max_new_tokens")
-    divisible(args.batch_size, "--batch_size")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     require(not (args.data and args.queries), "--data and --queries: take one")
     model, tokenizer = load_policy(args.init, device)
@@ -178,7 +177,7 @@ def main(args: Args) -> dict:
           f"{steps} steps")
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
     if isinstance(file, io.BytesIO):
@@ -207,8 +206,9 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
-                     args.max_new_tokens, 1.0, args.seed)
+    with autocast:
+        groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                         args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     run.save_samples(answers)
     stopped = sum(a.finished for a in answers) / len(answers)
