@@ -131,7 +131,7 @@ class OnlineMerging(torch.optim.Optimizer):
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "dpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)

@@ -174,7 +174,7 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_queries * args.group)
     require(args.aggregate in ("seq_mean", "token_mean", "constant"),
             f"--aggregate wants seq_mean, token_mean or constant, got {args.aggregate!r}")
     require(args.normalise in ("group", "none"), f"--normalise wants group or none, got "
