@@ -150,7 +150,7 @@ def sft_loss(model: Qwen2, ids, mask, count: int, segments=None):
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every", "samples",
              "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
