@@ -48,7 +48,9 @@ def same(a: Path, b: Path) -> None:
     """Two finished runs: the same log, files, weights."""
     for x, y in zip(log(a), log(b), strict=True):
         assert x.keys() == y.keys()
-        for key in x.keys() - {"tokens_per_s"}:
+        # DPO's first step: the policy is the reference, and rounding decides which pair is right.
+        tied = {"accuracy"} if abs(x.get("margin", 1)) < 1e-6 else set()
+        for key in x.keys() - {"tokens_per_s"} - tied:
             close = x[key] if isinstance(x[key], str) or x[key] is None else pytest.approx(
                 x[key], rel=1e-5, abs=1e-5)
             assert y[key] == close, (key, x, y)
