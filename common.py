@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from distributed import (
-    RANK, WORLD, cut_state, first, gathered, join, load_state, save_state, whole)
+    RANK, WORLD, cut_state, first, gathered, join, load_state, lost, save_state, whole)
 
 STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
 
@@ -123,11 +123,12 @@ def cli(main, Args) -> None:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
+        if not isinstance(error, KeyboardInterrupt) and not lost(error):
             raise
+        why = ": another process is gone" * lost(error)
         hint = "; continue with the same command and --resume" * hasattr(Args, "resume")
         if first():
-            print("stopped" + hint, file=sys.stderr)
+            print("stopped" + why + hint, file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -141,11 +142,6 @@ def positive(args, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         require(value > 0, f"--{name} must be positive, got {value}")
-
-
-def divisible(rows: int, name: str) -> None:
-    """Every process must have as many rows of a step as the others."""
-    require(rows % WORLD == 0, f"{name}: {rows} rows a step are no multiple of {WORLD} processes")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,6 +171,9 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
 
 def setup(args) -> tuple[torch.device, torch.amp.autocast]:
     """Seed, pick the device, and return it with the autocast context that forwards run under."""
+    for name in ("batch_size", "batch_queries"):
+        require(getattr(args, name, 0) % WORLD == 0, f"--{name} wants a multiple of {WORLD}: "
+                "processes compute in step, each on as many rows")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
     device, dtype = pick_device(args.device, args.dtype)
@@ -212,9 +211,12 @@ def epoch_order(step: int, batch_size: int, n: int, seed: int) -> list[int]:
     """The rows of one step: positions of an endless sequence of shuffled epochs, so that an epoch
     sees every row once, and the batch is a pure function of (seed, step)."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {e: torch.randperm(n, generator=rng(seed, e)).tolist()
-              for e in {p // n for p in positions}}
-    return [epochs[p // n][p % n] for p in positions]
+    return [int(shuffled(n, seed, p // n)[p % n]) for p in positions]
+
+
+@lru_cache(2)  # not drawn anew for each step: a million rows take 20 ms
+def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=rng(seed, epoch))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:
@@ -298,6 +300,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
+        if lost(error):
+            raise
         known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
         reason = (known or str(error).splitlines())[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"

@@ -32,6 +32,7 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 480             # how many of them
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     max_new_tokens: int = 128        # longest answer
@@ -142,7 +143,7 @@ def main(args: Args) -> dict:
     longest = model.config.max_position_embeddings
     require(1 < args.window <= longest or not args.text,
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
-    queries = tasks.load(args.queries, args.n_queries)
+    queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
             f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")

@@ -90,11 +90,10 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
 def teach(tokenizer, path, talks: list[tuple[str, str]], steps=40):
     """A micro model directory that answers each question as in `talks`, and mostly stops."""
     from common import pad_rows
-    from sft import sft_loss, tokenize_conversations
+    from sft import sft_loss
     model = micro_model(tokenizer)
-    rows, _ = tokenize_conversations(
-        [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in talks],
-        tokenizer, 512)
+    rows = [tokenizer.render([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+            for q, a in talks]
     ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for _ in range(steps):
