@@ -169,11 +169,10 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
     raise InputError(f"--device {device} --dtype {dtype} does not work here: {reason}")
 
 
-def setup(args) -> tuple[torch.device, torch.amp.autocast]:
-    """Seed, pick the device, and return it with the autocast context that forwards run under."""
-    for name in ("batch_size", "batch_queries"):
-        require(getattr(args, name, 0) % WORLD == 0, f"--{name} wants a multiple of {WORLD}: "
-                "processes compute in step, each on as many rows")
+def setup(args, rows: int = 0) -> tuple[torch.device, torch.amp.autocast]:
+    """Seed, pick the device, and return it with the autocast context that forwards run under.
+    rows: of a step. Several processes compute in step, so each must have as many."""
+    require(rows % WORLD == 0, f"a batch of {rows} rows does not divide by {WORLD} processes")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
     device, dtype = pick_device(args.device, args.dtype)

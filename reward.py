@@ -268,7 +268,7 @@ def accuracies(model: RewardModel, rows) -> dict[str, float]:
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "reward")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_queries", "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
