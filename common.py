@@ -63,9 +63,12 @@ def parse_value(name: str, text: str, kind: type):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int and float(text) != int(float(text)):
             raise ValueError
-        return int(float(text)) if kind is int else kind(text)
+        value = int(float(text)) if kind is int else kind(text)
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
+    # No flag has a use for less than nothing, for nan, or for more than a machine can count.
+    require(kind is str or 0 <= value < 2**63, f"--{name} wants a number from 0 on, got {text}")
+    return value
 
 
 def parse_args(Args, argv: list[str] | None = None):
@@ -269,18 +272,22 @@ def read_jsonl(path: str | Path):
                     row = json.loads(line)
                     require(isinstance(row, dict), f"{path}:{number}: want a JSON object a line")
                     yield number, row
+        except InputError:
+            raise
         except json.JSONDecodeError as error:
             where = f"{error.msg}, column {error.colno}"
             raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        except (ValueError, RecursionError) as error:  # a number, or nesting, without end
+            raise InputError(f"{path}:{number}: cannot be read ({error})") from None
 
 
 def read_json(path: str | Path) -> dict:
     with open_text(path) as file:
         try:
             value = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
     require(isinstance(value, dict), f"{path}: want a JSON object")
     return value

@@ -172,6 +172,12 @@ def main(args: Args) -> dict:
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
             f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
+    texts = []
+    if args.text:
+        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
+                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
+        texts = [text for text in texts if data.is_held_out(text)]
+        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
     with autocast:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
@@ -187,11 +193,7 @@ def main(args: Args) -> dict:
         for name, value in metrics["best_of"].items():
             print(f"best of {args.samples}, {name}: {cell(value)}")
     metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
-    if args.text:
-        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
-                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
-        texts = [text for text in texts if data.is_held_out(text)]
-        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],

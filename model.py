@@ -487,6 +487,8 @@ class Qwen2(nn.Module):
             what = "is missing" if name in expected else "does not belong to this architecture"
             raise InputError(f"{path}: weight {name} {what}")
         for name, shape in expected.items():
+            require(weights[name].is_floating_point(),
+                    f"{path}: weight {name} is of {str(weights[name].dtype)[6:]}")
             require(weights[name].shape == shape, f"{path}: weight {name} has shape "
                     f"{tuple(weights[name].shape)}, config.json wants {tuple(shape)}")
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}

@@ -28,6 +28,7 @@ base model could do (LOG.md, 2026-11-24).
 """
 import io
 import json
+import zlib
 from array import array
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class Conversations:
                     self.starts.extend([start] * learns)
                     self.dropped += not learns
                 start += len(line)
-        except (ValueError, EOFError, OSError) as error:  # also of a torn .gz
+        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # torn .gz too
             raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
     def tokens(self, line: bytes) -> tuple[list[int], list[int]]:
