@@ -81,8 +81,8 @@ def judge(model, tokenizer, text: str, max_tokens: int = 512) -> dict[str, float
     hidden = model.hidden(pad_rows(rest, 0).to(model.head_weight.device), cache=cache)
     last = hidden[torch.arange(len(rest)), [len(row) - 1 for row in rest]]
     digits = torch.tensor([tokenizer.encode(digit)[0] for digit in "12345"])
-    probs = (last @ model.head_weight[digits].T).float().softmax(-1).cpu()   # among the five
-    scores = (probs @ torch.arange(1.0, 6.0)).tolist()
+    logits = (last.float()[:, None] * model.head_weight[digits]).sum(-1)  # no autocast: rank finely
+    scores = (logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)).tolist()  # among the five
     return dict(zip(DIMENSIONS, scores, strict=True)) | {"mean": sum(scores) / len(scores)}
 
 
