@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-faults test-parity bench lint clean
+.PHONY: demo test test-all test-faults test-parity bench exercise lint clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -30,6 +30,10 @@ bench: .venv/ready .venv-bench/ready
 		$(PY) bench/$$area.py --peers .venv-bench/bin/python $(BENCH) || exit 1; \
 		echo "$$area: $$(( $$(date +%s) - start )) s"; \
 	done
+
+# Checks what you wrote in exercises/lesson3.py: make exercise N=3
+exercise: .venv/ready
+	@PYTHONPATH=. $(PY) tests/exercises.py $(N)
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -41,6 +41,7 @@ import zlib
 from fractions import Fraction
 from pathlib import Path
 
+import ifeval
 from common import InputError, read_jsonl, require
 
 # 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
@@ -485,7 +486,7 @@ def _humaneval(row: dict) -> dict:
               f"```python code block.\n\n```python\n{row['prompt'].strip()}\n```")
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
     return _query(prompt, "code", kind="code", language="python", tests=tests,
-                  prefix=row["prompt"], entry_point=row["entry_point"])
+                  prefix=row["prompt"])
 
 
 def _mbpp(row: dict) -> dict:
@@ -529,8 +530,12 @@ def load_file(path) -> list[dict]:
                              + "; ".join(map(", ".join, FORMATS)))
         try:
             queries.append(read(row))
-            if queries[-1]["check"]["kind"] not in ("math", "code", "ifeval"):
-                raise ValueError("check.kind is none of math, code, ifeval")
+            check = queries[-1]["check"]
+            if check["kind"] not in ("math", "code", "ifeval", "rules"):
+                raise ValueError("check.kind is none of math, code, ifeval, rules")
+            if check["kind"] == "ifeval":  # refuse now what it does not know, not while training
+                for kind, kw in zip(check["instruction_id_list"], check["kwargs"], strict=True):
+                    ifeval.follows("text", kind, kw)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{path}:{line}: cannot read this row of columns {', '.join(row)} "
                              f"({type(error).__name__}: {error})") from None

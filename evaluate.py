@@ -1,5 +1,5 @@
 """What a stage gained: pass@1 and greedy accuracy a domain with 95% intervals, bits per byte of
-held-out text, and the report of a whole run.
+held-out text. report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
 `samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
@@ -9,11 +9,9 @@ spread of the queries' means: several samples of one query are not independent.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
-    python evaluate.py --report runs/demo                          # report.md and report.json
 """
 import json
 import math
-import time
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -24,13 +22,10 @@ import data
 import kernels
 import tasks
 from common import (
-    cli, pad_rows, peak_rss_mb, positive, read_json, read_jsonl, require, setup, write_atomic,
-    write_jsonl)
+    cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
 from model import Qwen2
 from sample import generate, load_policy, rollout
 from tokenizer import Tokenizer
-
-STAGES = ("pretrain", "sft", "sft_control", "dpo", "rl_first", "reward", "grpo")
 
 
 @dataclass
@@ -45,7 +40,6 @@ class Args:
     window: int = 512                # tokens that such a document is cut into
     yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
     dca: bool = False                # stretch it 4x with dual chunk attention
-    report: str = ""                 # write the report of the runs in this directory instead
     seed: int = 0                    # of the samples
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
@@ -116,7 +110,31 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
     return [pairs[i:i + n] for i in range(0, len(pairs), n)]
 
 
-def evaluate(args: Args) -> dict:
+# ---------------------------------------------------------------------------------------------
+# tables
+
+def cell(value: dict, form: str = ".1f") -> str:
+    mean, low, high = (format(100 * value[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def table(rows: list[tuple[str, dict]]) -> str:
+    """Markdown: stages x domains, percent with 95% intervals; one table a metric."""
+    out = []
+    for metric in ("pass@1", "greedy"):
+        domains = list(rows[0][1][metric])
+        out += [f"| {metric}, % | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+        out += [f"| {name} | " + " | ".join(cell(metrics[metric][d]) for d in domains) + " |"
+                for name, metrics in rows]
+        out.append("")
+    out += [f"{name}: {metrics['bits_per_byte']:.3f} bits per byte of held-out text"
+            for name, metrics in rows if "bits_per_byte" in metrics]
+    return "\n".join(out)
+
+
+# ---------------------------------------------------------------------------------------------
+
+def main(args: Args) -> dict:
     device, autocast = setup(args)
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
@@ -155,130 +173,6 @@ def evaluate(args: Args) -> dict:
         {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
     print(table([(Path(args.init).name, metrics)]))
     return metrics
-
-
-# ---------------------------------------------------------------------------------------------
-# tables and the report of a run
-
-def cell(value: dict, form: str = ".1f") -> str:
-    mean, low, high = (format(100 * value[name], form) for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def table(rows: list[tuple[str, dict]]) -> str:
-    """Markdown: stages x domains, percent with 95% intervals; one table a metric."""
-    out = []
-    for metric in ("pass@1", "greedy"):
-        domains = list(rows[0][1][metric])
-        out += [f"| {metric}, % | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
-        out += [f"| {name} | " + " | ".join(cell(metrics[metric][d]) for d in domains) + " |"
-                for name, metrics in rows]
-        out.append("")
-    out += [f"{name}: {metrics['bits_per_byte']:.3f} bits per byte of held-out text"
-            for name, metrics in rows if "bits_per_byte" in metrics]
-    return "\n".join(out)
-
-
-def plot_curves(root: Path, stages: list[str]) -> list[str]:
-    """One small picture of each stage's curve, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    shown = {"pretrain": "loss", "sft": "loss", "sft_control": "loss", "dpo": "accuracy",
-             "rl_first": "pass", "reward": "accuracy", "grpo": "pass"}
-    fig, axes = plt.subplots(1, len(stages), figsize=(2.6 * len(stages), 2.2), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        rows = [row for _, row in read_jsonl(root / stage / "log.jsonl")]
-        metric = shown[stage]
-        axis.plot([r["step"] for r in rows], [r[metric] for r in rows], lw=1)
-        axis.set_title(f"{stage}: {metric}", fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    fig.tight_layout()
-    (root / "plots").mkdir(exist_ok=True)
-    fig.savefig(root / "plots" / "curves.png", dpi=110)
-    plt.close(fig)
-    return ["", "![curves of every stage](plots/curves.png)"]
-
-
-def gains(chats: dict[str, list[dict]]) -> list[dict]:
-    """Stage against stage, query by query: what all queries have in common, how hard they are,
-    cancels, so these intervals are narrower than those of the two means."""
-    out = []
-    for before, after in (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
-                          ("sft", "sft_control"), ("sft_control", "grpo")):
-        old, new = chats.get(before, []), chats.get(after, [])
-        if old and [row["prompt"] for row in old] == [row["prompt"] for row in new]:
-            out.append({"from": before, "to": after} | {
-                name: interval([b[key] - a[key] for a, b in zip(old, new, strict=True)], least=-1.0)
-                for name, key in (("pass@1", "pass@1"), ("greedy", "greedy_score"))})
-    return out
-
-
-def write_report(root: Path) -> None:
-    """report.json and report.md of the stages found under root, from their run.json, eval.json and
-    samples: what ran, how long, what it gained, and how answers changed."""
-    found = [s for s in STAGES if (root / s / "run.json").exists()]
-    require(len(found) > 0, f"--report {root}: no stage in it ({', '.join(STAGES)})")
-    stages = []
-    for name in found:
-        run, path = read_json(root / name / "run.json"), root / name / "eval.json"
-        record = {"name": name, "seconds": run.get("seconds"),
-                  "peak_rss_mb": run.get("peak_rss_mb"), "command": "python " + run["command"],
-                  "result": run.get("result", {}),
-                  "metrics": read_json(path)["metrics"] if path.exists() else {}}
-        stages.append(record)
-        seed = run["seed"]
-    total = sum(s["seconds"] or 0 for s in stages)
-    started = root / "started"
-    if started.exists():  # demo.sh's clock: data, tokenizer and evaluations included
-        total = time.time() - float(started.read_text())
-    chats = {s: [row for _, row in read_jsonl(root / s / "eval_samples.jsonl")]
-             for s in found if (root / s / "eval_samples.jsonl").exists()}
-    compared = gains(chats)
-    write_atomic(root / "report.json", json.dumps(
-        {"stages": stages, "gains": compared, "seed": seed, "total_seconds": round(total)},
-        indent=1))
-
-    rows = [(s["name"], s["metrics"]) for s in stages if s["metrics"]]
-    lines = [f"# {root.name}: seed {seed}, {total / 60:.1f} minutes in all", ""]
-    if rows:
-        lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
-                  table(rows)]
-    if compared:
-        lines += ["", "Gains on the same queries, in points:", "",
-                  "| from | to | pass@1 | greedy |", "|---|---|---|---|"]
-        lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
-                  f"{cell(g['greedy'], '+.1f')} |" for g in compared]
-    lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
-    lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
-              for s in stages if s["seconds"]]
-    lines += plot_curves(root, [s for s in found if (root / s / "log.jsonl").stat().st_size])
-    if "sft" in chats and "grpo" in chats:
-        lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
-        pairs = list(zip(chats["sft"], chats["grpo"], strict=False))
-        for label, want in (("learned", (0, 1)), ("lost", (1, 0))):
-            some = [p for p in pairs if (p[0]["greedy_score"], p[1]["greedy_score"]) == want]
-            lines += [f"{len(some)} queries {label}; the first of each domain:", ""]
-            for domain in tasks.DOMAINS:
-                for before, after in [p for p in some if p[0]["domain"] == domain][:1]:
-                    lines += [f"- **{before['prompt']}**", f"  - SFT: `{before['greedy']!r}`",
-                              f"  - GRPO: `{after['greedy']!r}`"]
-            lines.append("")
-    write_atomic(root / "report.md", "\n".join(lines) + "\n")
-    print("\n".join(lines[:lines.index("") + 40]))
-    print(f"\nwritten: {root / 'report.md'}, {root / 'report.json'}")
-
-
-def main(args: Args) -> None:
-    if args.report:
-        write_report(Path(args.report))
-    else:
-        evaluate(args)
 
 
 if __name__ == "__main__":

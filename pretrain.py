@@ -31,6 +31,7 @@ import data
 import kernels
 from common import (
     Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
+from distributed import QUIET, RANK, WORLD, gathered, micro_batches, share, sharded, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -77,8 +78,9 @@ def load_tokens(args: Args) -> tuple[dict[str, data.Tokens], dict[str, data.Toke
     no --data, data.py builds its corpus first: real Python documentation and code, and synthetic
     documents of the four domains."""
     path = Path(args.data or f"{args.out}-data-seed{args.seed}")
-    if not args.data and not (path / "report.json").exists():
+    if not args.data and not (path / "report.json").exists() and RANK == 0:
         data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
+    gathered("the corpus is there")
     given = Tokenizer.from_pretrained(args.tokenizer or args.init) if (
         args.tokenizer or args.init) else None
     names = [file.name.removesuffix(".train.bin") for file in sorted(path.glob("*.train.bin"))]
@@ -137,11 +139,11 @@ def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
 def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> float:
     """Mean loss per token of the fixed held-out rows, whatever the batch size."""
     total = 0.0
-    for i in range(0, len(ids), micro_batch):
+    for i in share(range(0, len(ids), micro_batch)):
         segments = segment_ids[i:i + micro_batch].to(device) if segment_ids is not None else None
         with autocast:
             total += lm_loss(model, ids[i:i + micro_batch].to(device), segments, 1).item()
-    return total / ids[:, 1:].numel()
+    return summed(total) / ids[:, 1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,10 +254,12 @@ def main(args: Args) -> dict:
     model.to(device)
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(packed) // rows
+    require(rows % WORLD == 0, f"--batch_tokens gives {rows} rows a step: no multiple of {WORLD}")
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 
     # optimizer, resume
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
 
@@ -263,13 +267,12 @@ def main(args: Args) -> dict:
     # (MoE layers, experts): steps in a row, since the start or --resume, with less than a tenth of
     # the fair share.
     starved = 0
-    bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.time()
         batch = epoch_order(step, rows, len(packed), args.seed)
         count, loss, aux_sum, load, entropy = rows * args.seq_len, 0.0, 0.0, 0.0, 0.0
-        for i in range(0, rows, args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+        for micro in micro_batches(batch, args.micro_batch):
             ids, segments = (part.to(device) for part in packed[micro])
             router = [] if model.config.num_experts else None
             with autocast:
@@ -281,6 +284,7 @@ def main(args: Args) -> dict:
                 aux_sum += aux.item()
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
+        loss, aux_sum, load, entropy = map(summed, (loss, aux_sum, load, entropy))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
@@ -298,8 +302,8 @@ def main(args: Args) -> dict:
                            "tenth of its fair share for 100 steps: lower --lr, or raise "
                            "router_aux_loss_coef in the config.json of --init")
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
-            metrics["val_loss"] = held_out_loss(model, val_ids, val_segments, args.micro_batch,
-                                                device, autocast)
+            metrics["val_loss"] = held_out_loss(whole(model), val_ids, val_segments,
+                                                args.micro_batch, device, autocast)
         run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)

@@ -522,11 +522,12 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
         wide = (7 if bf16 else 4) + sparse * (3 * k + (3 if bf16 else 1))
         kept += 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
             wide * C + 2 * config.num_key_value_heads * config.head_dim + 4 * inner)
-    unit = max(sizes["non_embedding"] // config.num_hidden_layers, V * C)
+    rest, block = sizes["total"] - sizes["non_embedding"], \
+        sizes["non_embedding"] // config.num_hidden_layers
     copies = 2 * (sizes["total"] - (0 if config.tie_word_embeddings else V * C)) * bf16
     return {"weights": 4 * sizes["total"] / gpus, "gradients": 4 * sizes["total"] / gpus,
             "AdamW": 8 * sizes["total"] / gpus, "activations": tokens * kept,
-            "gathered": copies if gpus == 1 else unit * (2 * size + 4),
+            "gathered": copies if gpus == 1 else 4 * rest + block * (2 * size + 4),
             "head": 4 * V * C + 3 * 4 * (2 ** 27 if cuda else 2 ** 21)}
 
 

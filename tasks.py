@@ -13,6 +13,8 @@ the answer at once. All of them are right. Which style a model of a given size s
 reinforcement learning to find out.
 
 A query is {"prompt": str, "domain": str, "check": {...}}; `score(query, response)` is 1.0 or 0.0.
+Beside the built-in ones, `load` gives prompts of IFEval's kinds (ifeval.py) and reads the public
+benchmark files (answers.py).
 
     python tasks.py                       # a few queries, demonstrations and verdicts
 """
@@ -20,6 +22,7 @@ import hashlib
 import random
 import re
 
+import ifeval
 import sandbox
 from common import require
 from answers import extract_answer, load_file, math_equal
@@ -259,8 +262,9 @@ def code(r):
 
 
 # ---------------------------------------------------------------------------------------------
-# instruction following: constraints that a program checks, named as in IFEval where IFEval has
-# them; exact_words, start_word and items are ours
+# instruction following: constraints that a program checks, on a text of one sentence. Named as in
+# IFEval where it has them, but stricter than there: words are whole words. IFEval's own 25 kinds,
+# which no model of a million parameters follows, are in ifeval.py.
 
 THINGS = {  # noun: (adjectives, what it does)
     "sea": ("blue deep wide calm", "moves in the wind|sings at night|meets the sky|hides ships"),
@@ -344,7 +348,7 @@ def instruction(r):
     elif style < 0.5 and "\n" not in text:
         prompt, text = prompt + ", in double quotes", f'"{text}"'
         rules.append(("startend:quotation", {}))
-    check = {"kind": "ifeval", "instruction_id_list": [i for i, _ in rules],
+    check = {"kind": "rules", "instruction_id_list": [i for i, _ in rules],
              "kwargs": [k for _, k in rules]}
     return prompt + ".", check, [text]
 
@@ -391,12 +395,13 @@ def extract_code(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
-VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, many come again in later steps
+VERDICTS: dict[tuple, bool] = {}  # of the latest programs: in RL, many come again in later steps
+MAX_VERDICTS = 20_000  # some 20 MB of text
 
 
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     """1.0 where the response passes its query's check, else 0.0. Code runs in the sandbox, several
-    programs at a time, equal ones once in the life of this process."""
+    programs at a time, equal ones once while VERDICTS has them."""
     scores, jobs = [0.0] * len(queries), {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
@@ -407,17 +412,20 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             answer = extract_answer(response, strict=True)
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
         else:
+            follow = ifeval.follows if check["kind"] == "ifeval" else follows
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
             # The question names the topic and the words to use: saying it back must earn nothing.
             echo = words_of(query["prompt"]) == words_of(response)
             scores[i] = float(bool(response.strip()) and not echo
-                              and all(follows(response, rule, kw) for rule, kw in rules))
+                              and all(follow(response, rule, kw) for rule, kw in rules))
     new = list(dict.fromkeys(job for job in jobs.values() if job not in VERDICTS))
     results = sandbox.run_many([dict(zip(("code", "language", "tests"), job, strict=True))
                                 for job in new])
     VERDICTS.update((job, result.passed) for job, result in zip(new, results, strict=True))
     for i, job in jobs.items():
         scores[i] = float(VERDICTS[job])
+    for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
+        del VERDICTS[oldest]
     return scores
 
 
@@ -498,8 +506,19 @@ def documents(domain: str, seed: int = 0):
 
 
 def load(name: str, n: int = 400, seed: int = 0) -> list[dict]:
-    """Queries of a built-in split ("rl", "val", "test") or of a file (see `load_file`)."""
-    return builtin(name, n, seed) if name in SPLITS else load_file(name)[:n]
+    """Queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a split
+    ("ifeval:rl"), or of a file (see `load_file`)."""
+    if name in SPLITS:
+        return builtin(name, n, seed)
+    kind, _, split = name.partition(":")
+    if kind != "ifeval" or split not in SPLITS:
+        return load_file(name)[:n]
+    made = {}
+    for query in ifeval.queries(random.Random(f"{name} {seed}")):
+        if len(made) == n:
+            return list(made.values())
+        if split_of(query["prompt"]) == split:
+            made[query["prompt"]] = query
 
 
 if __name__ == "__main__":
