@@ -41,10 +41,10 @@ from common import InputError, cli, open_text, read_jsonl, replacing, require, w
 # ---------------------------------------------------------------------------------------------
 # reading
 
-def read_documents(path: str | Path):
+def read_documents(path: str | Path, source: str = ""):
     """Yields the documents of a .txt (split at lines that read <|endoftext|>, else one document),
     .jsonl or .parquet (field "text"; "source" and "kind" if given); .gz too for the first two.
-    The source is by default the file's name, and becomes a file name: no slashes, no dots.
+    The source is by default `source` or the file's name, and becomes a file name: no slashes, dots.
     Raises InputError with file and line."""
     path = Path(path)
     name = path.name.removesuffix(".gz")
@@ -63,8 +63,8 @@ def read_documents(path: str | Path):
     for where, row in rows:
         require(isinstance(row.get("text"), str), f'{where}: want a string under "text"')
         require(row.get("kind") in (None, *LIMITS), f'{where}: "kind" is one of {list(LIMITS)}')
-        source = re.sub(r"[^\w-]", "_", str(row.get("source") or name.rsplit(".", 1)[0]))
-        yield {"text": row["text"], "source": source, "kind": row.get("kind") or "prose"}
+        found = re.sub(r"[^\w-]", "_", str(row.get("source") or source or name.rsplit(".", 1)[0]))
+        yield {"text": row["text"], "source": found, "kind": row.get("kind") or "prose"}
 
 
 def read_parquet(path: Path):
@@ -81,11 +81,16 @@ def read_parquet(path: Path):
 
 
 def read_all(paths: str):
-    """The documents of files, comma-separated, or of all .jsonl files of a directory."""
-    files = sorted(Path(paths).glob("*.jsonl")) if Path(paths).is_dir() else paths.split(",")
-    require(len(files) > 0, f"{paths}: no .jsonl files in it")
-    for file in files:
-        yield from read_documents(file)
+    """The documents of files and directories, comma-separated. Of a directory all .jsonl, .jsonl.gz
+    and .parquet files are read, which are one source if they name none."""
+    for path in map(Path, paths.split(",")):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet")
+                           for file in path.glob(pattern))
+            require(len(files) > 0, f"{path}: no .jsonl or .parquet files in it")
+        for file in files:
+            yield from read_documents(file, path.name if path.is_dir() else "")
 
 
 def new_directory(path: str, overwrite: bool) -> Path:
@@ -635,7 +640,7 @@ def synthetic(domain: str, n_bytes: int, seed: int) -> list[str]:
 @dataclass
 class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
-    input: str = ""                # .txt, .jsonl, .parquet, with commas; empty: built-in corpus
+    input: str = ""                # files or directories, comma-separated; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
     languages: str = ""            # of prose to keep, as en,zh,unknown (see WORDS); empty: all
     tokenizer: str = ""            # directory: write token files too, for pretrain.py to map

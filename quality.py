@@ -171,6 +171,7 @@ def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[st
     and "quality" by their place between the least and the greatest."""
     rows = []
     for number, row in read_jsonl(path):
+        row = row | row.get("scores", {})  # a judge's, of another run
         good = isinstance(row.get("text"), str) and isinstance(row.get(field), (int, float, str))
         require(good, f'{path}:{number}: want a "text" and a number or a name under "{field}"')
         rows.append((row["text"], row[field]))

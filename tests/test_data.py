@@ -504,6 +504,9 @@ def test_reads_text_and_jsonl(tmp_path):
     assert list(data.read_documents(tmp_path / "web.jsonl.gz")) == [
         {"text": "a", "source": "web", "kind": "prose"},
         {"text": "b", "source": "x____y_z", "kind": "code"}]
+    (tmp_path / "skipped.md").write_text("no document")
+    found = data.read_all(f"{tmp_path},{tmp_path / 'book.txt'}")  # of a directory not the .txt
+    assert [d["source"] for d in found] == [tmp_path.name, "x____y_z", "book", "book"]
 
 
 @pytest.mark.parametrize("name,content,match", [
