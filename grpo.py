@@ -223,7 +223,7 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_queries * args.group)
     for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
                          "normalise": ("group", "none"), "order": ("variance", "random"),
                          "overlong": ("wrong", "mask", "soft")}.items():

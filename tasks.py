@@ -537,7 +537,11 @@ def load(name: str, n: int = 400, seed: int = 0, reward: str = "") -> list[dict]
         return builtin(name, n, seed)
     kind, _, split = name.partition(":")
     if kind != "ifeval" or split not in SPLITS:
-        return load_file(name)[:n]
+        queries, here = load_file(name)[:n], sandbox.languages()
+        for query in queries:  # refuse now what cannot run, not while training
+            lack = here.get(query["check"].get("language", "python"), "is unknown")
+            require(not lack, f"{name}: a check in {query['check'].get('language')}: {lack}")
+        return queries
     made = {}
     for query in ifeval.queries(random.Random(f"{name} {seed}")):
         if len(made) == n:
