@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, divisible, epoch_order, lr_at, positive, read_json, require, rng,
+    Run, cli, clip_and_step, epoch_order, lr_at, positive, read_json, require, rng,
     setup, write_atomic, write_jsonl)
 from distributed import (
     QUIET, WORLD, cut, gathered, merged, micro_batches, share, sharded, summed, whole)
@@ -175,10 +175,9 @@ def content_hash(model: Qwen2, rows, *settings) -> str:
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "dpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
-    divisible(args.batch_size, "--batch_size")
     model, tokenizer = load_policy(args.init, device)
     scorer = args.reward_model and RewardModel.from_pretrained(args.reward_model, device=device)
     pairs = read_pairs(args.data) if args.data else []
@@ -222,7 +221,7 @@ def main(args: Args) -> dict:
         reference = merged(reference)
 
     # optimizer, resume
-    model = sharded(model)
+    model = sharded(model, autocast)
     params = dict(model.named_parameters())
     if args.base:
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())

@@ -35,6 +35,7 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 480             # how many of them
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
@@ -167,10 +168,16 @@ def main(args: Args) -> dict:
     longest = model.config.max_position_embeddings
     require(1 < args.window <= longest or not args.text,
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
-    queries = tasks.load(args.queries, args.n_queries)
+    queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
             f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
+    texts = []
+    if args.text:
+        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
+                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
+        texts = [text for text in texts if data.is_held_out(text)]
+        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
     with autocast:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
@@ -186,11 +193,7 @@ def main(args: Args) -> dict:
         for name, value in metrics["best_of"].items():
             print(f"best of {args.samples}, {name}: {cell(value)}")
     metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
-    if args.text:
-        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
-                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
-        texts = [text for text in texts if data.is_held_out(text)]
-        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],

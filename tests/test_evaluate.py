@@ -190,7 +190,7 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(ids, [], True)])
     rules = ["change_case:english_capital", "ours:exact_words"]
     query = {"prompt": "p", "domain": "instruction", "check": {
-        "kind": "ifeval", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
+        "kind": "rules", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
     args = stage_args(evaluate, few_shot=1)
     assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
