@@ -25,7 +25,7 @@ test-parity: .venv/parity
 # Against the peers of requirements-bench.txt, in an environment of their own; appends the tables to
 # bench/RESULTS.md. BENCH="--core 1 --processes 5" passes options on.
 bench: .venv/ready .venv-bench/ready
-	@for area in imports tokenizer sandbox attention generation training posttraining; do \
+	@for area in imports tokenizer data sandbox attention generation training posttraining; do \
 		start=$$(date +%s); \
 		$(PY) bench/$$area.py --peers .venv-bench/bin/python $(BENCH) || exit 1; \
 		echo "$$area: $$(( $$(date +%s) - start )) s"; \

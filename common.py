@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from distributed import (
-    RANK, WORLD, cut_state, first, gathered, join, load_state, save_state, whole)
+    RANK, WORLD, cut_state, first, gathered, join, load_state, lost, save_state, whole)
 
 STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
 
@@ -63,9 +63,12 @@ def parse_value(name: str, text: str, kind: type):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int and float(text) != int(float(text)):
             raise ValueError
-        return int(float(text)) if kind is int else kind(text)
+        value = int(float(text)) if kind is int else kind(text)
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
+    # No flag has a use for less than nothing, for nan, or for more than a machine can count.
+    require(kind is str or 0 <= value < 2**63, f"--{name} wants a number from 0 on, got {text}")
+    return value
 
 
 def parse_args(Args, argv: list[str] | None = None):
@@ -120,11 +123,12 @@ def cli(main, Args) -> None:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
+        if not isinstance(error, KeyboardInterrupt) and not lost(error):
             raise
+        why = ": another process is gone" * lost(error)
         hint = "; continue with the same command and --resume" * hasattr(Args, "resume")
         if first():
-            print("stopped" + hint, file=sys.stderr)
+            print("stopped" + why + hint, file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -138,11 +142,6 @@ def positive(args, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         require(value > 0, f"--{name} must be positive, got {value}")
-
-
-def divisible(rows: int, name: str) -> None:
-    """Every process must have as many rows of a step as the others."""
-    require(rows % WORLD == 0, f"{name}: {rows} rows a step are no multiple of {WORLD} processes")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,8 +169,10 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
     raise InputError(f"--device {device} --dtype {dtype} does not work here: {reason}")
 
 
-def setup(args) -> tuple[torch.device, torch.amp.autocast]:
-    """Seed, pick the device, and return it with the autocast context that forwards run under."""
+def setup(args, rows: int = 0) -> tuple[torch.device, torch.amp.autocast]:
+    """Seed, pick the device, and return it with the autocast context that forwards run under.
+    rows: of a step. Several processes compute in step, so each must have as many."""
+    require(rows % WORLD == 0, f"a batch of {rows} rows does not divide by {WORLD} processes")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
     device, dtype = pick_device(args.device, args.dtype)
@@ -209,9 +210,12 @@ def epoch_order(step: int, batch_size: int, n: int, seed: int) -> list[int]:
     """The rows of one step: positions of an endless sequence of shuffled epochs, so that an epoch
     sees every row once, and the batch is a pure function of (seed, step)."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {e: torch.randperm(n, generator=rng(seed, e)).tolist()
-              for e in {p // n for p in positions}}
-    return [epochs[p // n][p % n] for p in positions]
+    return [int(shuffled(n, seed, p // n)[p % n]) for p in positions]
+
+
+@lru_cache(2)  # not drawn anew for each step: a million rows take 20 ms
+def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=rng(seed, epoch))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:
@@ -268,18 +272,22 @@ def read_jsonl(path: str | Path):
                     row = json.loads(line)
                     require(isinstance(row, dict), f"{path}:{number}: want a JSON object a line")
                     yield number, row
+        except InputError:
+            raise
         except json.JSONDecodeError as error:
             where = f"{error.msg}, column {error.colno}"
             raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        except (ValueError, RecursionError) as error:  # a number, or nesting, without end
+            raise InputError(f"{path}:{number}: cannot be read ({error})") from None
 
 
 def read_json(path: str | Path) -> dict:
     with open_text(path) as file:
         try:
             value = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
     require(isinstance(value, dict), f"{path}: want a JSON object")
     return value
@@ -291,6 +299,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
+        if lost(error):
+            raise
         known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
         reason = (known or str(error).splitlines())[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"

@@ -21,8 +21,7 @@ store = None  # torchrun's, which outlives a process that is killed
 
 
 def join() -> None:
-    """Meet the other processes. torchrun ends them by SIGTERM when one has died: that is told like
-    Ctrl-C."""
+    """Meet the others. When one has died, torchrun ends all by SIGTERM: that is like Ctrl-C."""
     global store
     if WORLD > 1:
         if torch.cuda.is_available():
@@ -38,8 +37,10 @@ def first() -> bool:
     return store is None or store.add("came", 1) == 1
 
 
-# ---------------------------------------------------------------------------------------------
-# rows and numbers
+def lost(error: BaseException) -> bool:
+    """Does this say that another process is gone?"""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
 
 def micro_batches(rows: list, size: int):
     """This process's parts of a step's rows, at most `size` each. Processes compute in step, so all
@@ -83,16 +84,18 @@ def summed(x):
     return total if torch.is_tensor(x) else total.item()
 
 
-# ---------------------------------------------------------------------------------------------
-# weights
-
-def sharded(model):
-    """Cut the weights over the processes, in place: one unit a block, and one for the rest."""
+def sharded(model, autocast):
+    """Cut the weights over the processes, in place: one unit a block, and one for the rest. Blocks
+    are gathered in autocast's dtype: it would keep a copy in it of every weight it casts."""
     if WORLD > 1:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
         mesh = dist.init_device_mesh(model.head_weight.device.type, (WORLD,))
+        policy = MixedPrecisionPolicy(autocast.fast_dtype, torch.float32, cast_forward_inputs=False)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
         for part in (*model.model.layers, model):
-            fully_shard(part, mesh=mesh)
             part.set_gradient_divide_factor(1.0)  # the sum, not the mean
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other
         register_fsdp_forward_method(model, "hidden")
@@ -119,12 +122,9 @@ def cut(tensor, like):
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-# ---------------------------------------------------------------------------------------------
-# the training state
-
 @contextlib.contextmanager
 def reasons():
-    """What torch.distributed.checkpoint raises is no Exception: one process's error instead."""
+    """The checkpoint library's error is no Exception: raise that of one process instead."""
     try:
         yield
     except dist.checkpoint.api.CheckpointException as error:

@@ -450,9 +450,9 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
     model.py, counted tensor by tensor: in a block 4 C of float32 (two norms, before and after), and
     in bf16, where autocast copies the input of each matrix, 7 C (float32: 4 C), keys and values and
     4 inner activations; an MoE block 3 C more an expert and 3 C (1 C) for router and shared expert.
-    Copies: autocast's bf16 weights, which autograd keeps whole until the backward pass, sharded or
-    not. Gathered: two units and a gradient. No recomputation. Not counted: CUDA's context,
-    communication buffers, fragmentation."""
+    Gathered: autocast's bf16 copies of all weights on one GPU; on several a block at a time, twice,
+    and its gradient. No recomputation. Not counted: CUDA's context, communication buffers,
+    fragmentation."""
     sizes, C, V, tokens = count(config), config.hidden_size, config.vocab_size, rows * seq_len
     size, k, H = 2 if bf16 else 4, config.num_experts_per_tok, config.num_attention_heads
     kept = 3 * 4 * C                                       # final norm, gradient of the hidden
@@ -462,11 +462,12 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
         wide = (7 if bf16 else 4) + sparse * (3 * k + (3 if bf16 else 1))
         kept += 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
             wide * C + 2 * config.num_key_value_heads * config.head_dim + 4 * inner)
-    unit = max(sizes["non_embedding"] // config.num_hidden_layers, V * C)
+    rest, block = sizes["total"] - sizes["non_embedding"], \
+        sizes["non_embedding"] // config.num_hidden_layers
     copies = 2 * (sizes["total"] - (0 if config.tie_word_embeddings else V * C)) * bf16
     return {"weights": 4 * sizes["total"] / gpus, "gradients": 4 * sizes["total"] / gpus,
             "AdamW": 8 * sizes["total"] / gpus, "activations": tokens * kept,
-            "copies": copies, "gathered": 12 * unit * (gpus > 1),
+            "gathered": copies if gpus == 1 else 4 * rest + block * (2 * size + 4),
             "head": 4 * V * C + 3 * 4 * (2 ** 27 if cuda else 2 ** 21)}
 
 

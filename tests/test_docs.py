@@ -14,9 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(f"recipes/{path.name}" for path in ROOT.glob("recipes/*.md"))
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
-FLOORS = [["common", "kernels", "sandbox"], ["tokenizer", "answers", "checkpoint"],
-          ["model", "tasks"], ["data", "sample"], ["pretrain", "sft", "reward", "evaluate"],
-          ["dpo", "grpo", "scaling", "report"]]
+FLOORS = [["distributed"], ["common", "kernels", "sandbox", "ifeval"],
+          ["tokenizer", "answers", "checkpoint"], ["model", "tasks"], ["data", "sample"],
+          ["pretrain", "sft", "reward"], ["label", "evaluate"],
+          ["dpo", "grpo", "scaling", "report", "quality"]]
 
 
 def test_the_table_names_every_file_with_its_line_count():
@@ -109,6 +110,7 @@ def test_the_map_of_the_report_names_what_exists():
         assert f"def {test}(" in read(f"tests/{test_file}.py"), f"{test_file}.{test}"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_course_run(tmp_path):
     """In the order of the lessons, each from what the one before left in runs/."""
     for lesson in LESSONS:

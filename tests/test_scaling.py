@@ -449,7 +449,7 @@ from model import PRESETS, Qwen2
 name, bf16, T = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
 
 def train(config, rows, T):
-    model = distributed.sharded(Qwen2(config))
+    model = distributed.sharded(Qwen2(config), torch.autocast("cpu", torch.bfloat16, enabled=bf16))
     optimizer = common.adamw(model, 1e-3, 0.1)
     for _ in range(2):
         for _ in range(2):
