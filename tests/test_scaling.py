@@ -530,7 +530,7 @@ def test_fit_of_given_rows(tmp_path, capsys, monkeypatch):
     scaling.main(replace(args, plots=True))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["dense.png"]
     # four sizes, of each the optima, the law and two references
-    assert [panel.loglog.call_count for panel in panels] == [16, 16, 2]
+    assert [panel.loglog.call_count for panel in panels] == [16, 16, 0]
     lines = [call.args[:2] for call in panels[0].loglog.call_args_list[:3]]
     assert lines[1][1] == pytest.approx(laws["lr"].predict(N=5e7, D=lines[1][0]))
     assert lines[2][1] == pytest.approx(scaling.PUBLISHED["lr"]["Step Law"].predict(
@@ -603,3 +603,17 @@ def test_sweep_in_small(tmp_path, capsys):
     assert (tmp_path / "s" / "rows.csv").read_text() == before  # nothing was trained again
     with pytest.raises(InputError, match="another --seq_len or --seed"):
         scaling.main(parse_args(scaling.Args, [*flags, "--resume", "--seed", "1"]))
+
+
+def test_committed_sweep(capsys):
+    """R6.1, R6.2: the rows say what they were measured with, and give the recipe's numbers."""
+    path = ROOT / "recipes" / "scaling.csv"
+    for row in scaling.read_table(path):
+        assert row["schedule"] == "cosine to 0.1" and row["seed"] == "0" and row["device"] == "cpu"
+        assert int(row["warmup"]) == int(float(row["D"]) / float(row["batch_tokens"]) / 10)
+    tables = scaling.fit(scaling.Args(data=str(path), degree=2, within=0.05, bootstrap=20))
+    said = (ROOT / "recipes" / "scaling.md").read_text()
+    for table, names in (("dense", ("lr", "batch")), ("moe", ("lr",))):
+        for name in names:
+            assert all(f" {tables[table][name][axis]:.2f} [" in said for axis in "ND"), name
+    assert "MISSED" not in capsys.readouterr().out
