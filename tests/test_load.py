@@ -86,10 +86,10 @@ def test_grpo_that_does_not_end_stays_as_it_is(tokenizer, tmp_path, orphans):
         [sys.executable, ROOT / "grpo.py", *(f"--{k}={v}" for k, v in argv.items())],
         env=os.environ | {"TMPDIR": str(scratch)}, stdout=open(tmp_path / "output", "w"),
         stderr=subprocess.STDOUT)
-    rows, started = [], time.monotonic()
+    rows, steps, started = [], 0, time.monotonic()
     print(f"\n{'minutes':>8}{'steps':>8}{'MB':>9}{'descriptors':>12}{'threads':>8}{'children':>9}"
           f"{'scratch':>8}")
-    while time.monotonic() - started < MINUTES * 60:
+    while time.monotonic() - started < MINUTES * 60 or steps < 60:
         time.sleep(MINUTES / 2)  # 120 rows
         assert process.poll() is None, (tmp_path / "output").read_text()[-2000:]
         steps = (out / "log.jsonl").read_bytes().count(b"\n") if out.exists() else 0
@@ -99,11 +99,11 @@ def test_grpo_that_does_not_end_stays_as_it_is(tokenizer, tmp_path, orphans):
         print("{minutes:8.2f}{steps:8}{anonymous_mb:9.1f}{descriptors:12}{threads:8}{children:9}"
               "{scratch:8}".format(**rows[-1]), flush=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     time.sleep(1)
     assert not descendants(os.getpid()) and not list(scratch.iterdir())
     said = [row for row in log(out) if 0 < row["pass"] < 1]
-    assert len(said) > 10 and rows[-1]["steps"] > 30
+    assert len(said) > 10
     third = len(rows) // 3
     for name, slack in (("anonymous_mb", 8), ("descriptors", 0), ("threads", 0), ("children", 4),
                         ("scratch", 40)):
