@@ -450,7 +450,9 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
     model.py, counted tensor by tensor: in a block 4 C of float32 (two norms, before and after), and
     in bf16, where autocast copies the input of each matrix, 7 C (float32: 4 C), keys and values and
     4 inner activations; an MoE block 3 C more an expert and 3 C (1 C) for router and shared expert.
-    No recomputation. Not counted: CUDA's context, communication buffers, fragmentation."""
+    Gathered: autocast's bf16 copies of all weights on one GPU; on several a block at a time, twice,
+    and its gradient. No recomputation. Not counted: CUDA's context, communication buffers,
+    fragmentation."""
     sizes, C, V, tokens = count(config), config.hidden_size, config.vocab_size, rows * seq_len
     size, k, H = 2 if bf16 else 4, config.num_experts_per_tok, config.num_attention_heads
     kept = 3 * 4 * C                                       # final norm, gradient of the hidden

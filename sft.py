@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning on conversations (report section 4.1).
+r"""Stage 2: supervised fine-tuning on conversations (report section 4.1).
 
 The pre-training loss on a subset of positions: with m_t = 1 exactly on what the assistant says and
 on the <|im_end|> that ends its turn (tokenizer.render is the only place that decides this),
