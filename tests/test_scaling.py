@@ -366,8 +366,7 @@ def test_plan(capsys):
     assert inside["lr"] == pytest.approx(true_lr(1e8, 5e9), rel=1e-4)
     assert inside["lr_interval"][0] <= inside["lr"] * 1.0001
     assert plan(laws, budget=6e18, model="1e8")["D"] == pytest.approx(1e10)
-    for bad in ({}, {"model": "1e8"}, {"tokens": "-1", "model": "1e8"},
-                {"budget": 1e20, "model": "1e8", "tokens": "1e9"}):
+    for bad in ({}, {"model": "1e8"}, {"budget": 1e20, "model": "1e8", "tokens": "1e9"}):
         with pytest.raises(InputError, match="wants two of"):
             plan(laws, **bad)
     with pytest.raises(InputError, match="--model wants float, got '7b'"):
@@ -440,6 +439,7 @@ def test_activations_are_what_autograd_keeps(moe, bf16):
 
 
 TRAIN = """
+import contextlib
 import sys
 import torch
 import common, distributed, pretrain, scaling
@@ -449,7 +449,8 @@ from model import PRESETS, Qwen2
 name, bf16, T = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
 
 def train(config, rows, T):
-    model = distributed.sharded(Qwen2(config), torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+    model = distributed.sharded(Qwen2(config), torch.autocast("cpu", torch.bfloat16) if bf16 else
+                                contextlib.nullcontext())
     optimizer = common.adamw(model, 1e-3, 0.1)
     for _ in range(2):
         for _ in range(2):
