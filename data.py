@@ -41,10 +41,10 @@ from common import InputError, cli, open_text, read_jsonl, replacing, require, w
 # ---------------------------------------------------------------------------------------------
 # reading
 
-def read_documents(path: str | Path):
+def read_documents(path: str | Path, source: str = ""):
     """Yields the documents of a .txt (split at lines that read <|endoftext|>, else one document),
     .jsonl or .parquet (field "text"; "source" and "kind" if given); .gz too for the first two.
-    The source is by default the file's name, and becomes a file name: no slashes, no dots.
+    The source is by default `source` or the file's name, and becomes a file name: no slashes, dots.
     Raises InputError with file and line."""
     path = Path(path)
     name = path.name.removesuffix(".gz")
@@ -63,8 +63,8 @@ def read_documents(path: str | Path):
     for where, row in rows:
         require(isinstance(row.get("text"), str), f'{where}: want a string under "text"')
         require(row.get("kind") in (None, *LIMITS), f'{where}: "kind" is one of {list(LIMITS)}')
-        source = re.sub(r"[^\w-]", "_", str(row.get("source") or name.rsplit(".", 1)[0]))
-        yield {"text": row["text"], "source": source, "kind": row.get("kind") or "prose"}
+        found = re.sub(r"[^\w-]", "_", str(row.get("source") or source or name.rsplit(".", 1)[0]))
+        yield {"text": row["text"], "source": found, "kind": row.get("kind") or "prose"}
 
 
 def read_parquet(path: Path):
@@ -81,11 +81,16 @@ def read_parquet(path: Path):
 
 
 def read_all(paths: str):
-    """The documents of files, comma-separated, or of all .jsonl files of a directory."""
-    files = sorted(Path(paths).glob("*.jsonl")) if Path(paths).is_dir() else paths.split(",")
-    require(len(files) > 0, f"{paths}: no .jsonl files in it")
-    for file in files:
-        yield from read_documents(file)
+    """The documents of files and directories, comma-separated. Of a directory all .jsonl, .jsonl.gz
+    and .parquet files are read, which are one source if they name none."""
+    for path in map(Path, paths.split(",")):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet")
+                           for file in path.glob(pattern))
+            require(len(files) > 0, f"{path}: no .jsonl or .parquet files in it")
+        for file in files:
+            yield from read_documents(file, path.name if path.is_dir() else "")
 
 
 def new_directory(path: str, overwrite: bool) -> Path:
@@ -413,6 +418,31 @@ class Contamination:
         return "" if e < 0 else f"{lcs} words in common with test item {self.tests[e][:60]!r}"
 
 
+def sift(documents, stages: dict) -> tuple[list[dict], dict]:
+    """`verdicts` for lists that fit in memory -> documents kept, report {"kept": n, "dropped":
+    {stage: n}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
+    kept, dropped, samples = [], Counter(), defaultdict(list)
+    for doc, name, reason in verdicts(documents, stages):
+        if not reason:
+            kept.append(doc)
+            continue
+        dropped[name] += 1
+        samples[name] = (samples[name] + [[reason, doc["text"][:200]]])[:3]
+    return kept, {"kept": len(kept), "dropped": dict(dropped), "samples": dict(samples)}
+
+
+def clean(documents) -> tuple[list[dict], dict]:
+    return sift(documents, FILTERS)
+
+
+def deduplicate(documents, threshold: float = 0.75) -> tuple[list[dict], dict]:
+    return sift(documents, {"duplicate": NearDuplicates(threshold)})
+
+
+def decontaminate(documents, eval_texts, encode=word_ids) -> tuple[list[dict], dict]:
+    return sift(documents, {"contaminated": Contamination(list(eval_texts), encode)})
+
+
 def is_held_out(text: str) -> bool:
     """One document in fifty, by its hash, is for measuring the loss only: the same ones whatever
     the order, the mixture or the seed."""
@@ -635,7 +665,7 @@ def synthetic(domain: str, n_bytes: int, seed: int) -> list[str]:
 @dataclass
 class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
-    input: str = ""                # .txt, .jsonl, .parquet, with commas; empty: built-in corpus
+    input: str = ""                # files or directories, comma-separated; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
     languages: str = ""            # of prose to keep, as en,zh,unknown (see WORDS); empty: all
     tokenizer: str = ""            # directory: write token files too, for pretrain.py to map

@@ -91,7 +91,7 @@ def load_tokens(args: Args) -> tuple[dict[str, data.Tokens], dict[str, data.Toke
         return *({name: data.read_tokens(path / f"{name}.{part}", tokenizer) for name in names}
                  for part in ("train", "held_out")), tokenizer
     train, held_out = {}, {}
-    for doc in data.read_all(str(path) if path.is_dir() else args.data):
+    for doc in data.read_all(args.data or str(path)):
         part = held_out if data.is_held_out(doc["text"]) else train
         train.setdefault(doc["source"], [])  # the order of the sources is that of their first text
         held_out.setdefault(doc["source"], [])

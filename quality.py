@@ -81,8 +81,8 @@ def judge(model, tokenizer, text: str, max_tokens: int = 512) -> dict[str, float
     hidden = model.hidden(pad_rows(rest, 0).to(model.head_weight.device), cache=cache)
     last = hidden[torch.arange(len(rest)), [len(row) - 1 for row in rest]]
     digits = torch.tensor([tokenizer.encode(digit)[0] for digit in "12345"])
-    probs = (last @ model.head_weight[digits].T).float().softmax(-1).cpu()   # among the five
-    scores = (probs @ torch.arange(1.0, 6.0)).tolist()
+    logits = (last.float()[:, None] * model.head_weight[digits]).sum(-1)  # no autocast: rank finely
+    scores = (logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)).tolist()  # among the five
     return dict(zip(DIMENSIONS, scores, strict=True)) | {"mean": sum(scores) / len(scores)}
 
 
@@ -171,6 +171,7 @@ def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[st
     and "quality" by their place between the least and the greatest."""
     rows = []
     for number, row in read_jsonl(path):
+        row = row | row.get("scores", {})  # a judge's, of another run
         good = isinstance(row.get("text"), str) and isinstance(row.get(field), (int, float, str))
         require(good, f'{path}:{number}: want a "text" and a number or a name under "{field}"')
         rows.append((row["text"], row[field]))

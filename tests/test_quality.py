@@ -126,6 +126,9 @@ def test_judged_documents(args, micro_run, tmp_path):
     assert set(report["judge"]) == {*quality.DIMENSIONS, "mean"}
     rows = [row for _, row in read_jsonl(tmp_path / "out" / "web.jsonl")]
     assert len(rows) == 6 and set(rows[0]["scores"]) == {*quality.DIMENSIONS, "mean", "quality"}
+    _, targets, _ = quality.read_labels(str(tmp_path / "out" / "web.jsonl"), "mean")
+    means = [row["scores"]["mean"] for row in rows]  # what the classifier can learn from the judge
+    assert targets[:, 1].argsort().tolist() == torch.tensor(means).argsort().tolist()
 
 
 def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monkeypatch):
