@@ -439,7 +439,6 @@ def test_activations_are_what_autograd_keeps(moe, bf16):
 
 
 TRAIN = """
-import contextlib
 import sys
 import torch
 import common, distributed, pretrain, scaling
@@ -449,13 +448,13 @@ from model import PRESETS, Qwen2
 name, bf16, T = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
 
 def train(config, rows, T):
-    model = distributed.sharded(Qwen2(config), torch.autocast("cpu", torch.bfloat16) if bf16 else
-                                contextlib.nullcontext())
+    autocast = torch.autocast("cpu", torch.bfloat16 if bf16 else torch.float32, enabled=bf16)
+    model = distributed.sharded(Qwen2(config), autocast)
     optimizer = common.adamw(model, 1e-3, 0.1)
     for _ in range(2):
         for _ in range(2):
             ids = torch.randint(0, config.vocab_size, (rows, T + 1))
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with autocast:
                 router = [] if config.num_experts else None
                 pretrain.lm_loss(model, ids, None, 2 * rows * T, router).backward()
         common.clip_and_step(model, optimizer, 1e-3, 1.0)
