@@ -107,9 +107,9 @@ class Law:
 
     def ci(self, name: str) -> tuple[float, float]:
         """95% interval of a coefficient."""
-        i = self.names.index(name)
-        found = self.percentiles(self.coef[i], self.draws[:, i])
-        return tuple(np.exp(found) if name in "aEAB" else found)
+        i, scale = self.names.index(name), np.exp if name in "EAB" else np.asarray
+        found = self.percentiles(scale(self.coef[i]), scale(self.draws[:, i]))
+        return tuple(np.exp(found) if name == "a" else found)
 
     def percentiles(self, centre, samples, noise=0.0):
         """What k coefficients leave of n residuals is too small by sqrt((n - k) / n), and so is a
@@ -710,8 +710,8 @@ def plot(tables: dict[str, dict[str, Law]], folder: Path) -> None:
         figure, panels = pyplot.subplots(1, len(laws), figsize=(5 * len(laws), 4), squeeze=False)
         for axes, (name, law) in zip(panels[0], laws.items(), strict=True):
             if name == "loss":
-                axes.loglog(law.y, law.predict(**dict(zip(law.axes, law.x.T, strict=True))), "o")
-                axes.loglog(np.sort(law.y), np.sort(law.y), "k-")
+                axes.plot(law.y, law.predict(**dict(zip(law.axes, law.x.T, strict=True))), "o")
+                axes.plot(np.sort(law.y), np.sort(law.y), "k-")
                 axes.set(title=f"{table}: loss", xlabel="measured", ylabel="predicted")
                 continue
             D = np.geomspace(*law.seen[1])
