@@ -63,9 +63,12 @@ def parse_value(name: str, text: str, kind: type):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int and float(text) != int(float(text)):
             raise ValueError
-        return int(float(text)) if kind is int else kind(text)
+        value = int(float(text)) if kind is int else kind(text)
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
+    # No flag has a use for less than nothing, for nan, or for more than a machine can count.
+    require(kind is str or 0 <= value < 2**63, f"--{name} wants a number from 0 on, got {text}")
+    return value
 
 
 def parse_args(Args, argv: list[str] | None = None):
@@ -166,11 +169,10 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
     raise InputError(f"--device {device} --dtype {dtype} does not work here: {reason}")
 
 
-def setup(args) -> tuple[torch.device, torch.amp.autocast]:
-    """Seed, pick the device, and return it with the autocast context that forwards run under."""
-    for name in ("batch_size", "batch_queries"):
-        require(getattr(args, name, 0) % WORLD == 0, f"--{name} wants a multiple of {WORLD}: "
-                "processes compute in step, each on as many rows")
+def setup(args, rows: int = 0) -> tuple[torch.device, torch.amp.autocast]:
+    """Seed, pick the device, and return it with the autocast context that forwards run under.
+    rows: of a step. Several processes compute in step, so each must have as many."""
+    require(rows % WORLD == 0, f"a batch of {rows} rows does not divide by {WORLD} processes")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
     device, dtype = pick_device(args.device, args.dtype)
@@ -270,18 +272,22 @@ def read_jsonl(path: str | Path):
                     row = json.loads(line)
                     require(isinstance(row, dict), f"{path}:{number}: want a JSON object a line")
                     yield number, row
+        except InputError:
+            raise
         except json.JSONDecodeError as error:
             where = f"{error.msg}, column {error.colno}"
             raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        except (ValueError, RecursionError) as error:  # a number, or nesting, without end
+            raise InputError(f"{path}:{number}: cannot be read ({error})") from None
 
 
 def read_json(path: str | Path) -> dict:
     with open_text(path) as file:
         try:
             value = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
     require(isinstance(value, dict), f"{path}: want a JSON object")
     return value

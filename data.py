@@ -418,6 +418,31 @@ class Contamination:
         return "" if e < 0 else f"{lcs} words in common with test item {self.tests[e][:60]!r}"
 
 
+def sift(documents, stages: dict) -> tuple[list[dict], dict]:
+    """`verdicts` for lists that fit in memory -> documents kept, report {"kept": n, "dropped":
+    {stage: n}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
+    kept, dropped, samples = [], Counter(), defaultdict(list)
+    for doc, name, reason in verdicts(documents, stages):
+        if not reason:
+            kept.append(doc)
+            continue
+        dropped[name] += 1
+        samples[name] = (samples[name] + [[reason, doc["text"][:200]]])[:3]
+    return kept, {"kept": len(kept), "dropped": dict(dropped), "samples": dict(samples)}
+
+
+def clean(documents) -> tuple[list[dict], dict]:
+    return sift(documents, FILTERS)
+
+
+def deduplicate(documents, threshold: float = 0.75) -> tuple[list[dict], dict]:
+    return sift(documents, {"duplicate": NearDuplicates(threshold)})
+
+
+def decontaminate(documents, eval_texts, encode=word_ids) -> tuple[list[dict], dict]:
+    return sift(documents, {"contaminated": Contamination(list(eval_texts), encode)})
+
+
 def is_held_out(text: str) -> bool:
     """One document in fifty, by its hash, is for measuring the loss only: the same ones whatever
     the order, the mixture or the seed."""

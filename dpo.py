@@ -175,7 +175,7 @@ def content_hash(model: Qwen2, rows, *settings) -> str:
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "dpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)

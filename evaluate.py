@@ -9,6 +9,7 @@ spread of the queries' means: several samples of one query are not independent.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
+    python evaluate.py --init runs/demo/dpo --samples 8 --reward_model runs/demo/reward
 """
 import json
 import math
@@ -21,9 +22,11 @@ import torch
 import data
 import kernels
 import tasks
+from answers import extract_answer
 from common import (
     cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
 from model import Qwen2
+from reward import RewardModel
 from sample import generate, load_policy, rollout
 from tokenizer import Tokenizer
 
@@ -32,8 +35,10 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 480             # how many of them
     samples: int = 4                 # answers a query at temperature 1, for pass@1
+    reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
@@ -110,6 +115,27 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
     return [pairs[i:i + n] for i in range(0, len(pairs), n)]
 
 
+def best_of(queries: list[dict], sampled, scorer: RewardModel) -> dict[str, dict]:
+    """How good is the one of a query's answers that is chosen by chance, by the majority (of equal
+    final answers; of equal texts where none is marked), by the reward model? Between answers with
+    as many votes, chance decides: their mean score. And query by query, the model's lead."""
+    rewards = iter(scorer.score([q["prompt"] for q, group in zip(queries, sampled, strict=True)
+                                 for _ in group], [text for group in sampled for text, _ in group]))
+    chosen = {"chance": [], "majority": [], "reward model": []}
+    for group in sampled:
+        finals = [extract_answer(text, strict=True) or text for text, _ in group]
+        for votes, values in zip(([0] * len(group), [finals.count(a) for a in finals],
+                                  [next(rewards) for _ in group]), chosen.values(), strict=True):
+            best = [score for vote, (_, score) in zip(votes, group, strict=True)
+                    if vote == max(votes)]
+            values.append(sum(best) / len(best))
+    out = {name: interval(values) for name, values in chosen.items()}
+    for name in ("chance", "majority"):
+        pairs = zip(chosen["reward model"], chosen[name], strict=True)
+        out[f"reward model - {name}"] = interval([a - b for a, b in pairs], least=-1.0)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------
 # tables
 
@@ -142,10 +168,16 @@ def main(args: Args) -> dict:
     longest = model.config.max_position_embeddings
     require(1 < args.window <= longest or not args.text,
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
-    queries = tasks.load(args.queries, args.n_queries)
+    queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
             f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
+    texts = []
+    if args.text:
+        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
+                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
+        texts = [text for text in texts if data.is_held_out(text)]
+        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
     with autocast:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
@@ -154,12 +186,14 @@ def main(args: Args) -> dict:
     if args.samples > 1:
         metrics[f"pass@{args.samples}"] = by_domain(
             queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
+    if args.reward_model:
+        scorer = RewardModel.from_pretrained(args.reward_model, device=device)
+        with autocast:
+            metrics["best_of"] = best_of(queries, sampled, scorer)
+        for name, value in metrics["best_of"].items():
+            print(f"best of {args.samples}, {name}: {cell(value)}")
     metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
-    if args.text:
-        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
-                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
-        texts = [text for text in texts if data.is_held_out(text)]
-        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],

@@ -17,6 +17,9 @@ so the reward model ranks answers but can never make a wrong one beat a right on
 our choice: learning rate, clip, KL coefficient, temperature, length, number of episodes, and that
 the variance is measured once, with the initial policy, and compared within a domain.
 
+A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
+my.py; each row of --queries then needs a "prompt" only, and the function gets the whole row.
+
 Off by default, from later papers: Dr. GRPO is --aggregate constant --normalise none; DAPO is
 --aggregate token_mean --clip_high 0.28 --resample 2 --overlong soft.
 
@@ -49,6 +52,7 @@ class Args:
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     out: str = "runs/grpo"           # where the run goes
     queries: str = "rl"              # query split or file
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 128             # pool of queries, ordered by variance
     steps: int = 15                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries an episode
@@ -219,7 +223,7 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_queries * args.group)
     for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
                          "normalise": ("group", "none"), "order": ("variance", "random"),
                          "overlong": ("wrong", "mask", "soft")}.items():
@@ -237,7 +241,7 @@ def main(args: Args) -> dict:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
-    queries = tasks.load(args.queries, args.n_queries, args.seed)
+    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward)
 
     # data
     with autocast:

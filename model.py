@@ -431,6 +431,7 @@ class Qwen2(nn.Module):
         layer's (probs, expert), for `load_balancing_loss`."""
         B, T = ids.shape
         device = ids.device
+        kernels.choose_products(B * T, device)
         start = cache.length if cache is not None else 0
         positions, mask = torch.arange(start, start + T, device=device)[None], None
         if cache is not None and cache.pads is not None:
@@ -487,6 +488,8 @@ class Qwen2(nn.Module):
             what = "is missing" if name in expected else "does not belong to this architecture"
             raise InputError(f"{path}: weight {name} {what}")
         for name, shape in expected.items():
+            require(weights[name].is_floating_point(),
+                    f"{path}: weight {name} is of {str(weights[name].dtype)[6:]}")
             require(weights[name].shape == shape, f"{path}: weight {name} has shape "
                     f"{tuple(weights[name].shape)}, config.json wants {tuple(shape)}")
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}

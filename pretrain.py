@@ -31,7 +31,7 @@ import data
 import kernels
 from common import (
     Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
-from distributed import QUIET, RANK, WORLD, gathered, micro_batches, share, sharded, summed, whole
+from distributed import QUIET, RANK, gathered, micro_batches, share, sharded, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -203,7 +203,7 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "pretrain")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_tokens // max(1, args.seq_len))
     require(args.model in PRESETS, f"--model wants one of {', '.join(PRESETS)}, got {args.model!r}")
     require(args.attention in kernels.IMPLS,
             f"--attention wants one of {', '.join(kernels.IMPLS)}, got {args.attention!r}")
@@ -254,7 +254,6 @@ def main(args: Args) -> dict:
     model.to(device)
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(packed) // rows
-    require(rows % WORLD == 0, f"--batch_tokens gives {rows} rows a step: no multiple of {WORLD}")
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 

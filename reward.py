@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive,
+    Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, parse_value, positive,
     read_json, read_jsonl, require, setup, write_jsonl)
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
@@ -189,10 +189,7 @@ def read_pairs(path: str) -> list[dict]:
 
 
 def parse_temperatures(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--temperatures wants numbers joined by commas, got {text!r}") from None
+    return [parse_value("temperatures", part, float) for part in text.split(",")]
 
 
 def sample_answers(args: Args, device, autocast, queries: list[dict]) -> dict[str, list]:
@@ -271,7 +268,7 @@ def accuracies(model: RewardModel, rows) -> dict[str, float]:
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "reward")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_queries", "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
@@ -284,6 +281,8 @@ def main(args: Args) -> dict:
     parse_temperatures(args.temperatures)
 
     # data
+    require(queries or tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise),
+            f"--pairs {args.pairs}: none fits into --max_len {args.max_len} tokens")
     if queries:
         answers = sum(sample_answers(args, device, autocast, queries).values(), [])
         pairs += pair_responses(answers, args.pairs_per_query, args.seed)

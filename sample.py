@@ -15,7 +15,7 @@ import torch
 
 import kernels
 import tasks
-from common import InputError, cli, pad_rows, require, rng, setup
+from common import InputError, cli, pad_rows, positive, require, rng, setup
 from distributed import RANK, merged, share
 from model import KVCache, PromptCache, Qwen2
 from tokenizer import Tokenizer
@@ -239,6 +239,8 @@ class Printer:
 
 def main(args: Args) -> None:
     device, autocast = setup(args)
+    positive(args, "max_new_tokens", "top_p")
+    require(args.top_p <= 1, f"--top_p wants a share in (0, 1], got {args.top_p}")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
     messages = [{"role": "system", "content": args.system}] if args.system else []

@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning on conversations (report section 4.1).
+r"""Stage 2: supervised fine-tuning on conversations (report section 4.1).
 
 The pre-training loss on a subset of positions: with m_t = 1 exactly on what the assistant says and
 on the <|im_end|> that ends its turn (tokenizer.render is the only place that decides this),
@@ -12,7 +12,7 @@ through its rate at 7B and the best one of our smallest model (2e-4 at 0.8M para
 embeddings: LOG.md, 2026-11-24): lr = 7e-6 (6.5e9 / N)^0.37.
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
-    python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \
+    python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
         --pack --batch_size 128 --micro_batch 1 --out ...                   # the report's settings
     python sft.py --init runs/sft --queries rl --samples 8 --out ...        # rejection sampling
     python tokenizer.py show runs/sft --chat chats.jsonl                    # look at the mask
@@ -28,6 +28,7 @@ base model could do (LOG.md, 2026-11-24).
 """
 import io
 import json
+import zlib
 from array import array
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class Conversations:
                     self.starts.extend([start] * learns)
                     self.dropped += not learns
                 start += len(line)
-        except (ValueError, EOFError, OSError) as error:  # also of a torn .gz
+        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # torn .gz too
             raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
     def tokens(self, line: bytes) -> tuple[list[int], list[int]]:
@@ -150,7 +151,7 @@ def sft_loss(model: Qwen2, ids, mask, count: int, segments=None):
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every", "samples",
              "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")

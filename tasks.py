@@ -18,13 +18,16 @@ benchmark files (answers.py).
 
     python tasks.py                       # a few queries, demonstrations and verdicts
 """
+import functools
 import hashlib
 import random
 import re
+import runpy
+from pathlib import Path
 
 import ifeval
 import sandbox
-from common import require
+from common import read_jsonl, require
 from answers import extract_answer, load_file, math_equal
 
 DOMAINS = ("mathematics", "code", "instruction", "logic")
@@ -411,6 +414,9 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
         elif check["kind"] == "math":
             answer = extract_answer(response, strict=True)
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
+        elif check["kind"] == "own":
+            scores[i] = float(own_reward(check["function"])(query, response))
+            require(0 <= scores[i] <= 1, f"{check['function']} gave {scores[i]}: want 0 to 1")
         else:
             follow = ifeval.follows if check["kind"] == "ifeval" else follows
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
@@ -427,6 +433,17 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
         del VERDICTS[oldest]
     return scores
+
+
+@functools.cache
+def own_reward(name: str):
+    """"my_reward.py:score" -> that function of yours, score(query, response) -> 0 to 1. It runs
+    with all your rights, so it comes from the command line, never from a file of queries."""
+    path, _, function = name.rpartition(":")
+    require(Path(path).is_file(), f"--reward wants file.py:function, got {name!r}")
+    found = runpy.run_path(path).get(function)
+    require(callable(found), f"--reward {name}: {path} defines no function {function}")
+    return found
 
 
 def score(query: dict, response: str) -> float:
@@ -505,14 +522,26 @@ def documents(domain: str, seed: int = 0):
         yield "\n\n".join(form.format(q["prompt"], text) for q, text in shots)
 
 
-def load(name: str, n: int = 400, seed: int = 0) -> list[dict]:
+def load(name: str, n: int = 400, seed: int = 0, reward: str = "") -> list[dict]:
     """Queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a split
-    ("ifeval:rl"), or of a file (see `load_file`)."""
+    ("ifeval:rl"), or of a file (see `load_file`). With `reward`, "file.py:function", that function
+    takes the place of the checks, and a file needs nothing but a "prompt" a row."""
+    if reward:
+        own_reward(reward)
+        is_file = name not in SPLITS and not name.startswith("ifeval:")
+        rows = [row for _, row in read_jsonl(name)][:n] if is_file else load(name, n, seed)
+        require(rows and all(row.get("prompt") for row in rows), f'{name}: want a "prompt" a row')
+        check = {"kind": "own", "function": reward}
+        return [{"domain": "own", **row, "check": check} for row in rows]
     if name in SPLITS:
         return builtin(name, n, seed)
     kind, _, split = name.partition(":")
     if kind != "ifeval" or split not in SPLITS:
-        return load_file(name)[:n]
+        queries, here = load_file(name)[:n], sandbox.languages()
+        for query in queries:  # refuse now what cannot run, not while training
+            lack = here.get(query["check"].get("language", "python"), "is unknown")
+            require(not lack, f"{name}: a check in {query['check'].get('language')}: {lack}")
+        return queries
     made = {}
     for query in ifeval.queries(random.Random(f"{name} {seed}")):
         if len(made) == n:

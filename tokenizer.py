@@ -297,7 +297,8 @@ class Tokenizer:
         try:
             if not path.is_dir():
                 lines = map(bytes.split, path.read_bytes().splitlines())
-                return cls({base64.b64decode(token): int(rank) for token, rank in lines})
+                return cls({base64.b64decode(token, validate=True): int(rank)
+                            for token, rank in lines})
             fields = {}
             if (source := path / "tokenizer.json").is_file():
                 data = read_json(source)
@@ -457,6 +458,8 @@ class Tokenizer:
                 yield content, False, False
                 yield "\n</tool_response>" + "<|im_end|>\n" * (roles[i + 1] != "tool"), False, True
                 continue
+            if not isinstance(message.get("tool_calls") or [], list):
+                raise InputError(f"messages[{i}]: tool_calls: want a list")
             yield f"<|im_start|>{roles[i]}\n", False, True
             yield content, trained, False
             for n, call in enumerate(message.get("tool_calls") or [] if trained else []):

@@ -87,23 +87,27 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
     monkeypatch.setattr(module, "clip_and_step", clip_and_step)
 
 
-def teach_letters(tokenizer, path):
-    """A micro model directory: a policy that says "A." or "B.", and mostly stops."""
+def teach(tokenizer, path, talks: list[tuple[str, str]], steps=40):
+    """A micro model directory that answers each question as in `talks`, and mostly stops."""
     from common import pad_rows
     from sft import sft_loss
     model = micro_model(tokenizer)
-    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-             for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")]
-    rows = [tokenizer.render(talk) for talk in talks]
+    rows = [tokenizer.render([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+            for q, a in talks]
     ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(40):
+    for _ in range(steps):
         sft_loss(model, ids, mask, int(mask.sum())).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def teach_letters(tokenizer, path):
+    """A policy that says "A." or "B."."""
+    return teach(tokenizer, path, [(q, a) for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")])
 
 
 def letter_queries(path, keyword="A") -> str:

@@ -691,3 +691,19 @@ def test_memory_does_not_grow_with_the_input(shared, tmp_path):
                               cwd=Path(data.__file__).parent, capture_output=True, text=True)
         peaks.append(float(done.stdout.split("PEAK")[1]))
     assert peaks[1] - peaks[0] < 24, peaks                 # SQLite's cache is 32 MB
+
+
+def test_lists_are_sifted_with_a_reason_for_each_drop():
+    """The three stages on documents in memory; counts add up to the input (R2.2)."""
+    plain = "The river was high that spring and the boats could not pass under the old bridge. " * 2
+    docs = [{"text": plain}, {"text": plain.replace("river", "stream")}, {"text": plain},
+            {"text": "#$%&*+ " * 40}, {"text": "How many apples does Ann have after she buys seven "
+             "more and gives three of them to Ben at school? She has nine."}]
+    kept, report = data.clean(docs)
+    assert report["kept"] + sum(report["dropped"].values()) == 5
+    assert report["dropped"]["symbols"] == 1 and kept[0]["text"] == plain.strip()
+    assert report["samples"]["symbols"][0][0].endswith("symbols")
+    kept, report = data.deduplicate(docs)
+    assert report["dropped"] == {"duplicate": 1} and len(kept) == 4
+    kept, report = data.decontaminate(docs, [docs[4]["text"][:100]])
+    assert report["dropped"] == {"contaminated": 1} and docs[4] not in kept

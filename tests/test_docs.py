@@ -14,9 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(f"recipes/{path.name}" for path in ROOT.glob("recipes/*.md"))
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
-FLOORS = [["common", "kernels", "sandbox", "ifeval"], ["tokenizer", "answers", "checkpoint"],
-          ["model", "tasks"], ["data", "sample"], ["pretrain", "sft", "reward", "evaluate"],
-          ["label"], ["dpo", "grpo", "scaling", "report", "quality"]]
+FLOORS = [["distributed"], ["common", "kernels", "sandbox", "ifeval"],
+          ["tokenizer", "answers", "checkpoint"], ["model", "tasks"], ["data", "sample"],
+          ["pretrain", "sft", "reward"], ["label", "evaluate"],
+          ["dpo", "grpo", "scaling", "report", "quality"]]
 
 
 def test_the_table_names_every_file_with_its_line_count():

@@ -13,6 +13,7 @@ import tasks
 from data import is_held_out
 from evaluate import bits_per_byte, by_domain, interval, pass_at_k
 from model import Qwen2
+from reward import RewardModel
 from sample import Completion, rollout
 
 TEXTS = ["A short text.", "", "x", "The same words again and again. " * 9, "naïve café, 世界 2025",
@@ -145,6 +146,32 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
     lines = (micro_run / "eval_samples.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 6 and {"prompt", "greedy", "sampled"} <= json.loads(lines[0]).keys()
     assert run(micro_run, tmp_path, few_shot=few_shot) == metrics
+
+
+def test_best_of_by_hand():
+    """Two queries of four answers: chance is the mean; the majority counts equal final answers,
+    however they are reached, and chance decides a draw; the reward model takes its favourite."""
+    class Scorer:
+        def score(self, prompts, responses):
+            assert prompts == ["p"] * 4 + ["q"] * 4
+            return [text.count("!") for text in responses]
+    sampled = [[("1 + 6 = 7! The answer is \\boxed{7}.", 1.0), ("The answer is \\boxed{7}.", 1.0),
+                ("no", 0.0), ("no?", 0.0)],
+               [("a", 0.0), ("a", 0.0), ("b!", 1.0), ("b!", 1.0)]]
+    got = evaluate.best_of([{"prompt": "p"}, {"prompt": "q"}], sampled, Scorer())
+    assert {name: value["mean"] for name, value in got.items()} == {
+        "chance": 0.5, "majority": 0.75, "reward model": 1.0,
+        "reward model - chance": 0.5, "reward model - majority": 0.25}
+    assert got["reward model - majority"]["low"] == pytest.approx(0.25 - 1.96 * 0.25)
+
+
+def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
+    """The flag, on answers that all fail: zero whoever chooses, with its interval in eval.json."""
+    RewardModel.from_language_model(Qwen2.from_pretrained(micro_run), tokenizer).save_pretrained(
+        tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
+    assert metrics["best_of"]["reward model"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 6}
 
 
 def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):

@@ -7,7 +7,7 @@ import re
 import zlib
 
 import pytest
-from helpers import refuses
+from helpers import refuses, write_rows
 
 import tasks
 from tasks import DOMAINS, SPLITS, builtin, distinct, extract_code, follows, score, score_many
@@ -332,3 +332,21 @@ def test_a_program_runs_once(monkeypatch):
     assert len(tasks.VERDICTS) == 1  # the latest: a long run must not keep all its programs
     assert score(other, text) == 0.0 and len(ran) == 2
     assert score(query, text) == 0.0 and len(ran) == 3
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    """A row needs a prompt only and reaches the function whole; a file of queries can name no
+    function."""
+    path, mine = tmp_path / "q.jsonl", tmp_path / "my_reward.py"
+    mine.write_text("def score(query, response):\n"
+                    "    return len(response) / query['longest']\n")
+    write_rows(path, [{"prompt": "Say it.", "longest": 8}])
+    (query,) = tasks.load(str(path), reward=f"{mine}:score")
+    assert query["domain"] == "own" and tasks.score(query, "four") == 0.5
+    refuses(lambda: tasks.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1")
+    (built_in,) = tasks.load("rl", 1, reward=f"{mine}:score")
+    assert built_in["prompt"] == tasks.builtin("rl", 1)[0]["prompt"]
+    refuses(lambda: tasks.load(str(path), reward=f"{mine}:missing"), "no function missing")
+    refuses(lambda: tasks.load(str(path), reward="nowhere.py:score"), "--reward", "nowhere.py")
+    write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
+    refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "check.kind")
