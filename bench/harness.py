@@ -168,8 +168,7 @@ def main(title, unit, systems, cases, prepare=None):
     add = parser.add_argument
     add("--core", type=int, default=(os.cpu_count() or 1) - 1, help="core to pin to")
     add("--processes", type=int, default=3, help="processes a cell")
-    add("--peers", default=sys.executable, type=os.path.abspath,
-        help="python with the peers' packages")
+    add("--peers", default=sys.executable, type=os.path.abspath, help="python with the peers")
     add("--cases", default="", help="only cases that contain one of these words (comma-separated)")
     add("--systems", default="", help="only these systems (comma-separated, in full)")
     add("--out", default=str(HERE / "RESULTS.md"), help="file to append the table to")
