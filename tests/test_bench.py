@@ -1,4 +1,5 @@
 """The benchmark harness's pure functions; its numbers are nobody's assertion."""
+import os
 import subprocess
 import sys
 
@@ -56,7 +57,8 @@ def test_table_names_the_target_beside_the_ratio_of_the_first_system(harness):
 
 def test_the_gpu_script_runs_at_toy_sizes_on_a_cpu():
     out = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--tiny"], text=True,
-                         capture_output=True, timeout=120)
+                         capture_output=True, timeout=120,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stderr
     for name in ("attention T", "cross-entropy", "MoE of equal active size", "rollouts"):
         assert name in out.stdout
