@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-faults test-parity bench exercise lint clean
+.PHONY: demo test test-all test-faults test-load test-fuzz test-parity bench exercise lint clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -17,6 +17,14 @@ test-all: .venv/ready
 # a table of the kills survived.
 test-faults: .venv/ready
 	$(PY) -m pytest tests/test_faults.py -m 'slow or not slow'
+
+# A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT.
+test-load: .venv/ready
+	LOAD_MINUTES=$${LOAD_MINUTES:-30} $(PY) -m pytest tests/test_load.py -m 'slow or not slow' -s
+
+# Thousands of made-up and damaged inputs; and the table of bad ones.
+test-fuzz: .venv/parity
+	FUZZ=$${FUZZ:-12} $(PY) -m pytest tests/test_fuzz.py tests/test_bad_input.py
 
 # Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
 test-parity: .venv/parity

@@ -372,7 +372,9 @@ class Run:
         if args.resume:
             why = "it is finished" if finished else "it was not begun: no run.json"
             require(record and not finished, f"{self.path}: nothing to resume ({why})")
-            had = {k: v for k, v in record.get("args", {}).items() if k in asked}
+            had = record.get("args")
+            require(isinstance(had, dict), f"{self.path}/run.json: no args")
+            had = {k: v for k, v in had.items() if k in asked}
             diff = [f"{k} {had.get(k)!r} -> {v!r}" for k, v in asked.items() if had.get(k) != v]
             require(not diff, f"{self.path}: --resume with other arguments: {', '.join(diff)}")
         elif record and not args.overwrite:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 128          # tokens a side of a tile of fused attention: best of 64 .. 256 on CPU
+SLICE = 2**13        # rows of the head's gradient made at a time: 16 MiB at C = 512
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
 _SWITCH = {"impl": "sdpa", "compile": False}
 
@@ -415,7 +416,8 @@ def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total,
     if weight.dim() != 2 or hidden.shape != targets.shape + weight.shape[1:]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be targets' shape "
                          f"{tuple(targets.shape)} + (C,), and weight {tuple(weight.shape)} (V,C)")
-    weight = weight[:valid_vocab]                  # a column never computed has probability 0
+    if valid_vocab is not None and valid_vocab < len(weight):
+        weight = weight[:valid_vocab]              # a column never computed has probability 0
     h, t = hidden.flatten(0, -2), targets.flatten().long()
     index = (t != ignore_index).nonzero()[:, 0]
     if len(index) < targets.numel():
@@ -446,14 +448,20 @@ def _chunk(h, w, t, g, dw, inv_t):
         if a.is_cuda and a.dtype == torch.bfloat16:
             return torch.mm(a, b, out_dtype=torch.float32)
         return _fp32(a @ b)
-    logp = mm(h, w.mT).mul_(inv_t).log_softmax(-1)
-    nll = -logp.gather(1, t)
+    p = mm(h, w.mT).mul_(inv_t)                    # one (n,V) buffer: logits, p, then dz
+    p = p.sub_(p.amax(-1, keepdim=True))
+    picked, norm = p.gather(1, t), p.exp_().sum(-1, keepdim=True)
+    nll = norm.log() - picked
     if g is None:
         return nll[:, 0], None
-    dz = logp.exp_().scatter_add_(1, t, torch.full_like(nll, -1.0)).mul_(g * inv_t)  # p - onehot
-    if dw is not None:                             # addmm_: no second (V,C) where dtypes allow
-        dw.addmm_(dz.mT, h) if h.dtype == dw.dtype else dw.add_(mm(dz.to(h.dtype).mT, h))
-    return nll[:, 0], dz.to(h.dtype) @ w
+    dz = p.mul_(g * inv_t / norm).scatter_add_(1, t, -g * inv_t).to(h.dtype)
+    if dw is not None:                             # SLICE rows at a time: no second (V,C)
+        for total, part in zip(dw.split(SLICE), dz.split(SLICE, dim=1), strict=True):
+            if h.dtype == dw.dtype:
+                total.addmm_(part.mT, h)
+            else:
+                total.add_(mm(part.mT, h))
+    return nll[:, 0], dz @ w
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -483,15 +491,21 @@ class _ChunkedNLL(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             nll, dh, dw = _ChunkedNLL.walk(h, w, t, g, inv_t, rows,
                                            early and ctx.needs_input_grad[1], compiled)
-        ctx.save_for_backward(*((dh, dw, None) if early else (h, w, t)))
+        ctx.early = (dh, dw) if early else None
+        if not total:
+            ctx.save_for_backward(h, w, t)
         return nll.sum() if total else nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (dh, dw, t), (inv_t, rows, total, compiled) = ctx.saved_tensors, ctx.rest
+        inv_t, rows, total, compiled = ctx.rest
         if total:
-            return g * dh, None if dw is None else g * dw, None, None, None, None, None, None
+            if ctx.early is None:
+                raise RuntimeError("this loss goes backward once: its gradient is scaled in place")
+            (dh, dw), ctx.early = ctx.early, None
+            return dh.mul_(g), None if dw is None else dw.mul_(g), *[None] * 6
+        dh, dw, t = ctx.saved_tensors
         with torch.autocast(dh.device.type, enabled=False):
             _, dh, dw = _ChunkedNLL.walk(dh, dw, t, g[:, None].contiguous(), inv_t, rows,
                                          ctx.needs_input_grad[1], compiled)
@@ -504,8 +518,8 @@ def expert_mlp(x, gate_up, down, counts, impl="auto"):
 
     x (N,C); gate_up (E,2F,C), gate rows first; down (E,C,F); counts (E,) int: the rows of each
     expert in turn, 0 allowed. Returns (N,C). impl: "grouped", one matmul over all experts without
-    a host sync (bf16 on CUDA; fp32 or bf16 on CPU, there 1.0-1.6x the loop's speed); "reference",
-    the loop; "auto": grouped where torch has it and dtype and 16-byte row strides allow.
+    a host sync; "reference", the loop; "auto": grouped for bf16 on CUDA where torch has it and
+    16-byte row strides allow (on CPU it is a loop too: 1.0x in bf16, 0.7x in fp32 of this one).
     ValueError for any other impl and for shapes that do not fit.
     """
     E, C, inner = down.shape
@@ -516,8 +530,7 @@ def expert_mlp(x, gate_up, down, counts, impl="auto"):
     if impl not in ("auto", "reference", "grouped"):
         raise ValueError(f"impl {impl!r} is not one of auto, reference, grouped")
     x, gate_up, down = _autocast(x, gate_up, down)
-    fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
-    fits = fits and not any(n * x.element_size() % 16 for n in (C, inner)) and len(x) > 0
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
     if impl == "reference" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
         return expert_mlp_reference(x, gate_up, down, counts)
     ends = counts.cumsum(0).to(torch.int32)

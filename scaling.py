@@ -107,9 +107,9 @@ class Law:
 
     def ci(self, name: str) -> tuple[float, float]:
         """95% interval of a coefficient."""
-        i = self.names.index(name)
-        found = self.percentiles(self.coef[i], self.draws[:, i])
-        return tuple(np.exp(found) if name in "aEAB" else found)
+        i, scale = self.names.index(name), np.exp if name in "EAB" else np.asarray
+        found = self.percentiles(scale(self.coef[i]), scale(self.draws[:, i]))
+        return tuple(np.exp(found) if name == "a" else found)
 
     def percentiles(self, centre, samples, noise=0.0):
         """What k coefficients leave of n residuals is too small by sqrt((n - k) / n), and so is a
@@ -554,8 +554,11 @@ def grid_rows(path: Path) -> list[dict]:
         row |= {"total": row["N"]} if moe else {}
         try:
             row |= {name: float(row[column]) for name, column in names.items()}
+            if not all(0 < row[name] < math.inf or name == "loss" for name in names):
+                raise ValueError
         except (TypeError, ValueError):
-            raise InputError(f"{path}:{number}: {', '.join(names)} must be numbers") from None
+            raise InputError(f"{path}:{number}: {', '.join(names)} must be positive numbers"
+                             ) from None
         row["batch_tokens"] *= 2048 if foreign else 1
         row.setdefault("kind", "moe" if moe else "dense")
     return rows
@@ -563,7 +566,10 @@ def grid_rows(path: Path) -> list[dict]:
 
 def read_table(path: Path) -> list[dict]:
     with common.open_text(path) as file:
-        rows = list(csv.DictReader(file))
+        try:
+            rows = list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
     require(bool(rows), f"{path}: no rows")
     return rows
 
@@ -581,8 +587,8 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
             for kind in cells:
                 if some := [r for r in rows if r["kind"] == kind]:
                     cells[kind], out[kind] = report_runs(kind, some, args)
-        except InputError as error:
-            require(path.is_dir(), str(error))
+        except (InputError, KeyError) as error:  # KeyError: a column of a foreign table
+            require(path.is_dir(), f"{file}: {error}".replace(f"{file}: {file}", f"{file}"))
             print(f"  skipped: {error}")
     if all(cells.values()):
         out["parity"] = report_parity(*cells.values(), args)
@@ -601,7 +607,8 @@ def add_preset(name: str) -> None:
     """ "64x2": 64 wide (heads of 16), 2 layers; "-moe": 2 of 8 experts and a shared one, together
     as wide as the dense MLP, so that both meet a token with about the same N."""
     (width, _, layers), moe = name.removesuffix("-moe").partition("x"), name.endswith("-moe")
-    require(name in PRESETS or width.isdigit() and layers.isdigit(),
+    require(name in PRESETS or width.isdigit() and layers.isdigit()
+            and min(int(width), int(layers)) > 0,
             f"--sizes wants presets or WIDTHxLAYERS[-moe], got {name!r}")
     if name not in PRESETS:
         C, F = int(width), max(1, int(width) // 6) * 16
@@ -668,6 +675,7 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
             f"--resume: {run.path} has rows of another --seq_len or --seed: take another --out")
     for size in args.sizes.split(","):
         add_preset(size)
+    run.begin()
     prepare(args, tokens[-1])
     done = {(r["size"], r["D"], r["lr"], r["batch_tokens"]): r for r in rows}
     shape, cells = (len(lrs), len(batches)), list(product(args.sizes.split(","), tokens))
@@ -702,8 +710,8 @@ def plot(tables: dict[str, dict[str, Law]], folder: Path) -> None:
         figure, panels = pyplot.subplots(1, len(laws), figsize=(5 * len(laws), 4), squeeze=False)
         for axes, (name, law) in zip(panels[0], laws.items(), strict=True):
             if name == "loss":
-                axes.loglog(law.y, law.predict(**dict(zip(law.axes, law.x.T, strict=True))), "o")
-                axes.loglog(np.sort(law.y), np.sort(law.y), "k-")
+                axes.plot(law.y, law.predict(**dict(zip(law.axes, law.x.T, strict=True))), "o")
+                axes.plot(np.sort(law.y), np.sort(law.y), "k-")
                 axes.set(title=f"{table}: loss", xlabel="measured", ylabel="predicted")
                 continue
             D = np.geomspace(*law.seen[1])
@@ -742,7 +750,6 @@ def main(args: Args) -> dict:
         rows = grid_rows(path) if args.resume and path.exists() else []
         # rows.csv is all the state there is, so Run is not asked for its own
         run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
-        run.begin()
         sweep(args, run, rows, device)
         run.write_record({"finished": True, "seconds": round(run.seconds(), 1),
                           "result": {"runs": len(rows)}})

@@ -1,4 +1,4 @@
-r"""Stage 2: supervised fine-tuning on conversations (report section 4.1).
+"""Stage 2: supervised fine-tuning on conversations (report section 4.1).
 
 The pre-training loss on a subset of positions: with m_t = 1 exactly on what the assistant says and
 on the <|im_end|> that ends its turn (tokenizer.render is the only place that decides this),
@@ -7,9 +7,8 @@ on the <|im_end|> that ends its turn (tokenizer.render is the only place that de
 
 The report: over a million conversations, 2 epochs, up to 32,768 tokens, learning rate 7e-6 falling
 to 7e-7, weight decay 0.1, gradient norm 1.0. Not disclosed, so our choice: batch size, warm-up,
-cosine decay, packing. The report has one rate for all sizes; for smaller models we draw a power law
-through its rate at 7B and the best one of our smallest model (2e-4 at 0.8M parameters without
-embeddings: LOG.md, 2026-11-24): lr = 7e-6 (6.5e9 / N)^0.37.
+cosine decay, packing. The report has one rate for all sizes; a power law through it at 7B and our
+smallest model's best (LOG.md: 2e-4 at N = 0.8M without embeddings) is lr = 7e-6 (6.5e9 / N)^0.37.
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
@@ -54,7 +53,7 @@ class Args:
     samples: int = 8                 # responses to each of --queries
     max_new_tokens: int = 160        # longest of these, and of the samples at the end
     max_len: int = 512               # longer conversations are cut at the end
-    pack: bool = False               # rows of up to max_len tokens, of several conversations
+    pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
     epochs: float = 2.0              # passes over the data
     batch_size: int = 16             # conversations a step
     micro_batch: int = 32            # rows a forward pass: memory only
@@ -110,8 +109,8 @@ class Conversations:
 
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
     """Of several responses to each query those that pass its check, each different one once."""
-    queries = tasks.load(args.queries, args.n_data, args.seed)
-    groups = rollout(model, tokenizer, queries, args.samples, args.max_new_tokens, 1.0, args.seed)
+    groups = rollout(model, tokenizer, tasks.load(args.queries, args.n_data, args.seed),
+                     args.samples, args.max_new_tokens, 1.0, args.seed)
     passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
     return [{"messages": [{"role": "user", "content": prompt},
                           {"role": "assistant", "content": text}]} for prompt, text in passed]
@@ -159,7 +158,8 @@ def main(args: Args) -> dict:
     model, tokenizer = load_policy(args.init, device)
     longest = model.config.max_position_embeddings
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest}")
-    kernels.use("fused" if args.pack else "auto")  # tiles: skips those that no token may see
+    # In tiles, a CPU skips what no token may see. On a GPU: one mask, not measured.
+    kernels.use("fused" if args.pack and device.type == "cpu" else "auto")
 
     # data
     built = run.path / "data.jsonl"

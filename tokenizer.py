@@ -568,10 +568,12 @@ def main() -> None:
         return demo()
     if (args.out / "tokenizer.json").exists() and not args.overwrite:
         raise InputError(f"{args.out} holds a tokenizer: pass --overwrite or another --out")
-    try:
-        texts = [path.read_text(encoding="utf-8") for path in args.input]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--input: {error}") from None
+    texts = []
+    for path in args.input:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--input {path}: {error}") from None
     tokenizer = Tokenizer.train(texts, args.vocab_size)
     tokenizer.save_pretrained(args.out)
     used = sum(map(len, tokenizer.encode_batch(texts)))

@@ -168,8 +168,7 @@ def main(title, unit, systems, cases, prepare=None):
     add = parser.add_argument
     add("--core", type=int, default=(os.cpu_count() or 1) - 1, help="core to pin to")
     add("--processes", type=int, default=3, help="processes a cell")
-    add("--peers", default=sys.executable, type=os.path.abspath,
-        help="python with the peers' packages")
+    add("--peers", default=sys.executable, type=os.path.abspath, help="python with the peers")
     add("--cases", default="", help="only cases that contain one of these words (comma-separated)")
     add("--systems", default="", help="only these systems (comma-separated, in full)")
     add("--out", default=str(HERE / "RESULTS.md"), help="file to append the table to")
@@ -184,8 +183,12 @@ def main(title, unit, systems, cases, prepare=None):
         print("RESULT " + json.dumps(result))
         return
     began, tops, runs, only = time.time(), [], {}, args.systems.split(",")
+    cases = {c: cases[c] for c in cases if any(word in c for word in args.cases.split(","))}
+    if not cases or not {*only} <= {"", *systems} or args.processes < 1:
+        parser.error(f"nothing to run: --cases {args.cases} --systems {args.systems} "
+                     f"--processes {args.processes}")
     print(title)
-    for case in [c for c in cases if any(word in c for word in args.cases.split(","))]:
+    for case in cases:
         rows = {system: [] for system in cases[case] if only == [""] or system in only}
         with tempfile.TemporaryDirectory() as directory:
             tops.append(run("ceiling", case, None, directory, args))

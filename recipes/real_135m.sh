@@ -12,34 +12,52 @@ set -euo pipefail
 MODEL=$(realpath "$1") GSM8K=$(realpath "$2") SVAMP=$(realpath "$3")
 OUT=$(realpath -m "${4:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-N_SFT=${N_SFT:-320} N_RL=${N_RL:-128} STEPS=${STEPS:-16} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
+EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-128} STEPS=${STEPS:-16} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
 LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
-# 1. Data. Demonstrations: GSM8K's problems of at most 3 steps, their answers cut down to the
-# calculator marks, one equation a step. RL's queries: the first half of SVAMP, answers only. Test:
-# its second half (SVAMP varies each of its stories several times, in order: halves mix fewer of them
-# than a shuffle would; no two problems of the two are equal but for their numbers).
+# 1. Data. SVAMP varies each of its stories several times, in order: its second half is the test, and
+# of the first, half are demonstrations, the equation's steps, and half RL's queries, answers only.
+# GSM8K's problems of one step, their answers cut down to the calculator mark, are demonstrations too.
 mkdir -p "$OUT/pretrain"
-"$PYTHON" - "$GSM8K" "$SVAMP" "$OUT" "$N_SFT" <<'END'
-import json, random, re, sys
+"$PYTHON" - "$GSM8K" "$SVAMP" "$OUT" <<'END'
+import json, operator, random, re, sys
 from pathlib import Path
-gsm8k, svamp, out, n = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-read = lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-chats = []
+gsm8k, svamp, out = map(Path, sys.argv[1:])
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+def solve(equation):
+    """"( ( 10.0 - 3.0 ) - 5.0 )" -> ["10-3=7", "7-5=2"], innermost bracket first."""
+    steps = []
+    while found := re.search(r"\( (-?[\d.]+) ([-+*/]) (-?[\d.]+) \)", equation):
+        a, sign, b = float(found[1]), found[2], float(found[3])
+        value = OPERATORS[sign](a, b)
+        steps.append(f"{a:g}{sign}{b:g}={value:g}")
+        equation = equation.replace(found[0], str(value), 1)
+    return steps
+
+def chat(question, steps, answer):
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": "\n".join([*steps, f"#### {answer}"])}]}
+
+problems = sorted(read(svamp), key=lambda row: int(row["ID"].split("-")[1]))
+half = len(problems) // 2
+first, test, one_step = problems[:half], problems[half:], []
 for row in read(gsm8k):
     steps, answer = re.findall(r"<<(.+?)>>", row["answer"]), row["answer"].split("#### ")[1]
-    if 1 <= len(steps) <= 3 and steps[-1].split("=")[-1] == answer:
-        chats.append({"messages": [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": "\n".join([*steps, f"#### {answer}"])}]})
-problems = sorted(read(svamp), key=lambda row: int(row["ID"].split("-")[1]))
-rl, test = problems[:len(problems) // 2], problems[len(problems) // 2:]
-for rows in (chats, rl, test):
+    if len(steps) == 1 and steps[0].split("=")[-1] == answer:
+        one_step.append(chat(row["question"], steps, answer))
+for rows in (first, test, one_step):
     random.Random(0).shuffle(rows)
-for name, rows in (("sft", chats[:n]), ("rl", rl), ("test", test)):
+sft = [chat(f"{row['Body'].strip().rstrip('.')}. {row['Question']}", solve(row["Equation"]),
+            f"{row['Answer']:g}") for row in first[:half // 2]] + one_step[:130]
+random.Random(0).shuffle(sft)
+for name, rows in (("sft", sft), ("rl", first[half // 2:]), ("test", test)):
     (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-print(f"{len(chats[:n])} demonstrations, {len(rl)} queries for RL, {len(test)} for the test")
+print(f"{len(sft)} demonstrations, {half - half // 2} queries for RL, {len(test)} for the test")
 END
 
 # 2. One stage after the other, the test before and after each that makes a policy.
@@ -64,23 +82,23 @@ ln -sf "$MODEL"/* "$OUT/pretrain/"
   echo '{"command": "", "seed": 0}' > "$OUT/pretrain/run.json"; }
 evaluate pretrain --samples 1 --max_new_tokens 64
 
-stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --epochs 1 --batch_size 16 --micro_batch 8 \
-  --warmup 3 --lr "$(lr 1e-4)"
-evaluate sft --max_new_tokens 64 --samples 2
+stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --epochs "$EPOCHS" --batch_size 16 \
+  --micro_batch 8 --warmup 3 --lr "$(lr 2e-4)"
+evaluate sft --max_new_tokens 48 --samples 2
 
 stage dpo dpo --init "$OUT/sft" --base "$MODEL" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" \
-  --responses 4 --max_new_tokens 64 --lr "$(lr 2e-5)" --warmup 2 --batch_size 16 --micro_batch 8
-evaluate dpo --max_new_tokens 64 --samples 2
+  --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --batch_size 16 --micro_batch 8
+evaluate dpo --max_new_tokens 48 --samples 2
 
 stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatures 1.0 \
   --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries $((N_RL / 2)) \
-  --pairs_per_query 1 --max_new_tokens 64 --lr "$(lr 2e-5)" --warmup 2 --batch_size 16 \
+  --pairs_per_query 1 --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --batch_size 16 \
   --micro_batch 8
 
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
-  --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 64 \
-  --lr "$(lr 4e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
-evaluate grpo --max_new_tokens 64 --samples 2
+  --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 48 \
+  --lr "$(lr 5e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
+evaluate grpo --max_new_tokens 48 --samples 2
 
 "$PYTHON" report.py --run "$OUT"
 cat "$OUT/times.txt"

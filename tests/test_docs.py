@@ -94,7 +94,7 @@ def test_python_in_the_documents_prints_what_they_say(document, capsys):
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_lesson_has_all_its_parts(lesson):
     text, number = read(f"docs/{lesson}"), int(lesson[:2])
-    for part in ("## Try it", "## Exercises", "## Questions people ask", "](img/"):
+    for part in ("## Try it", "## Exercises", "## Questions people ask", ".png)"):
         assert part in text, part
     assert f"`exercises/lesson{number}.py`" in text
     written = re.search(r"## Exercises\n(.*?)\n## ", text, re.S)[1]

@@ -74,8 +74,9 @@ def test_a_chat_has_the_turns_it_was_given(tokenizer, messages):
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | texts,
                       lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                          st.sampled_from(["role", "content", "name", "arguments", "function", "kind",
-                                           "answer", "tests", "language", "x"]), inner, max_size=4),
+                          st.sampled_from(["role", "content", "name", "arguments", "function", "x",
+                                           "kind", "answer", "tests", "language"]), inner,
+                          max_size=4),
                       max_leaves=6)
 rows = st.fixed_dictionaries({}, optional=dict.fromkeys(
     ["messages", "prompt", "chosen", "rejected", "check", "domain", "question", "answer", "problem",

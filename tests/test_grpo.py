@@ -365,7 +365,7 @@ def test_stage_learns_a_word(policy, tmp_path, values):
     each step logs what a reader needs; loss 0 at ratio 1 is normal, a gap is not."""
     run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, group=16, **values)
     rows = log(tmp_path / "run")
-    assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.95
+    assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.9
     assert {"reward", "pass", "score", "dead", "used", "cut", "length", "entropy", "kl", "clipped",
             "gap", "grad_norm"} <= rows[0].keys()
     assert [len(row["completions"]) for row in rows] == [2] * 16  # of the 2 queries' groups

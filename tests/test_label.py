@@ -156,6 +156,7 @@ def test_kappa_by_hand():
     assert kappa(["a", "b", "c"], ["a", "b", "a"]) == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
     assert kappa(["a", "b"], ["a", "b"]) == 1 and kappa(["a", "a"], ["a", "a"]) == 1
     assert kappa(["a", "a", "b", "b"], ["a", "b", "a", "b"]) == 0
+    assert kappa([*"aaab"], [*"abbb"]) == pytest.approx(0.2)  # p_o = 0.5, p_e = 6 / 16
 
 
 def labels(tmp_path, name, verdicts):

@@ -93,14 +93,14 @@ def test_the_whole_recipe(micro_run, tmp_path):
 def test_post_training_of_a_published_model(micro_run, tmp_path):
     """real_135m.sh through its wrapper, every stage at lengths of seconds: demonstrations say 3 or
     5 to the same question, RL's queries pay for one of them. Again, and nothing is left to do;
-    an interrupted stage goes on."""
+    an interrupted stage goes on. The equations are solved as written."""
     gsm8k = write_rows(tmp_path / "gsm8k.jsonl", [
         {"question": "Pick one. Which?", "answer": f"It is <<1+{n - 1}={n}>>{n}\n#### {n}"}
         for n in (3, 5) * 400])
     svamp = write_rows(tmp_path / "svamp.jsonl", [
-        {"ID": f"chal-{i}", "Body": "Pick one", "Question": "Which?", "Answer": 3.0 + 2 * (i == 7)}
-        for i in range(1, 33)])
-    sizes = {"N_SFT": 800, "N_RL": 16, "STEPS": 14, "BATCH": 2, "N_TEST": 16, "LR": 60}
+        {"ID": f"chal-{i}", "Body": "Pick one", "Question": "Which?", "Answer": 3.0,
+         "Equation": "( ( 8.0 / 2.0 ) - 1.0 )"} for i in range(1, 65)])
+    sizes = {"EPOCHS": 6, "N_RL": 16, "STEPS": 14, "BATCH": 2, "N_TEST": 32, "LR": 30}
     env = os.environ | {k: str(v) for k, v in sizes.items()} | {
         "PYTHON": sys.executable, "DTYPE": "float32"}
     command = ["bash", str(ROOT / "recipes" / "qwen2.5_0.5b.sh"), str(micro_run), gsm8k, svamp,
@@ -110,9 +110,11 @@ def test_post_training_of_a_published_model(micro_run, tmp_path):
     out = tmp_path / "out"
     names = ("pretrain", "sft", "dpo", "grpo")
     metrics = [json.loads((out / name / "eval.json").read_text())["metrics"] for name in names]
-    assert [m["greedy"]["total"]["n"] for m in metrics] == [16] * 4
+    assert [m["greedy"]["total"]["n"] for m in metrics] == [32] * 4
     base, sft, _, best = (m["pass@1"]["total"]["mean"] for m in metrics)
     assert base < sft < best
+    chats = (out / "sft.jsonl").read_text().splitlines()
+    assert sum("8/2=4\\n4-1=3\\n#### 3" in line for line in chats) == 16 and len(chats) == 146
     assert "| dpo | grpo |" in (out / "report.md").read_text()
     times = (out / "times.txt").read_text()
     assert len(re.findall(r"^\d[\d.]* s, .* of CPU: ", times, re.M)) == 8
