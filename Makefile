@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-faults test-parity bench lint clean
+.PHONY: demo test test-all test-faults test-load test-fuzz test-parity bench exercise lint clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -18,6 +18,14 @@ test-all: .venv/ready
 test-faults: .venv/ready
 	$(PY) -m pytest tests/test_faults.py -m 'slow or not slow'
 
+# A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT.
+test-load: .venv/ready
+	LOAD_MINUTES=$${LOAD_MINUTES:-30} $(PY) -m pytest tests/test_load.py -m 'slow or not slow' -s
+
+# Thousands of made-up and damaged inputs; and the table of bad ones.
+test-fuzz: .venv/parity
+	FUZZ=$${FUZZ:-12} $(PY) -m pytest tests/test_fuzz.py tests/test_bad_input.py
+
 # Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
 test-parity: .venv/parity
 	PARITY=1 $(PY) -m pytest -m parity -rs
@@ -25,11 +33,15 @@ test-parity: .venv/parity
 # Against the peers of requirements-bench.txt, in an environment of their own; appends the tables to
 # bench/RESULTS.md. BENCH="--core 1 --processes 5" passes options on.
 bench: .venv/ready .venv-bench/ready
-	@for area in imports tokenizer sandbox attention generation training posttraining; do \
+	@for area in imports tokenizer data sandbox attention generation training posttraining; do \
 		start=$$(date +%s); \
 		$(PY) bench/$$area.py --peers .venv-bench/bin/python $(BENCH) || exit 1; \
 		echo "$$area: $$(( $$(date +%s) - start )) s"; \
 	done
+
+# Checks what you wrote in exercises/lesson3.py: make exercise N=3
+exercise: .venv/ready
+	@PYTHONPATH=. $(PY) tests/exercises.py $(N)
 
 lint: .venv/ready
 	$(PY) -m ruff check .

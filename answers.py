@@ -41,6 +41,7 @@ import zlib
 from fractions import Fraction
 from pathlib import Path
 
+import ifeval
 from common import InputError, read_jsonl, require
 
 # 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
@@ -485,7 +486,7 @@ def _humaneval(row: dict) -> dict:
               f"```python code block.\n\n```python\n{row['prompt'].strip()}\n```")
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
     return _query(prompt, "code", kind="code", language="python", tests=tests,
-                  prefix=row["prompt"], entry_point=row["entry_point"])
+                  prefix=row["prompt"])
 
 
 def _mbpp(row: dict) -> dict:
@@ -519,6 +520,9 @@ FORMATS = {  # columns -> reader; the first whose columns are all there
 }
 
 
+FIELDS = {"math": ["answer"], "code": ["language", "tests"], "ifeval": [], "rules": []}
+
+
 def load_file(path) -> list[dict]:
     """Queries of a .jsonl or .jsonl.gz in any of FORMATS, told apart by their columns."""
     queries = []
@@ -528,9 +532,22 @@ def load_file(path) -> list[dict]:
             raise InputError(f"{path}:{line}: unknown columns {', '.join(row)}; expected one of "
                              + "; ".join(map(", ".join, FORMATS)))
         try:
-            queries.append(read(row))
-            if queries[-1]["check"]["kind"] not in ("math", "code", "ifeval"):
-                raise ValueError("check.kind is none of math, code, ifeval")
+            query = read(row)
+            check = query["check"]
+            if check["kind"] not in FIELDS:
+                raise ValueError(f"check.kind is none of {', '.join(FIELDS)}")
+            texts = {"domain": query["domain"]} | {name: check[name] for name in
+                                                   FIELDS[check["kind"]]}
+            if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+                raise TypeError(f"{wrong[0]} must be a text")
+            if check["kind"] == "code":
+                (check.get("prefix", "") + check["tests"]).encode()
+            if not query["prompt"] or not isinstance(query["prompt"], (str, list)):
+                raise TypeError("prompt must be a text or messages")
+            queries.append(query)
+            if check["kind"] == "ifeval":  # refuse now what it does not know, not while training
+                for kind, kw in zip(check["instruction_id_list"], check["kwargs"], strict=True):
+                    ifeval.follows("text", kind, kw)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{path}:{line}: cannot read this row of columns {', '.join(row)} "
                              f"({type(error).__name__}: {error})") from None
@@ -594,4 +611,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

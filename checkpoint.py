@@ -4,6 +4,7 @@ Names in the files are those of model.py, with one exception: a published MoE st
 three matrices apart, model.py stacks them. Everything that Qwen2 does not have is refused.
 """
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def read_config(path: str | Path, Config):
     path = Path(path)
     require((path / "config.json").is_file(), f"{path}: no config.json, so no model directory")
     raw = read_json(path / "config.json")
+    try:
+        return config_from_dict(raw, path, Config)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # InputError too
+        where = "" if str(path) in str(error) else f"{path}/config.json: "
+        raise InputError(f"{where}{error}") from None
+
+
+def config_from_dict(raw: dict, path, Config):
     kind = raw.get("model_type")
     require(kind in ("qwen2", "qwen2_moe"),
             f"{path}: model_type is {kind!r}, not qwen2 or qwen2_moe")
@@ -58,9 +67,11 @@ def read_config(path: str | Path, Config):
         require(values.get(name) is not None, f"{path}/config.json: no {name}")
     values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
     for f in fields(Config):
-        value, kinds = values.get(f.name, f.default), {int: int, float: (int, float), bool: bool}
-        good = isinstance(value, kinds.get(f.type, tuple)) and (
-            f.type not in (int, float) or (value > 0 if f.name in need + POSITIVE else value >= 0))
+        value, kinds = values.get(f.name, f.default), {float: (int, float), int: (int,),
+                                                       bool: (bool,)}
+        good = type(value) in kinds.get(f.type, (tuple,)) and (
+            all(type(layer) is int for layer in value) if type(value) is tuple else
+            0 < value < math.inf if f.name in need + POSITIVE else 0 <= value < math.inf)
         require(good, f"{path}/config.json: {f.name} is {value!r}")
     config = Config(**values)
     require(raw.get("head_dim") in (None, config.head_dim), f"{path}: head_dim is "
@@ -142,7 +153,8 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
     files = ["model.safetensors"]
     if index.exists():
         where = read_json(index).get("weight_map")
-        require(isinstance(where, dict), f"{index}: no weight_map")
+        require(isinstance(where, dict) and all(isinstance(name, str) for name in where.values()),
+                f"{index}: no weight_map")
         files = sorted(set(where.values()))
     weights = {}
     for name in files:
@@ -152,6 +164,10 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
             weights.update(load_file(file))
         except SafetensorError as error:
             raise InputError(f"{file}: not a safetensors file ({error})") from None
+    # What has no weights is not built, nor counted to a billion.
+    for name in ("num_hidden_layers", "num_experts"):
+        require(getattr(config, name) <= len(weights), f"{path}: config.json has {name} "
+                f"{getattr(config, name)}, and there are only {len(weights)} tensors")
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return fuse_experts(weights, config)

@@ -18,11 +18,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +32,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
+
+from distributed import (
+    RANK, WORLD, cut_state, first, gathered, join, load_state, lost, save_state, whole)
 
 STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
 
@@ -58,9 +63,12 @@ def parse_value(name: str, text: str, kind: type):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int and float(text) != int(float(text)):
             raise ValueError
-        return int(float(text)) if kind is int else kind(text)
+        value = int(float(text)) if kind is int else kind(text)
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
+    # No flag has a use for less than nothing, for nan, or for more than a machine can count.
+    require(kind is str or 0 <= value < 2**63, f"--{name} wants a number from 0 on, got {text}")
+    return value
 
 
 def parse_args(Args, argv: list[str] | None = None):
@@ -105,14 +113,22 @@ def usage(Args) -> str:
 def cli(main, Args) -> None:
     """Run a stage from the command line. Only InputError becomes a one-line message: a bug in the
     program itself keeps its traceback."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
+        join()
         main(parse_args(Args))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first():
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not isinstance(error, KeyboardInterrupt) and not lost(error):
+            raise
+        why = ": another process is gone" * lost(error)
         hint = "; continue with the same command and --resume" * hasattr(Args, "resume")
-        print("stopped" + hint, file=sys.stderr)
+        if first():
+            print("stopped" + why + hint, file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -153,12 +169,15 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
     raise InputError(f"--device {device} --dtype {dtype} does not work here: {reason}")
 
 
-def setup(args) -> tuple[torch.device, torch.amp.autocast]:
-    """Seed, pick the device, and return it with the autocast context that forwards run under."""
+def setup(args, rows: int = 0) -> tuple[torch.device, torch.amp.autocast]:
+    """Seed, pick the device, and return it with the autocast context that forwards run under.
+    rows: of a step. Several processes compute in step, so each must have as many."""
+    require(rows % WORLD == 0, f"a batch of {rows} rows does not divide by {WORLD} processes")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
     device, dtype = pick_device(args.device, args.dtype)
-    print(f"device {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, seed {args.seed}")
+    print(f"device {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, seed {args.seed}"
+          + f", {WORLD} processes" * (WORLD > 1))
     return device, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -191,9 +210,12 @@ def epoch_order(step: int, batch_size: int, n: int, seed: int) -> list[int]:
     """The rows of one step: positions of an endless sequence of shuffled epochs, so that an epoch
     sees every row once, and the batch is a pure function of (seed, step)."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {e: torch.randperm(n, generator=rng(seed, e)).tolist()
-              for e in {p // n for p in positions}}
-    return [epochs[p // n][p % n] for p in positions]
+    return [int(shuffled(n, seed, p // n)[p % n]) for p in positions]
+
+
+@lru_cache(2)  # not drawn anew for each step: a million rows take 20 ms
+def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=rng(seed, epoch))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> torch.Tensor:
@@ -250,18 +272,22 @@ def read_jsonl(path: str | Path):
                     row = json.loads(line)
                     require(isinstance(row, dict), f"{path}:{number}: want a JSON object a line")
                     yield number, row
+        except InputError:
+            raise
         except json.JSONDecodeError as error:
             where = f"{error.msg}, column {error.colno}"
             raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        except (ValueError, RecursionError) as error:  # a number, or nesting, without end
+            raise InputError(f"{path}:{number}: cannot be read ({error})") from None
 
 
 def read_json(path: str | Path) -> dict:
     with open_text(path) as file:
         try:
             value = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
     require(isinstance(value, dict), f"{path}: want a JSON object")
     return value
@@ -273,6 +299,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
+        if lost(error):
+            raise
         known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
         reason = (known or str(error).splitlines())[0]
         raise InputError(f"{path}: cannot be written ({reason}); what was there is still there"
@@ -298,8 +326,9 @@ def replacing(path: str | Path):
 
 
 def write_atomic(path: str | Path, content: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    if RANK == 0:  # all processes come here with the same content
+        with replacing(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
 
 
 def plain(x):
@@ -343,7 +372,9 @@ class Run:
         if args.resume:
             why = "it is finished" if finished else "it was not begun: no run.json"
             require(record and not finished, f"{self.path}: nothing to resume ({why})")
-            had = {k: v for k, v in record.get("args", {}).items() if k in asked}
+            had = record.get("args")
+            require(isinstance(had, dict), f"{self.path}/run.json: no args")
+            had = {k: v for k, v in had.items() if k in asked}
             diff = [f"{k} {had.get(k)!r} -> {v!r}" for k, v in asked.items() if had.get(k) != v]
             require(not diff, f"{self.path}: --resume with other arguments: {', '.join(diff)}")
         elif record and not args.overwrite:
@@ -352,7 +383,11 @@ class Run:
             what = "a finished run" if finished else "an interrupted run (--resume to continue it)"
             require(not finished and not steps,
                     f"{self.path} holds {what}: pass --overwrite or another --out")
-        self.resumed = args.resume and self.state_file.exists()
+        # One process saves state.pt, several a directory: whichever was completed last.
+        states = [self.state_file, *self.path.glob("state/*/.metadata")]
+        self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
+                         default=None)
+        self.resumed = args.resume and self.state is not None
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK),
                 f"--out {self.path}: {parent} is not a directory that can be written to")
@@ -360,16 +395,20 @@ class Run:
     def begin(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0; with --resume, restore the last state, drop later
         log lines and return its step. Until here nothing was written: a refusal loses nothing."""
-        self.model, step = model, 0
+        self.model, self.optimizer, self.stopping, step = model, optimizer, False, 0
         if self.resumed:
             try:
-                # weights_only: a state is tensors and numbers; a pickle could run any code.
-                state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+                if self.state.name == ".metadata":
+                    state = load_state(self.state.parent, model, optimizer)
+                else:
+                    # weights_only: a state is tensors and numbers; a pickle could run any code.
+                    state = torch.load(self.state, map_location="cpu", weights_only=True)
+                    state = cut_state(state, model, optimizer)
+                    model.load_state_dict(state["model"])
+                    optimizer.load_state_dict(state["optimizer"])
                 step, self.previous_seconds = state["step"], state["seconds"]
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
             except Exception as error:  # whatever the unpickler makes of a torn or foreign file
-                raise InputError(f"{self.state_file}: not a whole state of this run "
+                raise InputError(f"{self.state}: not a whole state of this run "
                                  f"({type(error).__name__}); delete it, and --resume starts again "
                                  "from step 0") from None
             # One line a step: what was logged after the state, or torn, is not even read.
@@ -377,15 +416,24 @@ class Run:
             write_jsonl(self.log_file, rows)
             self.skipped = sum("skipped" in row for row in rows)
             self.strike(rows[-1].get("skipped", 0) if rows else 0)
-        else:
+        elif RANK == 0:
             with writing(f"--out {self.path}"):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self.state_file.unlink(missing_ok=True)
+                if self.state_file.parent.exists():
+                    shutil.rmtree(self.state_file.parent)
                 self.log_file.write_text("", encoding="utf-8")
             self.write_record({"finished": False})
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
+        if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.interrupt)
         return step
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the step at hand is finished and its state saved. A second one ends at once."""
+        self.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def write_record(self, result: dict) -> None:
         try:
@@ -413,11 +461,13 @@ class Run:
         numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
-        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), self.found[:1]
+        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), []
         if bad:
+            where = sum(gathered(self.found), [])[:1]  # the others may have found nothing
             row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": "".join(where)}
-        with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(row)) + "\n")
+        if RANK == 0:
+            with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(row)) + "\n")
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
         bar.set_postfix(shown, refresh=False)
         if bar.disable and (step % max(1, steps // 10) == 0 or step == steps):
@@ -429,6 +479,9 @@ class Run:
             raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
                            f"first in the {''.join(where) or 'loss'}; the batches are in "
                            f"{self.log_file}. Lower --lr, or look at these rows")
+        if self.stopping and step < steps:
+            self.save_state(step, self.model, self.optimizer)
+            raise KeyboardInterrupt
 
     def save_samples(self, rollouts) -> None:
         """samples.jsonl: what the model answered and what that was worth."""
@@ -440,6 +493,11 @@ class Run:
         """The training state after `step` steps, and before it the log of these steps (R4.4)."""
         with writing(self.log_file), open(self.log_file, "rb+") as file:
             os.fsync(file.fileno())
+        if WORLD > 1:
+            path = self.path / "state" / f"{step:09d}"
+            with writing(path):
+                save_state(path, model, optimizer, step=step, seconds=self.seconds())
+            return
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "seconds": self.seconds()}
         with replacing(self.state_file) as temporary, open(temporary, "wb") as file:
@@ -450,12 +508,15 @@ class Run:
 
     def finish(self, model, tokenizer, **result) -> None:
         """Save the model as a Hugging Face directory, mark the run finished, drop state/."""
-        model.save_pretrained(self.path)
+        model = whole(model, "meta" if RANK else "cpu")
+        if RANK == 0:
+            model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)
         stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,
                            "result": result})
-        shutil.rmtree(self.state_file.parent, ignore_errors=True)  # with what a killed save left
+        if RANK == 0:  # with what a killed save left
+            shutil.rmtree(self.state_file.parent, ignore_errors=True)
         print(f"{self.stage}: {self.path} ready after {self.seconds():.0f} s")

@@ -7,23 +7,28 @@ heuristic filters with a reason for every dropped document, MinHash near-duplica
 shares, and the report's own decontamination rule (section 5).
 
     python data.py                              # on text found on any machine, under a minute
-    python data.py --input web.jsonl.gz,books.parquet --weights web=0.7,books=0.3 --out runs/mine
+    python data.py --input web.jsonl.gz,books.parquet --languages en,zh --out runs/mine
+    python data.py --input web/ --tokenizer runs/demo/tokenizer --out runs/web    # and tokens
 
 A document is {"text", "source"?, "kind"?}; kind is prose, code or synthetic. The run writes
-{source}.jsonl per source and report.json. Not covered: scoring by a model, language
-identification, personal data, licences. All documents of a run are in memory.
+{source}.jsonl per source, with --tokenizer memory-mapped token files for pretrain.py, and
+report.json. It reads document by document: memory does not grow with the input (LOG.md,
+2026-11-24). Scores by models: quality.py. Not covered: personal data, licences.
 """
 import ast
 import hashlib
 import json
 import os
 import re
+import sqlite3
 import sysconfig
 import time
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -31,15 +36,15 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from common import InputError, cli, open_text, read_jsonl, require, write_atomic, write_jsonl
+from common import InputError, cli, open_text, read_jsonl, replacing, require, write_atomic
 
 # ---------------------------------------------------------------------------------------------
 # reading
 
-def read_documents(path: str | Path):
+def read_documents(path: str | Path, source: str = ""):
     """Yields the documents of a .txt (split at lines that read <|endoftext|>, else one document),
     .jsonl or .parquet (field "text"; "source" and "kind" if given); .gz too for the first two.
-    The source is by default the file's name, and becomes a file name: no slashes, no dots.
+    The source is by default `source` or the file's name, and becomes a file name: no slashes, dots.
     Raises InputError with file and line."""
     path = Path(path)
     name = path.name.removesuffix(".gz")
@@ -58,8 +63,8 @@ def read_documents(path: str | Path):
     for where, row in rows:
         require(isinstance(row.get("text"), str), f'{where}: want a string under "text"')
         require(row.get("kind") in (None, *LIMITS), f'{where}: "kind" is one of {list(LIMITS)}')
-        source = re.sub(r"[^\w-]", "_", str(row.get("source") or name.rsplit(".", 1)[0]))
-        yield {"text": row["text"], "source": source, "kind": row.get("kind") or "prose"}
+        found = re.sub(r"[^\w-]", "_", str(row.get("source") or source or name.rsplit(".", 1)[0]))
+        yield {"text": row["text"], "source": found, "kind": row.get("kind") or "prose"}
 
 
 def read_parquet(path: Path):
@@ -73,6 +78,45 @@ def read_parquet(path: Path):
         yield from ((f"{path}: row {number}", row) for number, row in rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a parquet file ({error})") from None
+
+
+def read_all(paths: str):
+    """The documents of files and directories, comma-separated. Of a directory all .jsonl, .jsonl.gz
+    and .parquet files are read, which are one source if they name none."""
+    for path in map(Path, paths.split(",")):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet")
+                           for file in path.glob(pattern))
+            require(len(files) > 0, f"{path}: no .jsonl or .parquet files in it")
+        for file in files:
+            yield from read_documents(file, path.name if path.is_dir() else "")
+
+
+def new_directory(path: str, overwrite: bool) -> Path:
+    """An --out. report.json is written last: no report, no finished run."""
+    out = Path(path)
+    if (out / "report.json").exists():
+        require(overwrite, f"{out} holds a finished run: pass --overwrite or another --out")
+        (out / "report.json").unlink()
+        for file in [*out.glob("*.jsonl"), *out.glob("*.bin"), *out.glob("*.ends")]:
+            file.unlink()
+    return out
+
+
+def write_sources(out: Path, documents) -> dict[str, int]:
+    """Documents to {source}.jsonl, one at a time -> how many each source got."""
+    counts = Counter()
+    with ExitStack() as stack:
+        files = {}
+        for doc in documents:
+            name = doc["source"]
+            if name not in files:
+                temporary = stack.enter_context(replacing(out / f"{name}.jsonl"))
+                files[name] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            files[name].write(json.dumps(doc, ensure_ascii=False) + "\n")
+            counts[name] += 1
+    return dict(counts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,28 +215,49 @@ def boilerplate(text: str, kind: str = "prose") -> str:
     return f"{found} of {len(lines)} lines are furniture" if bad else ""
 
 
+# A script, where it tells the language, else the most frequent words of a language.
+SCRIPTS = {"ja": "\u3040-\u30ff", "zh": "\u4e00-\u9fff", "ko": "\uac00-\ud7af",
+           "ru": "\u0400-\u04ff", "ar": "\u0600-\u06ff", "hi": "\u0900-\u097f",
+           "el": "\u0370-\u03ff", "he": "\u0590-\u05ff", "th": "\u0e00-\u0e7f"}
+WORDS = {"en": "the of and to in is that for it", "de": "der die und das ist nicht den von ein",
+         "fr": "le la les des et est une que dans", "es": "el los las que en una es por con",
+         "it": "il di che la per un del non sono", "pt": "os que em um uma para com do da"}
+WORDS = {name: frozenset(words.split()) for name, words in WORDS.items()}
+
+
+def language(text: str) -> str:
+    """A guess: a script that a fifth of the letters are in (Kana first: Japanese has Han too), else
+    the words that most often occur, if one in twenty is such, else "unknown"."""
+    letters = sum(map(str.isalpha, text))
+    for name, span in SCRIPTS.items():
+        if len(re.findall(f"[{span}]", text)) > letters / 5:
+            return name
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    hits = {name: sum(word in known for word in words) for name, known in WORDS.items()}
+    best = max(hits, key=hits.get)
+    return best if hits[best] > len(words) / 20 else "unknown"
+
+
+def other_language(text: str, kind: str = "prose", wanted=()) -> str:
+    if not wanted or kind != "prose":
+        return ""
+    found = language(text)
+    return "" if found in wanted else f"language {found}"
+
+
 # The first reason counts, so the counts add up. Gopher's stop-word test is left out: it drops
 # every language but English.
 FILTERS = {f.__name__: f for f in
            (length, encoding, long_lines, symbols, digits, repetition, boilerplate)}
 
 
-def clean(documents, samples: int = 3) -> tuple[list[dict], dict]:
-    """Normalise and filter. Returns (kept, report): "documents" = "kept" + the sum of "dropped"
-    {filter: count}; "samples" {"kept" or filter: first few {"text" (its start), "reason"}}."""
-    kept, dropped, shown, count = [], Counter(), defaultdict(list), 0
+def verdicts(documents, stages: dict):
+    """Yields (document, stage, reason): each document normalised, with the first stage that gives a
+    reason to drop it, or ("kept", "")."""
     for doc in documents:
-        doc, count = doc | {"text": normalise(doc["text"])}, count + 1
-        verdicts = ((name, f(doc["text"], doc.get("kind", "prose"))) for name, f in FILTERS.items())
-        name, reason = next((v for v in verdicts if v[1]), ("kept", ""))
-        if reason:
-            dropped[name] += 1
-        else:
-            kept.append(doc)
-        if len(shown[name]) < samples:
-            shown[name].append({"text": doc["text"][:200], "reason": reason})
-    return kept, {"documents": count, "kept": len(kept), "dropped": dict(dropped),
-                  "samples": dict(shown)}
+        doc = doc | {"text": normalise(doc["text"])}
+        reasons = ((name, f(doc["text"], doc.get("kind", "prose"))) for name, f in stages.items())
+        yield doc, *next((pair for pair in reasons if pair[1]), ("kept", ""))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,6 +267,7 @@ def clean(documents, samples: int = 3) -> tuple[list[dict], dict]:
 WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
+@lru_cache(1)  # two stages ask for the same text
 def word_ids(text: str) -> np.ndarray:
     """(words,) uint64, the CRC-32 of each word: Python's own hash differs from run to run."""
     return np.array([crc32(w.encode("utf-8", "replace")) for w in WORD.findall(text.lower())],
@@ -229,10 +295,9 @@ def minhash(shingles: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return signature
 
 
-def deduplicate(documents, threshold: float = 0.75, *, ngram: int = 5, bands: int = 14,
-                rows: int = 8, seed: int = 0) -> tuple[list[dict], list[tuple[int, int, float]]]:
-    """Drop what equals an earlier kept document but for spaces, or nearly does (of generated ones,
-    kind "synthetic", only what is equal).
+class NearDuplicates:
+    """A stage that drops what equals an earlier kept document but for spaces, or nearly does (of
+    generated ones, kind "synthetic", only what is equal).
 
     Near: MinHash over word 5-grams, `bands` bands of `rows` hashes. A pair of Jaccard similarity s
     meets in some band with probability 1 - (1 - s^rows)^bands: 5% at 0.5, 77% at 0.75, 99.96% at
@@ -240,34 +305,59 @@ def deduplicate(documents, threshold: float = 0.75, *, ngram: int = 5, bands: in
     many, so a pair must also agree in a share `threshold` of all hashes (an estimate of s, +-0.04);
     threshold=0 follows the bare curve. Only kept documents are matched: no chain A~B~C drops C.
 
-    Returns (kept, [(dropped index, kept index, estimated similarity)])."""
-    random = np.random.default_rng(seed)
-    a = random.integers(0, 2**64, bands * rows, dtype=np.uint64) | np.uint64(1)
-    b = random.integers(0, 2**64, bands * rows, dtype=np.uint64)
-    kept, pairs, exact, signatures, buckets = [], [], {}, {}, defaultdict(list)
-    for i, doc in enumerate(documents):
-        digest = hashlib.blake2b(" ".join(doc["text"].split()).encode("utf-8", "replace")).digest()
-        match, score = exact.get(digest), 1.0
+    What was seen, 1.5 KB a document, lies in a temporary file of SQLite: memory stays flat."""
+
+    def __init__(self, threshold: float = 0.75, *, ngram: int = 5, bands: int = 14, rows: int = 8,
+                 seed: int = 0):
+        random = np.random.default_rng(seed)
+        self.a = random.integers(0, 2**64, bands * rows, dtype=np.uint64) | np.uint64(1)
+        self.b = random.integers(0, 2**64, bands * rows, dtype=np.uint64)
+        self.threshold, self.ngram, self.rows, self.count = threshold, ngram, rows, 0
+        self.seen = sqlite3.connect("")  # no name: removed with the process
+        self.seen.executescript("""
+            pragma journal_mode = off; pragma cache_size = -32768;
+            create table texts (digest blob primary key, id integer) without rowid;
+            create table kept (id integer primary key, start text, signature blob);
+            create table bands (key integer, id integer, primary key (key, id)) without rowid""")
+
+    def find(self, text: str, kind: str = "prose") -> tuple[int, float]:
+        """-> (index of the kept document that this one repeats, estimated similarity), or (-1, 0);
+        then it counts as kept. Documents are counted by calls."""
+        index, self.count = self.count, self.count + 1
+        digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"),
+                                 digest_size=16).digest()
+        known = self.seen.execute("select id from texts where digest = ?", (digest,)).fetchone()
+        if known:
+            return known[0], 1.0
+        match, score, signature = -1, 0.0, None
         # Generated questions that differ in a number are alike on purpose.
-        ids = word_ids(doc["text"]) if doc.get("kind") != "synthetic" else ()
-        if match is None and len(ids):
-            signature = minhash(ngram_hashes(ids, min(ngram, len(ids))), a, b)
-            keys = [(k, row.tobytes()) for k, row in enumerate(signature.reshape(bands, rows))]
-            near = {j for key in keys for j in buckets.get(key, ())}
-            agree = [(float((signatures[j] == signature).mean()), -j) for j in near]
-            score, first = max(agree, default=(-1.0, 0))
-            if score >= threshold:
-                match = -first
+        ids = word_ids(text) if kind != "synthetic" else ()
+        if len(ids):
+            signature = minhash(ngram_hashes(ids, min(self.ngram, len(ids))), self.a, self.b)
+            keys = ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
+            near = self.seen.execute(
+                "select id, signature from kept where id in (select id from bands where key "
+                f"in ({','.join('?' * len(keys))}))", keys)
+            agree = [(float((np.frombuffer(other, np.uint64) == signature).mean()), -j)
+                     for j, other in near]
+            best, first = max(agree, default=(-1.0, 0))
+            if best >= self.threshold:
+                match, score = -first, best
             else:
-                signatures[i] = signature
-                for key in keys:
-                    buckets[key].append(i)
-        exact[digest] = i if match is None else match
-        if match is None:
-            kept.append(doc)
-        else:
-            pairs.append((i, match, score))
-    return kept, pairs
+                self.seen.executemany("insert into bands values (?, ?)",
+                                      ((key, index) for key in keys))
+        if match < 0:
+            self.seen.execute("insert into kept values (?, ?, ?)", (index, text[:60], signature))
+        self.seen.execute("insert into texts values (?, ?)",
+                          (digest, index if match < 0 else match))
+        return match, score
+
+    def __call__(self, text: str, kind: str = "prose") -> str:
+        match, score = self.find(text, kind)
+        if match < 0:
+            return ""
+        start = self.seen.execute("select start from kept where id = ?", (match,)).fetchone()[0]
+        return f"{score:.0%} like {start!r}"
 
 
 def lcs_length(a, b) -> int:
@@ -283,43 +373,74 @@ def lcs_length(a, b) -> int:
     return len(a) - row.bit_count()
 
 
-def decontaminate(documents, eval_texts, encode=word_ids, *, minimum: int = 13,
-                  ratio: float = 0.6) -> tuple[list[dict], list[dict]]:
-    """The report's rule (section 5): drop s_t if for some test sequence s_e the longest common
-    subsequence has >= 13 tokens and >= 0.6 min(|s_t|, |s_e|); a shared 13-gram finds candidates.
+class Contamination:
+    """A stage that drops test items, by the report's rule (section 5): s_t goes if for some test
+    sequence s_e the longest common subsequence has >= 13 tokens and >= 0.6 min(|s_t|, |s_e|); a
+    shared 13-gram finds candidates.
 
     The rule is for sequences: in a whole long document almost any tokens turn up in order. So s_t
     is the stretch of 2|s_e| tokens around where the 13-gram puts s_e; a hit drops the document.
     `encode` gives integers. Its default, words without case and punctuation, follows Qwen2.5-Math
     and needs no tokenizer. Test items below 13 tokens cannot be found by this rule.
-    Returns (kept, hits [{"document": index, "eval": index, "lcs", "text"}])."""
-    evals = [np.asarray(encode(text), dtype=np.uint64) for text in eval_texts]
-    index = defaultdict(list)  # 13-gram -> [(eval, position in it)]
-    for e, ids in enumerate(evals):
-        for q, gram in enumerate(ngram_hashes(ids, minimum).tolist()):
-            index[gram].append((e, q))
-    known, kept, hits = np.array(sorted(index), dtype=np.uint64), [], []
 
-    def find(ids):
-        grams, tried = ngram_hashes(ids, minimum), set()
-        for p in np.flatnonzero(np.isin(grams, known)).tolist():
-            for e, q in index[int(grams[p])]:
-                m = len(evals[e])
-                start = p - q - m // 2
+    `tasks` writes documents and test prompts from the same templates and splits them by prompt. In
+    these 60% would take two changed numbers for a copy: of kind "synthetic", all must match."""
+
+    def __init__(self, tests: list[str], encode=word_ids, *, minimum: int = 13, ratio: float = 0.6):
+        self.tests, self.encode, self.minimum, self.ratio = tests, encode, minimum, ratio
+        self.ids = [np.asarray(encode(text), dtype=np.uint64) for text in tests]
+        self.index = defaultdict(list)  # 13-gram -> [(test, position in it)]
+        for e, ids in enumerate(self.ids):
+            for q, gram in enumerate(ngram_hashes(ids, minimum).tolist()):
+                self.index[gram].append((e, q))
+        self.known = np.array(sorted(self.index), dtype=np.uint64)
+
+    def find(self, text: str, kind: str = "prose") -> tuple[int, int]:
+        """-> (test item, common tokens), (-1, 0) where there is none."""
+        ids, tried = np.asarray(self.encode(text), dtype=np.uint64), set()
+        grams, ratio = ngram_hashes(ids, self.minimum), 1.0 if kind == "synthetic" else self.ratio
+        places = np.searchsorted(self.known[:-1], grams)  # of the first that is not smaller
+        for p in np.flatnonzero(self.known[places] == grams) if len(self.known) else ():
+            for e, q in self.index[int(grams[p])]:
+                m = len(self.ids[e])
+                start = int(p) - q - m // 2
                 if (e, start // (m // 4 + 1)) in tried:
                     continue  # the 13-grams of one passage give nearly the same stretch
                 tried.add((e, start // (m // 4 + 1)))
                 stretch = ids[max(0, start):start + 2 * m]
-                lcs = lcs_length(evals[e].tolist(), stretch.tolist())
-                if lcs >= max(minimum, ratio * min(m, len(ids))):
-                    return {"eval": e, "lcs": lcs}
+                lcs = lcs_length(self.ids[e].tolist(), stretch.tolist())
+                if lcs >= max(self.minimum, ratio * min(m, len(ids))):
+                    return e, lcs
+        return -1, 0
 
-    for i, doc in enumerate(documents):
-        if hit := find(np.asarray(encode(doc["text"]), dtype=np.uint64)):
-            hits.append({"document": i, **hit, "text": doc["text"][:200]})
-        else:
+    def __call__(self, text: str, kind: str = "prose") -> str:
+        e, lcs = self.find(text, kind)
+        return "" if e < 0 else f"{lcs} words in common with test item {self.tests[e][:60]!r}"
+
+
+def sift(documents, stages: dict) -> tuple[list[dict], dict]:
+    """`verdicts` for lists that fit in memory -> documents kept, report {"kept": n, "dropped":
+    {stage: n}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
+    kept, dropped, samples = [], Counter(), defaultdict(list)
+    for doc, name, reason in verdicts(documents, stages):
+        if not reason:
             kept.append(doc)
-    return kept, hits
+            continue
+        dropped[name] += 1
+        samples[name] = (samples[name] + [[reason, doc["text"][:200]]])[:3]
+    return kept, {"kept": len(kept), "dropped": dict(dropped), "samples": dict(samples)}
+
+
+def clean(documents) -> tuple[list[dict], dict]:
+    return sift(documents, FILTERS)
+
+
+def deduplicate(documents, threshold: float = 0.75) -> tuple[list[dict], dict]:
+    return sift(documents, {"duplicate": NearDuplicates(threshold)})
+
+
+def decontaminate(documents, eval_texts, encode=word_ids) -> tuple[list[dict], dict]:
+    return sift(documents, {"contaminated": Contamination(list(eval_texts), encode)})
 
 
 def is_held_out(text: str) -> bool:
@@ -332,14 +453,66 @@ def is_held_out(text: str) -> bool:
 # ---------------------------------------------------------------------------------------------
 # tokens: documents -> mixture -> packed rows
 
-def tokenize(texts, tok) -> list[np.ndarray]:
-    """One array per text, each ending in <|endoftext|> as in Qwen's packed pre-training. uint16 if
-    the vocabulary fits, else uint32: the corpus stays in memory, and int64 is 2-4 times it."""
-    dtype = np.uint16 if max(tok.n_vocab, tok.eos_id + 1) <= 2**16 else np.uint32
-    texts, arrays = iter(texts), []
+@dataclass
+class Tokens:
+    """Documents as one long array of ids, in memory or memory-mapped, with the places where each
+    starts and ends."""
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.ends - self.starts
+
+    def longer(self, length: int) -> "Tokens":
+        """Pieces of exactly `length`, as many as the documents hold."""
+        n = self.sizes // length
+        starts = np.repeat(self.starts - length * (n.cumsum() - n), n) + length * np.arange(n.sum())
+        return Tokens(self.ids, starts, starts + length)
+
+    def shorter(self, length: int) -> "Tokens":
+        some = self.sizes < length
+        return Tokens(self.ids, self.starts[some], self.ends[some])
+
+
+def id_arrays(texts, tok):
+    """An array per text, each ending in <|endoftext|> as in Qwen's packed pre-training. uint16 if
+    the vocabulary fits, else uint32: int64 is 2-4 times it."""
+    texts = iter(texts)
     while chunk := list(islice(texts, 1000)):  # Python's lists of ints live 1000 texts at a time
-        arrays += [np.array([*ids, tok.eos_id], dtype=dtype) for ids in tok.encode_batch(chunk)]
-    return arrays
+        for ids in tok.encode_batch(chunk):
+            yield np.array([*ids, tok.eos_id], dtype=id_type(tok))
+
+
+def id_type(tok):
+    return np.uint16 if max(tok.n_vocab, tok.eos_id + 1) <= 2**16 else np.uint32
+
+
+def tokenize(texts, tok) -> Tokens:
+    arrays = [np.empty(0, id_type(tok)), *id_arrays(texts, tok)]
+    ends = np.cumsum([len(ids) for ids in arrays])
+    return Tokens(np.concatenate(arrays), ends[:-1], ends[1:])
+
+
+def write_tokens(stem: Path, texts, tok) -> None:
+    """{stem}.bin, the ids, and {stem}.ends, int64: what `read_tokens` maps into memory."""
+    end = 0
+    with replacing(f"{stem}.bin") as ids, replacing(f"{stem}.ends") as ends:
+        with open(ids, "wb") as ids_file, open(ends, "wb") as ends_file:
+            for array in id_arrays(texts, tok):
+                end += len(array)
+                ids_file.write(array)
+                ends_file.write(np.int64(end))
+
+
+def read_tokens(stem: Path, tok) -> Tokens:
+    size = Path(f"{stem}.bin").stat().st_size  # an empty file cannot be mapped
+    ids = np.memmap(f"{stem}.bin", id_type(tok), "r") if size else np.empty(0, id_type(tok))
+    ends = np.fromfile(f"{stem}.ends", np.int64)
+    require(len(ids) == (ends[-1] if len(ends) else 0),
+            f"{stem}.bin and .ends are not of one piece: run data.py again")
+    return Tokens(ids, np.append(0, ends)[:-1], ends)
 
 
 def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
@@ -351,54 +524,73 @@ def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
         raise InputError(f"--weights wants name=0.5,name=0.5, got {text!r}") from None
 
 
-def mix(sources: dict[str, list[np.ndarray]], weights: dict[str, float], tokens: int,
-        seed: int) -> tuple[list[np.ndarray], dict]:
+def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
+        seed: int) -> tuple[np.ndarray, dict]:
     """A stream of `tokens` tokens in which each source has its weight's share of the *tokens*
     (R2.5): by documents, a source of long ones would take far more than its weight.
 
     A source is read in random order, a new one in every epoch; its last document is cut to meet the
     share (and keeps its end token). Sources are spread evenly, so that every long stretch of the
-    stream has the shares. A pure function. Returns (arrays, report {source: {weight, share, tokens,
-    available, documents, epochs, warning}}); raises InputError."""
+    stream has the shares. A pure function. Returns (stream (n, 3): number of the source in
+    `sources`, document, tokens of it; report {source: {weight, share, tokens, available, documents,
+    epochs, warning}}); raises InputError."""
     unknown, total = set(weights) - set(sources), sum(weights.values())
     require(not unknown, f"weights for {sorted(unknown)}, but the sources are {sorted(sources)}")
     require(total > 0 and min(weights.values()) >= 0, f"weights must be >= 0, got {weights}")
-    stream, report = [], {}
+    stream, places, report = [], [], {}
     for name, weight in weights.items():
-        docs, want, done, epoch, count = sources[name], round(tokens * weight / total), 0, 0, 0
-        available = sum(map(len, docs))
+        want, done, epoch, count = round(tokens * weight / total), 0, 0, 0
+        sizes, number = sources[name].sizes, list(sources).index(name)
+        available = int(sizes.sum())
         require(available > 0 or want == 0, f"source {name} is empty, but its weight is {weight}")
         while done < want:
             # Keyed by name, so that adding a source leaves the order within the others as it was.
             random = np.random.default_rng([seed, crc32(name.encode()), epoch])
-            for i in random.permutation(len(docs)):
-                doc = docs[i]
-                if len(doc) > want - done:
-                    doc = np.append(doc[:want - done - 1], doc[-1:])
-                stream.append(((done + random.random() * len(doc)) / want, len(stream), doc))
-                done, count = done + len(doc), count + 1
-                if done == want:
-                    break
-            epoch += 1
+            docs = random.permutation(len(sizes))
+            before = done + np.append(0, sizes[docs].cumsum()[:-1])
+            docs, before = docs[before < want], before[before < want]
+            size = np.minimum(sizes[docs], want - before)
+            places.append((before + random.random(len(docs)) * size) / want)
+            stream.append(np.stack((np.full(len(docs), number), docs, size), 1).astype(np.int32))
+            done, count, epoch = int(before[-1] + size[-1]), count + len(docs), epoch + 1
         # Muennighoff et al. 2023: up to 4 epochs are nearly as good as new text.
         epochs = want / max(1, available)
         report[name] = {"weight": weight, "share": want / tokens, "tokens": want,
                         "available": available, "documents": count, "epochs": round(epochs, 2),
                         "warning": "read more than 4 times" if epochs > 4 else ""}
-    return [doc for _, _, doc in sorted(stream, key=lambda item: item[:2])], report
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return np.concatenate(stream)[order], report
 
 
-def pack(docs: list[np.ndarray], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Concatenate documents (with their end tokens, see `tokenize`) and cut. Returns ids and
-    segment_ids, both (n, seq_len + 1) int32: inputs are [:, :-1], targets [:, 1:]; a segment id is
-    the document's index, for attention that stays inside documents. The last total % (seq_len + 1)
-    tokens fill no row and are dropped; raises InputError if those are all."""
-    sizes = np.array([len(doc) for doc in docs], dtype=np.int64)
-    n = int(sizes.sum()) // (seq_len + 1)
-    require(n > 0, f"{sizes.sum()} tokens do not fill one row of {seq_len} + 1")
-    ids = np.concatenate(docs)[:n * (seq_len + 1)].astype(np.int32)
-    segment_ids = np.repeat(np.arange(len(docs), dtype=np.int32), sizes)[:len(ids)]
-    return torch.from_numpy(ids).view(n, -1), torch.from_numpy(segment_ids).view(n, -1)
+class Rows:
+    """The documents of a stream (see `mix`), one after another, cut into rows of seq_len + 1
+    tokens. rows[[3, 8]] reads two of them: ids and segment_ids, both (2, seq_len + 1) int64. Inputs
+    are [:, :-1], targets [:, 1:]; a segment id is the document's place in the stream, for attention
+    that stays inside documents. What fills no row is dropped; InputError if that is all."""
+
+    def __init__(self, sources: list[Tokens], stream: np.ndarray, seq_len: int):
+        self.sources, self.stream, self.width = sources, stream, seq_len + 1
+        self.ends = np.cumsum(stream[:, 2], dtype=np.int64)
+        self.n = int(self.ends[-1]) // self.width if len(stream) else 0
+        require(self.n > 0, f"{stream[:, 2].sum()} tokens do not fill one row of {seq_len} + 1")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        out = np.empty((2, len(rows), self.width), dtype=np.int64)
+        for r, row in enumerate(rows):
+            done, i = 0, int(np.searchsorted(self.ends, row * self.width, side="right"))
+            while done < self.width:
+                source, doc, size = self.stream[i].tolist()
+                tokens, skip = self.sources[source], row * self.width + done - self.ends[i] + size
+                n, start = min(size - skip, self.width - done), tokens.starts[doc] + skip
+                out[0, r, done:done + n] = tokens.ids[start:start + n]
+                out[1, r, done:done + n] = i
+                done, i = done + n, i + 1
+                if skip + n == size:  # also of a document that was cut
+                    out[0, r, done - 1] = tokens.ids[tokens.ends[doc] - 1]
+        return torch.from_numpy(out[0]), torch.from_numpy(out[1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -473,8 +665,10 @@ def synthetic(domain: str, n_bytes: int, seed: int) -> list[str]:
 @dataclass
 class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
-    input: str = ""                # comma-separated .txt, .jsonl, .parquet; empty: built-in corpus
+    input: str = ""                # files or directories, comma-separated; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
+    languages: str = ""            # of prose to keep, as en,zh,unknown (see WORDS); empty: all
+    tokenizer: str = ""            # directory: write token files too, for pretrain.py to map
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
     threshold: float = 0.75        # estimated Jaccard similarity that makes a near-duplicate
@@ -483,63 +677,73 @@ class Args:
     overwrite: bool = False        # replace what --out holds
 
 
-def load(args: Args) -> tuple[list[dict], list[str]]:
-    """The documents, and the test prompts that they must not hold."""
-    import tasks
-    prompts = [query["prompt"] for name in args.evals.split(",") if name
-               for query in tasks.load(name, 400 if name in tasks.SPLITS else 10**9)]
+def load(args: Args):
+    """The documents, one after another."""
     if args.input:
-        return [doc for path in args.input.split(",") for doc in read_documents(path)], prompts
-    corpus = builtin_corpus(args.seed, args.max_mb)
+        yield from read_all(args.input)
+        return
+    import tasks
+    for docs in builtin_corpus(args.seed, args.max_mb).values():
+        yield from docs
     for domain in tasks.DOMAINS:
-        texts = synthetic(domain, int(args.synthetic_mb * 1e6 / len(tasks.DOMAINS)), args.seed)
-        corpus[domain] = [{"text": t, "source": domain, "kind": "synthetic"} for t in texts]
-    return [doc for docs in corpus.values() for doc in docs], prompts
+        for text in synthetic(domain, int(args.synthetic_mb * 1e6 / len(tasks.DOMAINS)), args.seed):
+            yield {"text": text, "source": domain, "kind": "synthetic"}
+
+
+def load_tests(names: str) -> list[str]:
+    """The test prompts that documents must not hold."""
+    import tasks
+    return [query["prompt"] for name in names.split(",") if name
+            for query in tasks.load(name, 400 if name in tasks.SPLITS else 10**9)]
 
 
 def main(args: Args) -> dict:
-    started, out = time.time(), Path(args.out)
-    if (out / "report.json").exists():
-        require(args.overwrite, f"{out} holds a finished run: pass --overwrite or another --out")
-        for name in json.loads((out / "report.json").read_text(encoding="utf-8"))["sources"]:
-            (out / f"{name}.jsonl").unlink(missing_ok=True)
-        (out / "report.json").unlink()  # it is written last: no report, no finished run
-    documents, prompts = load(args)
+    started, out = time.time(), new_directory(args.out, args.overwrite)
+    tok = None
+    if args.tokenizer:
+        from tokenizer import Tokenizer
+        tok = Tokenizer.from_pretrained(args.tokenizer)
+    wanted = tuple(filter(None, args.languages.split(",")))
+    stages = FILTERS | {"language": partial(other_language, wanted=wanted),
+                        "duplicate": NearDuplicates(args.threshold, seed=args.seed),
+                        "contaminated": Contamination(load_tests(args.evals))}
+    sources, dropped, samples = {}, Counter(), defaultdict(list)
 
-    kept, cleaned = clean(documents, max(3, args.show_dropped))
-    unique, pairs = deduplicate(kept, args.threshold, seed=args.seed)
-    # `tasks` writes documents and test prompts from the same templates and splits them by prompt.
-    # The report's 60% would take two changed numbers for a copy, so there all words must match.
-    made = [doc.get("kind") == "synthetic" for doc in unique]
-    parts = [decontaminate([d for d, m in zip(unique, made, strict=True) if m is flag], prompts,
-                           ratio=1.0 if flag else 0.6) for flag in (False, True)]
-    final, hits = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
-    dropped = cleaned["dropped"] | {"duplicate": len(pairs), "contaminated": len(hits)}
-    samples = cleaned["samples"] | {
-        "duplicate": [{"text": kept[i]["text"][:200], "reason": f"{score:.0%} like "
-                       f"{kept[j]['text'][:60]!r}"} for i, j, score in pairs],
-        "contaminated": [{"text": hit["text"], "reason": f"{hit['lcs']} words in common with test "
-                          f"item {prompts[hit['eval']][:60]!r}"} for hit in hits]}
-    require(len(final) > 0, f"nothing is left of {len(documents)} documents: {dropped}")
+    def kept():
+        for doc, name, reason in verdicts(load(args), stages):
+            row = sources.setdefault(doc["source"], dict.fromkeys(
+                ("documents", "mb", "kept", "kept_mb"), 0))
+            mb = len(doc["text"].encode("utf-8", "replace")) / 1e6
+            row["documents"], row["mb"] = row["documents"] + 1, row["mb"] + mb
+            if len(samples[name]) < max(20, args.show_dropped):
+                samples[name].append({"text": doc["text"][:200], "reason": reason})
+            if reason:
+                dropped[name] += 1
+            else:
+                row["kept"], row["kept_mb"] = row["kept"] + 1, row["kept_mb"] + mb
+                yield doc
+    write_sources(out, kept())
+    count = sum(row["documents"] for row in sources.values())
+    require(sum(dropped.values()) < count, f"nothing is left of {count} documents: {dict(dropped)}")
 
-    sources = {}
     print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}{'of MB':>7}")
-    for name in sorted({doc["source"] for doc in documents}):
-        (n, mb), (m, kept_mb) = ((len(sizes), sum(sizes) / 1e6) for sizes in (
-            [len(doc["text"].encode("utf-8", "replace")) for doc in docs if doc["source"] == name]
-            for docs in (documents, final)))
-        sources[name] = {"documents": n, "mb": mb, "kept": m, "kept_mb": kept_mb}
+    for name, row in sorted(sources.items()):
+        n, mb, m, kept_mb = row.values()
         print(f"{name:<20}{n:>10}{mb:>8.2f}{m:>8}{kept_mb:>8.2f}{kept_mb / max(mb, 1e-9):>7.0%}")
-        write_jsonl(out / f"{name}.jsonl", (doc for doc in final if doc["source"] == name))
-    print(f"\ndropped {sum(dropped.values())} of {len(documents)} documents:")
-    for name, count in dropped.items():
-        print(f"  {name:<14}{count:>6}")
-        for sample in samples.get(name, [])[:args.show_dropped]:
+        for part in ("train", "held_out") if tok and m else ():
+            texts = (doc["text"] for doc in read_documents(out / f"{name}.jsonl"))
+            write_tokens(out / f"{name}.{part}", (
+                text for text in texts if is_held_out(text) == (part == "held_out")), tok)
+    if tok:
+        tok.save_pretrained(out)
+    print(f"\ndropped {sum(dropped.values())} of {count} documents:")
+    for name, n in dropped.items():
+        print(f"  {name:<14}{n:>6}")
+        for sample in samples[name][:args.show_dropped]:
             text = " ".join(sample["text"].split())[:48]
             print(f"    {sample['reason']}: {text!r}"[:140])
-
     result = {"args": asdict(args), "seconds": round(time.time() - started, 1), "sources": sources,
-              "dropped": dropped, "samples": {k: v[:20] for k, v in samples.items()}}
+              "dropped": dict(dropped), "samples": {k: v[:20] for k, v in samples.items()}}
     write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"data: {out} ready after {time.time() - started:.0f} s")
     return result

@@ -62,4 +62,4 @@ wait
 tail -n 9 "$RUN/sft_control.log"
 
 say "report"
-python evaluate.py --report "$RUN"
+python report.py --run "$RUN"

@@ -10,8 +10,11 @@ policy, log-probabilities summed over the response's tokens (DPO paper, eq. 7),
 and the step is taken by the Online Merging Optimizer (Lu et al. 2024), which blends each update
 with the direction from the pre-trained to the SFT model, so that less is forgotten.
 
+The report's pairs are reviewed by programs and by people: label.py has both. Here `review` drops
+what nothing should be learned from and says why; people's verdicts come back as a file for --data.
+
 The report's: about 150,000 pairs, 1 epoch, learning rate 7e-7, online merging. Our choice (not
-disclosed): beta, batch, schedule, the OnDARE variant with its alpha and p.
+disclosed): beta, batch, schedule, what a review drops, the OnDARE variant with its alpha and p.
 
     python dpo.py --init runs/demo/sft --base runs/demo/pretrain --out runs/demo/dpo
     python dpo.py --init Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 7e-7 --out ...
@@ -24,7 +27,10 @@ fall, the rejected one faster: that is DPO, not a fault. A fall of the chosen on
 nats is one: lower --lr, or raise --beta or --nll, which holds the chosen answer up. A small model
 needs much of it (LOG.md, 2026-11-24).
 """
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +38,13 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup, write_jsonl)
+    Run, cli, clip_and_step, epoch_order, lr_at, positive, read_json, require, rng,
+    setup, write_atomic, write_jsonl)
+from distributed import (
+    QUIET, WORLD, cut, gathered, merged, micro_batches, share, sharded, summed, whole)
+from label import review
 from model import Qwen2
-from reward import pair_responses, read_pairs, tokenize_pair
+from reward import RewardModel, pair_responses, read_pairs
 from sample import completion_logprobs, load_policy, rollout
 
 
@@ -51,6 +61,11 @@ class Args:
     temperature: float = 1.0         # of the sampling
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # pairs with a longer prompt + answer are dropped
+    max_ratio: float = 0.0           # so are those with one answer so many times as long; 0: none
+    check_format: bool = False       # and those whose chosen answer is ill-formed
+    reward_model: str = ""           # and those that it scores
+    min_margin: float = 0.0          #   chosen - rejected below this
+    cache: str = ""                  # of reference log-probabilities; empty: cache, beside --out
     epochs: float = 1.0              # passes over the pairs
     batch_size: int = 32             # pairs a step
     micro_batch: int = 32            # pairs a forward pass: memory only
@@ -59,8 +74,9 @@ class Args:
     lr: float = 1e-4                 # peak learning rate (the report's models: 7e-7)
     warmup: int = 5                  # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
+    merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest
     merge_alpha: float = 1e-7        # share of the SFT direction in each update
-    reserve: float = 0.5             # share of entries that OnDARE keeps, scaled by its inverse
+    reserve: float = 0.5             # share of entries that are kept
     clip: float = 1.0                # largest gradient norm
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
@@ -81,31 +97,46 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: flo
 
 
 class OnlineMerging(torch.optim.Optimizer):
-    """Online Merging Optimizer, OnDARE (Lu et al. 2024, algorithm 1):
+    """Online Merging Optimizer (Lu et al. 2024, algorithm 1):
 
-        theta += (1 - alpha) F(delta) + alpha F(tau)
+        theta += (1 - alpha) F(delta) (+) alpha F(tau)
 
-    delta is Adam's update, tau = theta_SFT - theta_base is fixed, F keeps a random share p of the
-    entries. As in the authors' code, and unlike eq. 4, the survivors are divided by p (unbiased),
-    and tau is masked once. Every mask is a pure function of (seed, step, tensor)."""
+    delta is Adam's update, tau = theta_SFT - theta_base is fixed and sparsified once, F keeps a
+    share p of a tensor's entries. OnDARE keeps random ones, and (+) adds; as in the authors' code,
+    and unlike eq. 4, the survivors are divided by p (unbiased). Every mask is a pure function of
+    (seed, step, tensor). OnTIES keeps the largest, and where the two differ in sign, (+) drops the
+    smaller. We compare them with their weights, as eq. 7 does; the authors' code does without, and
+    tau, much larger than one step, nearly always wins."""
 
     def __init__(self, params, taus, lr: float, alpha: float, reserve: float, seed: int = 0,
-                 betas=(0.9, 0.95), eps: float = 1e-8):
+                 merge: str = "dare", betas=(0.9, 0.95), eps: float = 1e-8):
         require(0 < reserve <= 1, f"--reserve wants a share in (0, 1], got {reserve}")
         require(0 <= alpha < 1, f"--merge_alpha wants a share in [0, 1), got {alpha}")
+        require(merge in ("dare", "ties"), f"--merge wants dare or ties, got {merge!r}")
         super().__init__(list(params), {"lr": lr})
         self.alpha, self.reserve, self.seed, self.betas, self.eps = alpha, reserve, seed, betas, eps
+        self.ties = merge == "ties"
         self.taus = [self.drop(tau, -1, i) for i, tau in enumerate(taus)]
 
     def drop(self, x, step: int, index: int):
         if self.reserve == 1:
             return x
+        if self.ties:
+            kept = max(1, round(self.reserve * x.numel()))
+            sizes = (x if WORLD == 1 else x.full_tensor()).abs().flatten()
+            return x * (x.abs() >= sizes.kthvalue(x.numel() - kept + 1).values.item())
         generator = rng(self.seed, step + 1, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
-        return x * keep / self.reserve
+        return x * cut(keep, x) / self.reserve
+
+    def merge(self, delta, tau):
+        delta, tau = (1 - self.alpha) * delta, self.alpha * tau
+        larger = torch.where(delta.abs() >= tau.abs(), delta, tau)
+        differ = delta.sign() * tau.sign() < 0
+        return torch.where(differ, larger, delta + tau) if self.ties else delta + tau
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None) -> None:
         beta1, beta2 = self.betas
         (group,) = self.param_groups
         for i, (p, tau) in enumerate(zip(group["params"], self.taus, strict=True)):
@@ -121,7 +152,22 @@ class OnlineMerging(torch.optim.Optimizer):
             state["v"].lerp_(p.grad.square(), 1 - beta2)
             m, v = state["m"] / (1 - beta1**t), state["v"] / (1 - beta2**t)
             delta = -group["lr"] * m / (v.sqrt() + self.eps)
-            p += (1 - self.alpha) * self.drop(delta, t, i) + self.alpha * tau
+            p += self.merge(self.drop(delta, t, i), tau)
+
+
+# ---------------------------------------------------------------------------------------------
+# reference
+
+def content_hash(model: Qwen2, rows, *settings) -> str:
+    """Of all that reference log-probabilities depend on: weights, the rendered ids (data and chat
+    template), the code and the numerical settings. Equal hash, equal numbers (R10.3)."""
+    digest = hashlib.sha256(repr((model.config, rows, settings, torch.__version__)).encode())
+    for file in ("kernels.py", "model.py", "sample.py"):
+        digest.update((Path(__file__).parent / file).read_bytes())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -129,10 +175,11 @@ class OnlineMerging(torch.optim.Optimizer):
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "dpo")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_size)
     positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
+    scorer = args.reward_model and RewardModel.from_pretrained(args.reward_model, device=device)
     pairs = read_pairs(args.data) if args.data else []
     queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)
 
@@ -145,11 +192,13 @@ def main(args: Args) -> dict:
         rate = sum(a.score for a in answers) / len(answers)
         print(f"{args.init} passes {rate:.1%} of {len(queries)} queries x {args.responses}: "
               f"{len(pairs)} pairs")
-    rows = [tokenize_pair(tokenizer, pair) for pair in pairs]
-    rows = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= args.max_len]
     require(len(pairs) > 0, "no preference pair: every query's answers all pass or all fail; "
             "choose other --queries or a higher --temperature")
-    require(len(rows) > 0, f"all {len(pairs)} pairs are longer than --max_len {args.max_len}")
+    pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.max_ratio,
+                                  args.check_format, scorer, args.min_margin)
+    why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
+    print(f"review: {len(pairs)} pairs kept; dropped: {why}")
+    require(len(pairs) > 0, f"no pair is left by the review: {why}")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
 
     def sequence_logprobs(batch):
@@ -159,34 +208,41 @@ def main(args: Args) -> dict:
         return logprobs.sum(-1).chunk(2), mask.sum(-1).chunk(2)[0]
 
     # reference: the policy before its first step, so one model is enough
-    reference = []
-    with torch.no_grad(), autocast:
-        for i in range(0, len(rows), args.micro_batch):
-            (chosen, rejected), _ = sequence_logprobs(rows[i:i + args.micro_batch])
-            reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    key = content_hash(model, rows, device.type, autocast.fast_dtype, args.micro_batch, WORLD)
+    cache = Path(args.cache or Path(args.out).parent / "cache") / f"reference-{key}.json"
+    if all(gathered(cache.exists())):
+        reference = read_json(cache)["logprobs"]
+    else:
+        reference, mine = [], share(rows)
+        with torch.no_grad(), autocast:
+            for i in range(0, len(mine), args.micro_batch):
+                (chosen, rejected), _ = sequence_logprobs(mine[i:i + args.micro_batch])
+                reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
+        reference = merged(reference)
 
     # optimizer, resume
+    model = sharded(model, autocast)
     params = dict(model.named_parameters())
     if args.base:
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
         require({k: p.shape for k, p in base.items()} == {k: p.shape for k, p in params.items()},
                 f"--base {args.base} and --init {args.init} differ in size or architecture")
-        taus = [(params[name] - base[name]).detach() for name in params]
+        taus = [(p - cut(base[name], p)).detach() for name, p in params.items()]
         optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
-                                  args.seed)
+                                  args.seed, args.merge)
     else:
         optimizer = torch.optim.AdamW(params.values(), args.lr, (0.9, 0.95), weight_decay=0.0)
     start = run.begin(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
+    write_atomic(cache, json.dumps({"logprobs": reference}))
 
     # loop
-    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
         sums = dict.fromkeys(("loss", "accuracy", "reward_chosen", "reward_rejected"), 0.0)
-        for i in range(0, len(batch), args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
+        for micro in micro_batches(batch, args.micro_batch):
             ref_chosen, ref_rejected = torch.tensor([reference[j] for j in micro], device=device).T
             with autocast:
                 (chosen, rejected), length = sequence_logprobs([rows[j] for j in micro])
@@ -198,6 +254,7 @@ def main(args: Args) -> dict:
                                 ("reward_chosen", reward_chosen),
                                 ("reward_rejected", reward_rejected)):
                 sums[name] += value.sum().item() / len(batch)
+        sums = summed(sums)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, sums["loss"])
         run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=norm,
@@ -206,10 +263,10 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1, args.max_new_tokens,
-                     1.0, args.seed)
+    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                     args.max_new_tokens, 1.0, args.seed)
     run.save_samples([group[0] for group in groups])
-    run.finish(model, tokenizer, pairs=len(rows), **sums)
+    run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)
     return sums
 
 

@@ -1,5 +1,5 @@
 """What a stage gained: pass@1 and greedy accuracy a domain with 95% intervals, bits per byte of
-held-out text, and the report of a whole run.
+held-out text. report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
 `samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
@@ -9,11 +9,10 @@ spread of the queries' means: several samples of one query are not independent.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
-    python evaluate.py --report runs/demo                          # report.md and report.json
+    python evaluate.py --init runs/demo/dpo --samples 8 --reward_model runs/demo/reward
 """
 import json
 import math
-import time
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -23,29 +22,29 @@ import torch
 import data
 import kernels
 import tasks
+from answers import extract_answer
 from common import (
-    cli, pad_rows, peak_rss_mb, positive, read_json, read_jsonl, require, setup, write_atomic,
-    write_jsonl)
+    cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
 from model import Qwen2
+from reward import RewardModel
 from sample import generate, load_policy, rollout
 from tokenizer import Tokenizer
-
-STAGES = ("pretrain", "sft", "sft_control", "dpo", "rl_first", "reward", "grpo")
 
 
 @dataclass
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 480             # how many of them
     samples: int = 4                 # answers a query at temperature 1, for pass@1
+    reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
     window: int = 512                # tokens that such a document is cut into
     yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
     dca: bool = False                # stretch it 4x with dual chunk attention
-    report: str = ""                 # write the report of the runs in this directory instead
     seed: int = 0                    # of the samples
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
@@ -116,49 +115,29 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
     return [pairs[i:i + n] for i in range(0, len(pairs), n)]
 
 
-def evaluate(args: Args) -> dict:
-    device, autocast = setup(args)
-    model, tokenizer = load_policy(args.init, device)
-    model.config = model.config.extended(args.yarn, args.dca)
-    positive(args, "samples", "n_queries", "max_new_tokens")
-    longest = model.config.max_position_embeddings
-    require(1 < args.window <= longest or not args.text,
-            f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
-    queries = tasks.load(args.queries, args.n_queries)
-    foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
-    require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
-            f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
-    with autocast:
-        sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
-        greedy = answer(model, tokenizer, queries, args, 1, 0.0)
-    passed = [sum(score == 1 for _, score in group) for group in sampled]
-    metrics = {"pass@1": by_domain(queries, [pass_at_k(args.samples, c, 1) for c in passed])}
-    if args.samples > 1:
-        metrics[f"pass@{args.samples}"] = by_domain(
-            queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
-    metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
-    if args.text:
-        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
-                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
-        texts = [text for text in texts if data.is_held_out(text)]
-        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
-        metrics |= bits_per_byte(model, tokenizer, texts, args.window)
-    write_jsonl(Path(args.init) / "eval_samples.jsonl", (
-        {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
-         "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
-         "pass@1": sum(score for _, score in s) / len(s)}
-        for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
-                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
-                "window": args.window, "yarn": args.yarn, "dca": args.dca}
-    write_atomic(Path(args.init) / "eval.json", json.dumps(
-        {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
-    print(table([(Path(args.init).name, metrics)]))
-    return metrics
+def best_of(queries: list[dict], sampled, scorer: RewardModel) -> dict[str, dict]:
+    """How good is the one of a query's answers that is chosen by chance, by the majority (of equal
+    final answers; of equal texts where none is marked), by the reward model? Between answers with
+    as many votes, chance decides: their mean score. And query by query, the model's lead."""
+    rewards = iter(scorer.score([q["prompt"] for q, group in zip(queries, sampled, strict=True)
+                                 for _ in group], [text for group in sampled for text, _ in group]))
+    chosen = {"chance": [], "majority": [], "reward model": []}
+    for group in sampled:
+        finals = [extract_answer(text, strict=True) or text for text, _ in group]
+        for votes, values in zip(([0] * len(group), [finals.count(a) for a in finals],
+                                  [next(rewards) for _ in group]), chosen.values(), strict=True):
+            best = [score for vote, (_, score) in zip(votes, group, strict=True)
+                    if vote == max(votes)]
+            values.append(sum(best) / len(best))
+    out = {name: interval(values) for name, values in chosen.items()}
+    for name in ("chance", "majority"):
+        pairs = zip(chosen["reward model"], chosen[name], strict=True)
+        out[f"reward model - {name}"] = interval([a - b for a, b in pairs], least=-1.0)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------
-# tables and the report of a run
+# tables
 
 def cell(value: dict, form: str = ".1f") -> str:
     mean, low, high = (format(100 * value[name], form) for name in ("mean", "low", "high"))
@@ -179,106 +158,55 @@ def table(rows: list[tuple[str, dict]]) -> str:
     return "\n".join(out)
 
 
-def plot_curves(root: Path, stages: list[str]) -> list[str]:
-    """One small picture of each stage's curve, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    shown = {"pretrain": "loss", "sft": "loss", "sft_control": "loss", "dpo": "accuracy",
-             "rl_first": "pass", "reward": "accuracy", "grpo": "pass"}
-    fig, axes = plt.subplots(1, len(stages), figsize=(2.6 * len(stages), 2.2), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        rows = [row for _, row in read_jsonl(root / stage / "log.jsonl")]
-        metric = shown[stage]
-        axis.plot([r["step"] for r in rows], [r[metric] for r in rows], lw=1)
-        axis.set_title(f"{stage}: {metric}", fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    fig.tight_layout()
-    (root / "plots").mkdir(exist_ok=True)
-    fig.savefig(root / "plots" / "curves.png", dpi=110)
-    plt.close(fig)
-    return ["", "![curves of every stage](plots/curves.png)"]
+# ---------------------------------------------------------------------------------------------
 
-
-def gains(chats: dict[str, list[dict]]) -> list[dict]:
-    """Stage against stage, query by query: what all queries have in common, how hard they are,
-    cancels, so these intervals are narrower than those of the two means."""
-    out = []
-    for before, after in (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
-                          ("sft", "sft_control"), ("sft_control", "grpo")):
-        old, new = chats.get(before, []), chats.get(after, [])
-        if old and [row["prompt"] for row in old] == [row["prompt"] for row in new]:
-            out.append({"from": before, "to": after} | {
-                name: interval([b[key] - a[key] for a, b in zip(old, new, strict=True)], least=-1.0)
-                for name, key in (("pass@1", "pass@1"), ("greedy", "greedy_score"))})
-    return out
-
-
-def write_report(root: Path) -> None:
-    """report.json and report.md of the stages found under root, from their run.json, eval.json and
-    samples: what ran, how long, what it gained, and how answers changed."""
-    found = [s for s in STAGES if (root / s / "run.json").exists()]
-    require(len(found) > 0, f"--report {root}: no stage in it ({', '.join(STAGES)})")
-    stages = []
-    for name in found:
-        run, path = read_json(root / name / "run.json"), root / name / "eval.json"
-        record = {"name": name, "seconds": run.get("seconds"),
-                  "peak_rss_mb": run.get("peak_rss_mb"), "command": "python " + run["command"],
-                  "result": run.get("result", {}),
-                  "metrics": read_json(path)["metrics"] if path.exists() else {}}
-        stages.append(record)
-        seed = run["seed"]
-    total = sum(s["seconds"] or 0 for s in stages)
-    started = root / "started"
-    if started.exists():  # demo.sh's clock: data, tokenizer and evaluations included
-        total = time.time() - float(started.read_text())
-    chats = {s: [row for _, row in read_jsonl(root / s / "eval_samples.jsonl")]
-             for s in found if (root / s / "eval_samples.jsonl").exists()}
-    compared = gains(chats)
-    write_atomic(root / "report.json", json.dumps(
-        {"stages": stages, "gains": compared, "seed": seed, "total_seconds": round(total)},
-        indent=1))
-
-    rows = [(s["name"], s["metrics"]) for s in stages if s["metrics"]]
-    lines = [f"# {root.name}: seed {seed}, {total / 60:.1f} minutes in all", ""]
-    if rows:
-        lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
-                  table(rows)]
-    if compared:
-        lines += ["", "Gains on the same queries, in points:", "",
-                  "| from | to | pass@1 | greedy |", "|---|---|---|---|"]
-        lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
-                  f"{cell(g['greedy'], '+.1f')} |" for g in compared]
-    lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
-    lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
-              for s in stages if s["seconds"]]
-    lines += plot_curves(root, [s for s in found if (root / s / "log.jsonl").stat().st_size])
-    if "sft" in chats and "grpo" in chats:
-        lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
-        pairs = list(zip(chats["sft"], chats["grpo"], strict=False))
-        for label, want in (("learned", (0, 1)), ("lost", (1, 0))):
-            some = [p for p in pairs if (p[0]["greedy_score"], p[1]["greedy_score"]) == want]
-            lines += [f"{len(some)} queries {label}; the first of each domain:", ""]
-            for domain in tasks.DOMAINS:
-                for before, after in [p for p in some if p[0]["domain"] == domain][:1]:
-                    lines += [f"- **{before['prompt']}**", f"  - SFT: `{before['greedy']!r}`",
-                              f"  - GRPO: `{after['greedy']!r}`"]
-            lines.append("")
-    write_atomic(root / "report.md", "\n".join(lines) + "\n")
-    print("\n".join(lines[:lines.index("") + 40]))
-    print(f"\nwritten: {root / 'report.md'}, {root / 'report.json'}")
-
-
-def main(args: Args) -> None:
-    if args.report:
-        write_report(Path(args.report))
-    else:
-        evaluate(args)
+def main(args: Args) -> dict:
+    device, autocast = setup(args)
+    model, tokenizer = load_policy(args.init, device)
+    model.config = model.config.extended(args.yarn, args.dca)
+    positive(args, "samples", "n_queries", "max_new_tokens")
+    longest = model.config.max_position_embeddings
+    require(1 < args.window <= longest or not args.text,
+            f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
+    queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
+    foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
+    require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
+            f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
+    texts = []
+    if args.text:
+        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
+                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
+        texts = [text for text in texts if data.is_held_out(text)]
+        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    with autocast:
+        sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
+        greedy = answer(model, tokenizer, queries, args, 1, 0.0)
+    passed = [sum(score == 1 for _, score in group) for group in sampled]
+    metrics = {"pass@1": by_domain(queries, [pass_at_k(args.samples, c, 1) for c in passed])}
+    if args.samples > 1:
+        metrics[f"pass@{args.samples}"] = by_domain(
+            queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
+    if args.reward_model:
+        scorer = RewardModel.from_pretrained(args.reward_model, device=device)
+        with autocast:
+            metrics["best_of"] = best_of(queries, sampled, scorer)
+        for name, value in metrics["best_of"].items():
+            print(f"best of {args.samples}, {name}: {cell(value)}")
+    metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
+    if texts:
+        metrics |= bits_per_byte(model, tokenizer, texts, args.window)
+    write_jsonl(Path(args.init) / "eval_samples.jsonl", (
+        {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
+         "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
+         "pass@1": sum(score for _, score in s) / len(s)}
+        for q, g, s in zip(queries, greedy, sampled, strict=True)))
+    settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
+                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+                "window": args.window, "yarn": args.yarn, "dca": args.dca}
+    write_atomic(Path(args.init) / "eval.json", json.dumps(
+        {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
+    print(table([(Path(args.init).name, metrics)]))
+    return metrics
 
 
 if __name__ == "__main__":

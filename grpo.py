@@ -17,6 +17,12 @@ so the reward model ranks answers but can never make a wrong one beat a right on
 our choice: learning rate, clip, KL coefficient, temperature, length, number of episodes, and that
 the variance is measured once, with the initial policy, and compared within a domain.
 
+A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
+my.py; each row of --queries then needs a "prompt" only, and the function gets the whole row.
+
+Off by default, from later papers: Dr. GRPO is --aggregate constant --normalise none; DAPO is
+--aggregate token_mean --clip_high 0.28 --resample 2 --overlong soft.
+
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
 
 Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
@@ -35,6 +41,7 @@ from tqdm import tqdm
 
 import tasks
 from common import Run, adamw, cli, clip_and_step, lr_at, positive, require, setup
+from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
 
@@ -45,6 +52,7 @@ class Args:
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     out: str = "runs/grpo"           # where the run goes
     queries: str = "rl"              # query split or file
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 128             # pool of queries, ordered by variance
     steps: int = 15                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries an episode
@@ -53,8 +61,13 @@ class Args:
     max_new_tokens: int = 128        # longest response
     inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
     micro_batch: int = 32            # responses a forward pass, of similar length: memory only
-    clip_eps: float = 0.2            # width of the ratio's clip
+    clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
+    clip_high: float = 0.0           # and above 1 + clip_high; 0: clip_eps there too (DAPO: 0.28)
     kl: float = 0.0                  # weight of the KL to the initial policy
+    kl_ratio: bool = True            # k3 times the ratio: the KL's true gradient; false: the paper
+    order: str = "variance"          # of the queries: variance (the report's) or random
+    resample: int = 0                # up to so many more batches in place of dead groups (DAPO)
+    overlong: str = "wrong"          # cut responses: wrong, mask (no gradient), soft (also shorter)
     normalise: str = "group"         # advantages over the group's standard deviation, or "none"
     aggregate: str = "seq_mean"      # token losses: seq_mean (the paper), token_mean, constant
     lr: float = 1e-4                 # peak learning rate
@@ -97,8 +110,16 @@ def group_advantages(rewards, normalise: str = "group"):
     return centred.masked_fill(dead, 0.0)
 
 
+def overlong_punishment(lengths, longest: int):
+    """DAPO eq. 13: 0 up to 4/5 of the longest length, then down to -1/2 in a straight line (-1 in
+    DAPO, whose rewards are +1 and -1, not 1 and 0): a right answer still beats a wrong one."""
+    buffer = longest / 5
+    return -0.5 * ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
+
+
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps: float = 0.2,
-              kl: float = 0.0, aggregate: str = "seq_mean", count: float | None = None):
+              clip_high: float = 0.0, kl: float = 0.0, kl_ratio: bool = True,
+              aggregate: str = "seq_mean", count: float | None = None):
     """DeepSeekMath eq. 3, negated. logprobs, old_logprobs, ref_logprobs (or None) and mask are
     (B, R), advantages (B,). Returns the loss and a dict of sums to log.
 
@@ -108,14 +129,16 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
     length), when this is one micro-batch of it (R12.4)."""
     ratio = (logprobs - old_logprobs).exp()
     advantages = advantages[:, None]
-    objective = torch.minimum(ratio * advantages,
-                              ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+    low, high = 1 - clip_eps, 1 + (clip_high or clip_eps)
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     k3 = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        # k3's value is unbiased, its gradient is not; times the ratio (1 in value when on-policy)
-        # it is, because then the score function comes along (R12.6).
+        # k3's value is unbiased for KL(pi || pi_ref), its gradient is not: samples come from pi, so
+        # the true one also has the score function, k3 d log pi. What is left without it is the
+        # gradient of KL(pi_ref || pi). Times the ratio (1 in value on-policy) it comes along.
         log_ratio = ref_logprobs - logprobs
-        k3 = ratio * (log_ratio.exp() - log_ratio - 1)
+        k3 = log_ratio.exp() - log_ratio - 1
+        k3 = ratio * k3 if kl_ratio else k3
     per_token = (kl * k3 - objective) * mask
     if aggregate == "seq_mean":
         loss = (per_token.sum(1) / mask.sum(1)).sum() / (count or len(mask))
@@ -123,7 +146,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
         loss = per_token.sum() / (count or mask.sum())
     else:
         loss = per_token.sum() / (count or mask.numel())
-    clipped = ((ratio - 1).abs() > clip_eps) & mask
+    clipped = ((ratio < low) | (ratio > high)) & mask
     gap = ((logprobs - old_logprobs).abs() * mask).max()
     return loss, {"clipped": clipped.sum().item(), "kl": (k3 * mask).sum().item(),
                   "entropy": -(logprobs * mask).sum().item(), "gap": gap.item()}
@@ -132,33 +155,62 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
 # ---------------------------------------------------------------------------------------------
 # one episode
 
-def sample_episode(model, reward_model, tokenizer, queries, args: Args, seed: int):
-    """-> answers (a list of Q*G rollouts), verdicts (Q, G), rewards (Q, G), RM scores or None."""
-    groups = rollout(model, tokenizer, queries, args.group, args.max_new_tokens, args.temperature,
-                     seed)
-    answers = [answer for group in groups for answer in group]
-    verified = torch.tensor([[a.score for a in group] for group in groups])
-    scores = None
+def is_mixed(group) -> bool:
+    return len({answer.score for answer in group}) > 1
+
+
+def sample_groups(model, tokenizer, queries, args: Args, step: int):
+    """-> a step's groups of answers, and the share of those sampled that they are: its batch of the
+    queries and, with --resample, the batches after it until enough groups hold right and wrong
+    answers (DAPO, section 3.2); what is missing then is made up of dead groups. Each step has its
+    own stretch of the queries, so that it is a pure function of its number."""
+    B, groups = args.batch_queries, []
+    while len(groups) <= args.resample * B and sum(map(is_mixed, groups)) < B:
+        first = step * (1 + args.resample) * B + len(groups)
+        batch = [queries[(first + i) % len(queries)] for i in range(B)]
+        seed = args.seed * 100_003 + step + 1 + 1_000_003 * (len(groups) // B)
+        groups += rollout(model, tokenizer, batch, args.group, args.max_new_tokens,
+                          args.temperature, seed)
+    best = sorted(range(len(groups)), key=lambda i: not is_mixed(groups[i]))[:B]
+    return [groups[i] for i in sorted(best)], B / len(groups)
+
+
+def reward_groups(groups, reward_model, args: Args):
+    """-> verdicts (Q, G), rewards (Q, G), the reward model's scores (Q, G) or None."""
+    verified, scores = torch.tensor([[a.score for a in group] for group in groups]), None
     if reward_model is not None:
-        scores = torch.tensor(reward_model.score([a.prompt_ids for a in answers],
-                                                 [a.ids for a in answers])).view_as(verified)
-    return answers, verified, shaped_reward(verified, scores), scores
+        mine = [a for group in share(groups) for a in group]
+        scores = reward_model.score([a.prompt_ids for a in mine], [a.ids for a in mine])
+        scores = merged([scores[i:i + args.group] for i in range(0, len(scores), args.group)])
+        scores = torch.tensor(scores).view_as(verified)
+    rewards = shaped_reward(verified, scores)
+    if args.overlong == "soft":
+        lengths = torch.tensor([[len(a.ids) for a in group] for group in groups])
+        rewards = rewards + overlong_punishment(lengths, args.max_new_tokens)
+    return verified, rewards, scores
 
 
 def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query's group once with the initial policy; highest variance of scores first
     within a domain, the domains in turn: scores spread more in one domain than in another, and in
-    one order for all, whole stretches of training were of one domain (LOG.md, 2026-11-24). Refuses
-    to train where there is nothing to learn from (R12.7)."""
-    answers, verified, rewards, scores = sample_episode(model, reward_model, tokenizer, queries,
-                                                        args, args.seed)
-    truncated = sum(not a.finished for a in answers) / len(answers)
-    mixed = ((verified.amax(1) != verified.amin(1)).float().mean()).item()
+    one order for all, whole stretches of training were of one domain (LOG.md, 2026-11-24). A random
+    order needs a sample only for what comes now: it refuses to train where there is nothing to
+    learn from (R12.7)."""
+    if args.order == "random":
+        queries = random.Random(args.seed).sample(queries, len(queries))
+    groups = rollout(model, tokenizer,
+                     queries if args.order == "variance" else queries[:2 * args.batch_queries],
+                     args.group, args.max_new_tokens, args.temperature, args.seed)
+    verified, rewards, scores = reward_groups(groups, reward_model, args)
+    truncated = sum(not a.finished for group in groups for a in group) / verified.numel()
+    mixed = sum(map(is_mixed, groups)) / len(groups)
     print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries only sometimes, "
           f"{truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens")
     require(mixed > 0, "every query passes always or never, so all advantages are 0: choose easier "
             "or harder --queries, or more SFT")
+    if args.order == "random":
+        return queries
     order, seen, rank = query_order(rewards if scores is None else scores).tolist(), Counter(), {}
     for i in order:
         rank[i] = seen[queries[i]["domain"]]
@@ -171,13 +223,17 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
-    device, autocast = setup(args)
-    require(args.aggregate in ("seq_mean", "token_mean", "constant"),
-            f"--aggregate wants seq_mean, token_mean or constant, got {args.aggregate!r}")
-    require(args.normalise in ("group", "none"), f"--normalise wants group or none, got "
-            f"{args.normalise!r}")
+    device, autocast = setup(args, args.batch_queries * args.group)
+    for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
+                         "normalise": ("group", "none"), "order": ("variance", "random"),
+                         "overlong": ("wrong", "mask", "soft")}.items():
+        value = getattr(args, name)
+        require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
+    require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
+            " a long right answer could be worth less than a wrong one")
     positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
              "inner_steps", "micro_batch", "save_every")
+    require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)
     reward_model = None
@@ -185,39 +241,43 @@ def main(args: Args) -> dict:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
-    queries = tasks.load(args.queries, args.n_queries, args.seed)
+    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward)
 
     # data
     with autocast:
         queries = order_queries(model, reward_model, tokenizer, queries, args)
-    reference = copy.deepcopy(model) if args.kl else None
+    reference = sharded(copy.deepcopy(model), autocast) if args.kl else None
 
     # optimizer, resume
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, weight_decay=0.0)
     start = run.begin(model, optimizer)
 
     # loop
-    bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps, disable=None)
+    bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
+               disable=QUIET)
     for step in bar:
-        batch = [queries[(step * args.batch_queries + i) % len(queries)]
-                 for i in range(args.batch_queries)]
         with autocast:
-            answers, verified, rewards, scores = sample_episode(
-                model, reward_model, tokenizer, batch, args, args.seed * 100_003 + step + 1)
-        advantages = group_advantages(rewards, args.normalise).flatten()
+            groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
+            verified, rewards, scores = reward_groups(groups, reward_model, args)
+        answers = [answer for group in groups for answer in group]
+        kept = [a.finished or args.overlong != "mask" for a in answers]
+        advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)
         # A response of a dead group has neither advantage nor, without KL, gradient: skip it.
         alive = [i for i in range(len(answers)) if args.kl or advantages[i] != 0]
+        # A few may fill the shares of several processes up to one size.
+        alive += sorted(set(range(len(answers))) - set(alive))[:-len(alive) % WORLD]
         # Groups stay together, to share their prompt, among groups of similar length.
         longest = [max(len(a.ids) for a in answers[i:i + args.group])
                    for i in range(0, len(answers), args.group)]
         alive.sort(key=lambda i: longest[i // args.group])
-        tokens = sum(len(a.ids) for a in answers)
+        tokens = sum(len(a.ids) for a, keep in zip(answers, kept, strict=True) if keep) or 1
         count = {"seq_mean": len(answers), "token_mean": tokens,
                  "constant": len(answers) * args.max_new_tokens}[args.aggregate]
         for _ in range(args.inner_steps):
             loss, sums = 0.0, {"clipped": 0, "kl": 0.0, "entropy": 0.0, "gap": 0.0}
-            for i in range(0, len(alive), args.micro_batch):
-                micro = [answers[j] for j in alive[i:i + args.micro_batch]]
+            for part in micro_batches(alive, args.micro_batch):
+                micro = [answers[j] for j in part]
                 inputs = ([a.prompt_ids for a in micro], [a.ids for a in micro], args.temperature,
                           tokenizer.n_vocab)
                 with autocast:
@@ -227,25 +287,29 @@ def main(args: Args) -> dict:
                 old = torch.zeros_like(logprobs).masked_scatter(mask, torch.tensor(
                     [p for a in micro for p in a.logprobs], device=device))
                 micro_loss, logs = grpo_loss(
-                    logprobs, old, ref, advantages[alive[i:i + args.micro_batch]].to(device), mask,
-                    clip_eps=args.clip_eps, kl=args.kl, aggregate=args.aggregate, count=count)
+                    logprobs, old, ref, advantages[part].to(device), mask, clip_eps=args.clip_eps,
+                    clip_high=args.clip_high, kl=args.kl, kl_ratio=args.kl_ratio,
+                    aggregate=args.aggregate, count=count)
                 micro_loss.backward()
                 loss += micro_loss.item()
                 sums = {k: max(sums[k], v) if k == "gap" else sums[k] + v for k, v in logs.items()}
+            gap = max(gathered(sums["gap"]))
+            loss, sums = summed(loss), summed(sums) | {"gap": gap}
             lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
             norm = clip_and_step(model, optimizer, lr, args.clip, loss)
             if not math.isfinite(norm):
                 break  # the log shows the last inner step
         finished = [len(a.ids) for a in answers if a.finished]
         trained = sum(len(answers[i].ids) for i in alive) or 1
-        run.log(step + 1, args.steps, bar, [query["prompt"] for query in batch],
+        run.log(step + 1, args.steps, bar, [group[0].query["prompt"] for group in groups],
                 reward=rewards.mean().item(), **{"pass": verified.mean().item()},
                 score=scores.mean().item() if scores is not None else 0.0,
-                dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+                dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), used=used,
                 cut=1 - len(finished) / len(answers),
                 length=sum(finished) / max(1, len(finished)), loss=loss, lr=lr, grad_norm=norm,
                 entropy=sums["entropy"] / trained, kl=sums["kl"] / trained,
-                clipped=sums["clipped"] / trained, gap=sums["gap"])
+                clipped=sums["clipped"] / trained, gap=sums["gap"],
+                completions=[group[0].text for group in groups[:3]])
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save_state(step + 1, model, optimizer)
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import checkpoint
 import kernels
 from common import InputError, require
+from distributed import summed
 
 
 @dataclass(frozen=True)
@@ -270,15 +271,16 @@ class MoE(nn.Module):
             self.shared_expert = MLP(C, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(C, 1, bias=False)
 
-    def forward(self, x, router=None):
+    def forward(self, x, note=None):
+        """note: is called with (probs, expert)."""
         config, shape = self.config, x.shape
         x = x.reshape(-1, shape[-1])                                     # (N, C)
         probs = self.gate(x).softmax(-1, dtype=torch.float32)            # (N, E)
         weight, expert = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
         if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)
-        if router is not None:
-            router.append((probs, expert))
+        if note is not None:
+            note((probs, expert))
         # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous
         # block; no capacity limit, so no token is dropped.
         order = expert.flatten().argsort(stable=True)
@@ -306,7 +308,9 @@ def load_balancing_loss(router: list, valid=None):
         if valid is not None:
             probs, expert = probs[valid.flatten()], expert[valid.flatten()]
         E, k = probs.shape[-1], expert.shape[-1]
-        f = torch.bincount(expert.flatten(), minlength=E) / len(probs)
+        # f of the micro-batches of all processes: the losses, averaged, are then that of their rows
+        # together, as if one process had them.
+        f = summed(torch.bincount(expert.flatten(), minlength=E)) / summed(len(probs))
         losses.append(E * (f * probs.mean(0)).sum())
         loads.append(f * E / k)
         entropies.append(torch.special.entr(probs.detach()).sum(-1).mean())
@@ -322,10 +326,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, router=None, **attention):
+    def forward(self, x, note=None, **attention):
         x = x + self.self_attn(self.input_layernorm(x), **attention)
         h = self.post_attention_layernorm(x)
-        return x + (self.mlp(h, router) if isinstance(self.mlp, MoE) else self.mlp(h))
+        return x + (self.mlp(h, note) if isinstance(self.mlp, MoE) else self.mlp(h))
 
 
 class KVCache:
@@ -444,10 +448,11 @@ class Qwen2(nn.Module):
             require(segment_ids is None, "dual chunk attention is for inference, not packed rows")
             pads = cache.pads.tolist() if cache is not None and cache.pads is not None else None
             dual = dual_chunks(positions, self.config), chunk, pads
+        note = router.append if router is not None else None  # FSDP hands on copies of lists
         cos, sin = rope(positions % chunk if dual else positions, self.config)
         x = self.model.embed_tokens(ids)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, router, cos=cos, sin=sin, cache=cache, layer=layer,
+            x = block(x, note, cos=cos, sin=sin, cache=cache, layer=layer,
                       segment_ids=segment_ids, mask=mask, dual=dual)
         if cache is not None:
             cache.length = start + T
@@ -483,6 +488,8 @@ class Qwen2(nn.Module):
             what = "is missing" if name in expected else "does not belong to this architecture"
             raise InputError(f"{path}: weight {name} {what}")
         for name, shape in expected.items():
+            require(weights[name].is_floating_point(),
+                    f"{path}: weight {name} is of {str(weights[name].dtype)[6:]}")
             require(weights[name].shape == shape, f"{path}: weight {name} has shape "
                     f"{tuple(weights[name].shape)}, config.json wants {tuple(shape)}")
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}

@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ import data
 import kernels
 from common import (
     Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
+from distributed import QUIET, RANK, gathered, micro_batches, share, sharded, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -48,6 +50,7 @@ class Args:
     tokens: int = 300_000            # training tokens in all
     seq_len: int = 128               # positions a row
     doc_mask: bool = True            # packed documents do not see each other
+    long_share: float = 0.0          # share of the rows cut from documents that fill them; 0: as is
     batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
     micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
     lr: float = 1.5e-3               # peak learning rate
@@ -69,21 +72,56 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
-def load_sources(args: Args) -> dict[str, list[str]]:
-    """Texts by source name, of a directory written by data.py, or of files of any kind it reads.
-    With no --data, data.py builds its corpus first: real Python documentation and code, and
-    synthetic documents of the four domains."""
+def load_tokens(args: Args) -> tuple[dict[str, data.Tokens], dict[str, data.Tokens], Tokenizer]:
+    """Training and held-out documents by source, and their tokenizer. Of a directory that data.py
+    has tokenised, memory-mapped; else of its texts, or files of any kind it reads, in memory. With
+    no --data, data.py builds its corpus first: real Python documentation and code, and synthetic
+    documents of the four domains."""
     path = Path(args.data or f"{args.out}-data-seed{args.seed}")
-    if not args.data and not (path / "report.json").exists():
+    if not args.data and not (path / "report.json").exists() and RANK == 0:
         data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
-    files = [Path(p) for p in args.data.split(",")]
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-    require(len(files) > 0, f"--data {path}: no .jsonl files in it")
-    sources = {}
-    for doc in (doc for file in files for doc in data.read_documents(file)):
-        sources.setdefault(doc["source"], []).append(doc["text"])
-    return sources
+    gathered("the corpus is there")
+    given = Tokenizer.from_pretrained(args.tokenizer or args.init) if (
+        args.tokenizer or args.init) else None
+    names = [file.name.removesuffix(".train.bin") for file in sorted(path.glob("*.train.bin"))]
+    if names:
+        tokenizer = Tokenizer.from_pretrained(path)
+        require(given is None or given.encode(__doc__) == tokenizer.encode(__doc__), f"--data "
+                f"{path} holds tokens of another tokenizer than {args.tokenizer or args.init}")
+        return *({name: data.read_tokens(path / f"{name}.{part}", tokenizer) for name in names}
+                 for part in ("train", "held_out")), tokenizer
+    train, held_out = {}, {}
+    for doc in data.read_all(args.data or str(path)):
+        part = held_out if data.is_held_out(doc["text"]) else train
+        train.setdefault(doc["source"], [])  # the order of the sources is that of their first text
+        held_out.setdefault(doc["source"], [])
+        part[doc["source"]].append(doc["text"])
+    require(any(train.values()), "--data has no document to train on")
+    tokenizer = given or Tokenizer.train((t for texts in train.values() for t in texts),
+                                         args.vocab_size)
+    return *({name: data.tokenize(texts, tokenizer) for name, texts in part.items()}
+             for part in (train, held_out)), tokenizer
+
+
+def pack(train: dict[str, data.Tokens], weights: dict[str, float], args: Args):
+    """-> rows of --seq_len + 1 tokens, and the report of `mix`. With --long_share s, a share s of
+    the rows are each one piece of a longer document, the others hold shorter documents only: the
+    report's Turbo has 40% of its sequences at each stage's full length. Within either kind, sources
+    keep their relative weights."""
+    if not args.long_share:
+        stream, report = data.mix(train, weights, args.tokens, args.seed)
+        return data.Rows(list(train.values()), stream, args.seq_len), report
+    width, sources, streams, report = args.seq_len + 1, [], [], {}
+    full = int(args.tokens * args.long_share) // width * width
+    for kind, tokens in (("longer", full), ("shorter", args.tokens - full)):
+        docs = {name: getattr(source, kind)(width) for name, source in train.items()}
+        docs = {name: docs[name] for name in docs if len(docs[name].starts) and name in weights}
+        require(len(docs) > 0, f"--long_share: no document is {kind} than {width} tokens")
+        stream, rows = data.mix(docs, {name: weights[name] for name in docs}, tokens, args.seed)
+        streams.append(stream + [len(sources), 0, 0])
+        sources += docs.values()
+        report |= {f"{name}, {kind}": row for name, row in rows.items()}
+    return data.Rows(sources, np.concatenate(streams), args.seq_len), report
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,11 +139,11 @@ def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
 def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> float:
     """Mean loss per token of the fixed held-out rows, whatever the batch size."""
     total = 0.0
-    for i in range(0, len(ids), micro_batch):
+    for i in share(range(0, len(ids), micro_batch)):
         segments = segment_ids[i:i + micro_batch].to(device) if segment_ids is not None else None
         with autocast:
             total += lm_loss(model, ids[i:i + micro_batch].to(device), segments, 1).item()
-    return total / ids[:, 1:].numel()
+    return summed(total) / ids[:, 1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,7 +203,7 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "pretrain")
-    device, autocast = setup(args)
+    device, autocast = setup(args, args.batch_tokens // max(1, args.seq_len))
     require(args.model in PRESETS, f"--model wants one of {', '.join(PRESETS)}, got {args.model!r}")
     require(args.attention in kernels.IMPLS,
             f"--attention wants one of {', '.join(kernels.IMPLS)}, got {args.attention!r}")
@@ -175,28 +213,21 @@ def main(args: Args) -> dict:
     kernels.use(args.attention, compile=args.compile)
 
     # data
-    sources = load_sources(args)
-    train = {name: [t for t in texts if not data.is_held_out(t)] for name, texts in sources.items()}
-    require(any(train.values()), "--data has no document to train on")
-    if args.init or args.tokenizer:
-        tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init)
-    else:
-        tokenizer = Tokenizer.train((t for texts in train.values() for t in texts), args.vocab_size)
-    docs = {name: data.tokenize(texts, tokenizer) for name, texts in train.items() if texts}
-    sizes = {name: sum(map(len, arrays)) for name, arrays in docs.items()}
+    train, held_out, tokenizer = load_tokens(args)
+    train = {name: docs for name, docs in train.items() if len(docs.ids)}
+    sizes = {name: len(docs.ids) for name, docs in train.items()}
     builtin = sizes.keys() == data.BUILTIN_WEIGHTS.keys()
     weights = data.parse_weights(args.weights, data.BUILTIN_WEIGHTS if builtin else sizes)
-    stream, report = data.mix(docs, weights, args.tokens, args.seed)
-    ids, segment_ids = data.pack(stream, args.seq_len)
-    held_out = [t for texts in sources.values() for t in texts if data.is_held_out(t)]
-    random.Random(0).shuffle(held_out)  # the rows kept below are of all sources, not of the first
-    held_out = data.tokenize(held_out, tokenizer)
-    require(sum(map(len, held_out)) > args.seq_len, "--data is too small: its held-out documents, "
-            f"one in fifty, do not fill a row of --seq_len {args.seq_len}")
-    val_ids, val_segments = data.pack(held_out, args.seq_len)
-    val_ids, val_segments = val_ids[:256].long(), val_segments[:256]
+    packed, report = pack(train, weights, args)
+    held_out = list(held_out.values())
+    stream = [(i, j, n) for i, docs in enumerate(held_out) for j, n in enumerate(docs.sizes)]
+    random.Random(0).shuffle(stream)  # the rows kept below are of all sources, not of the first
+    require(sum(n for _, _, n in stream) > args.seq_len, "--data is too small: its held-out "
+            f"documents, one in fifty, do not fill a row of --seq_len {args.seq_len}")
+    val = data.Rows(held_out, np.array(stream), args.seq_len)
+    val_ids, val_segments = val[range(min(256, len(val)))]
     if not args.doc_mask:
-        segment_ids = val_segments = None
+        val_segments = None
     for name, row in report.items():
         print(f"  {name:<20}{row['share']:>7.1%}{row['tokens']:>10} tokens, {row['epochs']} epochs "
               f"{row['warning']}")
@@ -222,11 +253,12 @@ def main(args: Args) -> dict:
     model.config = replace(config, rope_theta=args.rope_theta or config.rope_theta)
     model.to(device)
     rows = max(1, args.batch_tokens // args.seq_len)
-    steps = len(ids) // rows
+    steps = len(packed) // rows
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 
     # optimizer, resume
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
 
@@ -234,17 +266,16 @@ def main(args: Args) -> dict:
     # (MoE layers, experts): steps in a row, since the start or --resume, with less than a tenth of
     # the fair share.
     starved = 0
-    bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.time()
-        batch = epoch_order(step, rows, len(ids), args.seed)
+        batch = epoch_order(step, rows, len(packed), args.seed)
         count, loss, aux_sum, load, entropy = rows * args.seq_len, 0.0, 0.0, 0.0, 0.0
-        for i in range(0, rows, args.micro_batch):
-            micro = batch[i:i + args.micro_batch]
-            segments = segment_ids[micro].to(device) if segment_ids is not None else None
+        for micro in micro_batches(batch, args.micro_batch):
+            ids, segments = (part.to(device) for part in packed[micro])
             router = [] if model.config.num_experts else None
             with autocast:
-                micro_loss = lm_loss(model, ids[micro].to(device).long(), segments, count, router)
+                micro_loss = lm_loss(model, ids, segments if args.doc_mask else None, count, router)
             loss += micro_loss.item()
             if router:
                 part, (aux, *stats) = len(micro) / rows, load_balancing_loss(router)
@@ -252,6 +283,7 @@ def main(args: Args) -> dict:
                 aux_sum += aux.item()
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
+        loss, aux_sum, load, entropy = map(summed, (loss, aux_sum, load, entropy))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
@@ -269,8 +301,8 @@ def main(args: Args) -> dict:
                            "tenth of its fair share for 100 steps: lower --lr, or raise "
                            "router_aux_loss_coef in the config.json of --init")
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
-            metrics["val_loss"] = held_out_loss(model, val_ids, val_segments, args.micro_batch,
-                                                device, autocast)
+            metrics["val_loss"] = held_out_loss(whole(model), val_ids, val_segments,
+                                                args.micro_batch, device, autocast)
         run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)

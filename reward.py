@@ -1,25 +1,29 @@
 """Stage 4: the reward model (report section 4.3), a Bradley-Terry scorer of responses.
 
 The language model's head is replaced by one number, read at the last token of the response, and
-trained so that the better of two responses scores higher (Bradley-Terry):
+trained so that the better of two responses scores higher. For k chosen and m rejected responses
 
-    L = - log sigmoid(r(x, y_chosen) - r(x, y_rejected))
+    L = - 1/(k m) * sum over chosen c and rejected j of log sigmoid(r(x, y_c) - r(x, y_j)),
+
+for k = m = 1 Bradley-Terry's loss, for all answers to a query (--listwise) Qwen2.5-Math-RM's.
 
 As the report says: responses come from checkpoints of several stages (SFT, DPO, RL) sampled at
 several temperatures, the DPO pairs are added, and the queries are those of GRPO. Here the label is
 the check's verdict; the report's labels also weigh helpfulness, conciseness and so on, by people
-and models. Not disclosed, so our choice: head, loss, learning rate. The head is one bias-free row
-named score.weight, which transformers loads as Qwen2ForSequenceClassification.
+(label.py) and models. Not disclosed, so our choice: head, loss, learning rate. The head is one
+bias-free row named score.weight, which transformers loads as Qwen2ForSequenceClassification, or
+the two layers of Qwen2.5-Math-RM.
 
     python reward.py --init runs/demo/sft --policies runs/demo/sft,runs/demo/dpo,runs/demo/rl_first
-    python reward.py --init Qwen2.5-0.5B-Instruct --pairs preferences.jsonl ...
+    python reward.py --init Qwen2.5-0.5B-Instruct --pairs mine.jsonl --queries none --held_out ...
 
 Expect: the loss starts at exactly ln 2 (the head starts at zero) and the held-out accuracy reaches
-0.7-0.9. Compare it with "the longer one wins", printed beside it: a model that does not beat that
-rule has learned length, and GRPO would learn to write long or short answers from it.
+0.7-0.9. Compare it with "the longer one wins", printed beside it for each source of answers: a
+model that does not beat that rule has learned length, and GRPO would learn length from it.
 """
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -28,8 +32,9 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
-    require, setup, write_jsonl)
+    Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, parse_value, positive,
+    read_json, read_jsonl, require, setup, write_jsonl)
+from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
 from sample import load_policy, prompt_ids, read_prompts, rollout
 from tokenizer import Tokenizer
@@ -42,15 +47,19 @@ class Args:
     temperatures: str = "0.7,1.0"    # each policy samples at each of these
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     out: str = "runs/reward"         # where the run goes
-    queries: str = "rl"              # query split or file, as for GRPO; "none": only --pairs
+    held_out: str = ""               # pairs (JSONL) to measure, and not to learn from
+    queries: str = "rl"              # query split or file, as for GRPO; "none": only the files
     n_queries: int = 128             # how many of them
+    n_held_out: int = 64             # other queries, to measure on
     responses: int = 4               # answers a query, policy and temperature
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # longer prompt + response is dropped
+    two_layers: bool = False         # the head of Qwen2.5-Math-RM instead of one row
+    listwise: bool = False           # compare all answers of a prompt's pairs: its loss
     epochs: float = 1.0              # passes over the pairs
-    batch_size: int = 32             # pairs a step
-    micro_batch: int = 32            # pairs a forward pass: memory only
+    batch_size: int = 32             # pairs (listwise: prompts) a step
+    micro_batch: int = 32            # pairs (listwise: prompts) a forward pass: memory only
     lr: float = 3e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
@@ -71,7 +80,8 @@ class RewardModel(Qwen2):
     """Qwen2 without a language-model head, with a scalar one. Starts at zero: every response is
     worth the same until something is learned."""
     architecture = "ForSequenceClassification"
-    on_disk = {"head.weight": "score.weight"}
+    on_disk = {f"head.{name}": f"score.{name}"
+               for name in ("weight", "0.weight", "0.bias", "2.weight", "2.bias")}
 
     def __init__(self, config: Config):
         super().__init__(replace(config, tie_word_embeddings=True))  # so that there is no lm_head
@@ -87,7 +97,9 @@ class RewardModel(Qwen2):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "RewardModel":
-        reward_model = super().from_pretrained(path, dtype, device)
+        layers = read_json(Path(path) / "config.json").get("architectures")
+        kind = TwoLayers if str(layers).endswith("ForRewardModel']") else RewardModel
+        reward_model = super(RewardModel, kind).from_pretrained(path, dtype, device)
         reward_model.tokenizer = Tokenizer.from_pretrained(path)
         return reward_model
 
@@ -96,7 +108,7 @@ class RewardModel(Qwen2):
         last real token by its length, never by looking for a padding id (R11.1)."""
         hidden = self.hidden(ids)
         last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.head(last).flatten().float()
+        return self.head(last).sum(1).float()  # of one number: FSDP wants no view
 
     @torch.no_grad()
     def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
@@ -109,7 +121,7 @@ class RewardModel(Qwen2):
             if isinstance(response, str):
                 response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
             pairs.append((tuple(prompt), response))
-        out, device = torch.zeros(len(pairs)), self.head.weight.device
+        out, device = torch.zeros(len(pairs)), self.head_weight.device
         # Responses to one prompt stay together, so that read_prompts reads it once.
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), pairs[i]))
         for i in range(0, len(pairs), batch_size):
@@ -123,9 +135,21 @@ class RewardModel(Qwen2):
         return out.tolist()
 
     def rewards(self, rows: list[list[int]]):
-        device = self.head.weight.device
+        device = self.head_weight.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return self(pad_rows(rows, 0).to(device), lengths)
+
+
+class TwoLayers(RewardModel):
+    """With the head of the released Qwen2.5-Math-RM."""
+    architecture = "ForRewardModel"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        C = config.hidden_size
+        self.head = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 1))
+        nn.init.zeros_(self.head[2].weight)
+        nn.init.zeros_(self.head[2].bias)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,24 +189,23 @@ def read_pairs(path: str) -> list[dict]:
 
 
 def parse_temperatures(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--temperatures wants numbers joined by commas, got {text!r}") from None
+    return [parse_value("temperatures", part, float) for part in text.split(",")]
 
 
-def sample_pairs(args: Args, device, autocast, queries: list[dict], seed: int) -> list[dict]:
-    answers = []
+def sample_answers(args: Args, device, autocast, queries: list[dict]) -> dict[str, list]:
+    """-> all answers of each policy at each temperature."""
+    answers = {}
     for path in (args.policies or args.init).split(","):
         policy, tokenizer = load_policy(path, device)
         for temperature in parse_temperatures(args.temperatures):
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
-                                 temperature, seed)
-            answers += [answer for group in groups for answer in group]
-            rate = sum(a.score for group in groups for a in group) / len(queries) / args.responses
-            print(f"  {path} at temperature {temperature}: {rate:.1%} pass")
-    return pair_responses(answers, args.pairs_per_query, seed)
+                                 temperature, args.seed)
+            source = f"{path} at temperature {temperature}"
+            answers[source] = [answer for group in groups for answer in group]
+            rate = sum(a.score for a in answers[source]) / len(queries) / args.responses
+            print(f"  {source}: {rate:.1%} pass")
+    return answers
 
 
 def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int], list[int]]:
@@ -193,34 +216,51 @@ def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int
         tokenizer.encode(text) + [tokenizer.im_end_id] for text in texts)
 
 
-def tokenize_pairs(pairs: list[dict], tokenizer: Tokenizer, max_len: int):
-    """-> rows of (chosen ids, rejected ids), each with the prompt before it."""
-    rows = [tokenize_pair(tokenizer, pair) for pair in pairs]
-    rows = [(prompt + chosen, prompt + rejected) for prompt, chosen, rejected in rows]
-    return [row for row in rows if max(map(len, row)) <= max_len]
+def tokenize_pairs(pairs: list[dict], tokenizer: Tokenizer, max_len: int, listwise=False):
+    """-> rows of (chosen, rejected): lists of answers' ids after their prompt's, one of each, or,
+    listwise, all that a prompt's pairs have."""
+    rows = {}
+    for i, pair in enumerate(pairs):
+        prompt, *answers = tokenize_pair(tokenizer, pair)
+        if len(prompt) + max(map(len, answers)) <= max_len:
+            row = rows.setdefault(tuple(prompt) if listwise else i, ([], []))
+            for side, answer in zip(row, answers, strict=True):
+                if prompt + answer not in side:
+                    side.append(prompt + answer)
+    return list(rows.values())
 
 
 # ---------------------------------------------------------------------------------------------
 # loss
 
 def preference_loss(chosen, rejected):
-    """Rewards (B,), (B,) -> Bradley-Terry losses (B,)."""
+    """Rewards (P,), (P,) -> Bradley-Terry losses (P,)."""
     return -F.logsigmoid(chosen - rejected)
+
+
+def comparisons(model: RewardModel, rows):
+    """Each chosen against each rejected answer of a row: their rewards (P,), (P,), and weights (P,)
+    that sum to 1 in each row."""
+    sizes = [len(row[side]) for side in (0, 1) for row in rows]
+    rewards = model.rewards([y for side in (0, 1) for row in rows for y in row[side]]).split(sizes)
+    both = [torch.cartesian_prod(c, j)                                     # (k m, 2)
+            for c, j in zip(rewards[:len(rows)], rewards[len(rows):], strict=True)]
+    weight = torch.cat([torch.full_like(pairs[:, 0], 1 / len(pairs)) for pairs in both])
+    return *torch.cat(both).T, weight
 
 
 @torch.no_grad()
 def accuracies(model: RewardModel, rows) -> dict[str, float]:
     """On held-out pairs: how often chosen > rejected, how often the trivial rules "longer wins" and
     "shorter wins" would be right, and how far the score follows the length (R11.3)."""
-    chosen, rejected = (torch.cat([model.rewards([row[side] for row in rows[i:i + 64]]).cpu()
-                                   for i in range(0, len(rows), 64)]) for side in (0, 1))
-    length = torch.tensor([[len(c), len(r)] for c, r in rows], dtype=torch.float32)
-    scores = torch.stack((chosen, rejected), 1)
-    longer = (length[:, 0] > length[:, 1]).float().mean().item()
-    shorter = (length[:, 0] < length[:, 1]).float().mean().item()
+    parts = [comparisons(model, rows[i:i + 64])[:2] for i in range(0, len(rows), 64)]
+    scores = torch.stack([torch.cat(side).cpu() for side in zip(*parts, strict=True)], 1)
+    length = torch.tensor([[len(c), len(r)] for (c,), (r,) in rows], dtype=torch.float32)
     follows = torch.corrcoef(torch.stack((scores.flatten(), length.flatten())))[0, 1].item()
-    return {"accuracy": (chosen > rejected).float().mean().item(), "longer_wins": longer,
-            "shorter_wins": shorter, "score_length_correlation": follows}
+    return {"accuracy": (scores[:, 0] > scores[:, 1]).float().mean().item(),
+            "longer_wins": (length[:, 0] > length[:, 1]).float().mean().item(),
+            "shorter_wins": (length[:, 0] < length[:, 1]).float().mean().item(),
+            "score_length_correlation": follows}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,46 +268,56 @@ def accuracies(model: RewardModel, rows) -> dict[str, float]:
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "reward")
-    device, autocast = setup(args)
-    positive(args, "n_queries", "responses", "max_new_tokens", "epochs", "batch_size",
+    device, autocast = setup(args, args.batch_size)
+    positive(args, "n_queries", "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
-    model = RewardModel.from_language_model(model, tokenizer)
+    kind = TwoLayers if args.two_layers else RewardModel
+    model = kind.from_language_model(model, tokenizer)
     pairs = read_pairs(args.pairs) if args.pairs else []
+    held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
     queries = [] if args.queries == "none" else tasks.load(args.queries, args.n_queries, args.seed)
     require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
     parse_temperatures(args.temperatures)
 
     # data
+    require(queries or tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise),
+            f"--pairs {args.pairs}: none fits into --max_len {args.max_len} tokens")
     if queries:
-        pairs += sample_pairs(args, device, autocast, queries, args.seed)
-    held_out = sample_pairs(args, device, autocast, tasks.builtin("val", 64, args.seed), args.seed)
-    rows = tokenize_pairs(pairs, tokenizer, args.max_len)
-    held_out = tokenize_pairs(held_out, tokenizer, args.max_len)
+        answers = sum(sample_answers(args, device, autocast, queries).values(), [])
+        pairs += pair_responses(answers, args.pairs_per_query, args.seed)
+        sources = sample_answers(args, device, autocast, tasks.builtin("val", args.n_held_out,
+                                                                      args.seed))
+        sources = {"all": sum(sources.values(), [])} | sources
+        held_out |= {source: pair_responses(answers, args.pairs_per_query, args.seed)
+                     for source, answers in sources.items()}
+    rows = tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise)
+    held_out = {source: tokenize_pairs(some, tokenizer, args.max_len)
+                for source, some in held_out.items()}
     require(len(rows) > 0, "no preference pair to learn from: see --pairs, --queries")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
-    print(f"{len(rows)} pairs, {len(held_out)} held out (other queries), {steps} steps")
+    print(f"{len(rows)} {'prompts' if args.listwise else 'pairs'}, {steps} steps")
 
     # optimizer, resume
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
-    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        batch.sort(key=lambda i: len(rows[i][0]))
+        batch.sort(key=lambda i: len(rows[i][0][0]))
         loss_sum = correct = 0.0
-        for i in range(0, len(batch), args.micro_batch):
-            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
+        for micro in micro_batches(batch, args.micro_batch):
             with autocast:
-                chosen, rejected = model.rewards([row[0] for row in micro]
-                                                 + [row[1] for row in micro]).chunk(2)
-            loss = preference_loss(chosen, rejected).sum() / len(batch)
+                chosen, rejected, weight = comparisons(model, [rows[j] for j in micro])
+            loss = (preference_loss(chosen, rejected) * weight).sum() / len(batch)
             loss_sum += loss.item()
-            correct += (chosen > rejected).sum().item() / len(batch)
+            correct += ((chosen > rejected) * weight).sum().item() / len(batch)
             loss.backward()
+        loss_sum, correct = map(summed, (loss_sum, correct))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss_sum)
         run.log(step + 1, steps, bar, batch, loss=loss_sum, accuracy=correct, lr=lr,
@@ -276,10 +326,15 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save
-    result = accuracies(model, held_out) if held_out else {}
-    print("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-    run.finish(model, tokenizer, pairs=len(rows), held_out_pairs=len(held_out), **result)
-    return result
+    scorer = whole(model)
+    by_source = {source: {"pairs": len(some)} | accuracies(scorer, some)
+                 for source, some in held_out.items() if some}
+    for source, row in by_source.items():
+        print(f"held out, {source}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+    result = by_source.get("all", {})
+    run.finish(model, tokenizer, **result | {"pairs": len(rows), "by_source": by_source,
+                                             "held_out_pairs": result.get("pairs", 0)})
+    return by_source
 
 
 if __name__ == "__main__":

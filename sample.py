@@ -15,7 +15,8 @@ import torch
 
 import kernels
 import tasks
-from common import InputError, cli, pad_rows, require, rng, setup
+from common import InputError, cli, pad_rows, positive, require, rng, setup
+from distributed import RANK, merged, share
 from model import KVCache, PromptCache, Qwen2
 from tokenizer import Tokenizer
 
@@ -184,7 +185,9 @@ def prompt_ids(tokenizer: Tokenizer, query: dict) -> list[int]:
 def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
             temperature: float = 1.0, seed: int = 0) -> list[list[Rollout]]:
     """n scored responses to each query: a list of n for each query. No top-k or top-p here: the
-    log-probabilities must be those of the policy itself (R12.2)."""
+    log-probabilities must be those of the policy itself (R12.2). Several processes share the
+    queries; each gets all the answers."""
+    queries, seed = share(queries), seed + 1_000_000_007 * RANK
     prompts = [prompt_ids(tokenizer, query) for query in queries]
     completions = generate(model, prompts, max_new_tokens, temperature, seed=seed, n=n,
                            stop_ids=tokenizer.stop_ids, valid_vocab=tokenizer.n_vocab)
@@ -197,7 +200,7 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
     scores = tasks.score_many([row.query for row in ended], [row.text for row in ended])
     for row, score in zip(ended, scores, strict=True):
         row.score = score
-    return [rows[i:i + n] for i in range(0, len(rows), n)]
+    return merged([rows[i:i + n] for i in range(0, len(rows), n)])
 
 
 @dataclass
@@ -236,6 +239,8 @@ class Printer:
 
 def main(args: Args) -> None:
     device, autocast = setup(args)
+    positive(args, "max_new_tokens", "top_p")
+    require(args.top_p <= 1, f"--top_p wants a share in (0, 1], got {args.top_p}")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
     messages = [{"role": "system", "content": args.system}] if args.system else []

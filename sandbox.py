@@ -28,8 +28,8 @@ more open: without "files" all that your user may read and write, without "netwo
 the network, without "pids" and "seccomp" processes that call setsid().
 `require_isolation=True` refuses to run then.
 
-`python sandbox.py` tries every language. POSIX only; elsewhere `check` works for Python, and `run`
-raises RuntimeError. C and C++ need a linker that knows --wrap (macOS's does not).
+`python sandbox.py` tries every language. POSIX only; elsewhere `run` raises RuntimeError. C and C++
+need a linker that knows --wrap (macOS's does not).
 """
 import argparse
 import ast
@@ -425,7 +425,8 @@ def _compile_python(source: str, file: str) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------
-# isolation, as far as this system has it
+# isolation, as far as this system has it. Always on: namespaces and files of its own cost 2 to 4 ms
+# of the 13 to 19 of a Python run (bench/RESULTS.md), little beside generation.
 
 @functools.lru_cache(None)
 def _view() -> tuple:
@@ -515,32 +516,11 @@ def _filter(alone: bool) -> bytes:
             file.seek(0) or file.read())
 
 
-def isolation() -> tuple:
-    """The layers that hold on this machine. Namespaces and files of its own cost 2 to 4 ms of the
-    13 to 19 of a Python run (bench/RESULTS.md): little beside generation, so they are always on."""
-    return run("pass").isolation
-
-
 # ---------------------------------------------------------------------------------------------
 # running
 
-def check(code: str, language: str = "python") -> str:
-    """"" when the code compiles, else one line why not; KeyError for an unknown language. Python is
-    parsed here; `run` does it in the child, where a crash of the parser is only a verdict. Other
-    languages' whole programs are checked in the sandbox."""
-    row = LANGUAGES[language]
-    if language != "python":
-        result = run(code, language, timeout=row.seconds, _check_only=True)
-        return result.reason if result.stage == "static" else ""
-    try:
-        _compile_python(code, row.file)
-    except INVALID as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    return "" if code.strip() else "empty program"
-
-
 def run(code: str, language: str = "python", tests: str = "", timeout: float = 5.0,
-        memory_mb: int = 512, require_isolation: bool = False, _check_only: bool = False) -> Result:
+        memory_mb: int = 512, require_isolation: bool = False) -> Result:
     """Runs `code`, then `tests` (Python, scripts: statements with asserts, in the same namespace;
     C, C++, Java, Rust, Go: what holds main(), in Java class Main's) in a new process. `timeout`:
     seconds of wall time; `memory_mb`: MiB of memory of each process. Whatever the code does is a
@@ -568,8 +548,7 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
         ends = (b".." if tests.strip() else b".", b"done\n")
         message = marshal.dumps({
             "file": row.file, "source": source, "tests": prepared, "key": key_a.encode(),
-            "commands": [] if python else list(zip(_commands(language), ends, strict=True))[
-                :1 if _check_only else 2],
+            "commands": [] if python else list(zip(_commands(language), ends, strict=True)),
             "limits": LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory: memory_mb << 20},
             "compiler": {} if python else COMPILER | {
                 "RLIMIT_CPU": int(timeout + row.seconds) + 2,
@@ -673,4 +652,4 @@ if __name__ == "__main__":
                        for code in (SAMPLES[name][0], SAMPLES[name][0].replace("*", "+")))
         print(f"{name:11} {'PASS' if good.passed and not wrong.passed else 'FAIL'} in "
               f"{good.seconds:.3f} s  {good.reason}")
-    print("layers:", ", ".join(isolation()))
+    print("layers:", ", ".join(run("pass").isolation))

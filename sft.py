@@ -5,21 +5,30 @@ on the <|im_end|> that ends its turn (tokenizer.render is the only place that de
 
     L = - 1/M_step * sum_t m_t log p(x_t | x_<t),    M_step = sum of m_t over the whole step
 
-The report's settings: 2 epochs, learning rate 7e-6 falling to 7e-7, weight decay 0.1, gradient norm
-1.0. Our choice (not disclosed): batch size, warm-up, cosine decay. The default learning rate here
-is for a model a thousand times smaller; recipes for published weights pass --lr 7e-6.
+The report: over a million conversations, 2 epochs, up to 32,768 tokens, learning rate 7e-6 falling
+to 7e-7, weight decay 0.1, gradient norm 1.0. Not disclosed, so our choice: batch size, warm-up,
+cosine decay, packing. The report has one rate for all sizes; a power law through it at 7B and our
+smallest model's best (LOG.md: 2e-4 at N = 0.8M without embeddings) is lr = 7e-6 (6.5e9 / N)^0.37.
 
-    python sft.py --init runs/demo/pretrain --out runs/demo/sft
-    python sft.py --init Qwen2.5-0.5B --data chats.jsonl --lr 7e-6 --max_len 4096 --out ...
+    python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
+    python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
+        --pack --batch_size 128 --micro_batch 1 --out ...                   # the report's settings
+    python sft.py --init runs/sft --queries rl --samples 8 --out ...        # rejection sampling
+    python tokenizer.py show runs/sft --chat chats.jsonl                    # look at the mask
 
---data: JSONL of {"messages": [{"role", "content"}, ...]}; without it, verified built-in
-demonstrations. With no --init, a base model is looked for in runs/pretrain.
+--data: JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
+"tool_calls" where there are some; every turn of the assistant is trained on. With --queries, --init
+answers these, and what passes its check is the data. With neither: verified demonstrations.
 
 Expect: the loss starts far below pre-training's (answers are easy to guess token by token) and
 falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves. A
 loss near 0 is no good sign: too high a rate learns the demonstrations by heart and loses what the
 base model could do (LOG.md, 2026-11-24).
 """
+import io
+import json
+import zlib
+from array import array
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -27,8 +36,9 @@ from tqdm import tqdm
 import kernels
 import tasks
 from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, positive, read_jsonl,
-    require, setup)
+    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, open_text, pad_rows, positive,
+    require, setup, write_atomic)
+from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
 
@@ -38,11 +48,15 @@ class Args:
     init: str = "runs/pretrain"      # model directory to start from
     out: str = "runs/sft"            # where the run goes
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
-    n_data: int = 1000               # built-in demonstrations, or the most rows read from --data
+    queries: str = ""                # instead: what --init answers rightly to this split or file
+    n_data: int = 1000               # built-in demonstrations, queries, or the most rows of --data
+    samples: int = 8                 # responses to each of --queries
+    max_new_tokens: int = 160        # longest of these, and of the samples at the end
     max_len: int = 512               # longer conversations are cut at the end
+    pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
     epochs: float = 2.0              # passes over the data
     batch_size: int = 16             # conversations a step
-    micro_batch: int = 32            # conversations a forward pass: memory only
+    micro_batch: int = 32            # rows a forward pass: memory only
     lr: float = 1e-3                 # peak learning rate (the report's models: 7e-6)
     warmup: int = 10                 # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
@@ -59,37 +73,74 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
-def load_conversations(path: str, n: int, seed: int) -> list[list[dict]]:
-    if not path:
-        return [row["messages"] for row in tasks.demonstrations(n, seed)]
-    out = []
-    for number, row in read_jsonl(path):
-        if not isinstance(row.get("messages"), list) or not row["messages"]:
-            raise InputError(f'{path}:{number}: want {{"messages": [{{"role", "content"}}, ...]}}')
-        out.append(row["messages"])
-        if len(out) == n:
-            break
-    return out
+class Conversations:
+    """(ids, mask) by number, of a JSONL: in memory is only where each line begins. All are read
+    once before training: a bad one is refused now; one cut before the assistant's first word is
+    dropped and counted, as a step of only such would be 0/0 (R8.5)."""
+
+    def __init__(self, file, tokenizer, max_len: int, n: int, name: str = ""):
+        self.file, self.tokenizer, self.max_len = file, tokenizer, max_len
+        self.starts, self.dropped, start, number = array("q"), 0, 0, 0
+        try:
+            for line in file:
+                number += 1
+                if line.strip() and len(self) + self.dropped < n:
+                    learns = any(self.tokens(line)[1][1:])
+                    self.starts.extend([start] * learns)
+                    self.dropped += not learns
+                start += len(line)
+        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # torn .gz too
+            raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
+
+    def tokens(self, line: bytes) -> tuple[list[int], list[int]]:
+        row = json.loads(line)
+        require(isinstance(row, dict) and isinstance(row.get("messages"), list),
+                'want {"messages": [{"role", "content"}, ...]}')
+        ids, mask = self.tokenizer.render(row["messages"], tools=row.get("tools"))
+        return ids[:self.max_len], mask[:self.max_len]
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i: int):
+        self.file.seek(self.starts[i])
+        return self.tokens(self.file.readline())
 
 
-def tokenize_conversations(conversations, tokenizer, max_len: int):
-    """-> rows of (ids, mask), and how many were dropped: cut before the assistant's first word,
-    they have nothing to learn from, and a step of only such rows would be 0/0 (R8.5)."""
-    rows = []
-    for messages in conversations:
-        ids, mask = tokenizer.render(messages)
-        if any(mask[1:max_len]):
-            rows.append((ids[:max_len], mask[:max_len]))
-    return rows, len(conversations) - len(rows)
+def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
+    """Of several responses to each query those that pass its check, each different one once."""
+    groups = rollout(model, tokenizer, tasks.load(args.queries, args.n_data, args.seed),
+                     args.samples, args.max_new_tokens, 1.0, args.seed)
+    passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
+    return [{"messages": [{"role": "user", "content": prompt},
+                          {"role": "assistant", "content": text}]} for prompt, text in passed]
+
+
+def pack(rows, max_len: int):
+    """(ids, mask) of conversations -> fewer, longer rows (ids, mask, number of the conversation):
+    the longest first, each into the first row with room for it. The loss stays the same: attention
+    and positions keep to a conversation, and its first token, <|im_start|>, is no target."""
+    packed = []
+    for i, (ids, mask) in enumerate(sorted(rows, key=lambda row: -len(row[0]))):
+        row = next((row for row in packed if len(row[0]) + len(ids) <= max_len), None)
+        if row is None:
+            packed.append(row := ([], [], []))
+        for column, new in zip(row, (ids, mask, [i] * len(ids)), strict=True):
+            column += new
+    while len(packed) % WORLD:  # each process wants as many
+        packed.append(([0, 0], [0, 0], [0, 0]))
+    return packed
 
 
 # ---------------------------------------------------------------------------------------------
 # loss
 
-def sft_loss(model: Qwen2, ids, mask, count: int):
+def sft_loss(model: Qwen2, ids, mask, count: int, segments=None):
     """Summed loss of ids (B, T) where mask (B, T) is 1, over `count`, the step's supervised tokens.
-    Rows are padded on the right: causal attention never looks there, and the mask is 0."""
-    hidden = model.hidden(ids[:, :-1])
+    Rows are padded on the right: causal attention never looks there, and the mask is 0.
+    segments (B, T): which conversation of a packed row a token is of."""
+    segments = None if segments is None else segments[:, :-1]
+    hidden = model.hidden(ids[:, :-1], segment_ids=segments)
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum") / count
 
@@ -99,36 +150,55 @@ def sft_loss(model: Qwen2, ids, mask, count: int):
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
-    device, autocast = setup(args)
-    positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every")
+    device, autocast = setup(args, args.batch_size)
+    positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every", "samples",
+             "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
+    require(not (args.data and args.queries), "--data and --queries: take one")
     model, tokenizer = load_policy(args.init, device)
+    longest = model.config.max_position_embeddings
+    require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest}")
+    # In tiles, a CPU skips what no token may see. On a GPU: one mask, not measured.
+    kernels.use("fused" if args.pack and device.type == "cpu" else "auto")
 
     # data
-    conversations = load_conversations(args.data, args.n_data, args.seed)
-    rows, dropped = tokenize_conversations(conversations, tokenizer, args.max_len)
-    require(len(rows) > 0, f"--data {args.data}: no answer within --max_len tokens")
+    built = run.path / "data.jsonl"
+    if args.data or args.resume and built.exists():
+        file = open_text(args.data or built).detach()
+    else:
+        with autocast:
+            found = rejection_sample(model, tokenizer, args) if args.queries else \
+                tasks.demonstrations(args.n_data, args.seed)
+        file = io.BytesIO("".join(json.dumps(row) + "\n" for row in found).encode())
+    n = args.n_data if args.data else 10**9
+    rows = Conversations(file, tokenizer, args.max_len, n, args.data)
+    require(len(rows) > 0, f"--data {args.data or args.queries}: no answer within --max_len tokens")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
-    print(f"{len(rows)} conversations ({dropped} dropped: nothing to learn from), {steps} steps")
+    print(f"{len(rows)} conversations ({rows.dropped} dropped: no answer within --max_len), "
+          f"{steps} steps")
 
     # optimizer, resume
+    model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
+    if isinstance(file, io.BytesIO):
+        write_atomic(built, file.getvalue().decode())
 
     # loop
-    bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=None)
+    bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        batch.sort(key=lambda i: len(rows[i][0]))  # rows of one forward pass have similar lengths
-        count, loss = sum(sum(rows[i][1][1:]) for i in batch), 0.0
-        for i in range(0, len(batch), args.micro_batch):
-            micro = [rows[j] for j in batch[i:i + args.micro_batch]]
-            ids = pad_rows([ids for ids, _ in micro], tokenizer.pad_id).to(device)
-            mask = pad_rows([mask for _, mask in micro], 0).to(device)
+        parts = sorted((rows[i] for i in batch), key=lambda row: len(row[0]))  # little padding
+        count, loss = sum(sum(mask[1:]) for _, mask in parts), 0.0
+        parts = pack(parts, args.max_len) if args.pack else parts
+        for micro in micro_batches(parts, args.micro_batch):
+            ids, mask, *segments = (pad_rows(column, pad).to(device) for column, pad in zip(
+                zip(*micro, strict=True), (tokenizer.pad_id, 0, -1), strict=False))
             with autocast:
-                micro_loss = sft_loss(model, ids, mask, count)
+                micro_loss = sft_loss(model, ids, mask, count, *segments)
             loss += micro_loss.item()
             micro_loss.backward()
+        loss = summed(loss)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         norm = clip_and_step(model, optimizer, lr, args.clip, loss)
         run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=norm, targets=count,
@@ -137,7 +207,9 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(model, tokenizer, tasks.builtin("val", 32, args.seed), 1, 160, 1.0, args.seed)
+    with autocast:
+        groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                         args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     run.save_samples(answers)
     stopped = sum(a.finished for a in answers) / len(answers)

@@ -13,15 +13,21 @@ the answer at once. All of them are right. Which style a model of a given size s
 reinforcement learning to find out.
 
 A query is {"prompt": str, "domain": str, "check": {...}}; `score(query, response)` is 1.0 or 0.0.
+Beside the built-in ones, `load` gives prompts of IFEval's kinds (ifeval.py) and reads the public
+benchmark files (answers.py).
 
     python tasks.py                       # a few queries, demonstrations and verdicts
 """
+import functools
 import hashlib
 import random
 import re
+import runpy
+from pathlib import Path
 
+import ifeval
 import sandbox
-from common import require
+from common import read_jsonl, require
 from answers import extract_answer, load_file, math_equal
 
 DOMAINS = ("mathematics", "code", "instruction", "logic")
@@ -259,8 +265,9 @@ def code(r):
 
 
 # ---------------------------------------------------------------------------------------------
-# instruction following: constraints that a program checks, named as in IFEval where IFEval has
-# them; exact_words, start_word and items are ours
+# instruction following: constraints that a program checks, on a text of one sentence. Named as in
+# IFEval where it has them, but stricter than there: words are whole words. IFEval's own 25 kinds,
+# which no model of a million parameters follows, are in ifeval.py.
 
 THINGS = {  # noun: (adjectives, what it does)
     "sea": ("blue deep wide calm", "moves in the wind|sings at night|meets the sky|hides ships"),
@@ -344,7 +351,7 @@ def instruction(r):
     elif style < 0.5 and "\n" not in text:
         prompt, text = prompt + ", in double quotes", f'"{text}"'
         rules.append(("startend:quotation", {}))
-    check = {"kind": "ifeval", "instruction_id_list": [i for i, _ in rules],
+    check = {"kind": "rules", "instruction_id_list": [i for i, _ in rules],
              "kwargs": [k for _, k in rules]}
     return prompt + ".", check, [text]
 
@@ -391,12 +398,13 @@ def extract_code(response: str) -> str:
     return blocks[-1] if blocks else response
 
 
-VERDICTS: dict[tuple, bool] = {}  # of all programs so far: in RL, many come again in later steps
+VERDICTS: dict[tuple, bool] = {}  # of the latest programs: in RL, many come again in later steps
+MAX_VERDICTS = 20_000  # some 20 MB of text
 
 
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     """1.0 where the response passes its query's check, else 0.0. Code runs in the sandbox, several
-    programs at a time, equal ones once in the life of this process."""
+    programs at a time, equal ones once while VERDICTS has them."""
     scores, jobs = [0.0] * len(queries), {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
@@ -406,19 +414,36 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
         elif check["kind"] == "math":
             answer = extract_answer(response, strict=True)
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
+        elif check["kind"] == "own":
+            scores[i] = float(own_reward(check["function"])(query, response))
+            require(0 <= scores[i] <= 1, f"{check['function']} gave {scores[i]}: want 0 to 1")
         else:
+            follow = ifeval.follows if check["kind"] == "ifeval" else follows
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
             # The question names the topic and the words to use: saying it back must earn nothing.
             echo = words_of(query["prompt"]) == words_of(response)
             scores[i] = float(bool(response.strip()) and not echo
-                              and all(follows(response, rule, kw) for rule, kw in rules))
+                              and all(follow(response, rule, kw) for rule, kw in rules))
     new = list(dict.fromkeys(job for job in jobs.values() if job not in VERDICTS))
     results = sandbox.run_many([dict(zip(("code", "language", "tests"), job, strict=True))
                                 for job in new])
     VERDICTS.update((job, result.passed) for job, result in zip(new, results, strict=True))
     for i, job in jobs.items():
         scores[i] = float(VERDICTS[job])
+    for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
+        del VERDICTS[oldest]
     return scores
+
+
+@functools.cache
+def own_reward(name: str):
+    """"my_reward.py:score" -> that function of yours, score(query, response) -> 0 to 1. It runs
+    with all your rights, so it comes from the command line, never from a file of queries."""
+    path, _, function = name.rpartition(":")
+    require(Path(path).is_file(), f"--reward wants file.py:function, got {name!r}")
+    found = runpy.run_path(path).get(function)
+    require(callable(found), f"--reward {name}: {path} defines no function {function}")
+    return found
 
 
 def score(query: dict, response: str) -> float:
@@ -497,9 +522,32 @@ def documents(domain: str, seed: int = 0):
         yield "\n\n".join(form.format(q["prompt"], text) for q, text in shots)
 
 
-def load(name: str, n: int = 400, seed: int = 0) -> list[dict]:
-    """Queries of a built-in split ("rl", "val", "test") or of a file (see `load_file`)."""
-    return builtin(name, n, seed) if name in SPLITS else load_file(name)[:n]
+def load(name: str, n: int = 400, seed: int = 0, reward: str = "") -> list[dict]:
+    """Queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a split
+    ("ifeval:rl"), or of a file (see `load_file`). With `reward`, "file.py:function", that function
+    takes the place of the checks, and a file needs nothing but a "prompt" a row."""
+    if reward:
+        own_reward(reward)
+        is_file = name not in SPLITS and not name.startswith("ifeval:")
+        rows = [row for _, row in read_jsonl(name)][:n] if is_file else load(name, n, seed)
+        require(rows and all(row.get("prompt") for row in rows), f'{name}: want a "prompt" a row')
+        check = {"kind": "own", "function": reward}
+        return [{"domain": "own", **row, "check": check} for row in rows]
+    if name in SPLITS:
+        return builtin(name, n, seed)
+    kind, _, split = name.partition(":")
+    if kind != "ifeval" or split not in SPLITS:
+        queries, here = load_file(name)[:n], sandbox.languages()
+        for query in queries:  # refuse now what cannot run, not while training
+            lack = here.get(query["check"].get("language", "python"), "is unknown")
+            require(not lack, f"{name}: a check in {query['check'].get('language')}: {lack}")
+        return queries
+    made = {}
+    for query in ifeval.queries(random.Random(f"{name} {seed}")):
+        if len(made) == n:
+            return list(made.values())
+        if split_of(query["prompt"]) == split:
+            made[query["prompt"]] = query
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import regex  # `re` has no \p{L}; tiktoken depends on it already
 import tiktoken
 
-from common import InputError, read_json, write_atomic
+from common import InputError, read_json, read_jsonl, write_atomic
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -296,7 +297,8 @@ class Tokenizer:
         try:
             if not path.is_dir():
                 lines = map(bytes.split, path.read_bytes().splitlines())
-                return cls({base64.b64decode(token): int(rank) for token, rank in lines})
+                return cls({base64.b64decode(token, validate=True): int(rank)
+                            for token, rank in lines})
             fields = {}
             if (source := path / "tokenizer.json").is_file():
                 data = read_json(source)
@@ -456,6 +458,8 @@ class Tokenizer:
                 yield content, False, False
                 yield "\n</tool_response>" + "<|im_end|>\n" * (roles[i + 1] != "tool"), False, True
                 continue
+            if not isinstance(message.get("tool_calls") or [], list):
+                raise InputError(f"messages[{i}]: tool_calls: want a list")
             yield f"<|im_start|>{roles[i]}\n", False, True
             yield content, trained, False
             for n, call in enumerate(message.get("tool_calls") or [] if trained else []):
@@ -519,6 +523,15 @@ def show(tokenizer: Tokenizer, text: str) -> None:
               + ("part of a character" if "\ufffd" in readable else readable))
 
 
+def show_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None = None) -> None:
+    """What the model reads at each position, and what it is trained to say next (R8.2)."""
+    ids, mask = tokenizer.render(messages, tools=tools)
+    print(f"{'id':>7}  {'token':<24} must be followed by (each with weight 1/{sum(mask)})")
+    for i, after, trained in zip(ids, ids[1:], mask[1:], strict=False):
+        target = repr(tokenizer.decode([after])) if trained else ""
+        print(f"{i:>7}  {tokenizer.decode([i])!r:<24} {target}")
+
+
 def demo() -> None:
     from pydoc_data.topics import topics  # Python's language reference: on every machine
     start, documents = time.perf_counter(), topics.values()
@@ -540,18 +553,27 @@ def main() -> None:
     train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --out")
     shown = commands.add_parser("show", help="print the tokens of a text")
     shown.add_argument("path", help="directory or .tiktoken file")
-    shown.add_argument("--text", required=True)
+    what = shown.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text")
+    what.add_argument("--chat", help="JSONL of conversations: the first one, with its loss mask")
     args = parser.parse_args()
     if args.command == "show":
-        return show(Tokenizer.from_pretrained(args.path), args.text)
+        tokenizer = Tokenizer.from_pretrained(args.path)
+        if args.text is not None:
+            return show(tokenizer, args.text)
+        for _, row in islice(read_jsonl(args.chat), 1):
+            show_chat(tokenizer, row.get("messages"), row.get("tools"))
+        return None
     if args.command is None:
         return demo()
     if (args.out / "tokenizer.json").exists() and not args.overwrite:
         raise InputError(f"{args.out} holds a tokenizer: pass --overwrite or another --out")
-    try:
-        texts = [path.read_text(encoding="utf-8") for path in args.input]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--input: {error}") from None
+    texts = []
+    for path in args.input:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--input {path}: {error}") from None
     tokenizer = Tokenizer.train(texts, args.vocab_size)
     tokenizer.save_pretrained(args.out)
     used = sum(map(len, tokenizer.encode_batch(texts)))

@@ -188,8 +188,12 @@ def main(title, unit, systems, cases, prepare=None, targets=()):
         print("RESULT " + json.dumps(result))
         return
     began, tops, runs, only = time.time(), [], {}, args.systems.split(",")
+    cases = {c: cases[c] for c in cases if any(word in c for word in args.cases.split(","))}
+    if not cases or not {*only} <= {"", *systems} or args.processes < 1:
+        parser.error(f"nothing to run: --cases {args.cases} --systems {args.systems} "
+                     f"--processes {args.processes}")
     print(title)
-    for case in [c for c in cases if any(word in c for word in args.cases.split(","))]:
+    for case in cases:
         rows = {system: [] for system in cases[case] if only == [""] or system in only}
         with tempfile.TemporaryDirectory() as directory:
             tops.append(run("ceiling", case, None, directory, args))

@@ -1,5 +1,6 @@
 """What the tests of the stages share: short arguments, logs, weights, an interruption."""
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from common import InputError
 from model import PRESETS, Config, Qwen2
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
               tie_word_embeddings=True)
@@ -47,8 +49,16 @@ def stage_args(module, **values):
     return module.Args(**{"device": "cpu", "dtype": "float32", **values})
 
 
+GLOSSARY = {"step"} | {name for line in (ROOT / "README.md").read_text("utf-8").splitlines()
+                       if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
+
+
 def log(path) -> list[dict]:
-    return [json.loads(line) for line in (Path(path) / "log.jsonl").read_text("utf-8").splitlines()]
+    """What a stage logged; README explains every number of it."""
+    lines = (Path(path) / "log.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert (found := {name for row in rows for name in row}) <= GLOSSARY, found - GLOSSARY
+    return rows
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -77,23 +87,27 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
     monkeypatch.setattr(module, "clip_and_step", clip_and_step)
 
 
-def teach_letters(tokenizer, path):
-    """A micro model directory: a policy that says "A." or "B.", and mostly stops."""
+def teach(tokenizer, path, talks: list[tuple[str, str]], steps=40):
+    """A micro model directory that answers each question as in `talks`, and mostly stops."""
     from common import pad_rows
-    from sft import sft_loss, tokenize_conversations
+    from sft import sft_loss
     model = micro_model(tokenizer)
-    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-             for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")]
-    rows, _ = tokenize_conversations(talks, tokenizer, 512)
+    rows = [tokenizer.render([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+            for q, a in talks]
     ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(40):
+    for _ in range(steps):
         sft_loss(model, ids, mask, int(mask.sum())).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def teach_letters(tokenizer, path):
+    """A policy that says "A." or "B."."""
+    return teach(tokenizer, path, [(q, a) for q in ("Pick A.", "Choose A.") for a in ("A.", "B.")])
 
 
 def letter_queries(path, keyword="A") -> str:

@@ -445,8 +445,12 @@ def test_readers_by_example(tmp_path):
     query = load_file(write(tmp_path, mbpp))[0]
     assert "assert f(1) == 2" in query["prompt"] and "f(2)" not in query["prompt"]
     assert query["check"]["tests"] == "y = 1\nassert f(1) == 2\nassert f(2) == 4\n"
-    ifeval = {"prompt": "P", "instruction_id_list": ["a:b"], "kwargs": [{"n": 3, "m": None}]}
-    assert load_file(write(tmp_path, ifeval))[0]["check"]["kwargs"] == [{"n": 3}]
+    ifeval = {"prompt": "P", "instruction_id_list": ["detectable_format:number_bullet_lists"],
+              "kwargs": [{"num_bullets": 3, "m": None}]}
+    assert load_file(write(tmp_path, ifeval))[0]["check"]["kwargs"] == [{"num_bullets": 3}]
+    for wrong in ({"instruction_id_list": ["a:b"]}, {"kwargs": [{"n": 3}]}, {"kwargs": []}):
+        with pytest.raises(InputError, match="cannot read"):
+            load_file(write(tmp_path, ifeval | wrong))
     own = {"prompt": "P", "domain": "logic", "check": {"kind": "math", "answer": "3"}}
     assert load_file(write(tmp_path, own)) == [own]
     path = tmp_path / "rows.jsonl.gz"

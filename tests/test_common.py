@@ -41,8 +41,8 @@ def test_flags_become_typed_fields():
     assert args == Args(out="a=b", tokens=3_000_000, lr=7e-6, doc_mask=True)
     assert type(args.tokens) is int
     assert parse_args(Args, []) == Args()
-    assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "-1", "--lr", "-.5"]) == Args(
-        doc_mask=True, seed=-1, lr=-0.5)
+    assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "0", "--lr", ".5"]) == Args(
+        doc_mask=True, seed=0, lr=0.5)
     assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
                                                                         overwrite=True)
 
@@ -50,6 +50,8 @@ def test_flags_become_typed_fields():
 @pytest.mark.parametrize("argv, message", [
     ("--tokens 1.5", "--tokens wants int, got '1.5'"),
     ("--tokens 1e400", "--tokens wants int"), ("--tokens nan", "--tokens wants int"),
+    ("--seed -1", "--seed wants a number from 0 on, got -1"), ("--lr nan", "from 0 on, got nan"),
+    ("--lr inf", "from 0 on, got inf"), ("--seed 1e30", "from 0 on, got 1e30"),
     ("--tokens x", "--tokens wants int, got 'x'"), ("--lr ten", "--lr wants float"),
     ("--doc_mask maybe", "--doc_mask wants bool, got 'maybe'"),
     ("--tokens", "--tokens wants a value"), ("--tokens --lr 1", "--tokens wants a value"),

@@ -2,6 +2,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,9 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(f"recipes/{path.name}" for path in ROOT.glob("recipes/*.md"))
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
-FLOORS = [["common", "kernels", "sandbox"], ["tokenizer", "answers", "checkpoint"],
-          ["model", "tasks"], ["data", "sample"], ["pretrain", "sft", "reward", "evaluate"],
-          ["dpo", "grpo", "scaling"]]
+FLOORS = [["distributed"], ["common", "kernels", "sandbox", "ifeval"],
+          ["tokenizer", "answers", "checkpoint"], ["model", "tasks"], ["data", "sample"],
+          ["pretrain", "sft", "reward"], ["label", "evaluate"],
+          ["dpo", "grpo", "scaling", "report", "quality"]]
 
 
 def test_the_table_names_every_file_with_its_line_count():
@@ -49,3 +52,73 @@ def test_imports_point_down(name):
         for imported in names:
             if f"{imported}.py" in FILES:
                 assert imported in below, f"{name} imports {imported}, which is not below it"
+
+
+# ---------------------------------------------------------------------------------------------
+# the course
+
+LESSONS = sorted(path.name for path in ROOT.glob("docs/0*.md"))
+DOCUMENTS = ["README.md", *RECIPES, *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", read(document)):
+        assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
+    for name in re.findall(r"`((?:docs|recipes|tests|bench|exercises)/[\w./-]+)`", read(document)):
+        assert (ROOT / name).exists(), f"{document}: {name}"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_quoted_line_stands_in_its_file(lesson):
+    quotes = re.findall(r"^> `(\w+\.py)` · `(.*)`$", read(f"docs/{lesson}"), re.M)
+    for name, line in quotes:
+        assert flat(line) in flat(read(name)), f"{name} has no line {line!r}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_in_the_documents_prints_what_they_say(document, capsys):
+    for code, expected in re.findall(r"```python\n(.*?)```\n```\n(.*?)```", read(document), re.S):
+        exec(compile(code, document, "exec"), {})
+        assert capsys.readouterr().out == expected, code
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_has_all_its_parts(lesson):
+    text, number = read(f"docs/{lesson}"), int(lesson[:2])
+    for part in ("## Try it", "## Exercises", "## Questions people ask", ".png)"):
+        assert part in text, part
+    assert f"`exercises/lesson{number}.py`" in text
+    written = re.search(r"## Exercises\n(.*?)\n## ", text, re.S)[1]
+    for name in re.findall(r"^def (\w+)", read(f"exercises/lesson{number}.py"), re.M):
+        assert f"`{name}`" in written, name
+
+
+def test_the_map_of_the_report_names_what_exists():
+    rows = re.findall(r"\| `(\w+)\.(\w+)` \| `(\w+)\.(\w+)` \|$", read("docs/report-map.md"), re.M)
+    assert len(rows) == read("docs/report-map.md").count("\n|") - 2
+    for module, name, test_file, test in rows:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+        assert f"def {test}(" in read(f"tests/{test_file}.py"), f"{test_file}.{test}"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_course_run(tmp_path):
+    """In the order of the lessons, each from what the one before left in runs/."""
+    for lesson in LESSONS:
+        for block in re.findall(r"(?<=\n\n)```\n(.*?)```", read(f"docs/{lesson}"), re.S):
+            for command in block.splitlines():
+                program, *arguments = command.split()
+                assert program == "python", command
+                arguments[0] = str(ROOT / arguments[0])
+                done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
+                                      capture_output=True, timeout=600)
+                assert done.returncode == 0, f"{lesson}: {command}\n{done.stderr[-2000:]}"

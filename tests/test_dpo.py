@@ -1,5 +1,7 @@
 """dpo.py: the loss by hand, brute-force log-probabilities, the merging optimizer against
-torch.optim.Adam and its own definition, pairs, resume. R numbers: USERS.md."""
+torch.optim.Adam and its own definition, TRL, the cached reference, pairs, resume. R numbers:
+USERS.md."""
+import json
 import math
 
 import pytest
@@ -8,7 +10,7 @@ from helpers import (
     interrupt_at, log, no_samples, refuses, same_weights, stage_args, tiny_model, write_rows)
 
 import dpo
-from dpo import OnlineMerging, dpo_loss
+from dpo import OnlineMerging, content_hash, dpo_loss
 from reward import pair_responses, read_pairs, tokenize_pair
 from sample import Rollout, completion_logprobs
 
@@ -89,6 +91,51 @@ def test_answer_is_content_and_end(tokenizer):
     assert rejected.count(tokenizer.im_end_id) == 1  # text that looks like a token is text
 
 
+@pytest.mark.parity
+def test_loss_gradients_and_metrics_equal_trl(tmp_path, tokenizer, compare):
+    """TRL's DPOTrainer on random batches: the loss, every weight's gradient and what is logged."""
+    trl = pytest.importorskip("trl", reason="make test-parity installs it")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    vocab, theirs = tokenizer.padded_vocab_size(128), []
+    ours = [tiny_model(seed, 1.5, vocab_size=vocab) for seed in (0, 1)]  # policy, reference
+    for i, model in enumerate(ours):
+        model.save_pretrained(tmp_path / str(i))
+        theirs.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(i), dtype=torch.float32))
+    tokenizer.save_pretrained(tmp_path / "0")
+    trainer = trl.DPOTrainer(
+        *theirs, trl.DPOConfig(str(tmp_path / "trl"), beta=0.3, use_cpu=True, bf16=False,
+                               gradient_checkpointing=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r"}]),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "0"))
+    policy, generator = trainer.model.train(), torch.Generator().manual_seed(0)
+    for _ in range(10):
+        sizes = torch.randint(1, 12, (4, 3), generator=generator).tolist()
+        rows = [[torch.randint(vocab, (n,), generator=generator).tolist() for n in row]
+                for row in sizes]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        batch = trainer.data_collator([dict(zip(names, row, strict=True)) for row in rows])
+        want = trainer.compute_loss(policy, batch)
+        want.backward()
+        logged = {k: torch.tensor(v.pop()) for k, v in trainer._metrics["train"].items()}
+        (chosen, rejected), (ref_chosen, ref_rejected) = (
+            completion_logprobs(model, [r[0] for r in rows] * 2,
+                                [r[1] for r in rows] + [r[2] for r in rows])[0].sum(-1).chunk(2)
+            for model in ours)
+        loss, good, bad = dpo_loss(chosen, rejected, ref_chosen.detach(), ref_rejected.detach(),
+                                   0.3)
+        loss.mean().backward()
+        compare("DPO loss, TRL", loss.mean(), want, 1e-5)
+        for name, value in {"rewards/chosen": good, "rewards/rejected": bad,
+                            "rewards/margins": good - bad, "rewards/accuracies": good > bad,
+                            "logps/chosen": chosen, "logps/rejected": rejected}.items():
+            compare("DPO metrics, TRL", value.float().mean(), logged[name], 1e-5)
+        gradients = dict(policy.named_parameters())
+        for name, p in ours[0].named_parameters():
+            compare("DPO gradients, TRL", p.grad, gradients[name].grad, 1e-5)
+        ours[0].zero_grad(), policy.zero_grad()
+
+
 # ---------------------------------------------------------------------------------------------
 # the online merging optimizer
 
@@ -156,8 +203,30 @@ def test_masks_are_a_function_of_seed_step_and_tensor():
     assert torch.equal(a.taus[0], before)
 
 
+def test_onties_by_hand():
+    """Half of the entries of each, the largest; where both are there and differ in sign, the larger
+    of 0.75 delta and 0.25 tau, else their sum. Adam's first update is -lr sign(g), here of one size
+    but for two entries without gradient."""
+    tau = torch.tensor([8.0, -8.0, 1.0, 0.5, 1.0, -2.4, 0.1, -1.0])  # 0.5 and 0.1 are dropped
+    theta, grad = torch.zeros(8, requires_grad=True), torch.tensor([1.0, 1, 1, 0, -1, -1, 1, 0])
+    optimizer = OnlineMerging([theta], [tau], 1.0, alpha=0.25, reserve=0.75, merge="ties")
+    assert optimizer.taus[0].tolist() == [8, -8, 1, 0, 1, pytest.approx(-2.4), 0, -1]
+    theta.grad = grad
+    optimizer.step()  # 0.75 delta = -0.75, -0.75, -0.75, 0, 0.75, 0.75, -0.75, 0
+    want = [2.0, -2.75, -0.75, 0.0, 1.0, 0.75, -0.75, -0.25]
+    assert theta.tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_onties_without_sparsity_or_tau_is_adam():
+    """reserve 1 and alpha 0: no entry is dropped and tau loses every comparison."""
+    ties = quadratic(lambda params: OnlineMerging(
+        params, [-torch.ones_like(p) for p in params], 0.05, alpha=0, reserve=1, merge="ties"))
+    adam = quadratic(lambda params: torch.optim.Adam(params, 0.05, (0.9, 0.95), 1e-8))
+    torch.testing.assert_close(ties, adam, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("values", [{"reserve": 0.0}, {"reserve": 1.5}, {"alpha": 1.0},
-                                    {"alpha": -0.1}])
+                                    {"alpha": -0.1}, {"merge": "dar"}])
 def test_impossible_merging_is_refused(values):
     """Shares outside (0, 1] and [0, 1) are one line each."""
     refuses(lambda: OnlineMerging([torch.zeros(1, requires_grad=True)], [torch.zeros(1)], 0.1,
@@ -265,11 +334,11 @@ def base_run(micro_run, tokenizer, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("merging", [False, True])
+@pytest.mark.parametrize("merging", ["", "dare", "ties"])
 def test_resume_is_bit_exact(micro_run, base_run, tmp_path, monkeypatch, merging):
     """R4.4 for AdamW and for online merging, whose masks depend on the step: 6 == 3 + 3 steps."""
     no_samples(monkeypatch, dpo)
-    more = {"base": str(base_run), "merge_alpha": 1e-3} if merging else {}
+    more = {"base": str(base_run), "merge": merging, "merge_alpha": 1e-3} if merging else {}
     run(micro_run, tmp_path, "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, dpo, 4)
@@ -278,6 +347,69 @@ def test_resume_is_bit_exact(micro_run, base_run, tmp_path, monkeypatch, merging
     assert len(log(tmp_path / "whole")) == 6 and log(tmp_path / "halves") == log(tmp_path / "whole")
     assert same_weights(tmp_path / "halves", tmp_path / "whole")
     assert not same_weights(tmp_path / "whole", micro_run)
+
+
+def test_a_second_run_reads_the_reference(micro_run, tmp_path, monkeypatch):
+    """R10.3: what is cached is what a forward pass gives, to 1e-6; a run with the same weights and
+    data computes none of it again and logs the same; --overwrite in place does not either."""
+    from model import Qwen2
+    from tokenizer import Tokenizer
+    no_samples(monkeypatch, dpo)
+    cache, passes, real = tmp_path / "cache", [], dpo.completion_logprobs
+
+    def counted(*args):
+        passes.append(torch.is_grad_enabled())
+        return real(*args)
+    monkeypatch.setattr(dpo, "completion_logprobs", counted)
+    run(micro_run, tmp_path, "one", cache=str(cache))
+    assert passes.count(False) == 3
+    (file,) = cache.iterdir()
+    tokenizer, model = Tokenizer.from_pretrained(micro_run), Qwen2.from_pretrained(micro_run)
+    rows = [tokenize_pair(tokenizer, p) for p in read_pairs(str(tmp_path / "pairs.jsonl"))]
+    want = [[real(model, [r[0]], [r[k]])[0].sum().item() for k in (1, 2)] for r in rows]
+    got = torch.tensor(json.loads(file.read_text("utf-8"))["logprobs"])
+    torch.testing.assert_close(got, torch.tensor(want), rtol=1e-6, atol=1e-6)
+    run(micro_run, tmp_path, "two", cache=str(cache))
+    assert log(tmp_path / "one") == log(tmp_path / "two")
+    run(micro_run, tmp_path, "two", cache=str(cache), overwrite=True, lr=1e-2)
+    assert passes.count(False) == 3
+
+
+def test_a_stale_reference_is_impossible(micro_run, tokenizer):
+    """Another weight, token, pair order, dtype or batch is another name; equal things have one."""
+    from model import Qwen2
+    model, rows = Qwen2.from_pretrained(micro_run), [([1, 2], [3], [4]), ([1], [2, 3], [4])]
+    names = [content_hash(model, rows, "cpu", torch.float32, 32)]
+    assert names == [content_hash(Qwen2.from_pretrained(micro_run), list(rows), "cpu",
+                                  torch.float32, 32)]
+    names += [content_hash(model, *other) for other in (
+        (rows[::-1], "cpu", torch.float32, 32), (rows[:1], "cpu", torch.float32, 32),
+        ([([1, 2], [3], [5]), rows[1]], "cpu", torch.float32, 32),
+        ([([1], [2, 3], [4]), rows[1]], "cpu", torch.float32, 32),
+        (rows, "cpu", torch.bfloat16, 32), (rows, "cpu", torch.float32, 16))]
+    for p in model.parameters():
+        with torch.no_grad():
+            p.view(-1)[-1] += 1e-6 + 1e-6 * p.view(-1)[-1].abs()
+        names.append(content_hash(model, rows, "cpu", torch.float32, 32))
+    assert len(set(names)) == len(names) > 20
+
+
+def test_pairs_are_reviewed_before_they_are_learned(micro_run, tmp_path, monkeypatch, capsys):
+    """Counts by reason on the screen and in run.json; pairs.jsonl has what was kept; nothing left
+    is one line."""
+    no_samples(monkeypatch, dpo)
+    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in
+            (("a", "b"), ("a", "b"), ("same", "same"), (" ", "b"), ("c", "d"))]
+    path = write_rows(tmp_path / "some.jsonl", rows)
+    run(micro_run, tmp_path, "run", data=path, batch_size=2, epochs=1)
+    dropped = {"seen before, or its opposite": 1, "equal answers": 1, "empty chosen answer": 1}
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert record["result"]["dropped"] == dropped and record["result"]["pairs"] == 2
+    assert "2 pairs kept; dropped: 1 seen before" in capsys.readouterr().out
+    assert read_pairs(str(tmp_path / "run" / "pairs.jsonl")) == [rows[0], rows[4]]
+    path = write_rows(tmp_path / "none.jsonl", rows[2:3])
+    refuses(lambda: run(micro_run, tmp_path, "none", data=path), "1 equal answers")
+    assert not (tmp_path / "none").exists()
 
 
 def test_micro_batch_changes_memory_only(micro_run, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """evaluate.py: metrics against enumeration and direct computation, batch independence, the files it
-writes, the report. R numbers: USERS.md."""
+writes. R numbers: USERS.md."""
 import itertools
 import json
 import math
@@ -13,6 +13,7 @@ import tasks
 from data import is_held_out
 from evaluate import bits_per_byte, by_domain, interval, pass_at_k
 from model import Qwen2
+from reward import RewardModel
 from sample import Completion, rollout
 
 TEXTS = ["A short text.", "", "x", "The same words again and again. " * 9, "naïve café, 世界 2025",
@@ -125,7 +126,7 @@ def word_queries(path, n=6):
 
 
 def run(micro_run, tmp_path, **values):
-    return evaluate.evaluate(stage_args(evaluate, **{
+    return evaluate.main(stage_args(evaluate, **{
         "init": str(micro_run), "queries": word_queries(tmp_path / "q.jsonl"), "samples": 2,
         "max_new_tokens": 6, **values}))
 
@@ -147,6 +148,32 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
     assert run(micro_run, tmp_path, few_shot=few_shot) == metrics
 
 
+def test_best_of_by_hand():
+    """Two queries of four answers: chance is the mean; the majority counts equal final answers,
+    however they are reached, and chance decides a draw; the reward model takes its favourite."""
+    class Scorer:
+        def score(self, prompts, responses):
+            assert prompts == ["p"] * 4 + ["q"] * 4
+            return [text.count("!") for text in responses]
+    sampled = [[("1 + 6 = 7! The answer is \\boxed{7}.", 1.0), ("The answer is \\boxed{7}.", 1.0),
+                ("no", 0.0), ("no?", 0.0)],
+               [("a", 0.0), ("a", 0.0), ("b!", 1.0), ("b!", 1.0)]]
+    got = evaluate.best_of([{"prompt": "p"}, {"prompt": "q"}], sampled, Scorer())
+    assert {name: value["mean"] for name, value in got.items()} == {
+        "chance": 0.5, "majority": 0.75, "reward model": 1.0,
+        "reward model - chance": 0.5, "reward model - majority": 0.25}
+    assert got["reward model - majority"]["low"] == pytest.approx(0.25 - 1.96 * 0.25)
+
+
+def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
+    """The flag, on answers that all fail: zero whoever chooses, with its interval in eval.json."""
+    RewardModel.from_language_model(Qwen2.from_pretrained(micro_run), tokenizer).save_pretrained(
+        tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
+    assert metrics["best_of"]["reward model"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 6}
+
+
 def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
     """With --few_shot the text is cut before the next question that a base model would ask."""
     ids = tokenizer.encode(" The answer is \\boxed{7}.\n\nQuestion: 2?\nAnswer: \\boxed{4}.")
@@ -163,7 +190,7 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(ids, [], True)])
     rules = ["change_case:english_capital", "ours:exact_words"]
     query = {"prompt": "p", "domain": "instruction", "check": {
-        "kind": "ifeval", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
+        "kind": "rules", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
     args = stage_args(evaluate, few_shot=1)
     assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
@@ -194,53 +221,3 @@ def test_text_is_held_out_only(micro_run, tokenizer, tmp_path):
 def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
     """One line that names the flag."""
     refuses(lambda: run(micro_run, tmp_path, **values), *words)
-
-
-# ---------------------------------------------------------------------------------------------
-# the report
-
-def fake_stage(root, name, greedy):
-    path = root / name
-    path.mkdir()
-    cell = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
-    metrics = {"pass@1": {"total": cell, "logic": cell}, "greedy": {"total": cell, "logic": cell}}
-    (path / "run.json").write_text(json.dumps({
-        "seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
-        "result": {"loss": 1.0}}), "utf-8")
-    (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
-    write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": i / 9} for i in range(3)])
-    write_rows(path / "eval_samples.jsonl", [
-        {"domain": "logic", "prompt": f"q{i}", "greedy": f"{name} says", "greedy_score": s,
-         "pass@1": s / 2} for i, s in enumerate(greedy)])
-
-
-def test_report(tmp_path):
-    """Stages in order with time, command and intervals; what GRPO learned and lost."""
-    fake_stage(tmp_path, "grpo", [1.0, 0.0, 1.0])
-    fake_stage(tmp_path, "sft", [0.0, 1.0, 1.0])
-    evaluate.main(stage_args(evaluate, report=str(tmp_path)))
-    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
-    assert [s["name"] for s in report["stages"]] == ["sft", "grpo"]
-    assert report["seed"] == 3 and report["total_seconds"] == 120
-    text = (tmp_path / "report.md").read_text("utf-8")
-    assert text.count("50.0 [25.0, 75.0]") == 8
-    assert "1 queries learned" in text and "1 queries lost" in text
-    assert "**q0**" in text and "**q1**" in text and "**q2**" not in text
-    assert "`python sft.py --x 1`" in text
-    (gain,) = report["gains"]  # +1, -1 and 0: mean 0, deviation 1, so 1.96 / sqrt(3)
-    assert (gain["from"], gain["to"]) == ("sft", "grpo")
-    assert gain["greedy"] == {"mean": 0.0, "low": -1.0, "high": 1.0, "n": 3}
-    assert gain["pass@1"]["high"] == pytest.approx(1.96 / 2 / 3 ** 0.5)
-    assert "| sft | grpo | +0.0 [-56.6, +56.6] | +0.0 [-100.0, +100.0] |" in text
-
-
-def test_gains_are_only_of_the_same_queries(tmp_path):
-    """A stage evaluated on other queries is compared with none."""
-    rows = [{"prompt": "a", "pass@1": 0.5, "greedy_score": 1.0}]
-    assert len(evaluate.gains({"sft": rows, "dpo": rows})) == 1
-    assert evaluate.gains({"sft": rows, "dpo": [rows[0] | {"prompt": "b"}]}) == []
-
-
-def test_report_of_nothing_is_refused(tmp_path):
-    """One line."""
-    refuses(lambda: evaluate.main(stage_args(evaluate, report=str(tmp_path))), "--report")

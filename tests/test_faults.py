@@ -1,5 +1,6 @@
 """What goes wrong outside the program: kills, disks, torn and planted files; and inside it: numbers
 that are not finite. R numbers: USERS.md. `make test-faults` prints how many kills were survived."""
+import ast
 import json
 import math
 import os
@@ -561,3 +562,95 @@ def test_bfloat16_is_autocast_over_float32_weights(stage, inputs, short, tmp_pat
     moved = {name: (w != before[name]).float().mean().item() for name, w in after.items()
              if name in before and w.ndim == 2 and w.numel() and "embed" not in name}
     assert min(moved.values()) > 0.9 and sum(moved.values()) / len(moved) > 0.99, moved
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "pretrain-moe"])
+def test_micro_batches_of_1_2_and_all_give_the_same_weights(stage, inputs, short, tmp_path,
+                                                            monkeypatch):
+    """R4.1: the divisor is the whole step's count of supervised tokens, answers or pairs, whatever
+    the cut. By plain gradient descent in steps of 1, as Adam's first step is the sign of a gradient
+    and would make a difference of 1e-9 one of the learning rate."""
+    def descent(model, *args, **kwargs):
+        return torch.optim.SGD(model.parameters(), 1.0)
+    for module in (pretrain, sft, reward, grpo, dpo):
+        if hasattr(module, "adamw"):
+            monkeypatch.setattr(module, "adamw", descent)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, *args, **kwargs: torch.optim.SGD(
+        params, 1.0))
+    one = {"grpo": {"steps": 1, "inner_steps": 1}, "pretrain": {"tokens": 4 * 33 + 20},
+           "dpo": {"epochs": 0.4, "base": ""}}
+    runs = []
+    for micro_batch in (64, 2, 1):
+        short(stage, micro_batch=micro_batch, overwrite=True, warmup=0, lr=1.0,
+              **one.get(stage, {"epochs": 0.4}))
+        (row,) = log(tmp_path / "run")
+        runs.append((row["loss"], weights(tmp_path / "run")))
+    start = weights(inputs[stage]["init"]) if "init" in inputs[stage] else {}
+    (loss, all_at_once), *others = runs
+    moved = [(w - start.get(name, torch.zeros(()))).abs().max() for name, w in all_at_once.items()]
+    assert max(moved) > 1e-3
+    for other_loss, w in others:
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        for name in w:
+            torch.testing.assert_close(w[name], all_at_once[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_compiles_nothing_after_its_first_steps(inputs, short, monkeypatch):
+    """R4.8: all six steps, held-out losses and the ragged micro-batch included."""
+    import torch._dynamo.utils as dynamo
+    graphs, real = [], pretrain.clip_and_step
+
+    def clip_and_step(*args):
+        graphs.append(dynamo.counters["stats"]["unique_graphs"])
+        return real(*args)
+    monkeypatch.setattr(pretrain, "clip_and_step", clip_and_step)
+    dynamo.counters.clear()
+    try:
+        short("pretrain", compile=True, attention="fused")
+    finally:
+        pretrain.kernels.use()
+    assert len(graphs) == 6 and 0 < graphs[1] == dynamo.counters["stats"]["unique_graphs"]
+
+
+# ---------------------------------------------------------------------------------------------
+# what the source must not hold
+
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("recipes/*.py")])
+
+
+def test_no_source_unpickles_or_runs_code_of_a_model():
+    """Every torch.load says weights_only=True; nothing else that would run what it reads."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("weights_only") == "True", (path, node.lineno)
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
+                assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"}, path
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", (path, node.value.lineno)
+
+
+def test_nothing_needs_what_macos_and_windows_lack(tmp_path):
+    """Every module can be imported without fork, SIGALRM, SIGKILL, resource and fcntl, and a file
+    with programs to check is refused in one line where they cannot run."""
+    names = [p.stem for p in ROOT.glob("*.py")]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "p", "domain": "code", "check": {
+        "kind": "code", "language": "python", "tests": "assert 1"}}))
+    program = (
+        "import os, sys, signal, torch, torch._dynamo\n"
+        "for name in ('resource', 'fcntl'): sys.modules[name] = None\n"
+        "for name in ('fork', 'killpg', 'setsid', 'waitid'): delattr(os, name)\n"
+        "del signal.SIGALRM, signal.SIGKILL, signal.alarm, signal.setitimer\n"
+        f"for name in {names}: __import__(name)\n"
+        "import types, sandbox, tasks, common\n"
+        "sandbox.os = types.SimpleNamespace(name='nt')\n"
+        "assert not common.peak_rss_mb() > 0\n"
+        "try: tasks.load(sys.argv[1])\n"
+        "except common.InputError as error: print(error)\n")
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "q.jsonl"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("a check in python: needs POSIX (Linux, macOS, WSL)")

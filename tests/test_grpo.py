@@ -1,5 +1,6 @@
-"""grpo.py: advantages and losses by hand, invariances, the KL's true gradient on an enumerable
-policy, a bandit that must be learned, pre-flight refusals, resume. R numbers: USERS.md."""
+"""grpo.py: advantages and losses by hand and against TRL's, invariances, the KL's true gradient on
+an enumerable policy, a bandit that must be learned, pre-flight refusals, resume. R numbers:
+USERS.md."""
 import json
 import math
 
@@ -10,7 +11,8 @@ from helpers import (
     tiny_model)
 
 import grpo
-from grpo import group_advantages, grpo_loss, query_order, shaped_reward
+from grpo import (
+    group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
 from sample import Rollout, completion_logprobs, generate, prompt_ids, rollout
 
 AGGREGATES = ["seq_mean", "token_mean", "constant"]
@@ -66,6 +68,14 @@ def test_shaped_reward():
     assert shaped_reward(torch.tensor([1.0, 0.0])).tolist() == [1, 0]
 
 
+def test_overlong_punishment():
+    """DAPO eq. 13, halved: nothing up to 80 of 100 tokens, then in a straight line to -1/2; so the
+    longest right answer, 1/2, is still worth more than the shortest wrong one, 0 (R12.8)."""
+    lengths = torch.tensor([[1, 80, 85], [90, 99, 100]])
+    assert overlong_punishment(lengths, 100).flatten().tolist() == pytest.approx(
+        [0, 0, -0.125, -0.25, -0.475, -0.5])
+
+
 def test_query_order():
     """Population variance over each row, highest first, ties in their order (report 4.3)."""
     scores = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])
@@ -86,8 +96,8 @@ def case(seed=0, lengths=(3, 5, 1, 4)):
     return logprobs, old, ref, torch.randn(B, generator=g), mask
 
 
-def by_hand(logprobs, old, ref, advantages, mask, eps, kl, aggregate):
-    """DeepSeekMath eq. 3 in plain Python floats, token by token."""
+def by_hand(logprobs, old, ref, advantages, mask, eps, high, kl, kl_ratio, aggregate):
+    """DeepSeekMath eq. 3, DAPO eq. 8 to 10 in plain Python floats, token by token."""
     rows, tokens, clipped = [], 0, 0
     for i in range(len(mask)):
         row = []
@@ -96,11 +106,11 @@ def by_hand(logprobs, old, ref, advantages, mask, eps, kl, aggregate):
                 continue
             ratio = math.exp(logprobs[i, t].item() - old[i, t].item())
             a = advantages[i].item()
-            value = min(ratio * a, max(min(ratio, 1 + eps), 1 - eps) * a)
-            clipped += abs(ratio - 1) > eps
+            value = min(ratio * a, max(min(ratio, 1 + high), 1 - eps) * a)
+            clipped += ratio > 1 + high or ratio < 1 - eps
             if ref is not None:
                 x = ref[i, t].item() - logprobs[i, t].item()
-                value -= kl * ratio * (math.exp(x) - x - 1)
+                value -= kl * (ratio if kl_ratio else 1) * (math.exp(x) - x - 1)
             row.append(-value)
             tokens += 1
         rows.append(row)
@@ -110,16 +120,87 @@ def by_hand(logprobs, old, ref, advantages, mask, eps, kl, aggregate):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_loss_equals_the_formula(aggregate, kl):
+@pytest.mark.parametrize("kl,kl_ratio", [(0.0, True), (0.3, True), (0.3, False)])
+@pytest.mark.parametrize("high", [0.0, 0.5])
+def test_loss_equals_the_formula(aggregate, kl, kl_ratio, high):
     """R12.4: each aggregation against the sums written out; the clip and the KL are active."""
     logprobs, old, ref, advantages, mask = case()
     loss, logs = grpo_loss(logprobs, old, ref if kl else None, advantages, mask, clip_eps=0.2,
-                           kl=kl, aggregate=aggregate)
-    want, clipped = by_hand(logprobs, old, ref if kl else None, advantages, mask, 0.2, kl,
-                            aggregate)
+                           clip_high=high, kl=kl, kl_ratio=kl_ratio, aggregate=aggregate)
+    want, clipped = by_hand(logprobs, old, ref if kl else None, advantages, mask, 0.2, high or 0.2,
+                            kl, kl_ratio, aggregate)
     assert loss.item() == pytest.approx(want, abs=1e-5)
     assert logs["clipped"] == clipped and 0 < clipped < mask.sum()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("loss_type,aggregate", [
+    ("grpo", "seq_mean"), ("dr_grpo", "constant"), ("dapo", "token_mean"), ("bnpo", "token_mean")])
+@pytest.mark.parametrize("kl_ratio", [True, False])
+def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio, tmp_path,
+                                                 tokenizer, compare):
+    """TRL's GRPOTrainer on random completions and rewards, off-policy, with KL and clip-higher. Its
+    std is Bessel's, with 1e-4 added, ours the paper's with 1e-6; bnpo divides by the tokens of one
+    micro-batch and dapo by the step's, which are the same here."""
+    trl = pytest.importorskip("trl", reason="make test-parity installs it")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    vocab, G, longest = tokenizer.padded_vocab_size(128), 4, 9
+    ours = [tiny_model(seed, 1.5, vocab_size=vocab) for seed in (0, 1)]  # policy, reference
+    for i, model in enumerate(ours):
+        model.save_pretrained(tmp_path / str(i))
+    tokenizer.save_pretrained(tmp_path / "0")
+    theirs, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / str(i),
+                                                              dtype=torch.float32) for i in (0, 1))
+    scale = "none" if loss_type == "dr_grpo" else "group"
+    trainer = trl.GRPOTrainer(
+        theirs, lambda **kwargs: rewards, trl.GRPOConfig(
+            str(tmp_path / "trl"), loss_type=loss_type, beta=0.3, use_bias_correction_kl=kl_ratio,
+            epsilon=0.2, epsilon_high=0.28, scale_rewards=scale, num_generations=G,
+            max_completion_length=longest, temperature=0.7,
+            per_device_train_batch_size=2 * G, gradient_accumulation_steps=1, use_cpu=True,
+            bf16=False, gradient_checkpointing=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"prompt": "p"}]),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "0"))
+    trainer.ref_model.load_state_dict(reference.state_dict())
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        return torch.randint(5, tokenizer.n_vocab, (n,), generator=generator).tolist()
+    for _ in range(5):
+        sizes = torch.randint(1, longest, (2 * G,), generator=generator).tolist()
+        prompts = [prompt for prompt in (draw(3), draw(6)) for _ in range(G)]
+        answers = [draw(n) for n in sizes]
+        rewards = torch.rand(2 * G, generator=generator).tolist()
+        sampled = prompts, answers, None, ["c"] * 2 * G, None, {}, None, None
+        trainer._generate = lambda prompts, sampled=sampled: sampled
+        batch = trainer._generate_and_score_completions([{"prompt": "p"}] * 2 * G)
+        table = torch.tensor(rewards).view(2, G)
+        advantages = group_advantages(table, scale)
+        if scale == "group":
+            advantages *= (table.std(1, unbiased=False) + 1e-6)[:, None]
+            advantages /= (table.std(1) + 1e-4)[:, None]
+        compare("GRPO advantages, TRL", advantages.flatten(), batch["advantages"], 1e-5)
+
+        logprobs, mask = completion_logprobs(ours[0], prompts, answers, 0.7)
+        ref = completion_logprobs(ours[1], prompts, answers, 0.7)[0].detach()
+        old = logprobs.detach() + 0.5 * torch.randn(mask.shape, generator=generator)
+        batch["old_per_token_logps"] = old
+        want = trainer.compute_loss(trainer.model, batch)
+        want.backward()
+        loss, logs = grpo_loss(
+            logprobs, old, ref, advantages.flatten(), mask, clip_eps=0.2, clip_high=0.28, kl=0.3,
+            kl_ratio=kl_ratio, aggregate=aggregate,
+            count=2 * G * longest if aggregate == "constant" else None)
+        loss.backward()
+        assert logs["clipped"] > 0
+        compare(f"GRPO loss, TRL {loss_type}", loss, want, 1e-5)
+        for name, p in ours[0].named_parameters():
+            other = theirs.get_parameter(name)
+            compare(f"GRPO gradients, TRL {loss_type}", p.grad, other.grad, 1e-5)
+            p.grad = other.grad = None
 
 
 def test_clip_by_hand():
@@ -183,7 +264,7 @@ def test_k3(log_ratio, value):
 
 def test_kl_gradient_is_the_true_one():
     """R12.6: in expectation over every action of a small policy, the loss's gradient is that of
-    KL(pi || pi_ref) exactly; k3 without the ratio is far off."""
+    KL(pi || pi_ref) exactly; without the ratio, k3's is that of KL(pi_ref || pi), far off."""
     g = torch.Generator().manual_seed(0)
     theta = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0)
@@ -191,17 +272,18 @@ def test_kl_gradient_is_the_true_one():
     (true,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), theta, retain_graph=True)
     p = logp.detach().exp()
     # One response of one token for each action; its advantage is 0; weighed by its probability.
-    estimate = torch.zeros(6, dtype=torch.float64)
+    estimate, naive = torch.zeros(2, 6, dtype=torch.float64)
     for action in range(6):
         x = logp[action].view(1, 1)
-        loss, _ = grpo_loss(x, x.detach(), ref[action].view(1, 1),
-                            torch.zeros(1, dtype=torch.float64),
-                            torch.ones(1, 1, dtype=torch.bool), kl=1.0)
-        estimate += p[action] * torch.autograd.grad(loss, theta, retain_graph=True)[0]
+        for total, kl_ratio in ((estimate, True), (naive, False)):
+            loss, _ = grpo_loss(x, x.detach(), ref[action].view(1, 1),
+                                torch.zeros(1, dtype=torch.float64),
+                                torch.ones(1, 1, dtype=torch.bool), kl=1.0, kl_ratio=kl_ratio)
+            total += p[action] * torch.autograd.grad(loss, theta, retain_graph=True)[0]
     torch.testing.assert_close(estimate, true, rtol=1e-9, atol=1e-12)
-    log_ratio = ref - logp
-    (naive,) = torch.autograd.grad((p * (log_ratio.exp() - log_ratio - 1)).sum(), theta)
     assert (naive - true).norm() > 0.1 * true.norm()
+    (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), theta)
+    torch.testing.assert_close(naive, reverse, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -283,9 +365,10 @@ def test_stage_learns_a_word(policy, tmp_path, values):
     each step logs what a reader needs; loss 0 at ratio 1 is normal, a gap is not."""
     run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, group=16, **values)
     rows = log(tmp_path / "run")
-    assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.95
-    assert {"reward", "pass", "dead", "cut", "length", "entropy", "kl", "clipped", "gap",
-            "grad_norm"} <= rows[0].keys()
+    assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.9
+    assert {"reward", "pass", "score", "dead", "used", "cut", "length", "entropy", "kl", "clipped",
+            "gap", "grad_norm"} <= rows[0].keys()
+    assert [len(row["completions"]) for row in rows] == [2] * 16  # of the 2 queries' groups
     for row in rows:
         assert 0 <= row["dead"] <= 1 and 0 <= row["clipped"] <= 1
         if values.get("inner_steps", 1) == 1:
@@ -298,13 +381,16 @@ def test_stage_learns_a_word(policy, tmp_path, values):
     assert {"prompt", "response", "score"} <= json.loads(samples[0]).keys()
 
 
-def test_resume_is_bit_exact(policy, tmp_path, monkeypatch):
-    """R4.4: 6 steps == Ctrl-C in the fourth, then --resume, with the KL's reference."""
-    run(policy, tmp_path, "whole", kl=0.01)
+@pytest.mark.parametrize("values", [{"kl": 0.01}, {"resample": 2, "order": "random"}],
+                         ids=["kl", "resample"])
+def test_resume_is_bit_exact(policy, tmp_path, monkeypatch, values):
+    """R4.4: 6 steps == Ctrl-C in the fourth, then --resume: with the KL's reference, and with
+    dynamic sampling in the middle of the queries."""
+    run(policy, tmp_path, "whole", **values)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, grpo, 4)
-        run(policy, tmp_path, "halves", kl=0.01)
-    run(policy, tmp_path, "halves", kl=0.01, resume=True)
+        run(policy, tmp_path, "halves", **values)
+    run(policy, tmp_path, "halves", **values, resume=True)
     assert log(tmp_path / "halves") == log(tmp_path / "whole")
     assert same_weights(tmp_path / "halves", tmp_path / "whole")
 
@@ -324,6 +410,51 @@ def test_dead_share_counts_groups_also_with_kl(policy, tmp_path, monkeypatch):
     for kl in (0.0, 0.1):
         run(policy, tmp_path, f"kl{kl}", steps=1, kl=kl)
         assert log(tmp_path / f"kl{kl}")[0]["dead"] == 0.5
+
+
+def test_cut_responses_have_no_gradient_when_masked(policy, tmp_path, monkeypatch):
+    """--overlong mask: the trainer never reads a cut response, and the tokens of token_mean do not
+    count it; otherwise it is a wrong answer like any other; with soft, worth less than one."""
+    read, real = [], grpo.completion_logprobs
+    monkeypatch.setattr(grpo, "completion_logprobs",
+                        lambda model, prompts, ids, *rest: read.extend(ids) or real(
+                            model, prompts, ids, *rest))
+    counts, real_loss = [], grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *args, **kw: counts.append(kw["count"])
+                        or real_loss(*args, **kw))
+
+    def half_cut(model, tokenizer, queries, *rest):
+        return [[Rollout(q, [5], [6, 7 + i], [-1.0] * 2, i % 2 == 0, "x", float(i == 0))
+                 for i in range(8)] for q in queries]
+    monkeypatch.setattr(grpo, "rollout", half_cut)
+    for overlong, ends, tokens in (("mask", {7, 9, 11, 13}, 16), ("wrong", set(range(7, 15)), 32)):
+        read.clear()
+        run(policy, tmp_path, overlong, steps=1, overlong=overlong, aggregate="token_mean")
+        assert {ids[-1] for ids in read} == ends and counts[-1] == tokens
+    run(policy, tmp_path, "soft", steps=1, overlong="soft", max_new_tokens=2)
+    assert log(tmp_path / "soft")[0]["reward"] == pytest.approx(1 / 8 - 0.5)
+
+
+def test_dead_groups_are_resampled(monkeypatch):
+    """DAPO: of up to 1 + resample batches of its own, a step takes the first batch_queries mixed
+    groups in their order, then dead ones; it stops sampling when it has enough."""
+    mixed, seeds = set("bcfh"), []
+
+    def rollout(model, tokenizer, queries, n, length, temperature, seed):
+        seeds.append(seed)
+        return [[Rollout(q, [1], [2], [-1.0], True, "x", float(q["prompt"] in mixed and i == 0))
+                 for i in range(n)] for q in queries]
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    queries = [{"prompt": p} for p in "abcdefghijkl"]
+    for resample, step, want, share, sampled in (
+            (0, 0, "ab", 1, 1), (0, 1, "cd", 1, 1), (1, 0, "bc", 2 / 4, 2), (1, 1, "fh", 2 / 4, 2),
+            (2, 1, "gh", 2 / 6, 3), (2, 2, "bc", 2 / 4, 2), (1, 2, "ij", 2 / 4, 2)):
+        seeds.clear()
+        args = stage_args(grpo, group=4, batch_queries=2, resample=resample)
+        groups, used = sample_groups(None, None, queries, args, step)
+        assert "".join(group[0].query["prompt"] for group in groups) == want
+        assert used == share and len(set(seeds)) == len(seeds) == sampled
+    assert len({group[0].query["prompt"] for group in groups}) == 2
 
 
 def fake_rollout(scores, finished=True):
@@ -356,8 +487,31 @@ def test_preflight_orders_by_variance(monkeypatch):
         assert "".join(query["prompt"] for query in ordered) == want
 
 
+def test_random_order(monkeypatch):
+    """The baseline of the variance order: every query once, the same whatever the scores; the
+    pre-flight samples two batches of it."""
+    asked, queries = [], [{"prompt": i, "domain": "d"} for i in range(40)]
+    for score in (0.0, 1.0):
+        def rollout(model, tokenizer, queries, n, *rest, score=score):
+            asked.append([q["prompt"] for q in queries])
+            return fake_rollout([[score, 1 - score] * 2] * len(queries))(None, None, queries, n)
+        monkeypatch.setattr(grpo, "rollout", rollout)
+        args = stage_args(grpo, group=4, order="random", batch_queries=3)
+        order = [q["prompt"] for q in grpo.order_queries(None, None, None, queries, args)]
+        assert order[:6] == asked[-1] and sorted(order) == list(range(40)) != order
+    assert asked[0] == asked[1]
+
+
+def test_a_length_punishment_may_not_outrank_correctness(micro_run, tmp_path):
+    """R12.8: with a reward model right answers are worth (0, 1), and -1/2 could make one lose."""
+    refuses(lambda: grpo.main(stage_args(grpo, init=str(micro_run), out=str(tmp_path / "run"),
+                                         overlong="soft", reward_model=str(micro_run))),
+            "--overlong soft", "--reward_model")
+
+
 @pytest.mark.parametrize("flag,value", [
     ("group", 1), ("aggregate", "mean"), ("normalise", "batch"), ("steps", 0), ("temperature", 0.0),
+    ("order", "easy"), ("overlong", "drop"), ("resample", -1),
     ("batch_queries", 0), ("micro_batch", 0), ("save_every", 0)])
 def test_impossible_settings_are_refused(micro_run, tmp_path, flag, value):
     """R12.2, R12.3: one line with the flag, and nothing is written."""

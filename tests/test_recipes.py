@@ -1,10 +1,14 @@
 """recipes/: the long-context experiment, its measurements by hand and its whole path on a model
-without skill. The flags in the Markdown recipes are checked by test_docs.py."""
+without skill; the scripts of post-training on a model that learns to guess. The flags in the
+Markdown recipes are checked by test_docs.py."""
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError
-from helpers import tiny_model
+from helpers import tiny_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("long_context", ROOT / "recipes" / "long_context.py")
@@ -82,3 +86,41 @@ def test_the_whole_recipe(micro_run, tmp_path):
     assert dca["loss"][:2] == pytest.approx(trained["loss"][:2], abs=1e-4)  # unchanged up to 512
     assert dca["loss"][3] != trained["loss"][3]
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
+def test_post_training_of_a_published_model(micro_run, tmp_path):
+    """real_135m.sh through its wrapper, every stage at lengths of seconds: demonstrations say 3 or
+    5 to the same question, RL's queries pay for one of them. Again, and nothing is left to do;
+    an interrupted stage goes on. The equations are solved as written."""
+    gsm8k = write_rows(tmp_path / "gsm8k.jsonl", [
+        {"question": "Pick one. Which?", "answer": f"It is <<1+{n - 1}={n}>>{n}\n#### {n}"}
+        for n in (3, 5) * 400])
+    svamp = write_rows(tmp_path / "svamp.jsonl", [
+        {"ID": f"chal-{i}", "Body": "Pick one", "Question": "Which?", "Answer": 3.0,
+         "Equation": "( ( 8.0 / 2.0 ) - 1.0 )"} for i in range(1, 65)])
+    sizes = {"EPOCHS": 6, "N_RL": 16, "STEPS": 14, "BATCH": 2, "N_TEST": 32, "LR": 30}
+    env = os.environ | {k: str(v) for k, v in sizes.items()} | {
+        "PYTHON": sys.executable, "DTYPE": "float32"}
+    command = ["bash", str(ROOT / "recipes" / "qwen2.5_0.5b.sh"), str(micro_run), gsm8k, svamp,
+               str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "out"
+    names = ("pretrain", "sft", "dpo", "grpo")
+    metrics = [json.loads((out / name / "eval.json").read_text())["metrics"] for name in names]
+    assert [m["greedy"]["total"]["n"] for m in metrics] == [32] * 4
+    base, sft, _, best = (m["pass@1"]["total"]["mean"] for m in metrics)
+    assert base < sft < best
+    chats = (out / "sft.jsonl").read_text().splitlines()
+    assert sum("8/2=4\\n4-1=3\\n#### 3" in line for line in chats) == 16 and len(chats) == 146
+    assert "| dpo | grpo |" in (out / "report.md").read_text()
+    times = (out / "times.txt").read_text()
+    assert len(re.findall(r"^\d[\d.]* s, .* of CPU: ", times, re.M)) == 8
+
+    record = json.loads((out / "grpo" / "run.json").read_text())
+    (out / "grpo" / "run.json").write_text(json.dumps(record | {"finished": False}))
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed" in again.stdout and "== reward" not in again.stdout

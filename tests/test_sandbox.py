@@ -122,10 +122,8 @@ def test_good_and_wrong(isolation):
 
 def test_static_check():
     for code in ("def f(x:", "x = '", "\0", "x = '\ud800'", "1" + "+1" * 100_000, "", " \n"):
-        assert sandbox.check(code) and "\n" not in sandbox.check(code)
         r = sandbox.run(code, tests="assert True")
         assert not r.passed and r.stage in ("static", "run") and r.reason and "\n" not in r.reason
-    assert sandbox.check(GOOD) == sandbox.check("import os; os._exit(1)") == ""
     assert sandbox.run("f(", tests=TESTS).stage == "static"
     broken = sandbox.run(GOOD, tests="assert (")
     assert not broken.passed and "tests" in broken.reason
@@ -280,7 +278,7 @@ def test_grandchildren_are_killed(child, n, end, isolation, folder):
 @needs_proc
 def test_setsid_does_not_escape_namespaces(folder):
     """R9.1: a daemon that left the session dies too, whether or not the program itself left."""
-    if not sandbox.isolation():
+    if "pids" not in sandbox.run("pass").isolation:
         pytest.skip("no user namespaces here; documented as not stopped")
     daemon = FORK.format(n=3, child="os.setsid(); time.sleep(99)")
     assert sandbox.run(GOOD + daemon, tests=TESTS).passed
@@ -352,9 +350,9 @@ def test_refused_elsewhere(monkeypatch):
     """R9.2: no POSIX module is needed to import; running is refused with the reason."""
     program = ("import os, sys, signal\nfor n in ('resource', 'fcntl'):\n"
                "    sys.modules[n] = None\nfor n in ('fork', 'killpg', 'setsid'): delattr(os, n)\n"
-               "del signal.SIGKILL, signal.SIGALRM\nimport sandbox\nprint(sandbox.check('f('))")
+               "del signal.SIGKILL, signal.SIGALRM\nimport sandbox\nprint(sandbox.languages())")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "SyntaxError" in done.stdout, done.stderr
+    assert done.returncode == 0 and "python" in done.stdout, done.stderr
     with pytest.raises(RuntimeError, match="cobol"):
         sandbox.run(GOOD, language="cobol")
     monkeypatch.setattr(sandbox, "os", types.SimpleNamespace(name="nt"))
@@ -658,7 +656,6 @@ def test_language(language, folder):
     assert not r.passed and r.stage == "tests" and r.reason, r
     r = sandbox.run(code + "\n)(", language, tests, timeout=20.0)
     assert not r.passed and r.stage == "static" and r.reason, r
-    assert sandbox.check(code + "\n)(", language)
     assert_nothing_left(folder)
 
 

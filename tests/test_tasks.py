@@ -4,9 +4,10 @@ import datetime
 import itertools
 import random
 import re
+import zlib
 
 import pytest
-from helpers import refuses
+from helpers import refuses, write_rows
 
 import tasks
 from tasks import DOMAINS, SPLITS, builtin, distinct, extract_code, follows, score, score_many
@@ -84,6 +85,36 @@ def test_load():
     """A split by its name, n of it; anything else is a file, or one line."""
     assert tasks.load("val", 4, 1) == builtin("val", 4, 1)
     refuses(lambda: tasks.load("no_such_split"), "no_such_split")
+    refuses(lambda: tasks.load("ifeval:no_such_split"), "no_such_split")
+
+
+def test_ifeval_prompts_of_a_split():
+    """n different ones, of that split by their hash, the same for a seed; with all 25 kinds."""
+    rows = tasks.load("ifeval:rl", 300, 1)
+    assert rows == tasks.load("ifeval:rl", 300, 1) != tasks.load("ifeval:rl", 300, 2)
+    assert len({row["prompt"] for row in rows}) == 300
+    assert {tasks.split_of(row["prompt"]) for row in rows} == {"rl"}
+    assert len({kind for row in rows for kind in row["check"]["instruction_id_list"]}) == 25
+    assert score(rows[0], rows[0]["prompt"]) == 0  # the echo
+
+
+def test_the_two_instruction_checks():
+    """ours wants whole words, IFEval's is content with parts of them."""
+    check = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["sea"]}]}
+    for kind, worth in (("rules", 0), ("ifeval", 1)):
+        assert score({"prompt": "p", "check": {"kind": kind, **check}}, "The seas.") == worth
+
+
+# The demo's published numbers come from these: a change of any draw changes all of them.
+DIGESTS = {"sft": 1224144311, "rl": 118989601, "test": 2403577686}
+
+
+@pytest.mark.parametrize("split", DIGESTS)
+def test_queries_and_demonstrations_stay_what_they_were(split):
+    """Prompts, answers and tests of 400 queries, seed 0, as of commit e5a22e4."""
+    rows = [(query["prompt"], query["check"].get("tests", ""), query["check"].get("answer", ""),
+             query["check"].get("kwargs", ""), text) for query, text in distinct(split, 400, 0)]
+    assert zlib.crc32(repr(rows).encode()) == DIGESTS[split]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -288,11 +319,34 @@ def test_score_many_equals_score():
 
 
 def test_a_program_runs_once(monkeypatch):
-    """Within a call and in later ones; other tests of the same program are another run."""
+    """Within a call and, while it is kept, in later ones; with other tests it is another run."""
     query = next(tasks.items("val", "code", 9))[0]
     other = {**query, "check": {**query["check"], "tests": "assert False"}}
     ran, run_many = [], tasks.sandbox.run_many
     monkeypatch.setattr(tasks.sandbox, "run_many", lambda jobs: ran.extend(jobs) or run_many(jobs))
     text = "unheard_of = 1"
+    monkeypatch.setattr(tasks, "VERDICTS", {})
+    monkeypatch.setattr(tasks, "MAX_VERDICTS", 1)
     assert score_many([query, query], [text, text]) == [0.0, 0.0] and len(ran) == 1
     assert score_many([query, other], [text, text]) == [0.0, 0.0] and len(ran) == 2
+    assert len(tasks.VERDICTS) == 1  # the latest: a long run must not keep all its programs
+    assert score(other, text) == 0.0 and len(ran) == 2
+    assert score(query, text) == 0.0 and len(ran) == 3
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    """A row needs a prompt only and reaches the function whole; a file of queries can name no
+    function."""
+    path, mine = tmp_path / "q.jsonl", tmp_path / "my_reward.py"
+    mine.write_text("def score(query, response):\n"
+                    "    return len(response) / query['longest']\n")
+    write_rows(path, [{"prompt": "Say it.", "longest": 8}])
+    (query,) = tasks.load(str(path), reward=f"{mine}:score")
+    assert query["domain"] == "own" and tasks.score(query, "four") == 0.5
+    refuses(lambda: tasks.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1")
+    (built_in,) = tasks.load("rl", 1, reward=f"{mine}:score")
+    assert built_in["prompt"] == tasks.builtin("rl", 1)[0]["prompt"]
+    refuses(lambda: tasks.load(str(path), reward=f"{mine}:missing"), "no function missing")
+    refuses(lambda: tasks.load(str(path), reward="nowhere.py:score"), "--reward", "nowhere.py")
+    write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
+    refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "check.kind")

@@ -421,6 +421,12 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "300 tokens" in run(*train, "--overwrite")
     out = run("show", tmp_path / "t", "--text", "世 é<|im_end|>")
     assert "e4" in out and "part of a character" in out and "    280  <|im_end|>" in out
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [
+        {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}), "utf-8")
+    lines = run("show", tmp_path / "t", "--chat", tmp_path / "c.jsonl").splitlines()
+    assert "1/2" in lines[0]  # two targets: the answer and its end (R8.2)
+    assert [(line[9:34].strip(), line[34:]) for line in lines[1:] if line[34:]] == [
+        ("'\\n'", "'2'"), ("'2'", "'<|im_end|>'")]
     out = run()
     assert "2048 tokens" in out and "Garbled?" in out
 

@@ -1,0 +1,109 @@
+"""A reward model for a real language model, from public preference data, beside Qwen2.5-Math-RM's
+own scores. Three kinds of files are read:
+
+  - {"conversations": [{"from", "value"}, …], "chosen": {"from", "value"}, "rejected": …}
+  - {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": …}, which share all but the last turn
+  - eight solutions of Qwen2.5-Math a problem, scored by Qwen2.5-Math-RM:
+    {"idx", "question", "response", "is_correct", "rm_score"}
+
+    python recipes/preferences.py --files a.jsonl,b.jsonl --out runs/pref
+    python reward.py --init DIR --pairs runs/pref/train.jsonl --held_out runs/pref/held_out.jsonl \\
+        --queries none --max_len 256 --batch_size 16 --micro_batch 4 --lr 2e-5 --out runs/pref/rm
+    python recipes/preferences.py --model runs/pref/rm --solutions qwen_math_rm8.jsonl
+
+Not measured yet (LOG.md, 2026-11-24).
+"""
+import os
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, read_jsonl, require, setup, write_jsonl  # noqa: E402
+from reward import RewardModel  # noqa: E402
+
+ROLES = {"system": "system", "human": "user", "Human": "user", "gpt": "assistant",
+         "Assistant": "assistant"}
+
+
+@dataclass
+class Args:
+    files: str = ""                  # preference files, joined by commas: convert them
+    out: str = "runs/pref"           # where train.jsonl and held_out.jsonl go
+    held_out: int = 8                # one of so many pairs is held out
+    model: str = ""                  # a reward model to compare with the scores in --solutions
+    solutions: str = ""              # scored solutions
+    seed: int = 0                    # of the split
+    device: str = "auto"             # auto, cpu, cuda[:N]
+    dtype: str = "auto"              # auto, float32, bfloat16
+
+
+def turns(text: str) -> list[dict]:
+    parts = [part.split(": ", 1) for part in text.removeprefix("\n\n").replace(
+        "\n\nAssistant:", "\0Assistant:").replace("\n\nHuman:", "\0Human:").split("\0")]
+    return [{"role": ROLES[name.strip(": ")], "content": "".join(said).strip()}
+            for name, *said in parts]
+
+
+def convert(row: dict) -> dict:
+    """-> {"prompt": messages, "chosen": str, "rejected": str}."""
+    if "conversations" in row:
+        return {"prompt": [{"role": ROLES[m["from"]], "content": m["value"]}
+                           for m in row["conversations"]],
+                "chosen": row["chosen"]["value"], "rejected": row["rejected"]["value"]}
+    # Where the last answers begin alike, the common prefix ends inside them: go back to the turn.
+    common = os.path.commonprefix([row["chosen"], row["rejected"]])
+    at = common.rindex("\n\nAssistant:")
+    return {"prompt": turns(row["chosen"][:at]), "chosen": turns(row["chosen"][at:])[0]["content"],
+            "rejected": turns(row["rejected"][at:])[0]["content"]}
+
+
+def against_qwen(model: RewardModel, rows: list[dict]) -> dict[str, float]:
+    """Over the problems with right and wrong solutions: how often a right one scores above a wrong
+    one, how often the best-scored is right, and the correlation with Qwen's scores inside a
+    problem; the first two also for Qwen's own scores and for the length."""
+    problems = {}
+    for row in rows:
+        problems.setdefault(row["idx"], []).append(row)
+    mixed = [p for p in problems.values() if len({r["is_correct"] for r in p}) == 2]
+    flat = [r for p in mixed for r in p]
+    ours = iter(model.score([r["question"] for r in flat], [r["response"] for r in flat], 8))
+    out, inside = {"problems": len(mixed)}, []
+    for row in flat:
+        row |= {"ours": next(ours), "longer": float(len(row["response"])), "Qwen": row["rm_score"]}
+    for p in mixed:
+        pair = torch.tensor([[r["ours"] for r in p], [r["rm_score"] for r in p]])
+        inside.append(torch.corrcoef(pair)[0, 1].item())
+    for name in ("ours", "Qwen", "longer"):
+        wins = [good[name] > bad[name] for p in mixed for good in p for bad in p
+                if good["is_correct"] > bad["is_correct"]]
+        best = [sorted((r[name], r["is_correct"]) for r in p)[-1][1] for p in mixed]
+        out[f"right above wrong, {name}"] = sum(wins) / len(wins)
+        out[f"best of 8, {name}"] = sum(best) / len(best)
+    out["random"] = sum(r["is_correct"] for r in flat) / len(flat)
+    return out | {"correlation with Qwen": sum(inside) / len(inside)}
+
+
+def main(args: Args) -> None:
+    if args.model:
+        device, autocast = setup(args)
+        rows = [row for _, row in read_jsonl(args.solutions)]
+        with autocast:
+            found = against_qwen(RewardModel.from_pretrained(args.model, device=device), rows)
+        print("\n".join(f"{name}: {value:.3f}" for name, value in found.items()))
+        return
+    require(bool(args.files), "nothing to do: give --files or --model and --solutions")
+    pairs = [convert(row) for path in args.files.split(",") for _, row in read_jsonl(path)]
+    random.Random(args.seed).shuffle(pairs)
+    for name, some in (("train", [p for i, p in enumerate(pairs) if i % args.held_out]),
+                       ("held_out", pairs[::args.held_out])):
+        write_jsonl(Path(args.out) / f"{name}.jsonl", some)
+        print(f"{args.out}/{name}.jsonl: {len(some)} pairs")
+
+
+if __name__ == "__main__":
+    cli(main, Args)

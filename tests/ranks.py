@@ -1,0 +1,102 @@
+"""A small torchrun for test_distributed.py:
+
+    python tests/ranks.py n job.json
+
+loads torch once, forks into n processes and prints their exit codes. The job is either
+{"command": [script, words of it]} or {"runs": [{"stage", "args", "stop", "nan"}, ...]}: each of
+these ends as if killed when the state of step "stop" is saved (0: never); in the steps of "nan" the
+MLP of layer 1 fails, in the last process only."""
+import importlib
+import json
+import math
+import os
+import runpy
+import socket
+import sys
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
+    """One stage. Samples are drawn a query at a time from a generator of its own, so that they do
+    not depend on the process."""
+    import common
+    import distributed
+    import sample
+    import tasks
+    stage = importlib.import_module(stage)
+    generate, builtin = sample.generate, tasks.builtin
+    begin, log, save_state = common.Run.begin, common.Run.log, common.Run.save_state
+    last, clock = distributed.RANK == distributed.WORLD - 1, [1]
+
+    def alone(model, prompts, *args, seed=0, **kwargs):
+        seeds = [seed % 1_000_000_007 + zlib.crc32(str(prompt).encode()) for prompt in prompts]
+        return [answer for prompt, seed in zip(prompts, seeds, strict=True)
+                for answer in generate(model, [prompt], *args, seed=seed, **kwargs)]
+
+    def begin_and_poison(run, model, optimizer):
+        start = begin(run, model, optimizer)
+        clock[0] = start + 1
+        model.model.layers[1].mlp.register_forward_hook(
+            lambda module, inputs, y: y * math.nan if last and clock[0] in nan
+            and y.requires_grad else None)
+        return start
+
+    def log_and_count(*args, **kwargs):
+        log(*args, **kwargs)
+        clock[0] += 1
+
+    def save_and_stop(run, step, *args):
+        save_state(run, step, *args)
+        if step == stop:
+            raise Stopped
+    new = [(sample, "generate", alone), (common.Run, "begin", begin_and_poison),
+           (common.Run, "log", log_and_count), (common.Run, "save_state", save_and_stop),
+           (tasks, "builtin", lambda split, n, seed=0: builtin(split, min(n, 3), seed))]
+    old = [(where, name, getattr(where, name)) for where, name, _ in new]
+    try:
+        for change in new:
+            setattr(*change)
+        stage.main(stage.Args(**args))
+    except Stopped:
+        pass
+    finally:
+        for change in old:
+            setattr(*change)
+
+
+def child(job: dict) -> None:
+    if "command" in job:
+        sys.argv = job["command"]
+        return runpy.run_path(sys.argv[0], run_name="__main__")
+    import distributed
+    distributed.join()
+    for one in job["runs"]:
+        run(**one)
+
+
+def main(n: int, job: dict) -> None:
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp  # noqa: F401
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for rank in range(n):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return child(job)
+        children.append(pid)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

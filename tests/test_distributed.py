@@ -1,0 +1,148 @@
+"""torchrun: a stage on several processes takes the steps that it takes on one."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from helpers import log, weights
+from test_faults import STAGES, inputs  # noqa: F401  the same runs of six steps
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(n: int, job: dict, folder: Path):
+    """tests/ranks.py: n processes -> their exit codes, and what they wrote to stderr."""
+    (folder / "job.json").write_text(json.dumps(job, default=str))
+    done = subprocess.run([sys.executable, ROOT / "tests" / "ranks.py", str(n),
+                           folder / "job.json"], capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values):  # noqa: F811
+    """Each stage on n processes, in folder/NAME. One process is this one."""
+    folder.mkdir(exist_ok=True)
+    runs = [{"stage": STAGES[name].__name__, "args": inputs[name] | {
+        "out": str(folder / name), "micro_batch": micro_batch,
+        "resume": (folder / name / "state").exists()}} | values for name in names]
+    if not values:
+        (sft,) = [one for one in runs if one["stage"] == "sft"]
+        nan, bf16 = ({"out": str(folder / name)} for name in ("nan", "bf16"))
+        runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
+                 sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}}]
+    if n > 1:
+        codes, told = start(n, {"runs": runs}, folder)
+        assert codes == [0] * n, told
+    else:
+        for one in runs:
+            ranks.run(**one)
+    return folder
+
+
+def same(a: Path, b: Path) -> None:
+    """Two finished runs: the same log, files, weights."""
+    for x, y in zip(log(a), log(b), strict=True):
+        assert x.keys() == y.keys()
+        # DPO's first step: the policy is the reference, and rounding decides which pair is right.
+        tied = {"accuracy"} if abs(x.get("margin", 1)) < 1e-6 else set()
+        for key in x.keys() - {"tokens_per_s"} - tied:
+            if x[key] != y[key]:  # texts, nulls; else numbers or lists of them
+                assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-5), (key, x, y)
+    assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
+    for file in a.iterdir():
+        if file.name not in ("run.json", "log.jsonl", "model.safetensors"):
+            assert file.read_bytes() == (b / file.name).read_bytes(), file.name
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    far = torch.cat([(y[name] - x[name]).abs().flatten() for name in x])
+    # AdamW divides by the gradient's own size: where that is rounding, so is a step.
+    assert far.max() < 1e-3 and (far > 1e-5).float().mean() < 2e-4
+
+
+@pytest.fixture(scope="module")
+def one(inputs, tmp_path_factory):  # noqa: F811
+    return run_stages(1, tmp_path_factory.mktemp("ranks") / "one", inputs, 2)
+
+
+@pytest.fixture(scope="module")
+def two(inputs, one):  # noqa: F811
+    return run_stages(2, one.parent / "two", inputs, 1)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_processes_take_the_steps_of_one(name, one, two):
+    """Losses, gradient norms, all that is logged, samples, files and weights; for the MoE too,
+    whose balance loss is that of the rows that are computed together."""
+    same(one / name, two / name)
+
+
+def test_a_fault_in_one_process_is_skipped_by_all(one, two):
+    """The step, its count and the module at fault are those of one process that meets it."""
+    same(one / "nan", two / "nan")
+    rows = log(two / "nan")
+    assert [row.get("skipped") for row in rows] == [None, 1, None, 1, 2, None]
+    assert rows[4]["first"].startswith("output of model.layers.1.mlp")
+
+
+def test_bfloat16_is_autocast_on_several_processes_too(one, two):
+    """Blocks are gathered in bfloat16, weights, gradients and sums stay in float32."""
+    for x, y in zip(log(one / "bf16"), log(two / "bf16"), strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=2e-3)
+        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=2e-2)
+    assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_four_processes_take_the_steps_of_one(inputs, one):  # noqa: F811
+    four = run_stages(4, one.parent / "four", inputs, 1)
+    for name in ("nan", *STAGES):
+        # The MoE's balance loss is over 4 x 1 rows here.
+        if name != "pretrain-moe":
+            same(one / name, four / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(1, 2, 4), (4, 1, 2), (2, 4, 1)])
+def test_a_state_is_continued_by_any_number_of_processes(numbers, inputs, tmp_path):  # noqa: F811
+    """Stopped with the state of step 2, continued by others and stopped with that of step 4. A
+    micro-batch of 4 rows is the whole step on any number, as the MoE's balance loss wants."""
+    whole, parts = run_stages(1, tmp_path / "whole", inputs, 4), tmp_path / "parts"
+    for n, stop in zip(numbers, (2, 4, 0), strict=True):
+        run_stages(n, parts, inputs, 4, stop=stop)
+    for name in STAGES:
+        same(whole / name, parts / name)
+
+
+@pytest.fixture
+def tune(inputs, tmp_path):  # noqa: F811
+    """The words of a command that runs SFT for many steps."""
+    args = inputs["sft"] | {"out": tmp_path / "run", "epochs": 9999}
+    return [ROOT / "sft.py", *(word for name, x in args.items() for word in (f"--{name}", str(x)))]
+
+
+def test_what_is_wrong_is_told_once(tune, tmp_path):
+    codes, told = start(2, {"command": [*tune, "--device", "nowhere"]}, tmp_path)
+    assert codes == [2, 2] and "Traceback" not in told and told.count("error: ") == 1, told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_in_one_line(victim, tune, tmp_path):
+    """Under torchrun, whose own report stands below it."""
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                            *tune], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not (tmp_path / "run" / "state" / "000000004" / ".metadata").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    workers = subprocess.run(["ps", "--ppid", str(job.pid), "-o", "pid="], text=True,
+                             capture_output=True).stdout.split()
+    os.kill(int(workers[victim]), signal.SIGKILL)
+    told = job.communicate(timeout=60)[1]
+    line = "stopped: another process is gone; continue with the same command and --resume\n"
+    assert job.returncode == 1 and told.count("stopped") == 1 and line in told, told
+    assert "[rank" not in told

@@ -1,0 +1,236 @@
+"""ifeval.py: each of the 25 kinds kept and broken, the public checker's verdicts, prompts of which
+one response keeps all constraints."""
+import json
+import random
+import re
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from helpers import refuses, write_rows
+
+import ifeval
+from ifeval import follows, language, loose, queries
+
+DATA = Path(__file__).parent.parent / "../shared/data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
+
+
+# ---------------------------------------------------------------------------------------------
+# verdicts
+
+CASES = [  # kind, arguments, a response that keeps it, one that does not
+    ("keywords:existence", {"keywords": ["sea", "Wind"]}, "WINDOWS by the sea", "the sea"),
+    ("keywords:forbidden_words", {"forbidden_words": ["the"]}, "A theme.", "By THE sea."),
+    ("keywords:frequency", {"keyword": "sea", "relation": "at least", "frequency": 2},
+     "Sea, sea", "the sea"),
+    ("keywords:frequency", {"keyword": "sea", "relation": "less than", "frequency": 2},
+     "the sea", "Sea, sea"),
+    ("keywords:letter_frequency", {"letter": "x", "let_relation": "at least", "let_frequency": 2},
+     "X-axis", "axis"),
+    ("punctuation:no_comma", {}, "one; two", "one, two"),
+    ("language:response_language", {"language": "de"}, "Das ist nicht die Frage.",
+     "That is not the question."),
+    ("language:response_language", {"language": "mr"}, "हे घर मोठे आहे आणि ते जुने आहे.",
+     "यह घर बड़ा है और पुराना है।"),
+    ("language:response_language", {"language": "pa"}, "ਇਹ ਘਰ ਵੱਡਾ ਹੈ।", "[]"),
+    ("change_case:english_capital", {}, "ALL 4 OF IT.", "ALL BUT oNE."),
+    ("change_case:english_capital", {}, "IT IS THE SEA", "DAS IST NICHT DIE SEE"),
+    ("change_case:english_lowercase", {}, "all 4 of it.", "all but One."),
+    ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2},
+     "The BIG U.S. sea", "The BIG sea of 1999"),
+    ("length_constraints:number_words", {"relation": "at least", "num_words": 3}, "one two-three",
+     "one two"),
+    ("length_constraints:number_words", {"relation": "less than", "num_words": 3}, "one two",
+     "one two three"),
+    ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3},
+     "Dr. A. Smith has 3.5 cats. They sleep!", "One. Two? Three"),
+    ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 3},
+     "A title\n\n1. It ends \"here.\" Then not.", "It goes on, and on. It ends."),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n\n***\n\nb", "a\n\nb"),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a ***b\n***\n", "a***\n***b"),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"}, "a\n\n\"So, b", "so\n\na"),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "so"}, "So is it.\n\nb",
+     "so\n\na\n\nb"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\np.s. more", "P.P.T."),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "P. P. S more", "P.S. more"),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b c]", "[a\n]"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "so:\n* a\n - b", "* a\n**b**"),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b c*",
+     "*a* and **"),
+    ("detectable_format:multiple_sections", {"section_spliter": "Part", "num_sections": 2},
+     "Part 1\na\nPart2\nb", "Part one, Part 2"),
+    ("detectable_format:title", {}, "<<a title>>\nb", "<<>> b <a>"),
+    ("detectable_format:json_format", {}, "```json\n{\"a\": [1]}\n```", "{a: 1}"),
+    ("detectable_format:constrained_response", {}, "So: My answer is no.", "My answer is nothing."),
+    ("combination:two_responses", {}, "a\n******\nb", "a******a"),
+    ("combination:two_responses", {}, "******\na******b", "a******b******c"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Write it."}, " WRITE it. So be it.",
+     "I write it."),
+    ("startend:end_checker", {"end_phrase": "The end."}, "\"So. the End.\"\n", "The end. Really."),
+    ("startend:quotation", {}, ' "Yes."\n', '"Yes," he said'),
+    ("startend:quotation", {}, '""', '"')]
+
+
+@pytest.mark.parametrize("kind,kw,good,bad", CASES)
+def test_both_verdicts(kind, kw, good, bad):
+    """Each kind kept and broken; blanks keep nothing, not even what forbids something."""
+    assert follows(good, kind, kw) and not follows(bad, kind, kw)
+    assert not follows(" \n", kind, kw) and not loose("", kind, kw)
+
+
+def test_all_kinds_are_there():
+    assert {kind for kind, *_ in CASES} == set(ifeval.PROMPTS) and len(ifeval.PROMPTS) == 25
+    with pytest.raises(LookupError):
+        follows("text", "no:kind", {})
+
+
+def test_loose_forgives_first_line_last_line_and_asterisks():
+    """A preamble, a closing line and marks of markdown, alone and together; strict does not."""
+    kind, kw = "length_constraints:number_words", {"relation": "less than", "num_words": 3}
+    for text in ("Sure, here it is:\none two", "one two\nI hope this helps.",
+                 "Sure, here it is:\none two\nI hope this helps."):
+        assert loose(text, kind, kw) and not follows(text, kind, kw)
+    assert not loose("a b c\nd e f\ng h i", kind, kw)
+    quoted = 'Here:\n**"So it is."**\nBye.'
+    assert loose(quoted, "startend:quotation", {}) and not loose("a\nb", "startend:quotation", {})
+
+
+@needs_data
+@pytest.mark.parametrize("name,n,differ", [
+    ("constraint_vectors", 199, {("language:response_language", "[]"),
+                                 ("language:response_language", "** **")}),
+    ("ifeval_verdicts_chatglm", 193, set())])
+def test_verdicts_of_the_public_checker(name, n, differ):
+    """All but two: a text without letters is in no language. (One verdict is on how often "!" is
+    in a text: a letter to us, to the public checker something that it replaces by chance.)"""
+    seen, got = 0, set()
+    for line in open(DATA / f"ifeval/{name}.jsonl", encoding="utf-8"):
+        row = json.loads(line)
+        if "follow" in row:
+            cases = [(row["instruction_id"], row["kwargs"], row["follow"])]
+        else:
+            cases = zip(row["instruction_id_list"], row["kwargs"], row["follow_strict"],
+                        strict=True)
+        for kind, kw, label in cases:
+            if label is not None:  # the public checker lacked a file of NLTK's
+                seen += 1
+                if follows(row["response"], kind, kw) != label and kw.get("letter") != "!":
+                    got.add((kind, row["response"]))
+    assert seen == n and got == differ
+
+
+@needs_data
+def test_languages_of_a_text_in_many():
+    """The Universal Declaration of Human Rights by paragraphs, in the languages that we know."""
+    names = {"eng": "en", "cmn_hans": "zh", "jpn": "ja", "kor": "ko", "rus": "ru", "arb": "ar",
+             "hin": "hi", "deu_1996": "de", "fra": "fr", "spa": "es", "tha": "th", "vie": "vi",
+             "ben": "bn", "tam": "ta", "swh": "sw", "ita": "it", "por_PT": "pt", "pes_1": "fa",
+             "urd": "ur"}
+    right = n = 0
+    for line in open(DATA / "text/udhr_30_langs.jsonl", encoding="utf-8"):
+        row = json.loads(line)
+        if row["lang"] in names:
+            found = [language(part) == names[row["lang"]] for part in row["text"].split("\n")
+                     if len(part) >= 60]
+            right, n = right + sum(found), n + len(found)
+    print(f"{right} of {n}")
+    assert n > 900 and right / n > 0.97
+
+
+# ---------------------------------------------------------------------------------------------
+# prompts for training
+
+FOREIGN = {
+    "de": "Das ist nicht die Frage", "fr": "Les gens ne sont pas dans la maison",
+    "es": "El perro no es como los gatos", "it": "Il gatto non è nella casa di una donna",
+    "pt": "Não é uma casa para os homens", "ru": "Это большой и старый дом",
+    "hi": "यह घर है और बड़ा है", "ar": "هذا من البيت الكبير",
+    "ko": "이것은 우리 할머니의 집입니다", "ja": "これはわたしたちのいえです",
+    "vi": "Tôi không có nhà của người", "fi": "Hän on talo ja se oli"}
+
+
+def answer(query: dict) -> str:
+    """A response that keeps all constraints of a query, put together from their arguments."""
+    check = query["check"]
+    want = dict(zip(check["instruction_id_list"], check["kwargs"], strict=True))
+    name = {kind.split(":")[1]: kw for kind, kw in want.items()}
+
+    def least(kind, relation, bound):
+        kw = name.get(kind, {})
+        return kw[bound] if kw.get(relation) == "at least" else 0
+
+    words = [*name.get("existence", {}).get("keywords", [])]
+    kw = name.get("frequency", {})
+    words += [kw.get("keyword")] * least("frequency", "relation", "frequency")
+    kw = name.get("letter_frequency", {})
+    words += [kw.get("letter")] * least("letter_frequency", "let_relation", "let_frequency")
+    words += ["A1"] * least("capital_word_frequency", "capital_relation", "capital_frequency")
+    words += ["the"] * least("number_words", "relation", "num_words")
+    text = FOREIGN[name["response_language"]["language"]] if "response_language" in name else "the"
+    text = " ".join([text, *words]) + "."
+    text += " So." * least("number_sentences", "relation", "num_sentences")
+    text += " [a]" * name.get("number_placeholders", {}).get("num_placeholders", 0)
+    text += " *a*" * name.get("number_highlighted_sections", {}).get("num_highlights", 0)
+    if "constrained_response" in name:
+        text += " My answer is no."
+    if "number_paragraphs" in name:
+        text += "\n***\nb" * (name["number_paragraphs"]["num_paragraphs"] - 1)
+    if "nth_paragraph_first_word" in name:
+        kw = name["nth_paragraph_first_word"]
+        text = "\n\n".join([f"{kw['first_word']} {text}"] * kw["num_paragraphs"])
+    if "multiple_sections" in name:
+        kw = name["multiple_sections"]
+        text = "\n".join(f"{kw['section_spliter']} {i + 1}\n{text}"
+                         for i in range(kw["num_sections"]))
+    text += "\n* a" * name.get("number_bullet_lists", {}).get("num_bullets", 0)
+    if "two_responses" in name:
+        text = f"{text}\n******\n{text} b"
+    if "title" in name:
+        text = f"<<a>>\n{text}"
+    if "repeat_prompt" in name:
+        text = f"{name['repeat_prompt']['prompt_to_repeat']}\n{text}"
+    if "postscript" in name:
+        text += f"\n{name['postscript']['postscript_marker']} b"
+    if "end_checker" in name:
+        text += f"\n{name['end_checker']['end_phrase']}"
+    if "json_format" in name:
+        text = json.dumps([text], ensure_ascii=False)
+    if "quotation" in name:
+        text = f'"{text}"'
+    return text.upper() if "english_capital" in name else \
+        text.lower() if "english_lowercase" in name else text
+
+
+def test_one_response_can_keep_all_constraints_of_a_prompt():
+    """No prompt asks for what excludes each other; each argument stands in the prompt's words."""
+    counts = dict.fromkeys(ifeval.PROMPTS, 0)
+    for query in islice(queries(random.Random(3)), 3000):
+        check, text = query["check"], answer(query)
+        for kind, kw in zip(check["instruction_id_list"], check["kwargs"], strict=True):
+            counts[kind] += 1
+            assert follows(text, kind, kw), (kind, kw, query["prompt"], text)
+            for value in kw.values():
+                for part in value if isinstance(value, list) else [value]:
+                    shown = ifeval.LANGUAGE_NAMES.get(part, str(part))
+                    assert re.search(rf"(?<!\w){re.escape(shown)}", query["prompt"]), (kw, query)
+    assert min(counts.values()) > 50, counts
+
+
+def test_agreement_is_printed(tmp_path, capsys):
+    """Two prompts, one of which breaks one of two constraints; a verdict that we do not share."""
+    quoted = {"instruction_id_list": ["startend:quotation", "punctuation:no_comma"],
+              "kwargs": [{}, {}]}
+    path = write_rows(tmp_path / "rows.jsonl", [
+        {**quoted, "response": '"a"', "follow_strict": [True, False]},
+        {**quoted, "response": '*"a"*', "follow_strict": [False, None]}])
+    ifeval.main([path])
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["startend:quotation"] == ["2", "50.0%", "100.0%", "2", "of", "2"]
+    assert lines["punctuation:no_comma"] == ["2", "100.0%", "100.0%", "0", "of", "1"]
+    assert lines["prompts"][-3:] == ["2", "50.0%", "100.0%"]
+    bad = write_rows(tmp_path / "bad.jsonl", [{"response": "a"}])
+    refuses(lambda: ifeval.main([bad]), "line 1")
+    refuses(lambda: ifeval.main([]), "files")

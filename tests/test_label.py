@@ -1,0 +1,191 @@
+"""label.py: each reason of the review, a session at a real terminal, what a crash leaves, agreement
+and kappa by hand."""
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from helpers import refuses, write_rows
+
+import label
+from label import Args, by_id, draw, judge, kappa, review, text_of
+
+PAIRS = [{"prompt": f"Is {i} even?", "chosen": f"yes, {i}", "rejected": f"no, {i}"}
+         for i in range(6)]
+
+
+# ---------------------------------------------------------------------------------------------
+# by programs
+
+class Scorer:
+    """Likes answers by their length."""
+    def score(self, prompts, responses):
+        return [float(len(text)) for text in responses]
+
+
+def test_each_reason_drops_its_pair(tokenizer):
+    """One pair for each reason, between good ones; the reasons that were not asked for drop none.
+    """
+    def pair(chosen, rejected, prompt="p"):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pairs = [pair("good one", "bad"), pair("word " * 200, "w"), pair(" ", "b"), pair("c", "c"),
+             pair("bad", "good one"), pair("good one", "bad"), pair("good one", "bad", "other p"),
+             pair("tell " * 9, "no"), pair("half \ufffd", "whole"), pair("```\nx = 1", "x = 1"),
+             pair("```\nx = 1\n```", "y = 1"), pair("c", "longer")]
+    kept, rows, dropped = review(pairs, tokenizer, 120)
+    assert kept == [pairs[i] for i in (0, 6, 7, 8, 9, 10, 11)]
+    assert dropped == {"too long": 1, "empty chosen answer": 1, "equal answers": 1,
+                       "seen before, or its opposite": 2}
+    prompt, chosen, rejected = rows[0]
+    assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == (
+        "good one<|im_end|>", "bad<|im_end|>")
+    kept, _, dropped = review(pairs, tokenizer, 120, max_ratio=4, check_format=True,
+                              scorer=Scorer(), min_margin=0.0)
+    assert kept == [pairs[i] for i in (0, 6, 10)]
+    assert {reason: dropped[reason] for reason in list(dropped)[4:]} == {
+        "one answer much longer": 1, "ill-formed chosen answer": 2, "reward model's margin": 1}
+
+
+# ---------------------------------------------------------------------------------------------
+# by people
+
+@pytest.fixture
+def session(tmp_path, monkeypatch, capsys):
+    """session(keys): a run that gets its keys from a pipe. -> what it showed, all labels."""
+    def session(typed, pairs=PAIRS, out="labels.jsonl", seed=0):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        label.main(Args(pairs=write_rows(tmp_path / "pairs.jsonl", pairs),
+                        out=str(tmp_path / out), seed=seed))
+        rows = [json.loads(line) for line in (tmp_path / out).open(encoding="utf-8")]
+        return capsys.readouterr().out, rows
+    return session
+
+
+def test_verdicts_are_of_the_pair_and_not_of_the_place():
+    """a is what A was; a criterion's small letter is A's, its capital B's; other keys are kept but
+    mean nothing; no key is no verdict."""
+    assert judge(iter("tHz a"), "rejected", "chosen") == {
+        "verdict": "rejected", "keys": "tHz a",
+        "criteria": {"truthfulness": "rejected", "helpfulness": "chosen"}}
+    assert judge(iter("cCb"), "rejected", "chosen") == {
+        "verdict": "chosen", "keys": "cCb", "criteria": {"conciseness": "chosen"}}
+    assert judge(iter("="), "chosen", "rejected")["verdict"] == "tie"
+    assert judge(iter("t"), "chosen", "rejected") == {"verdict": "quit"}
+
+
+def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):
+    """Nothing on the screen tells the label; both orders come up; a second session shows only what
+    is left; a pair judged again after `u` counts once, with its last verdict."""
+    screen, rows = session("abu=q")
+    assert "chosen" not in screen and "rejected" not in screen
+    assert [row["verdict"] == row["a"] for row in rows] == [True, False, False]
+    assert rows[1]["pair"] == rows[2]["pair"] and rows[2]["verdict"] == "tie"
+    screen, rows = session("xaaaaaaaa")
+    assert screen.startswith("2 of 6 pairs are labelled") and "0 pairs left" in screen
+    assert len({row["pair"] for row in rows}) == 6 and len(rows) == 7
+    assert rows[3]["verdict"] == "skip" and {row["a"] for row in rows} == {"chosen", "rejected"}
+    assert session("a")[1] == rows  # nothing is left to show
+    ids = [row["pair"] for row in rows]
+    assert ids != sorted(ids) and set(ids) == by_id(str(tmp_path / "pairs.jsonl")).keys()
+
+
+def test_the_order_is_a_function_of_seed_and_pair(session):
+    """The same seed shows the same pairs in the same places, whatever the file's order; another
+    seed does not."""
+    pairs = [{"prompt": f"q{i}", "chosen": "c", "rejected": "r"} for i in range(20)]
+    shown = [[(row["pair"], row["a"]) for row in session("a" * 20, some, out, seed)[1]]
+             for some, out, seed in ((pairs, "1", 0), (pairs[::-1], "2", 0), (pairs, "3", 1))]
+    assert shown[0] == shown[1] and dict(shown[0]) != dict(shown[2])
+    assert 300 < sum(draw(0, str(i)) % 2 for i in range(700)) < 400
+
+
+def test_half_a_line_is_cut_off(session, tmp_path):
+    """What a full disk or a lost machine left of the last label goes; the labels before it stay."""
+    _, rows = session("ab")
+    path = tmp_path / "labels.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    screen, again = session("b")
+    assert screen.startswith("1 of 6") and again[0] == rows[0]
+    assert again[1]["pair"] == rows[1]["pair"]
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="terminals of Unix")
+def test_single_keys_at_a_terminal(tmp_path):
+    """No Enter: each key is taken as it is typed, its label on disk before the next pair is shown;
+    afterwards the terminal is as it was."""
+    import termios
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(theirs)
+    path = tmp_path / "labels.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "label.py", "--out", path, "--pairs",
+         write_rows(tmp_path / "pairs.jsonl", PAIRS)], stdin=theirs, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    for n, keys in enumerate((b"a", b"hb"), 1):
+        os.write(ours, keys)
+        while time.time() < deadline and (
+                not path.exists() or path.read_bytes().count(b"\n") < n):
+            time.sleep(0.02)
+    os.write(ours, b"q")
+    assert process.wait(60) == 0 and len(path.read_text().splitlines()) == 2
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours), os.close(theirs)
+
+
+def test_an_answer_cannot_write_on_the_terminal():
+    """Escape sequences, carriage returns and overrides of the writing direction are shown as such.
+    """
+    assert text_of("a\x1b[2Jb\rc\u202ed\te\n") == "a\ufffd[2Jb\ufffdc\ufffdd\te\n"
+    assert text_of([{"role": "user", "content": "Hi"}]) == "user: Hi"
+
+
+# ---------------------------------------------------------------------------------------------
+# report
+
+def test_kappa_by_hand():
+    """Cohen's 1960 measure: the usual 2 x 2 example, three kinds, full agreement, none but chance.
+    """
+    one = ["yes"] * 25 + ["no"] * 25
+    two = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    assert kappa(one, two) == pytest.approx(0.4)  # p_o = 0.7, p_e = 0.5
+    assert kappa(["a", "b", "c"], ["a", "b", "a"]) == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
+    assert kappa(["a", "b"], ["a", "b"]) == 1 and kappa(["a", "a"], ["a", "a"]) == 1
+    assert kappa(["a", "a", "b", "b"], ["a", "b", "a", "b"]) == 0
+    assert kappa([*"aaab"], [*"abbb"]) == pytest.approx(0.2)  # p_o = 0.5, p_e = 6 / 16
+
+
+def labels(tmp_path, name, verdicts):
+    """A label file: a verdict for each of PAIRS, None for none; A was always the chosen one."""
+    ids = list(by_id(write_rows(tmp_path / "pairs.jsonl", PAIRS)))
+    return write_rows(tmp_path / name, [
+        {"pair": pair, "a": "chosen", "verdict": verdict, "criteria": {"helpfulness": "chosen"}}
+        for pair, verdict in zip(ids, verdicts, strict=True) if verdict])
+
+
+def test_report_and_majority(tmp_path, capsys):
+    """Shares by hand; --write keeps what two of three see as it is, turns what they see the other
+    way, drops ties, what is drawn and what is to be skipped, and keeps what nobody saw."""
+    files = [labels(tmp_path, "one", ["chosen", "rejected", "tie", "chosen", "skip", None]),
+             labels(tmp_path, "two", ["chosen", "rejected", "tie", "rejected", "skip", None]),
+             labels(tmp_path, "three", ["rejected", "rejected", "chosen", None, "chosen", None])]
+    label.main(Args(pairs=str(tmp_path / "pairs.jsonl"), report=",".join(files),
+                    write=str(tmp_path / "out.jsonl")))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == (f"{files[0]}: agrees with the automatic label in 66.7% of 3; 2 ties or "
+                       "skipped; A preferred in 66.7% of 3")
+    assert told[1] == "  by helpfulness: with the label in 100.0% of 5"
+    assert told[6].startswith(f"{files[0]} and {files[1]}: agree in 80.0% of 5, Cohen's kappa 0.7")
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert out == [PAIRS[0], PAIRS[1] | {"chosen": "no, 1", "rejected": "yes, 1"}, PAIRS[5]]
+    assert told[-1].endswith("1 chosen, 1 rejected, 1 tie, 1 drawn, 1 skip, 1 not judged")
+
+
+def test_labels_of_other_pairs_are_refused(tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "x", "chosen": "c", "rejected": "r"}])
+    mine = labels(tmp_path, "one", ["chosen"] * 6)
+    refuses(lambda: label.main(Args(pairs=other, report=mine)), mine, other)

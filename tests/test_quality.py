@@ -1,0 +1,180 @@
+"""quality.py: the judge against one prompt at a time, the classifier against logistic regression's
+known limits, AUC by counting pairs, what is kept, and generated data that passed its check."""
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import stage_args, teach_letters, write_rows
+
+import data
+import quality
+import reward
+from common import InputError, read_jsonl
+from reward import RewardModel
+from sample import load_policy
+
+
+def pages(n, seed=0):
+    """Labelled texts: good ones hold "theorem" or "proof", bad ones "buy" or "click"."""
+    r = random.Random(seed)
+    for i in range(n):
+        words = [f"w{r.randrange(200)}" for _ in range(30)]
+        for place in r.sample(range(30), 6):
+            words[place] = r.choice((("buy", "click"), ("theorem", "proof"))[i % 2])
+        yield {"text": " ".join(words), "label": i % 2, "domain": ("shop", "maths")[i % 2]}
+
+
+@pytest.fixture
+def args(tmp_path):
+    labels = write_rows(tmp_path / "labels.jsonl", list(pages(200)))
+    return stage_args(quality, labels=labels, out=str(tmp_path / "out"))
+
+
+def test_judge_is_the_expectation_over_the_score_tokens(micro_run):
+    """A prompt a dimension, read whole and without a cache; the text in front is shared."""
+    model, tokenizer = load_policy(micro_run, "cpu")
+    for text in ("A short text.", "one two three four five six " * 40):
+        got = quality.judge(model, tokenizer, text, max_tokens=50)
+        cut = tokenizer.decode(tokenizer.encode(text)[:50])
+        for name, question in quality.DIMENSIONS.items():
+            ids, _ = tokenizer.render([{"role": "user", "content":
+                                        cut + quality.QUESTION.format(question)}], True)
+            probs = model(torch.tensor([ids]))[0, -1].softmax(-1)
+            p = [probs[tokenizer.encode(d)[0]].item() for d in "12345"]
+            want = sum(i * x for i, x in enumerate(p, 1)) / sum(p)
+            assert got[name] == pytest.approx(want, abs=1e-4) and 1 < got[name] < 5
+        assert got["mean"] == pytest.approx(sum(got[d] for d in quality.DIMENSIONS) / 4)
+    assert len({round(got[name], 5) for name in quality.DIMENSIONS}) == 4
+
+
+def test_auc_counts_pairs():
+    assert quality.auc([3, 1, 2, 0], [1, 0, 1, 0]) == 1.0
+    assert quality.auc([0, 1, 2, 3], [1, 0, 1, 0]) == 0.25  # of four pairs, only 2 over 1
+    assert quality.auc([5, 5, 5], [1, 0, 1]) == 0.5
+
+
+def test_best_keeps_a_share_of_the_text_not_of_the_documents():
+    assert quality.best([1, 9, 5, 7], [10, 50, 20, 20], 0.7).tolist() == [False, True, False, True]
+    assert quality.best([1, 1, 1], [1, 1, 1], 1.0).all()
+
+
+def test_classifier_learns_words_that_decide(args):
+    texts, targets, classes = quality.read_labels(args.labels, "label")
+    assert classes == ["low", "quality"] and targets.tolist()[:2] == [[1, 0], [0, 1]]
+    bags = [quality.features(text) for text in texts]
+    probs = quality.cross_validate(texts, bags, targets, 5, seed=0)
+    assert quality.agreement(probs, targets, classes)["auc"] > 0.9
+    model = quality.train(bags, targets, seed=0)
+    new = {word: quality.classify(model, classes, f"w3 w4 {word} w5")["quality"]
+           for word in ("theorem", "buy", "w6")}
+    assert new["theorem"] > new["w6"] > new["buy"]
+    # a bag is a set, its sum divided by the root of its size
+    bag = quality.features("theorem proof theorem proof")
+    assert len(bag) == 4  # two words, two pairs
+    want = model.bias + model.weight[bag].sum(0) / 2
+    torch.testing.assert_close(model([bag, bag])[1], want)
+    assert torch.equal(model([quality.features("")])[0], model.bias)
+
+
+def test_cross_validation_never_sees_a_near_duplicate():
+    """Labels that are noise: only a leak could foretell them. Every text stands there twice."""
+    r = random.Random(0)
+    texts, labels = [], []
+    for i in range(60):
+        words = [f"u{r.getrandbits(40):x}" for _ in range(60)]
+        texts += [" ".join(words), " ".join([*words[:-1], "end"])]
+        labels += [i % 2] * 2
+    targets = torch.eye(2)[labels]
+    bags = [quality.features(text) for text in texts]
+    probs = quality.cross_validate(texts, bags, targets, 5, seed=0)
+    assert abs(quality.auc(probs[:, 1], labels) - 0.5) < 0.15
+    model = quality.train(bags[::2], targets[::2], seed=0)  # what a leak would give
+    assert quality.auc(model(bags[1::2]).softmax(-1)[:, 1].detach(), labels[1::2]) == 1.0
+
+
+def test_scores_are_kept_and_the_worse_half_goes(args, tmp_path):
+    documents = [{**row, "source": "web"} for row in pages(100, seed=5)]
+    source = write_rows(tmp_path / "web.jsonl", documents)
+    report = quality.main(replace(args, data=source, keep=0.5))
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "web.jsonl")]
+    assert 45 <= len(rows) == report["sources"]["web"] <= 51
+    good = [word in row["text"] for row in rows for word in ("theorem", "proof")]
+    assert sum(good) > 0.9 * len(rows) and all(0 < row["scores"]["quality"] < 1 for row in rows)
+    assert [row["text"] for row in rows] == [d["text"] for d in documents
+                                             if d["text"] in {row["text"] for row in rows}]
+    assert report["classifier"]["auc"] > 0.9
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    with pytest.raises(InputError, match="--overwrite"):
+        quality.main(args)
+
+
+def test_domains_become_sources(args, tmp_path):
+    source = write_rows(tmp_path / "web.jsonl", list(pages(60, seed=5)))
+    report = quality.main(replace(args, data=source, label="domain"))
+    assert set(report["sources"]) == {"maths", "shop"} and report["classifier"]["agreement"] > 0.9
+    shop = list(data.read_documents(tmp_path / "out" / "shop.jsonl"))
+    right = sum("buy" in doc["text"] or "click" in doc["text"] for doc in shop)
+    assert right > 0.9 * len(shop) and all(doc["source"] == "shop" for doc in shop)
+
+
+def test_judged_documents(args, micro_run, tmp_path):
+    source = write_rows(tmp_path / "web.jsonl", list(pages(6)))
+    labels = write_rows(tmp_path / "few.jsonl", list(pages(8)))
+    report = quality.main(replace(args, labels=labels, judge=str(micro_run), data=source, folds=2))
+    assert set(report["judge"]) == {*quality.DIMENSIONS, "mean"}
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "web.jsonl")]
+    assert len(rows) == 6 and set(rows[0]["scores"]) == {*quality.DIMENSIONS, "mean", "quality"}
+    _, targets, _ = quality.read_labels(str(tmp_path / "out" / "web.jsonl"), "mean")
+    means = [row["scores"]["mean"] for row in rows]  # what the classifier can learn from the judge
+    assert targets[:, 1].argsort().tolist() == torch.tensor(means).argsort().tolist()
+
+
+def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monkeypatch):
+    """Answers of a policy that says "A." or "B.": only what the check asks for is written, once a
+    question, and of two that pass the one with the higher reward."""
+    policy = str(teach_letters(tokenizer, tmp_path / "policy"))
+    queries = [{"prompt": q, "domain": "instruction", "check": {}}
+               for q in ("Pick A.", "Choose A.")]
+    right = {"Pick A.": {"A."}, "Choose A.": {"A.", "B."}}
+    monkeypatch.setattr(quality.tasks, "builtin", lambda split, n, seed: queries)
+    monkeypatch.setattr(quality.tasks, "score_many", lambda queries, answers: [
+        float(a in right[q["prompt"]]) for q, a in zip(queries, answers, strict=True)])
+    args = replace(args, labels="", generate=2, responses=16, policy=policy)
+    report = quality.main(args)
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "instruction.jsonl")]
+    assert report["sources"] == {"instruction": 3}
+    assert {("Pick" in row["text"], row["text"].split()[-1]) for row in rows} == {
+        (True, "A."), (False, "A."), (False, "B.")}
+    scorer = RewardModel.from_language_model(load_policy(policy, "cpu")[0], tokenizer)
+    scorer.save_pretrained(tmp_path / "scorer")
+    tokenizer.save_pretrained(tmp_path / "scorer")
+    monkeypatch.setattr(reward.RewardModel, "score",
+                        lambda self, prompts, answers: [float(a == "B.") for a in answers])
+    quality.main(replace(args, reward_model=str(tmp_path / "scorer"), overwrite=True))
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "instruction.jsonl")]
+    assert [(row["text"].split()[-1], row["scores"]["reward"]) for row in rows] == [
+        ("B.", 1.0), ("A.", 0.0)]
+    assert all(row["kind"] == "synthetic" for row in rows)
+
+
+@pytest.mark.parametrize("rows, match", [
+    ([{"text": "a"}], r'x\.jsonl:1: want a "text" and a number or a name under "label"'),
+    ([{"text": "a", "label": 1}, {"text": "b", "label": "good"}], "numbers only or names only"),
+    ([{"text": "a", "label": 1}], "more than one"), ([], "more than one")])
+def test_bad_labels_are_named(rows, match, tmp_path):
+    with pytest.raises(InputError, match=match):
+        quality.read_labels(write_rows(tmp_path / "x.jsonl", rows), "label")
+
+
+def test_nothing_to_do_is_refused(args):
+    with pytest.raises(InputError, match="--labels, --judge or --generate"):
+        quality.main(replace(args, labels=""))
+
+
+def test_published_labels_are_foretold(shared, tmp_path):
+    """DCLM's human study, 5 folds: LOG.md, 2026-11-24, has 0.81; length alone 0.77."""
+    path = str(shared / "text" / "dclm_quality_labels.jsonl")
+    report = quality.main(stage_args(quality, labels=path, out=str(tmp_path)))
+    assert report["classifier"]["auc"] > 0.78 and report["classifier"]["agreement"] > 0.68

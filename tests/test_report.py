@@ -1,0 +1,119 @@
+"""report.py: what it says of stages whose numbers are known, and that report.html needs nothing but
+itself."""
+import json
+import os
+from html.parser import HTMLParser
+
+import pytest
+from helpers import refuses, write_rows
+
+import report
+
+
+def fake_stage(root, name, greedy):
+    path = root / name
+    path.mkdir()
+    cell = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    metrics = {"pass@1": {"total": cell, "logic": cell}, "greedy": {"total": cell, "logic": cell}}
+    (path / "run.json").write_text(json.dumps({
+        "seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
+        "result": {"loss": 1.0}}), "utf-8")
+    (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
+    write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": i / 9} for i in range(3)])
+    write_rows(path / "eval_samples.jsonl", [
+        {"domain": "logic", "prompt": f"q{i}", "check": {"kind": "<math>"}, "greedy": f"{name} <b>",
+         "greedy_score": s, "pass@1": s / 2} for i, s in enumerate(greedy)])
+
+
+def test_report(tmp_path):
+    """Stages in order with time, command and intervals; what GRPO learned and lost."""
+    fake_stage(tmp_path, "grpo", [1.0, 0.0, 1.0])
+    fake_stage(tmp_path, "sft", [0.0, 1.0, 1.0])
+    report.main(report.Args(run=str(tmp_path)))
+    found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert [s["name"] for s in found["stages"]] == ["sft", "grpo"]
+    assert found["seed"] == 3 and found["total_seconds"] == 120
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert text.count("50.0 [25.0, 75.0]") == 8
+    assert "1 queries learned" in text and "1 queries lost" in text
+    assert "**q0**" in text and "**q1**" in text and "**q2**" not in text
+    assert "`python sft.py --x 1`" in text
+    (gain,) = found["gains"]  # +1, -1 and 0: mean 0, deviation 1, so 1.96 / sqrt(3)
+    assert (gain["from"], gain["to"]) == ("sft", "grpo")
+    assert gain["greedy"] == {"mean": 0.0, "low": -1.0, "high": 1.0, "n": 3}
+    assert gain["pass@1"]["high"] == pytest.approx(1.96 / 2 / 3 ** 0.5)
+    assert "| sft | grpo | +0.0 [-56.6, +56.6] | +0.0 [-100.0, +100.0] |" in text
+
+
+def test_gains_are_only_of_the_same_queries(tmp_path):
+    """A stage evaluated on other queries is compared with none."""
+    rows = [{"prompt": "a", "pass@1": 0.5, "greedy_score": 1.0}]
+    assert len(report.gains({"sft": rows, "dpo": rows})) == 1
+    assert report.gains({"sft": rows, "dpo": [rows[0] | {"prompt": "b"}]}) == []
+
+
+def test_total_time_is_the_clock_of_the_demo(tmp_path):
+    """From `started` to the last file written, whenever the report is made."""
+    fake_stage(tmp_path, "sft", [0.0])
+    (tmp_path / "started").write_text("1000")
+    for path in tmp_path.glob("*/*"):
+        os.utime(path, (1090, 1090))
+    assert report.main(report.Args(run=str(tmp_path)))["total_seconds"] == 90
+
+
+def test_report_of_nothing_is_refused(tmp_path):
+    """One line."""
+    refuses(lambda: report.main(report.Args(run=str(tmp_path))), "--run")
+
+
+class Page(HTMLParser):
+    """Collects the tags, and checks that each is closed."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data + "\n"
+
+
+def test_html_stands_alone_and_escapes(tmp_path):
+    """No script, no address, every tag closed; a model's answer is text, never markup."""
+    fake_stage(tmp_path, "sft", [0.0, 1.0])
+    fake_stage(tmp_path, "grpo", [1.0, 0.0])
+    report.main(report.Args(run=str(tmp_path)))
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe"} and "svg" in names
+    assert not any("http" in str(attrs) for _, attrs in page.tags)
+    assert "grpo <b>" in page.words and "<math>" in page.words
+    assert "Learned between SFT and GRPO: 1 queries" in page.words
+    assert "Still wrong after grpo: 1 queries" in page.words
+
+
+def test_a_curve_has_its_points_where_they_belong():
+    """Three steps from 0 to 1: left to right, and the svg's y runs downwards."""
+    rows = [{"step": 10, "x": 0.0}, {"step": 20, "x": None}, {"step": 30, "x": 1.0},
+            {"step": 50, "x": 0.5}]
+    drawn = report.curve(rows, "x")
+    assert 'points="0.0,95.0 150.0,5.0 300.0,50.0"' in drawn
+    assert "0 → 0.5, from 0 to 1, steps 10–50" in drawn
+    assert report.curve(rows[:1], "x") == "" and report.curve(rows, "y") == ""
+
+
+def test_the_log_of_every_stage_has_its_curves():
+    """A renamed metric would vanish from the report without a word."""
+    sources = {name: open(f"{name.replace('_control', '').replace('rl_first', 'grpo')}.py").read()
+               for name in report.CURVES}
+    for stage, metrics in report.CURVES.items():
+        for metric in metrics:
+            assert f"{metric}=" in sources[stage] or f'"{metric}"' in sources[stage], metric
