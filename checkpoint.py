@@ -41,7 +41,8 @@ def read_config(path: str | Path, Config):
     """config.json of a directory -> a Config (model.py's dataclass). InputError for anything that
     Qwen2 does not have: a model that is nearly right would be silently wrong."""
     path = Path(path)
-    require((path / "config.json").is_file(), f"{path}: no config.json, so no model directory")
+    require((path / "config.json").is_file(), f"{path}: no config.json, so no model "
+            "directory (of a run that was stopped? it continues with --resume)")
     raw = read_json(path / "config.json")
     try:
         return config_from_dict(raw, path, Config)

@@ -110,14 +110,18 @@ def usage(Args) -> str:
     return "\n".join(lines)
 
 
-def cli(main, Args) -> None:
-    """Run a stage from the command line. Only InputError becomes a one-line message: a bug in the
-    program itself keeps its traceback."""
+def cli(main, Args, **commands) -> None:
+    """Run a stage from the command line, or with `stage.py word --flags` what `commands` has under
+    that word. Only InputError becomes a one-line message: a bug in the program itself keeps its
+    traceback."""
+    argv = sys.argv[1:]
+    if argv and argv[0] in commands:
+        main = commands[argv.pop(0)]
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         join()
-        main(parse_args(Args))
+        main(parse_args(Args, argv))
     except InputError as error:
         if first():
             print(f"error: {error}", file=sys.stderr)
@@ -483,11 +487,12 @@ class Run:
             self.save_state(step, self.model, self.optimizer)
             raise KeyboardInterrupt
 
-    def save_samples(self, rollouts) -> None:
-        """samples.jsonl: what the model answered and what that was worth."""
+    def save_samples(self, rollouts, **columns) -> None:
+        """samples.jsonl: what the model answered and what that was worth. columns: more of each."""
         write_jsonl(self.path / "samples.jsonl", (
             {"domain": r.query["domain"], "prompt": r.query["prompt"], "response": r.text,
-             "score": r.score, "finished": r.finished} for r in rollouts))
+             "score": r.score, "finished": r.finished, **dict(zip(columns, more, strict=True))}
+            for r, *more in zip(rollouts, *columns.values(), strict=True)))
 
     def save_state(self, step: int, model, optimizer) -> None:
         """The training state after `step` steps, and before it the log of these steps (R4.4)."""

@@ -25,7 +25,7 @@ Expect: the loss starts at exactly ln 2 = 0.693 (with --nll, that times the chos
 more) and the accuracy (share of pairs with h > 0) rises to 0.7-0.9. Both log-probabilities may
 fall, the rejected one faster: that is DPO, not a fault. A fall of the chosen one by more than a few
 nats is one: lower --lr, or raise --beta or --nll, which holds the chosen answer up. A small model
-needs much of it (LOG.md, 2026-11-24).
+needs much of it (LOG.md, "SFT above the base model, DPO above SFT").
 """
 import hashlib
 import json
@@ -193,7 +193,7 @@ def main(args: Args) -> dict:
         print(f"{args.init} passes {rate:.1%} of {len(queries)} queries x {args.responses}: "
               f"{len(pairs)} pairs")
     require(len(pairs) > 0, "no preference pair: every query's answers all pass or all fail; "
-            "choose other --queries or a higher --temperature")
+            "choose other --queries, a higher --temperature, or more SFT")
     pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.max_ratio,
                                   args.check_format, scorer, args.min_margin)
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"

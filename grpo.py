@@ -24,6 +24,7 @@ Off by default, from later papers: Dr. GRPO is --aggregate constant --normalise 
 --aggregate token_mean --clip_high 0.28 --resample 2 --overlong soft.
 
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
+    python grpo.py inspect --out runs/demo/grpo        # queries, their answers, rewards, advantages
 
 Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
 Watch pass instead, from one passage through the queries to the next: the mixed ones come first in
@@ -35,12 +36,15 @@ import math
 import random
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import tasks
-from common import Run, adamw, cli, clip_and_step, lr_at, positive, require, setup
+from common import Run, adamw, cli, clip_and_step, lr_at, positive, read_jsonl, require, setup
 from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
@@ -98,7 +102,8 @@ def query_order(scores):
 
 def group_advantages(rewards, normalise: str = "group"):
     """rewards (Q, G) -> advantages (Q, G), centred within each query's own group and, with
-    "group", over its population standard deviation (the paper's std; TRL's is Bessel's).
+    "group", over its population standard deviation (the paper does not say which std; TRL's is
+    Bessel's).
 
     A group of equal rewards gets exactly 0, decided by max - min: through rounding, seven rewards
     of 0.1 have a mean that is not 0.1, and dividing by std + 1e-8 makes 0.4 of that (R12.3)."""
@@ -314,10 +319,24 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save
-    run.save_samples(random.Random(args.seed).sample(answers, min(32, len(answers))))
+    shown = slice(0, 4 * args.group)
+    run.save_samples(answers[shown], reward=rewards.flatten()[shown].tolist(),
+                     advantage=advantages[shown].tolist())
     run.finish(model, tokenizer, **{"pass": verified.mean().item()}, reward=rewards.mean().item())
     return {"pass": verified.mean().item()}
 
 
+def inspect(args: Args) -> None:
+    """Print groups of the last step of the run --out, best answer first."""
+    rows = [row for _, row in read_jsonl(Path(args.out) / "samples.jsonl")]
+    require("advantage" in rows[0], f"{args.out}/samples.jsonl is of no GRPO run")
+    for prompt, group in groupby(rows, key=itemgetter("prompt")):
+        print(f"{prompt}\n score  reward  advantage  answer")
+        for row in sorted(group, key=itemgetter("advantage"), reverse=True):
+            print(f"{row['score']:6.2f} {row['reward']:7.3f} {row['advantage']:+10.3f}  "
+                  f"{row['response']!r}")
+        print()
+
+
 if __name__ == "__main__":
-    cli(main, Args)
+    cli(main, Args, inspect=inspect)

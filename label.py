@@ -5,7 +5,7 @@ terminal in which a person judges pairs, blind: what the automatic label says is
 two answers stand in a random order. Labels are appended as they are typed; started again, it goes
 on where it stopped.
 
-    python label.py --pairs runs/dpo/pairs.jsonl --out ada.jsonl
+    python label.py --pairs runs/dpo/pairs.jsonl --out ada.jsonl       # each person another file
     python label.py --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write reviewed.jsonl
 
 The second line says how far people agree with the automatic labels and, by Cohen's kappa, with each
@@ -30,7 +30,7 @@ from reward import RewardModel, read_pairs, tokenize_pair
 CRITERIA = {"t": "truthfulness", "h": "helpfulness", "c": "conciseness", "r": "relevance",
             "s": "harmlessness", "d": "debiasing"}
 HELP = """A or B is the better one: a, b. Equally good: =   Neither should be learned from: x
-before it, if you like, by which criterion: a small letter for A, a capital for B
+Before that you may note criteria: small letter, A is better by it; capital, B is
   truthful t/T  helpful h/H  concise c/C  relevant r/R  harmless (safe) s/S  unbiased d/D
 one pair back: u   stop: q"""
 
@@ -41,7 +41,7 @@ class Args:
     out: str = "labels.jsonl"        # where labels go, one file a person
     report: str = ""                 # label files joined by commas: compare them instead
     write: str = ""                  # with --report: the pairs as most people see them (JSONL)
-    seed: int = 0                    # of the order of pairs, and of which answer is A
+    seed: int = 0                    # with --out: of the order, and of which answer is A
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,13 +142,15 @@ def label(args: Args) -> None:
         whole = path.read_bytes()
         os.truncate(path, whole.rfind(b"\n") + 1)  # half a line, of a full disk or a lost machine
     done = {row.get("pair") for _, row in read_jsonl(path)}
-    todo = sorted(pairs.keys() - done, key=lambda pair: draw(args.seed, pair))
+    # Each person's own order and sides: with the same ones, two who always press A would agree.
+    seed = f"{args.seed} {path.name}"
+    todo = sorted(pairs.keys() - done, key=lambda pair: draw(seed, pair))
     print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs are labelled in {path}\n{HELP}")
     keys, at = keystrokes(), 0
     while at < len(todo):
         pair, started = pairs[todo[at]], time.time()
-        a, b = ("chosen", "rejected") if draw(args.seed, todo[at]) % 2 else ("rejected", "chosen")
-        for name, side in ((f"{at + 1} of {len(todo)}", "prompt"), ("A", a), ("B", b)):
+        a, b = ("chosen", "rejected") if draw(seed, todo[at]) % 2 else ("rejected", "chosen")
+        for name, side in ((f"question {at + 1} of {len(todo)}", "prompt"), ("A", a), ("B", b)):
             print(f"\n---- {name} ----\n{text_of(pair[side])}")
         print("\na b = x u q > ", end="", flush=True)
         row = judge(keys, a, b)
@@ -163,7 +165,7 @@ def label(args: Args) -> None:
             file.write(json.dumps(row).encode() + b"\n")
             os.fsync(file.fileno())
         at += 1
-    print(f"{len(todo) - at} pairs left; labels are in {path}")
+    print(f"pairs left: {len(todo) - at}; labels are in {path}")
 
 
 # ---------------------------------------------------------------------------------------------

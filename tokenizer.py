@@ -526,7 +526,7 @@ def show(tokenizer: Tokenizer, text: str) -> None:
 def show_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None = None) -> None:
     """What the model reads at each position, and what it is trained to say next (R8.2)."""
     ids, mask = tokenizer.render(messages, tools=tools)
-    print(f"{'id':>7}  {'token':<24} must be followed by (each with weight 1/{sum(mask)})")
+    print(f"{'id':>7}  {'token':<24} is trained to predict (weight 1/{sum(mask)} each)")
     for i, after, trained in zip(ids, ids[1:], mask[1:], strict=False):
         target = repr(tokenizer.decode([after])) if trained else ""
         print(f"{i:>7}  {tokenizer.decode([i])!r:<24} {target}")

@@ -158,7 +158,7 @@ def margins(root: Path) -> None:
     left.legend(fontsize=7, frameon=False)
     right.plot(steps, [r["accuracy"] for r in rows], color=BLUE)
     right.set_ylabel("share of pairs in order")
-    right.set_ylim(0.4, 1.02)
+    right.set_ylim(0, 1.02)
     for axis in (left, right):
         axis.set_xlabel("step")
     save("05-margins")
@@ -169,15 +169,18 @@ def rewards(root: Path, policy, tokenizer, reward_model):
     groups = rollout(policy, tokenizer, queries, 8, 128, 1.0, 0)
     answers = [a for group in groups for a in group]
     scores = reward_model.score([a.prompt_ids for a in answers], [a.ids for a in answers])
+    scores = torch.tensor(scores).view(len(groups), 8)
+    right = torch.tensor([[a.score == 1 for a in group] for group in groups])
+    gaps = torch.cat([(row[good][:, None] - row[~good]).flatten()
+                      for row, good in zip(scores, right, strict=True)])
     axis = axes()
-    for label, colour, want in (("right answers", BLUE, 1), ("wrong answers", RED, 0)):
-        axis.hist([s for s, a in zip(scores, answers, strict=True) if (a.score == 1) == want],
-                  bins=40, range=(min(scores), max(scores)), density=True, alpha=0.6, color=colour,
-                  label=label)
-    axis.set_xlabel("reward")
-    axis.legend(fontsize=7, frameon=False)
+    axis.hist(gaps.tolist(), bins=40, color=BLUE, alpha=0.7)
+    axis.axvline(0, color="black", lw=0.8, ls="--")
+    axis.set_title(f"in order: {(gaps > 0).float().mean():.0%} of {len(gaps)} pairs", fontsize=8)
+    axis.set_xlabel("reward of a right answer - reward of a wrong one to the same question")
+    axis.set_ylabel("pairs")
     save("06-rewards")
-    return groups, torch.tensor(scores).view(len(groups), 8)
+    return groups, scores
 
 
 def advantages(groups, scores) -> None:
@@ -186,7 +189,7 @@ def advantages(groups, scores) -> None:
         return (abs(sum(a.score for a in groups[i]) - 4), sum(len(a.text) for a in groups[i]))
     i = min(range(len(groups)), key=badness)
     verified = torch.tensor([[a.score for a in groups[i]]])
-    values = group_advantages(shaped_reward(verified, scores[i:i + 1]))[0].tolist()
+    values = group_advantages(shaped_reward(verified, scores[i:i + 1]), "none")[0].tolist()
     order = sorted(range(8), key=values.__getitem__)
     _, axis = plt.subplots(figsize=(7, 2.9))
     axis.barh(range(8), [values[j] for j in order],

@@ -14,6 +14,6 @@ def listwise_loss(scores, right):
 
 
 def best_of(scores, verdicts):
-    """scores (Q, n), verdicts (Q, n) of 0 and 1 -> share of queries whose best-scored response is
-    right."""
+    """scores (Q, n), verdicts (Q, n), integers 0 and 1 -> share of queries whose best-scored
+    response is right."""
     raise NotImplementedError

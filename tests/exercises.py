@@ -217,7 +217,7 @@ def load(lesson: int):
 
 def main(lesson: str) -> int:
     if lesson not in map(str, CHECKS):
-        print(f"error: no lesson {lesson!r}: make exercise N=1 .. N={len(CHECKS)}", file=sys.stderr)
+        print(f"error: which lesson? make exercise N=1 .. N={len(CHECKS)}", file=sys.stderr)
         return 2
     module, missing = load(int(lesson)), 0
     for check in CHECKS[int(lesson)]:

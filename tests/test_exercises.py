@@ -149,4 +149,4 @@ def test_the_file_of_a_lesson_waits_to_be_written(lesson, capsys):
 
 def test_an_unknown_lesson_is_one_line(capsys):
     assert exercises.main("10") == 2
-    assert capsys.readouterr().err == "error: no lesson '10': make exercise N=1 .. N=9\n"
+    assert capsys.readouterr().err == "error: which lesson? make exercise N=1 .. N=9\n"

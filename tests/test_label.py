@@ -85,7 +85,7 @@ def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):
     assert [row["verdict"] == row["a"] for row in rows] == [True, False, False]
     assert rows[1]["pair"] == rows[2]["pair"] and rows[2]["verdict"] == "tie"
     screen, rows = session("xaaaaaaaa")
-    assert screen.startswith("2 of 6 pairs are labelled") and "0 pairs left" in screen
+    assert screen.startswith("2 of 6 pairs are labelled") and "pairs left: 0" in screen
     assert len({row["pair"] for row in rows}) == 6 and len(rows) == 7
     assert rows[3]["verdict"] == "skip" and {row["a"] for row in rows} == {"chosen", "rejected"}
     assert session("a")[1] == rows  # nothing is left to show
@@ -93,13 +93,15 @@ def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):
     assert ids != sorted(ids) and set(ids) == by_id(str(tmp_path / "pairs.jsonl")).keys()
 
 
-def test_the_order_is_a_function_of_seed_and_pair(session):
-    """The same seed shows the same pairs in the same places, whatever the file's order; another
-    seed does not."""
+def test_the_order_is_a_function_of_seed_and_pair(session, tmp_path):
+    """The same seed and name show the same pairs in the same places, whatever the file's order;
+    another seed does not, nor does another person's file: two who always press A do not agree."""
     pairs = [{"prompt": f"q{i}", "chosen": "c", "rejected": "r"} for i in range(20)]
     shown = [[(row["pair"], row["a"]) for row in session("a" * 20, some, out, seed)[1]]
-             for some, out, seed in ((pairs, "1", 0), (pairs[::-1], "2", 0), (pairs, "3", 1))]
+             for some, out, seed in ((pairs, "1", 0), (pairs[::-1], "1", 0), (pairs, "1", 1),
+                                     (pairs, "2", 0)) if not (tmp_path / out).unlink(True)]
     assert shown[0] == shown[1] and dict(shown[0]) != dict(shown[2])
+    assert 3 < sum(dict(shown[3])[pair] == a for pair, a in shown[0]) < 17
     assert 300 < sum(draw(0, str(i)) % 2 for i in range(700)) < 400
 
 

@@ -402,6 +402,7 @@ def test_flops_against_a_counter(name, monkeypatch):
     monkeypatch.setattr(kernels, "expert_mlp", kernels.expert_mlp_reference)
     config, T = PRESETS[name], 128
     model, old = Qwen2(config), kernels.use("reference")
+    kernels.choose_products(T, torch.device("cpu"))  # its trial product is none of the model's
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.long))
     kernels.use(*old)
@@ -417,8 +418,11 @@ def small(moe: bool):
 
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_what_autograd_keeps(moe, bf16):
-    """Every tensor saved for the backward pass, counted once a storage."""
+def test_activations_are_what_autograd_keeps(moe, bf16, monkeypatch):
+    """Every tensor saved for the backward pass, counted once a storage; with attention in bf16, as
+    on a GPU."""
+    monkeypatch.setattr(kernels, "choose_products", lambda rows, device: None)
+    torch.set_float32_matmul_precision("highest")
     config, B, T, kept = small(moe), 4, 256, {}
     model = Qwen2(config)
     shapes = {p.shape[-2:] for p in model.parameters() if p.ndim > 1}
