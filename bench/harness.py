@@ -107,13 +107,14 @@ def spread(values, digits=3):
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
 
 
-def table(unit, runs, top):
-    """runs {case: {system: [result of each round]}} -> lines of a Markdown table."""
+def table(unit, runs, top, targets=()):
+    """runs {case: {system: [result of each round]}} -> lines of a Markdown table. targets: {case:
+    the ratio that the first system wants}."""
     results = [r for systems in runs.values() for rows in systems.values() for r in rows]
     extras = list(dict.fromkeys(name for r in results for name in r.get("extra", ())))
     gemm = any("flops" in r for r in results)
     head = ["case", "system", f"{unit} per CPU s", "per wall s", "ratio"]
-    head += ["GFLOP/s", "of GEMM"] * gemm + extras + ["check"]
+    head += ["target"] * bool(targets) + ["GFLOP/s", "of GEMM"] * gemm + extras + ["check"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case, systems in runs.items():
         first, base = (list(systems.values())[i] if systems else [] for i in (0, -1))
@@ -122,6 +123,10 @@ def table(unit, runs, top):
             pairs = [b["cpu"] / b.get("work", 1) * a for a, b in zip(rate, base, strict=False)]
             cells = [case, system, spread(rate), spread(wall)]
             cells.append("1" if rows is base else spread(pairs, 2))
+            if targets:
+                aim = targets.get(case) if rows is first and rows is not base else None
+                met = aim and statistics.median(pairs) >= aim
+                cells.append(f"{aim} {'met' if met else 'missed'}" if aim else "")
             if gemm:
                 speed = statistics.median(r["flops"] / r["cpu"] / 1e9 for r in rows)
                 cells += [f"{speed:.0f}", f"{speed / top[rows[0]['dtype']]:.0%}"]
@@ -161,7 +166,7 @@ def run(system, case, needs, directory, args):
     return None
 
 
-def main(title, unit, systems, cases, prepare=None):
+def main(title, unit, systems, cases, prepare=None, targets=()):
     """The command line of every script. prepare(case) writes what the workers of a case share into
     the directory that they all start in."""
     parser = argparse.ArgumentParser(description=title)
@@ -207,7 +212,7 @@ def main(title, unit, systems, cases, prepare=None):
              f"{time.time() - began:.0f} s. "
              f"{', '.join([machine(), *sorted(peers)])}. GEMM {top['fp32']:.0f} (fp32) and "
              f"{top['bf16']:.0f} (bf16) GFLOP/s. Ratios are to the last system of a case.", "",
-             *table(unit, runs, top), ""]
+             *table(unit, runs, top, targets), ""]
     print("\n".join(lines))
     with open(args.out, "a", encoding="utf-8") as file:
         file.write("\n" + "\n".join(lines))

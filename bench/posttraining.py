@@ -130,4 +130,5 @@ CASES = dict.fromkeys(("sft fp32 8", "sft bf16 8", "dpo fp32 8", "dpo bf16 8", "
                        "grpo fp32 32"), ["ours", "TRL"])
 
 if __name__ == "__main__":
-    harness.main("Post-training step", "samples", SYSTEMS, CASES, prepare)
+    harness.main("Post-training step", "samples", SYSTEMS, CASES, prepare,
+                 dict.fromkeys(CASES, 2.5))

@@ -133,7 +133,7 @@ def main(args: Args) -> None:
             bits = [row["bits"] for row in rows if row["name"] == name]
             cells = [[b[key] for b in bits] for key in texts]
             lines.append(f"| {name} | " + " | ".join(
-                f"{mean(c):.3f} ± {stdev(c):.3f}" for c in cells) + " |")
+                f"{mean(c):.3f} ± {stdev(c) if len(c) > 1 else 0:.3f}" for c in cells) + " |")
         lines.append("")
     write_atomic(out / "table.md", "\n".join(lines))
     print("\n".join(lines))

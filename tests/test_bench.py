@@ -1,4 +1,6 @@
 """The benchmark harness's pure functions; its numbers are nobody's assertion."""
+import os
+import subprocess
 import sys
 
 import pytest
@@ -43,3 +45,20 @@ def test_timed_leaves_the_warm_up_out(harness):
     calls = []
     out = harness.timed(lambda: calls.append(0) or len(calls), repeats=2, warmup=1)
     assert out["result"] == 3 and out["cpu"] >= 0 and out["wall"] > 0
+
+
+def test_table_names_the_target_beside_the_ratio_of_the_first_system(harness):
+    runs = {"x": {"ours": [{"cpu": 1.0, "wall": 1}], "peer": [{"cpu": 1.5, "wall": 1}]}}
+    for aim, word in (1.5, "met"), (1.6, "missed"):
+        head, _, ours, peer = harness.table("steps", runs, {}, {"x": aim})
+        assert "| ratio | target |" in head
+        assert f"| 1.5 | {aim} {word} |" in ours and "| 1 |  |" in peer
+
+
+def test_the_gpu_script_runs_at_toy_sizes_on_a_cpu():
+    out = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--tiny"], text=True,
+                         capture_output=True, timeout=120,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert out.returncode == 0, out.stderr
+    for name in ("attention T", "cross-entropy", "MoE of equal active size", "rollouts"):
+        assert name in out.stdout

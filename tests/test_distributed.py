@@ -61,7 +61,7 @@ def same(a: Path, b: Path) -> None:
     assert x.keys() == y.keys()
     far = torch.cat([(y[name] - x[name]).abs().flatten() for name in x])
     # AdamW divides by the gradient's own size: where that is rounding, so is a step.
-    assert far.max() < 1e-3 and (far > 1e-5).float().mean() < 2e-4
+    assert far.max() < 2e-3 and (far > 1e-5).float().mean() < 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_bfloat16_is_autocast_on_several_processes_too(one, two):
     """Blocks are gathered in bfloat16, weights, gradients and sums stay in float32."""
     for x, y in zip(log(one / "bf16"), log(two / "bf16"), strict=True):
         assert y["loss"] == pytest.approx(x["loss"], rel=2e-3)
-        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=2e-2)
+        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=5e-2)
     assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
 
 

@@ -1,8 +1,10 @@
 """quality.py: the judge against one prompt at a time, the classifier against logistic regression's
 known limits, AUC by counting pairs, what is kept, and generated data that passed its check."""
+import importlib.util
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +180,26 @@ def test_published_labels_are_foretold(shared, tmp_path):
     path = str(shared / "text" / "dclm_quality_labels.jsonl")
     report = quality.main(stage_args(quality, labels=path, out=str(tmp_path)))
     assert report["classifier"]["auc"] > 0.78 and report["classifier"]["agreement"] > 0.68
+
+
+@pytest.mark.slow
+def test_the_recipe_that_measures_filtering_and_mixture(shared, tmp_path):
+    """Every run once, at a few steps; a second call has nothing left to do."""
+    spec = importlib.util.spec_from_file_location(
+        "data_choices", Path(quality.__file__).parent / "recipes" / "data_choices.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    args = stage_args(recipe, out=str(tmp_path), data=str(shared), filter_tokens=4000, seeds=2,
+                      mixture_tokens=4000)
+    recipe.main(args)
+    rows = [row for _, row in read_jsonl(tmp_path / "rows.jsonl")]
+    assert [row["name"] for row in rows] == ["all", "best half", *recipe.MIXTURES, "all",
+                                             "best half"]
+    assert all(2 < bits < 5 for row in rows for bits in row["bits"].values())
+    mixed = json.loads((tmp_path / "mixture-a_third_each-0" / "run.json").read_text())
+    shares = [row["share"] for row in mixed["result"]["mixture"].values()]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
+    before = (tmp_path / "rows.jsonl").stat().st_mtime_ns
+    recipe.main(args)
+    assert (tmp_path / "rows.jsonl").stat().st_mtime_ns == before
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 5 + 1
