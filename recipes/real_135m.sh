@@ -12,7 +12,7 @@ set -euo pipefail
 MODEL=$(realpath "$1") GSM8K=$(realpath "$2") SVAMP=$(realpath "$3")
 OUT=$(realpath -m "${4:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-128} STEPS=${STEPS:-16} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
+EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-128} STEPS=${STEPS:-8} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
 LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
@@ -97,7 +97,7 @@ stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatu
 
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
   --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 48 \
-  --lr "$(lr 5e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
+  --lr "$(lr 2e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
 evaluate grpo --max_new_tokens 48 --samples 2
 
 "$PYTHON" report.py --run "$OUT"
