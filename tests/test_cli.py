@@ -1,5 +1,6 @@
 """Every stage from its command line: bad input gives exit code 2, one line on stderr, and leaves
-what exists as it was; --help; a chain of all stages at the smallest scale. R numbers: USERS.md."""
+what exists as it was; --help; a chain of all stages at the smallest scale.
+R numbers: docs/requirements.md."""
 import hashlib
 import json
 import subprocess

@@ -1,5 +1,5 @@
 """common.py: the command line, the schedule, files that are whole or absent, the run directory.
-R numbers: USERS.md."""
+R numbers: docs/requirements.md."""
 import gzip
 import importlib
 import json
@@ -158,7 +158,7 @@ def test_device_auto_works():
 
 
 def test_learning_rate_ends_exactly_at_the_final_share():
-    """FACTS 11: 7e-6 -> 7e-7."""
+    """7e-6 -> 7e-7."""
     for steps, warmup in ((100, 10), (100, 0), (2, 0), (50, 48)):
         rates = [lr_at(s, steps, 7e-6, warmup, 0.1) for s in range(steps)]
         assert rates[-1] == pytest.approx(7e-7, rel=1e-12)

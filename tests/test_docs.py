@@ -122,3 +122,14 @@ def test_the_commands_of_the_course_run(tmp_path):
                 done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
                                       capture_output=True, timeout=600)
                 assert done.returncode == 0, f"{lesson}: {command}\n{done.stderr[-2000:]}"
+
+
+def test_the_r_numbers_in_the_code_can_be_looked_up():
+    known = set()
+    rows = re.findall(r"^\| R(\d+\.\d+)(?:–R\d+\.(\d+))? \|", read("docs/requirements.md"), re.M)
+    for first, last in rows:
+        group, start = first.split(".")
+        known |= {f"{group}.{n}" for n in range(int(start), int(last or start) + 1)}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        cited = set(re.findall(r"\bR(\d+\.\d+)", path.read_text(encoding="utf-8")))
+        assert cited <= known, f"{path.name}: R{sorted(cited - known)}"

@@ -1,6 +1,6 @@
 """dpo.py: the loss by hand, brute-force log-probabilities, the merging optimizer against
 torch.optim.Adam and its own definition, TRL, the cached reference, pairs, resume. R numbers:
-USERS.md."""
+docs/requirements.md."""
 import json
 import math
 
@@ -27,7 +27,7 @@ def test_loss_at_the_reference_is_ln_2():
 
 
 def test_known_losses():
-    """FACTS 11: beta 0.1 at h = 10 gives 0.313262; and -log sigmoid(beta h) for others."""
+    """beta 0.1 at h = 10 gives 0.313262; and -log sigmoid(beta h) for others."""
     h = torch.tensor([10.0, -10.0, 0.0, 1000.0])
     zero = torch.zeros(4)
     loss, good, bad = dpo_loss(h * 0.75, -h * 0.25, zero, zero, 0.1)
@@ -155,7 +155,7 @@ def quadratic(optimizer_of, steps=25, seed=0):
 
 
 def test_merging_without_merging_is_adam():
-    """FACTS 5.1: reserve 1 and alpha 0 equal torch.optim.Adam, step for step."""
+    """reserve 1 and alpha 0 equal torch.optim.Adam, step for step."""
     ours = quadratic(lambda params: OnlineMerging(
         params, [torch.ones_like(p) for p in params], 0.05, alpha=0, reserve=1))
     adam = quadratic(lambda params: torch.optim.Adam(params, 0.05, (0.9, 0.95), 1e-8))

@@ -1,5 +1,5 @@
 """evaluate.py: metrics against enumeration and direct computation, batch independence, the files it
-writes. R numbers: USERS.md."""
+writes. R numbers: docs/requirements.md."""
 import itertools
 import json
 import math

@@ -1,5 +1,6 @@
 """What goes wrong outside the program: kills, disks, torn and planted files; and inside it: numbers
-that are not finite. R numbers: USERS.md. `make test-faults` prints how many kills were survived."""
+that are not finite. R numbers: docs/requirements.md. `make test-faults` prints how many kills were
+survived."""
 import contextlib
 import ast
 import json

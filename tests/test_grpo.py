@@ -1,6 +1,6 @@
 """grpo.py: advantages and losses by hand and against TRL's, invariances, the KL's true gradient on
 an enumerable policy, a bandit that must be learned, pre-flight refusals, resume. R numbers:
-USERS.md."""
+docs/requirements.md."""
 import json
 import math
 
@@ -22,7 +22,7 @@ AGGREGATES = ["seq_mean", "token_mean", "constant"]
 # reward, order, advantages
 
 def test_advantages_of_one_right_in_eight():
-    """FACTS 11: population std 0.330719, so 2.645751 and -0.377964 (Bessel's would be 2.474874)."""
+    """population std 0.330719, so 2.645751 and -0.377964 (Bessel's would be 2.474874)."""
     a = group_advantages(torch.tensor([[1.0] + [0.0] * 7]))[0]
     assert a[0].item() == pytest.approx(2.645751, abs=2e-5)
     assert a[1:].tolist() == pytest.approx([-0.377964] * 7, abs=2e-5)
@@ -60,7 +60,7 @@ def test_group_of_one_is_refused():
 
 
 def test_shaped_reward():
-    """FACTS 7: r_m = 2 gives .731 right and -.269 wrong; a wrong answer never beats a right one."""
+    """r_m = 2 gives .731 right and -.269 wrong; a wrong answer never beats a right one."""
     r = shaped_reward(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]))
     assert r.tolist() == pytest.approx([0.731059, -0.268941], abs=1e-6)
     worst, best = shaped_reward(torch.tensor([1.0, 0.0]), torch.tensor([-30.0, 30.0]))
@@ -254,7 +254,7 @@ def test_loss_is_invariant(aggregate):
 
 @pytest.mark.parametrize("log_ratio,value", [(0.0, 0.0), (0.5, 0.148721), (-0.5, 0.106531)])
 def test_k3(log_ratio, value):
-    """FACTS 11: k3 at log(pi_ref / pi), on-policy; positive on both sides."""
+    """k3 at log(pi_ref / pi), on-policy; positive on both sides."""
     logprobs = torch.full((1, 1), -1.0)
     loss, logs = grpo_loss(logprobs, logprobs, logprobs + log_ratio, torch.zeros(1),
                            torch.ones(1, 1, dtype=torch.bool), kl=2.0)

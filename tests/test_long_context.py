@@ -1,6 +1,6 @@
 """Beyond the training length (report 3.3): YaRN against its published numbers and transformers,
 dual chunk attention against a loop over its position rules. ABF, a change of theta, is tested in
-test_pretrain.py. R numbers: USERS.md."""
+test_pretrain.py. R numbers: docs/requirements.md."""
 import json
 import math
 import shutil
@@ -38,7 +38,7 @@ def close(a, b, tol=1e-4):
 
 @pytest.mark.parametrize("heads, low, high", [(14, 11, 20), (7, 23, 40)])
 def test_yarn_at_the_published_setting(heads, low, high):
-    """FACTS 3.3: theta 1e6, 32,768 -> 131,072; head sizes 64 and 128."""
+    """theta 1e6, 32,768 -> 131,072; head sizes 64 and 128."""
     config = replace(PRESETS["0.5B"], num_attention_heads=heads, num_key_value_heads=1)
     plain, one = M.frequencies(config)
     yarn, m = M.frequencies(config.extended(yarn=4.0))
@@ -76,7 +76,7 @@ def test_yarn_changes_the_logits_and_counts_positions_as_before():
 # dual chunk attention
 
 def test_positions_of_the_papers_examples():
-    """FACTS 3.4: towards the previous chunk 6 7 8 9 9 9 (c = 10, s = 6), 5 6 7 7 7 (c = 8, s = 5);
+    """towards the previous chunk 6 7 8 9 9 9 (c = 10, s = 6), 5 6 7 7 7 (c = 8, s = 5);
     towards older ones c - 1."""
     for c, s, want in ((10, 6, [6, 7, 8, 9, 9, 9]), (8, 5, [5, 6, 7, 7, 7])):
         config = Config(max_position_embeddings=1000, chunk_size=c, local_size=c - s)
@@ -219,7 +219,7 @@ def test_an_extended_config_is_saved_and_read(extension, tmp_path):
 
 
 def test_the_published_forms_are_read(tmp_path):
-    """FACTS 3.3, 3.4: rope_scaling of transformers 4, rope_parameters of 5, Qwen2.5-1M's chunks."""
+    """rope_scaling of transformers 4, rope_parameters of 5, Qwen2.5-1M's chunks."""
     tiny_model().save_pretrained(tmp_path)
     plain = json.loads((tmp_path / "config.json").read_text())
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -1,6 +1,6 @@
 """model.py against two oracles: a loop over heads and tokens in float64, and invariances (cache,
 packing, padding, save and load). The third, transformers: test_parity_model.py. R numbers:
-USERS.md."""
+docs/requirements.md."""
 import itertools
 import json
 import math
@@ -240,7 +240,7 @@ def test_cache_rows_can_be_dropped_and_repeated():
 
 
 def test_cache_size_of_the_published_models():
-    """FACTS 11: bytes a token in bfloat16."""
+    """bytes a token in bfloat16."""
     for name, size in {"0.5B": 12288, "1.5B": 28672, "3B": 36864, "7B": 57344}.items():
         assert KVCache(PRESETS[name], 1, 10, "meta", torch.bfloat16).data.nbytes == 10 * size
 
@@ -276,7 +276,7 @@ def test_packed_documents_equal_separate_ones(impl):
     ("72B", 72_706_203_648, 70_214_787_072)])
 @pytest.mark.parity
 def test_parameter_counts_of_the_dense_presets(name, total, non_embedding, compare):
-    """FACTS 1.1."""
+    """As published."""
     with torch.device("meta"):
         counts = Qwen2(PRESETS[name]).count_parameters()
     compare("parameter counts of the presets", list(counts.values()),
@@ -288,7 +288,7 @@ def test_parameter_counts_of_the_dense_presets(name, total, non_embedding, compa
     ("Qwen2-57B-A14B", 57_408_658_944, 14_249_270_784)])
 @pytest.mark.parity
 def test_parameter_counts_of_the_moe_presets(name, total, active, compare):
-    """FACTS 1.5."""
+    """As published."""
     with torch.device("meta"):
         counts = Qwen2(PRESETS[name]).count_parameters()
     compare("parameter counts of the presets", [counts["total"], counts["active"]],
@@ -296,7 +296,7 @@ def test_parameter_counts_of_the_moe_presets(name, total, active, compare):
 
 
 def test_presets_have_the_published_details():
-    """FACTS 1.1: tied up to 3B, eps 1e-5 from 14B, context, theta 1e6, the two vocabularies."""
+    """tied up to 3B, eps 1e-5 from 14B, context, theta 1e6, the two vocabularies."""
     sizes = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
     assert [n for n in sizes if PRESETS[n].tie_word_embeddings] == sizes[:3]
     assert [n for n in sizes if PRESETS[n].rms_norm_eps == 1e-5] == sizes[4:]
@@ -385,7 +385,7 @@ def routing(choice, E, confidence=1.0):
 
 @pytest.mark.parity
 def test_balance_loss_at_perfect_balance_is_k(compare):
-    """R5.3, FACTS 11: uniform router, whatever E."""
+    """R5.3, uniform router, whatever E."""
     for E, k in ((4, 1), (4, 2), (8, 4)):
         choice = [[(i + j) % E for j in range(k)] for i in range(3 * E)]
         for confidence in (0.0, 1.0):

@@ -1,5 +1,6 @@
 """model.py against transformers, the oracle of `make test-parity`: logits, gradients, directories
-both ways, and what must be refused because Qwen2 does not have it. R numbers: USERS.md."""
+both ways, and what must be refused because Qwen2 does not have it.
+R numbers: docs/requirements.md."""
 import json
 import logging
 import random

@@ -1,5 +1,5 @@
 """pretrain.py: the loss and its gradient whatever the micro-batches, resuming bit for bit, and that
-it learns. Everything goes through main() on a small file. R numbers: USERS.md."""
+it learns. Everything goes through main() on a small file. R numbers: docs/requirements.md."""
 import json
 import math
 from dataclasses import replace

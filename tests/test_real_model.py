@@ -1,6 +1,6 @@
 """A pretrained language model of 135M parameters in the Qwen2 format, against transformers: greedy
 answers token for token, logits, tokenizer, and the chat of sample.py as a user starts it. Minutes
-long: `make test-parity`. R numbers: USERS.md."""
+long: `make test-parity`. R numbers: docs/requirements.md."""
 import json
 import shutil
 import subprocess

@@ -1,5 +1,5 @@
 """reward.py: scores that do not depend on their batch, transformers' classifier as an oracle, a set
-that must be learned, baselines, resume. R numbers: USERS.md."""
+that must be learned, baselines, resume. R numbers: docs/requirements.md."""
 import json
 import math
 from dataclasses import replace

@@ -1,5 +1,5 @@
 """sample.py: a batch equals its rows alone, the sampler equals the scorer, and draws follow the
-distribution they claim. R numbers: USERS.md."""
+distribution they claim. R numbers: docs/requirements.md."""
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,5 @@
 """sft.py: the loss by hand, invariances of the step, packing, tool calls, dropped rows, rejection
-sampling, resume. R numbers: USERS.md."""
+sampling, resume. R numbers: docs/requirements.md."""
 import gzip
 import io
 import json

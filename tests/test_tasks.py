@@ -1,5 +1,5 @@
 """tasks.py: splits that do not overlap, demonstrations that pass their own checks, every rule with
-both verdicts, responses that must score 0. R numbers: USERS.md."""
+both verdicts, responses that must score 0. R numbers: docs/requirements.md."""
 import datetime
 import itertools
 import random
