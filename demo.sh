@@ -41,7 +41,7 @@ say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
 python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 1200 \
-  --pairs_per_query 4 --epochs 2 --lr 2e-4 --beta 0.05 --nll 3 --seed "$SEED"
+  --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --nll 3 --seed "$SEED"
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
@@ -51,7 +51,7 @@ python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --n_queries 200 --steps 8
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
   --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 240 --responses 2 \
-  --lr 5e-4 --seed "$SEED"
+  --epochs 1 --batch_size 32 --lr 5e-4 --seed "$SEED"
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
 python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 1200 \

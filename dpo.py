@@ -55,9 +55,9 @@ class Args:
     out: str = "runs/dpo"            # where the run goes
     data: str = ""                   # preference pairs (JSONL); empty: resample --init on queries
     queries: str = "rl"              # query split or file to resample on
-    n_queries: int = 128             # how many of them
+    n_queries: int = 256             # how many of them
     responses: int = 8               # answers sampled to each
-    pairs_per_query: int = 2         # at most so many pairs of each query's answers
+    pairs_per_query: int = 4         # at most so many pairs of each query's answers
     temperature: float = 1.0         # of the sampling
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # pairs with a longer prompt + answer are dropped
@@ -66,12 +66,12 @@ class Args:
     reward_model: str = ""           # and those that it scores
     min_margin: float = 0.0          #   chosen - rejected below this
     cache: str = ""                  # of reference log-probabilities; empty: cache, beside --out
-    epochs: float = 1.0              # passes over the pairs
-    batch_size: int = 32             # pairs a step
+    epochs: float = 2.0              # passes over the pairs
+    batch_size: int = 16             # pairs a step
     micro_batch: int = 32            # pairs a forward pass: memory only
     beta: float = 0.1                # strength of the tie to the reference
     nll: float = 0.0                 # weight of -log pi(chosen) per token, added to the loss
-    lr: float = 1e-4                 # peak learning rate (the report's models: 7e-7)
+    lr: float = 2e-4                 # peak learning rate (the report's models: 7e-7)
     warmup: int = 5                  # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest

@@ -58,7 +58,7 @@ class Args:
     queries: str = "rl"              # query split or file
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 128             # pool of queries, ordered by variance
-    steps: int = 15                  # episodes: one optimizer step each
+    steps: int = 25                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries an episode
     group: int = 8                   # responses a query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
@@ -74,7 +74,7 @@ class Args:
     overlong: str = "wrong"          # cut responses: wrong, mask (no gradient), soft (also shorter)
     normalise: str = "group"         # advantages over the group's standard deviation, or "none"
     aggregate: str = "seq_mean"      # token losses: seq_mean (the paper), token_mean, constant
-    lr: float = 1e-4                 # peak learning rate
+    lr: float = 3e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     clip: float = 1.0                # largest gradient norm

@@ -47,7 +47,7 @@ class Args:
     init: str = ""                   # continue from this model directory instead of from scratch
     rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
     upcycle: bool = False            # --init is dense: cut its FFNs into the experts of --model
-    tokens: int = 300_000            # training tokens in all
+    tokens: int = 600_000            # training tokens in all
     seq_len: int = 128               # positions a row
     doc_mask: bool = True            # packed documents do not see each other
     long_share: float = 0.0          # share of the rows cut from documents that fill them; 0: as is

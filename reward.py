@@ -49,7 +49,7 @@ class Args:
     out: str = "runs/reward"         # where the run goes
     held_out: str = ""               # pairs (JSONL) to measure, and not to learn from
     queries: str = "rl"              # query split or file, as for GRPO; "none": only the files
-    n_queries: int = 128             # how many of them
+    n_queries: int = 256             # how many of them
     n_held_out: int = 64             # other queries, to measure on
     responses: int = 4               # answers a query, policy and temperature
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
@@ -57,10 +57,10 @@ class Args:
     max_len: int = 1024              # longer prompt + response is dropped
     two_layers: bool = False         # the head of Qwen2.5-Math-RM instead of one row
     listwise: bool = False           # compare all answers of a prompt's pairs: its loss
-    epochs: float = 1.0              # passes over the pairs
-    batch_size: int = 32             # pairs (listwise: prompts) a step
+    epochs: float = 2.0              # passes over the pairs
+    batch_size: int = 16             # pairs (listwise: prompts) a step
     micro_batch: int = 32            # pairs (listwise: prompts) a forward pass: memory only
-    lr: float = 3e-4                 # peak learning rate
+    lr: float = 5e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only

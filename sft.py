@@ -54,10 +54,10 @@ class Args:
     max_new_tokens: int = 160        # longest of these, and of the samples at the end
     max_len: int = 512               # longer conversations are cut at the end
     pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
-    epochs: float = 2.0              # passes over the data
+    epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations a step
     micro_batch: int = 32            # rows a forward pass: memory only
-    lr: float = 1e-3                 # peak learning rate (the report's models: 7e-6)
+    lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
     warmup: int = 10                 # steps of linear warm-up
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only

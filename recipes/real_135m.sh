@@ -87,13 +87,14 @@ stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --epochs "$EPOCHS" --batch
 evaluate sft --max_new_tokens 48 --samples 2
 
 stage dpo dpo --init "$OUT/sft" --base "$MODEL" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" \
-  --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --batch_size 16 --micro_batch 8
+  --pairs_per_query 2 --max_new_tokens 48 --epochs 1 --lr "$(lr 2e-5)" --warmup 2 \
+  --batch_size 16 --micro_batch 8
 evaluate dpo --max_new_tokens 48 --samples 2
 
 stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatures 1.0 \
   --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries $((N_RL / 2)) \
-  --pairs_per_query 1 --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --batch_size 16 \
-  --micro_batch 8
+  --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 2e-5)" --warmup 2 \
+  --batch_size 16 --micro_batch 8
 
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
   --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 48 \
