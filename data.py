@@ -13,7 +13,7 @@ shares, and the report's own decontamination rule (section 5).
 A document is {"text", "source"?, "kind"?}; kind is prose, code or synthetic. The run writes
 {source}.jsonl per source, with --tokenizer memory-mapped token files for pretrain.py, and
 report.json. It reads document by document: memory does not grow with the input (LOG.md,
-2026-11-24). Scores by models: quality.py. Not covered: personal data, licences.
+"pre-training data"). Scores by models: quality.py. Not covered: personal data, licences.
 """
 import ast
 import hashlib

@@ -198,7 +198,7 @@ def reward_groups(groups, reward_model, args: Args):
 def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query's group once with the initial policy; highest variance of scores first
     within a domain, the domains in turn: scores spread more in one domain than in another, and in
-    one order for all, whole stretches of training were of one domain (LOG.md, 2026-11-24). A random
+    one order for all, whole stretches of training were of one domain (LOG.md). A random
     order needs a sample only for what comes now: it refuses to train where there is nothing to
     learn from (R12.7)."""
     if args.order == "random":

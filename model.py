@@ -410,7 +410,7 @@ class Qwen2(nn.Module):
         """Matrices Normal(0, 1/sqrt(fan in)), embeddings Normal(0, 0.02), biases 0, and 0 for the
         matrices that write to the residual stream, so that a block starts as the identity. Qwen's
         own initialiser is not disclosed; transformers draws everything at 0.02, which is 1/sqrt(fan
-        in) at a width of 2,500, but leaves attention near uniform at 192 (LOG.md, 2026-11-23)."""
+        in) at a width of 2,500, but leaves attention near uniform at 192 (LOG.md, first entry)."""
         for name, p in self.named_parameters():
             if name.endswith(("bias", "o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 p.zero_()

@@ -157,7 +157,7 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
     that experts differ. All other weights stay.
 
     Not disclosed, so our choice, made so that the loss goes on nearer to the dense one's (LOG.md,
-    2026-11-24, has numbers): the new weights have initializer_range; the shared expert is cut the
+    "upcycling", has numbers): the new weights have initializer_range; the shared expert is cut the
     same way but keeps its weights; the router starts near uniform; and each output is divided by
     the weight it will get (1/E, or 1/k if normalised, and 1/2 from the shared gate), times the
     dense size over the active size, which makes the sum of what is active an estimate of the dense

@@ -262,7 +262,7 @@ def optimum(points: dict[tuple, float], degree=3, within=0.01):
     of the lowest loss or, if these are few, to the nine lowest, looked for no further than half a
     grid step from them: the valley is so flat that noise moves the lowest run by a step or two.
     Degree 3 within 1% predicts left-out runs near the optima of Step Law's table as well as any
-    (LOG.md, 2026-11-24). The degree is lowered to keep 1.5 runs a coefficient; with fewer than nine
+    (LOG.md). The degree is lowered to keep 1.5 runs a coefficient; with fewer than nine
     finite runs the lowest run is the optimum."""
     xy, loss = np.log(list(points)), np.array(list(points.values()))
     low, high, best = xy.min(0), xy.max(0), xy[loss.argmin()]

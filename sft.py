@@ -23,7 +23,7 @@ answers these, and what passes its check is the data. With neither: verified dem
 Expect: the loss starts far below pre-training's (answers are easy to guess token by token) and
 falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves. A
 loss near 0 is no good sign: too high a rate learns the demonstrations by heart and loses what the
-base model could do (LOG.md, 2026-11-24).
+base model could do (LOG.md, "SFT above the base model, DPO above SFT").
 """
 import io
 import json

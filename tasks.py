@@ -506,14 +506,14 @@ def few_shot(query: dict, k: int, seed: int = 0) -> str:
 
 
 # Collected text puts questions in more ways than one; the chat template, first met in SFT, is then
-# only another. (Six layouts were tried as well: LOG.md, 2026-11-24.)
+# only another. (Six layouts were tried as well: LOG.md, "SFT above the base model".)
 FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
 
 
 def documents(domain: str, seed: int = 0):
     """Endless plain-text documents for pre-training: answered questions of the sft split, nearly
     always one a document: with several in view, which of them is being answered is the hardest
-    thing for a small model to find out (LOG.md, 2026-11-23). The report's synthetic data is written
+    thing for a small model to find out (LOG.md). The report's synthetic data is written
     by larger models; a generator that knows the answer is the small-scale stand-in."""
     r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.75)
     while True:

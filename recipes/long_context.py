@@ -14,7 +14,7 @@ on: what the corpus of data.py holds beyond the 3 MB that the demo reads.
     python recipes/long_context.py                     # after `make demo`; 10 minutes on one core
 
 (From scratch, 3 million tokens did not teach a model of this size to look a code up, see LOG.md,
-2026-11-24: the demo's model can, because its questions need it.)
+"a small model that finds needles": the demo's model can, because its questions need it.)
 
 Writes table.md, result.json and, with matplotlib, long_context.png to --out.
 """
