@@ -360,7 +360,7 @@ def run(policy, tmp_path, name, **values):
 @pytest.mark.parametrize("values", [
     {}, {"inner_steps": 3, "aggregate": "token_mean", "normalise": "none"},
     {"aggregate": "constant", "kl": 0.01, "micro_batch": 5}], ids=["paper", "inner", "kl"])
-def test_stage_learns_a_word(policy, tmp_path, values):
+def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     """R12.9, R12.8: sampler, verifier, loss and optimizer together: "A" becomes the answer, and
     each step logs what a reader needs; loss 0 at ratio 1 is normal, a gap is not."""
     run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, group=16, **values)
@@ -378,7 +378,18 @@ def test_stage_learns_a_word(policy, tmp_path, values):
     if values.get("kl"):
         assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] > 0
     samples = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
-    assert {"prompt", "response", "score"} <= json.loads(samples[0]).keys()
+    rows = [json.loads(line) for line in samples]
+    assert {"prompt", "response", "score"} <= rows[0].keys() and len(rows) == 32  # both groups
+    rewards, advantages = (torch.tensor([row[name] for row in rows]).view(2, 16)
+                           for name in ("reward", "advantage"))
+    torch.testing.assert_close(advantages, group_advantages(
+        rewards, values.get("normalise", "group")))
+    capsys.readouterr()
+    grpo.inspect(stage_args(grpo, out=str(tmp_path / "run")))
+    shown = capsys.readouterr().out
+    assert shown.count("advantage") == 2 and shown.count("'") == 64
+    best = [float(line.split()[2]) for line in shown.splitlines()[2:18]]
+    assert best == sorted(best, reverse=True)
 
 
 @pytest.mark.parametrize("values", [{"kl": 0.01}, {"resample": 2, "order": "random"}],
