@@ -64,16 +64,17 @@ def _medium_is_exact():
     return exact
 
 
-def choose_products(rows, device):
-    """Which library multiplies fp32 matrices of so many rows on a CPU from now on.
+def choose_products(rows, width, device):
+    """Which library multiplies fp32 matrices (rows, width) on a CPU from now on.
 
     torch's default, MKL, leaves AVX-512 unused on AMD: half of what a Zen 5 can do. oneDNN uses it,
     and torch asks oneDNN where "medium" precision allows it to compute in bf16. It does so only
-    with AMX units, so "medium" is taken where a trial shows that fp32 stays fp32; and not for a
-    few rows, which cannot repay oneDNN's 10-20 us a call."""
+    with AMX units, so "medium" is taken where a trial shows that fp32 stays fp32; and only for work
+    that repays oneDNN's 10-20 us a call and more for each new shape: at width 128, GRPO's
+    micro-batches, all of other lengths, took 1.5 times as long with it (LOG.md, "oneDNN")."""
     if device.type == "cpu":
-        torch.set_float32_matmul_precision(
-            "medium" if rows >= 16 and _medium_is_exact() else "highest")
+        large = rows * width * width >= 2**27                  # 2,048 rows at width 256
+        torch.set_float32_matmul_precision("medium" if large and _medium_is_exact() else "highest")
 
 
 def _fp32(x):
@@ -172,7 +173,7 @@ def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
         # Decoding: the G heads of a group pose as G queries of one kv head, so no backend copies
         # the cache. Measured on CPU, S 256 .. 2048: 1.4x enable_gqa, 5-8x repeat_interleave.
         q, causal = q.reshape(shape[0], Hkv, G, shape[3]), False
-        choose_products(1, q.device)
+        choose_products(1, 1, q.device)
     elif precision == "medium" and not q.is_cuda:  # oneDNN: in fp32 1.3x as fast as bf16
         q, k, v = _fp32(q), _fp32(k), _fp32(v)
     # Trap: is_causal is aligned *top-left*. With a cache (T != S) query 0 would see key 0 only, so

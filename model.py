@@ -432,7 +432,7 @@ class Qwen2(nn.Module):
         layer's (probs, expert), for `load_balancing_loss`."""
         B, T = ids.shape
         device = ids.device
-        kernels.choose_products(B * T, device)
+        kernels.choose_products(B * T, self.config.hidden_size, device)
         start = cache.length if cache is not None else 0
         positions, mask = torch.arange(start, start + T, device=device)[None], None
         if cache is not None and cache.pads is not None:
