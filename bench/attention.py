@@ -47,7 +47,7 @@ def ours(case):
 
     import kernels
     kernels.use("fused" if "packed" in case else "sdpa")
-    kernels.choose_products(int(case.split()[2]), torch.device("cpu"))
+    kernels.choose_products(int(case.split()[2]), 1024, torch.device("cpu"))
     return measure(case, kernels.attention)
 
 
@@ -73,7 +73,7 @@ def tiles(case):
 
     import kernels
     kernels.use("fused")
-    kernels.choose_products(int(case.split()[2]), torch.device("cpu"))
+    kernels.choose_products(int(case.split()[2]), 1024, torch.device("cpu"))
     return measure(case, kernels.attention)
 
 

@@ -402,7 +402,7 @@ def test_flops_against_a_counter(name, monkeypatch):
     monkeypatch.setattr(kernels, "expert_mlp", kernels.expert_mlp_reference)
     config, T = PRESETS[name], 128
     model, old = Qwen2(config), kernels.use("reference")
-    kernels.choose_products(2**27, 1, torch.device("cpu"))  # its trial product is none of the model's
+    kernels.choose_products(2**27, 1, torch.device("cpu"))  # the trial is no part of the model
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.long))
     kernels.use(*old)
