@@ -392,7 +392,7 @@ def table():
             ("--input @not.parquet", "parquet"), ("--input @cwd", "cwd"),
             ("--input @docs-empty.jsonl", "nothing"), ("--max_mb x", "--max_mb"),
             ("--max_mb -1", "--max_mb"), ("--threshold nan", "--threshold"),
-            ("--input ,", "want .txt"),
+            ("--input ,", "no .jsonl"),
             ("--input @docs.jsonl --evals @gone", "gone"), ("--seed -1", "--seed"),
             ("--input @docs.jsonl --evals @queries-list.jsonl", "queries-list"),
             ("--synthetic_mb inf", "--synthetic_mb")):

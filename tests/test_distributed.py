@@ -55,7 +55,15 @@ def same(a: Path, b: Path) -> None:
                 assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-5), (key, x, y)
     assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
     for file in a.iterdir():
-        if file.name not in ("run.json", "log.jsonl", "model.safetensors"):
+        if file.name == "samples.jsonl":
+            texts = (path.read_text("utf-8").splitlines() for path in (file, b / file.name))
+            for one, two in zip(*texts, strict=True):
+                one, two = json.loads(one), json.loads(two)
+                assert one.keys() == two.keys()
+                for key, value in one.items():  # rewards and advantages: numbers
+                    assert two[key] == (pytest.approx(value, rel=1e-5, abs=1e-5)
+                                        if isinstance(value, float) else value), key
+        elif file.name not in ("run.json", "log.jsonl", "model.safetensors"):
             assert file.read_bytes() == (b / file.name).read_bytes(), file.name
     x, y = weights(a), weights(b)
     assert x.keys() == y.keys()

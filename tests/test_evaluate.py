@@ -166,12 +166,14 @@ def test_best_of_by_hand():
 
 
 def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
-    """The flag, on answers that all fail: zero whoever chooses, with its interval in eval.json."""
+    """The flag, with a head that is zero: all answers draw, so its choice is chance, pass@1."""
     RewardModel.from_language_model(Qwen2.from_pretrained(micro_run), tokenizer).save_pretrained(
         tmp_path)
     tokenizer.save_pretrained(tmp_path)
     metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
-    assert metrics["best_of"]["reward model"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 6}
+    assert metrics["best_of"]["reward model"] == metrics["best_of"]["chance"]
+    assert metrics["best_of"]["chance"]["mean"] == metrics["pass@1"]["total"]["mean"]
+    assert metrics["best_of"]["chance"]["n"] == 6
 
 
 def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):

@@ -133,9 +133,10 @@ def test_sft_reads_100000_lines_in_the_memory_of_1000(micro_run, tmp_path):
 
 
 def test_verdicts_of_a_long_run_are_forgotten(monkeypatch):
-    """The last 10,000 programs are remembered, or hours of RL keep all that was ever sampled."""
+    """MAX_VERDICTS programs are remembered, or hours of RL keep all that was ever sampled."""
     query = {"prompt": "", "domain": "code",
              "check": {"kind": "code", "language": "python", "tests": "assert f() == 1"}}
     monkeypatch.setattr(tasks, "VERDICTS", {i: True for i in range(10_500)})
+    monkeypatch.setattr(tasks, "MAX_VERDICTS", 10_000)
     assert tasks.score(query, "def f(): return 1") == 1.0
     assert len(tasks.VERDICTS) == 10_000 and 10_499 in tasks.VERDICTS and 0 not in tasks.VERDICTS

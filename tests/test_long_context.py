@@ -302,7 +302,7 @@ def test_evaluate_reads_long_windows(short_run, tmp_path):
                          text=str(tmp_path), device="cpu", dtype="float32")
 
     def bits(**flags):
-        return evaluate.evaluate(replace(args, **flags))["bits_per_byte"]
+        return evaluate.main(replace(args, **flags))["bits_per_byte"]
     with pytest.raises(InputError, match="--window 400 wants 2 to 128"):
         bits()
     assert len({bits(yarn=4.0), bits(dca=True), bits(window=100)}) == 3
