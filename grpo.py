@@ -211,7 +211,8 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
     mixed = sum(map(is_mixed, groups)) / len(groups)
     print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries only sometimes, "
           f"{truncated:.1%} of responses cut")
-    require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens")
+    require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "
+            "or train longer with sft.py a model that does not stop by itself")
     require(mixed > 0, "every query passes always or never, so all advantages are 0: choose easier "
             "or harder --queries, or more SFT")
     if args.order == "random":

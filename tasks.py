@@ -23,11 +23,12 @@ import hashlib
 import random
 import re
 import runpy
+import traceback
 from pathlib import Path
 
 import ifeval
 import sandbox
-from common import read_jsonl, require
+from common import InputError, read_jsonl, require
 from answers import extract_answer, load_file, math_equal
 
 DOMAINS = ("mathematics", "code", "instruction", "logic")
@@ -415,8 +416,15 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             answer = extract_answer(response, strict=True)
             scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
         elif check["kind"] == "own":
-            scores[i] = float(own_reward(check["function"])(query, response))
-            require(0 <= scores[i] <= 1, f"{check['function']} gave {scores[i]}: want 0 to 1")
+            try:
+                value = own_reward(check["function"])(query, response)
+            except Exception as error:  # whatever stands in it
+                line = traceback.extract_tb(error.__traceback__)[-1].lineno
+                raise InputError(f"{check['function']}, line {line}: {type(error).__name__}: "
+                                 f"{error}, for the query {str(query)[:200]}") from None
+            require(isinstance(value, (int, float)) and 0 <= value <= 1,
+                    f"{check['function']} gave {value!r}: want a number from 0 to 1")
+            scores[i] = float(value)
         else:
             follow = ifeval.follows if check["kind"] == "ifeval" else follows
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
@@ -440,7 +448,8 @@ def own_reward(name: str):
     """"my_reward.py:score" -> that function of yours, score(query, response) -> 0 to 1. It runs
     with all your rights, so it comes from the command line, never from a file of queries."""
     path, _, function = name.rpartition(":")
-    require(Path(path).is_file(), f"--reward wants file.py:function, got {name!r}")
+    require(path != "", f"--reward wants file.py:function, got {name!r}")
+    require(Path(path).is_file(), f"--reward {name}: {path}: no such file")
     found = runpy.run_path(path).get(function)
     require(callable(found), f"--reward {name}: {path} defines no function {function}")
     return found

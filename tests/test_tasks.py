@@ -347,6 +347,13 @@ def test_a_reward_of_ones_own(tmp_path):
     (built_in,) = tasks.load("rl", 1, reward=f"{mine}:score")
     assert built_in["prompt"] == tasks.builtin("rl", 1)[0]["prompt"]
     refuses(lambda: tasks.load(str(path), reward=f"{mine}:missing"), "no function missing")
-    refuses(lambda: tasks.load(str(path), reward="nowhere.py:score"), "--reward", "nowhere.py")
+    refuses(lambda: tasks.load(str(path), reward="nowhere.py:score"), "nowhere.py: no such file")
+    refuses(lambda: tasks.load(str(path), reward="nowhere.py"), "wants file.py:function")
+    mine.write_text("def none(query, response):\n    pass\n\n\n"
+                    "def boom(query, response):\n    return query['missing']\n")
+    tasks.own_reward.cache_clear()
+    for name, words in (("none", "gave None"), ("boom", "line 6: KeyError: 'missing'")):
+        (query,) = tasks.load(str(path), reward=f"{mine}:{name}")
+        refuses(lambda query=query: tasks.score(query, "x"), words)
     write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
     refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "check.kind")
