@@ -90,7 +90,8 @@ class Conversations:
                     self.dropped += not learns
                 start += len(line)
         except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # torn .gz too
-            raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
+            reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+            raise InputError(f"{name}:{number}: {' '.join(str(reason).split())}") from None
 
     def tokens(self, line: bytes) -> tuple[list[int], list[int]]:
         row = json.loads(line)
