@@ -324,6 +324,9 @@ def replacing(path: str | Path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            mask = os.umask(0)  # can only be read by setting it
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)  # safetensors' own files are for their owner only
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # half of a file, on a disk that is full

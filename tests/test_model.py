@@ -601,3 +601,11 @@ def test_describe_says_the_published_numbers(capsys):
     kernels.use(*old)
     counted = counter.get_total_flops() / 512 - 2 * 2 * 64 * 512
     assert said * 1e9 == pytest.approx(counted, rel=0.01)
+
+
+def test_others_may_read_the_weights(tmp_path):
+    """A server may run as another user: the mode is that of any new file."""
+    tiny = Qwen2(PRESETS["micro"])
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "new").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
