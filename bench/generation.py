@@ -51,14 +51,8 @@ def transformers(case):
     return measure(case, model, generate)
 
 
-def medium(case):
-    """transformers with the one setting by which our kernels choose oneDNN."""
-    import torch
-    torch.set_float32_matmul_precision("medium")
-    return transformers(case)
-
-
-SYSTEMS = {"ours": (ours, None), "transformers, medium": (medium, "transformers"),
+SYSTEMS = {"ours": (ours, None),
+           "transformers, medium": (harness.medium(transformers), "transformers"),
            "transformers": (transformers, "transformers")}
 CASES = {f"batch {n}": list(SYSTEMS) for n in (1, 16, 64)}
 

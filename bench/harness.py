@@ -36,6 +36,15 @@ def ours():
     sys.path.insert(0, str(ROOT))
 
 
+def medium(system):
+    """A peer's function of a case, run with the one setting by which our kernels choose oneDNN."""
+    def run(case):
+        import torch
+        torch.set_float32_matmul_precision("medium")
+        return system(case)
+    return run
+
+
 def timed(fn, repeats=3, warmup=1):
     """Median CPU and wall seconds of fn(), and what its last call returned."""
     ticks = []

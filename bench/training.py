@@ -88,20 +88,14 @@ def transformers(case):
     return measure(name, case, model, step)
 
 
-def medium(case):
-    """transformers with the one setting by which our kernels choose oneDNN."""
-    import torch
-    torch.set_float32_matmul_precision("medium")
-    return transformers(case)
-
-
 def dense(case):
     out = ours(case, "small")
     del out["check"]  # another model, another loss
     return out
 
 
-SYSTEMS = {"ours": (ours, None), "transformers, medium": (medium, "transformers"),
+SYSTEMS = {"ours": (ours, None),
+           "transformers, medium": (harness.medium(transformers), "transformers"),
            "transformers": (transformers, "transformers"), "ours dense": (dense, None)}
 CASES = {f"{name} {dtype}": ["ours"] + ["transformers, medium"] * (dtype == "fp32")
          + ["transformers"] + ["ours dense"] * (name == "moe")
