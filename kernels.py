@@ -64,16 +64,19 @@ def _medium_is_exact():
     return exact
 
 
-def choose_products(rows, width, device):
+def choose_products(rows, width, device, least=2**27):
     """Which library multiplies fp32 matrices (rows, width) on a CPU from now on.
 
     torch's default, MKL, leaves AVX-512 unused on AMD: half of what a Zen 5 can do. oneDNN uses it,
     and torch asks oneDNN where "medium" precision allows it to compute in bf16. It does so only
     with AMX units, so "medium" is taken where a trial shows that fp32 stays fp32; and only for work
-    that repays oneDNN's 10-20 us a call and more for each new shape: at width 128, GRPO's
-    micro-batches, all of other lengths, took 1.5 times as long with it (LOG.md, "oneDNN")."""
+    that repays oneDNN's 10-20 us a call and 500 us for each new shape: at width 128, GRPO's
+    micro-batches, all of other lengths, took 1.5 times as long with it (LOG.md, "oneDNN"). Where
+    shapes recur, as in decoding, `least` (of rows x width^2) may be smaller.
+
+    It stays chosen until the next forward pass chooses: the backward pass comes in between."""
     if device.type == "cpu":
-        large = rows * width * width >= 2**27                  # 2,048 rows at width 256
+        large = rows * width * width >= least      # the default: 2,048 rows at width 256
         torch.set_float32_matmul_precision("medium" if large and _medium_is_exact() else "highest")
 
 
@@ -167,15 +170,10 @@ def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, m
 
 
 def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
-    shape, dtype, Hkv, G = q.shape, q.dtype, k.shape[1], q.shape[1] // k.shape[1]
-    precision = torch.get_float32_matmul_precision()
-    if q.shape[2] == 1:
-        # Decoding: the G heads of a group pose as G queries of one kv head, so no backend copies
-        # the cache. Measured on CPU, S 256 .. 2048: 1.4x enable_gqa, 5-8x repeat_interleave.
-        q, causal = q.reshape(shape[0], Hkv, G, shape[3]), False
-        choose_products(1, 1, q.device)
-    elif precision == "medium" and not q.is_cuda:  # oneDNN: in fp32 1.3x as fast as bf16
-        q, k, v = _fp32(q), _fp32(k), _fp32(v)
+    dtype, one, G = q.dtype, q.shape[2] == 1, q.shape[1] // k.shape[1]
+    causal = causal and not one                    # a single query is the last position
+    if torch.get_float32_matmul_precision() == "medium" and not one and not q.is_cuda:
+        q, k, v = _fp32(q), _fp32(k), _fp32(v)     # oneDNN: in fp32 1.3x as fast as bf16
     # Trap: is_causal is aligned *top-left*. With a cache (T != S) query 0 would see key 0 only, so
     # that takes a mask, and is_causal, the fast path, is left for T == S.
     fast = segment_ids is None and mask is None and (q.shape[2] == k.shape[2] or not causal)
@@ -188,13 +186,24 @@ def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
     # enable_gqa reads shared kv heads in place: on CPU 2-20% faster than repeating them. On CUDA
     # repeat them where there is a mask or fp32, so that the memory-efficient backend can serve:
     # our expectation, not yet measured on a GPU.
-    if q.is_cuda and (keep is not None or q.dtype == torch.float32) and q.shape[1] != Hkv:
+    if q.is_cuda and (keep is not None or q.dtype == torch.float32) and G > 1 and not one:
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal and keep is None,
-                                         scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if not q.is_cuda:
-        torch.set_float32_matmul_precision(precision)
-    return (out if dead is None else out.masked_fill(dead, 0.0)).reshape(shape).to(dtype)
+    out = one_query(q, k, v, keep, scale) if one else F.scaled_dot_product_attention(
+        q, k, v, attn_mask=keep, is_causal=causal and keep is None, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1])
+    return (out if dead is None else out.masked_fill(dead, 0.0)).to(dtype)
+
+
+def one_query(q, k, v, keep=None, scale=None):
+    """Decoding: `attention` with T = 1, without checks. keep (B,1,1,S): as mask, a key for each row.
+    The G heads of a group pose as G queries of one kv head, so that no backend copies the cache:
+    on CPU, S 256 .. 2048, 1.4x enable_gqa and 5-8x repeat_interleave."""
+    precision = torch.get_float32_matmul_precision()
+    choose_products(1, 1, q.device)                # here oneDNN takes 10 us a row and kv head
+    out = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.shape[3]), k, v,
+                                         attn_mask=keep, scale=scale)
+    torch.set_float32_matmul_precision(precision)
+    return out.view(q.shape)
 
 
 def _fold(x, Hkv):

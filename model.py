@@ -178,7 +178,7 @@ def rope(positions, config: Config):
     `model.bfloat16()`, and bfloat16 turns position 15,962 into 15,936 (R3.5)."""
     inv, factor = frequencies(config)
     angles = positions[..., None].float() * inv.to(positions.device)  # (B, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = torch.cat((-angles, angles), dim=-1)[:, None]
     return angles.cos() * factor, angles.sin() * factor
 
 
@@ -205,8 +205,7 @@ def dual_chunks(positions, config: Config):
 
 def rotate(x, cos, sin):
     """x (B, heads, T, D). Halves are paired (i with i + D/2), not neighbours (2i with 2i + 1)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):

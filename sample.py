@@ -12,12 +12,13 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import kernels
 import tasks
 from common import InputError, cli, pad_rows, positive, require, rng, setup
 from distributed import RANK, merged, share
-from model import KVCache, PromptCache, Qwen2
+from model import KVCache, MoE, PromptCache, Qwen2, rope, rotate
 from tokenizer import Tokenizer
 
 
@@ -63,6 +64,55 @@ def left_pad(prompts, device):
             torch.tensor([longest - len(p) for p in prompts], device=device))
 
 
+class Step:
+    """model.hidden for one more token a row, written out for speed; Qwen2.hidden is what to read, and
+    what the tests compare with. q, k and v come from one product, gate and up from another (a
+    second copy of these weights while a batch lasts); the rotations of all positions are made
+    once. A model with dual chunk attention takes the plain way."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, dtype = model, cache, cache.data.dtype
+        positions = torch.arange(cache.data.shape[-2], device=cache.data.device)
+        self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions[None], model.config))
+
+        def joined(kind, *linears):
+            return torch.cat([getattr(linear, kind) for linear in linears]).to(dtype)
+        self.layers = []
+        for block in model.model.layers:
+            a, mlp = block.self_attn, block.mlp
+            qkv = a.q_proj, a.k_proj, a.v_proj
+            gate_up = None if isinstance(mlp, MoE) else joined("weight", mlp.gate_proj, mlp.up_proj)
+            self.layers.append((block, joined("weight", *qkv), joined("bias", *qkv), gate_up))
+
+    def __call__(self, token):
+        """token (B,) -> (B, C), normalised; the cache grows by one column."""
+        cache, config, dtype = self.cache, self.model.config, self.cache.data.dtype
+        if config.chunk_size:
+            return self.model.hidden(token[:, None], cache=cache)[:, -1]
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        B, now = len(token), cache.length
+        kernels.choose_products(B, config.hidden_size, token.device, least=2**20)
+        cos, sin, mask = self.cos[now], self.sin[now], None
+        if cache.pads is not None:
+            cos, sin = (x[now - cache.pads, None] for x in (self.cos, self.sin))      # (B, 1, D)
+            mask = (torch.arange(now + 1, device=token.device) >= cache.pads[:, None])[:, None, None]
+        x = self.model.model.embed_tokens(token)
+        for layer, (block, qkv, bias, gate_up) in enumerate(self.layers):
+            heads = F.linear(block.input_layernorm(x).to(dtype), qkv, bias).view(B, -1, 1, D)
+            qk, v = heads.split((H + K, K), dim=1)
+            q, k = rotate(qk.squeeze(2), cos, sin)[:, :, None].split((H, K), dim=1)
+            y = kernels.one_query(q, *cache.append(layer, k, v), mask)
+            x = x + block.self_attn.o_proj(y.view(B, -1))
+            h = block.post_attention_layernorm(x)
+            if gate_up is None:
+                x = x + block.mlp(h)
+            else:
+                gate, up = F.linear(h.to(dtype), gate_up).chunk(2, dim=-1)
+                x = x + block.mlp.down_proj(F.silu(gate) * up)
+        cache.length = now + 1
+        return self.model.model.norm(x)
+
+
 def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
                    n, valid_vocab, watch=None):
     device, dtype = model.head_weight.device, model.head_weight.dtype
@@ -75,7 +125,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
         cache.select(rows)
         hidden = hidden[rows]
-    B = len(hidden)
+    B, advance = len(hidden), Step(model, cache)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
@@ -96,11 +146,14 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         left = int(running.sum())  # the one host sync of a step
         if left == 0 or step + 1 == max_new_tokens:
             break
-        if left <= 0.8 * len(running):  # repacking copies the cache: only when it pays
-            keep = running.nonzero().flatten()
+        # Whole sixteens: each new shape costs oneDNN what 2 ms do. Repacking copies the cache: only
+        # when it pays.
+        size = left + -left % 16 if left > 16 else left
+        if size <= 0.8 * len(running):
+            keep = running.int().argsort(descending=True, stable=True)[:size]
             cache.select(keep)
             alive, token, running = alive[keep], token[keep], running[keep]
-        hidden = model.hidden(token[:, None], cache=cache)[:, -1]
+        hidden = advance(token)
     finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).flatten(), stop).tolist()
     lengths = lengths.tolist()
     return [Completion(t[:k], p[:k], f) for t, p, k, f in
