@@ -195,7 +195,7 @@ def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
 
 
 def one_query(q, k, v, keep=None, scale=None):
-    """Decoding: `attention` with T = 1, without checks. keep (B,1,1,S): as mask, a key for each row.
+    """Decoding: `attention` with T = 1, without checks. keep (B,1,1,S): as mask, a key in each row.
     The G heads of a group pose as G queries of one kv head, so that no backend copies the cache:
     on CPU, S 256 .. 2048, 1.4x enable_gqa and 5-8x repeat_interleave."""
     precision = torch.get_float32_matmul_precision()

@@ -65,19 +65,19 @@ def left_pad(prompts, device):
 
 
 class Step:
-    """model.hidden for one more token a row, written out for speed; Qwen2.hidden is what to read, and
-    what the tests compare with. q, k and v come from one product, gate and up from another (a
-    second copy of these weights while a batch lasts); the rotations of all positions are made
-    once. A model with dual chunk attention takes the plain way."""
+    """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
+    and what the tests compare with. q, k and v come from one product, gate and up from another (a
+    second copy of these weights while a batch lasts); all positions' rotations are made once.
+    Dual chunk attention takes the plain way."""
 
     def __init__(self, model, cache):
-        self.model, self.cache, dtype = model, cache, cache.data.dtype
-        positions = torch.arange(cache.data.shape[-2], device=cache.data.device)
-        self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions[None], model.config))
+        self.model, self.cache, self.layers = model, cache, []
+        dtype, device = cache.data.dtype, cache.data.device
+        positions = torch.arange(cache.data.shape[-2], device=device)[None]
+        self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions, model.config))
 
         def joined(kind, *linears):
             return torch.cat([getattr(linear, kind) for linear in linears]).to(dtype)
-        self.layers = []
         for block in model.model.layers:
             a, mlp = block.self_attn, block.mlp
             qkv = a.q_proj, a.k_proj, a.v_proj
@@ -86,31 +86,31 @@ class Step:
 
     def __call__(self, token):
         """token (B,) -> (B, C), normalised; the cache grows by one column."""
-        cache, config, dtype = self.cache, self.model.config, self.cache.data.dtype
+        model, config, cache, now = self.model, self.model.config, self.cache, self.cache.length
         if config.chunk_size:
-            return self.model.hidden(token[:, None], cache=cache)[:, -1]
+            return model.hidden(token[:, None], cache=cache)[:, -1]
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        B, now = len(token), cache.length
-        kernels.choose_products(B, config.hidden_size, token.device, least=2**20)
+        kernels.choose_products(len(token), config.hidden_size, token.device, least=2**20)
         cos, sin, mask = self.cos[now], self.sin[now], None
         if cache.pads is not None:
-            cos, sin = (x[now - cache.pads, None] for x in (self.cos, self.sin))      # (B, 1, D)
-            mask = (torch.arange(now + 1, device=token.device) >= cache.pads[:, None])[:, None, None]
-        x = self.model.model.embed_tokens(token)
+            cos, sin = (x[now - cache.pads][:, None, None] for x in (self.cos, self.sin))
+            columns = torch.arange(now + 1, device=token.device)
+            mask = (columns >= cache.pads[:, None])[:, None, None]                # (B, 1, 1, S)
+        x = model.model.embed_tokens(token)
         for layer, (block, qkv, bias, gate_up) in enumerate(self.layers):
-            heads = F.linear(block.input_layernorm(x).to(dtype), qkv, bias).view(B, -1, 1, D)
-            qk, v = heads.split((H + K, K), dim=1)
-            q, k = rotate(qk.squeeze(2), cos, sin)[:, :, None].split((H, K), dim=1)
-            y = kernels.one_query(q, *cache.append(layer, k, v), mask)
-            x = x + block.self_attn.o_proj(y.view(B, -1))
+            heads = F.linear(block.input_layernorm(x).to(qkv.dtype), qkv, bias)
+            qk, v = heads.view(-1, H + 2 * K, 1, D).split((H + K, K), dim=1)
+            q, k = rotate(qk, cos, sin).split((H, K), dim=1)
+            y = kernels.one_query(q, *cache.append(layer, k, v), mask)            # (B, H, 1, D)
+            x = x + block.self_attn.o_proj(y.flatten(1))
             h = block.post_attention_layernorm(x)
             if gate_up is None:
                 x = x + block.mlp(h)
             else:
-                gate, up = F.linear(h.to(dtype), gate_up).chunk(2, dim=-1)
+                gate, up = F.linear(h.to(gate_up.dtype), gate_up).chunk(2, dim=-1)
                 x = x + block.mlp.down_proj(F.silu(gate) * up)
         cache.length = now + 1
-        return self.model.model.norm(x)
+        return model.model.norm(x)
 
 
 def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
@@ -146,8 +146,8 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         left = int(running.sum())  # the one host sync of a step
         if left == 0 or step + 1 == max_new_tokens:
             break
-        # Whole sixteens: each new shape costs oneDNN what 2 ms do. Repacking copies the cache: only
-        # when it pays.
+        # Whole sixteens, since every new shape costs oneDNN some 2 ms; and only when it pays, since
+        # repacking copies the cache.
         size = left + -left % 16 if left > 16 else left
         if size <= 0.8 * len(running):
             keep = running.int().argsort(descending=True, stable=True)[:size]

@@ -498,6 +498,48 @@ def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
         run()
 
 
+@pytest.fixture
+def precision():
+    old = torch.get_float32_matmul_precision()
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(old)
+
+
+def test_when_products_go_to_onednn(precision, monkeypatch):
+    """From a size on, never where a trial shows less than fp32, never for a GPU, and one query of
+    attention leaves the choice as it was."""
+    cpu, exact = torch.device("cpu"), K._medium_is_exact()
+    for fits in (True, False):
+        monkeypatch.setattr(K, "_medium_is_exact", lambda fits=fits: fits)
+        for rows, width, least, large in ((2**11, 256, {}, True), (2**11 - 1, 256, {}, False),
+                                          (2**13, 128, {}, True), (16, 256, {"least": 2**20}, True),
+                                          (15, 256, {"least": 2**20}, False)):
+            K.choose_products(rows, width, cpu, **least)
+            assert precision() == ("medium" if large and fits else "highest")
+    for name in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(name)
+        K.choose_products(2**20, 256, torch.device("cuda"))
+        q, k, v = qkv(T=1, S=5, dtype=torch.float32)
+        K.attention(q, k, v)
+        assert precision() == name
+    monkeypatch.undo()
+    assert K._medium_is_exact() == exact and precision() == "medium"
+
+
+def test_both_libraries_agree_in_fp32(precision):
+    """To 1e-5 of the largest entry, values and gradients: each sums 512 terms in its own order.
+    bf16 inside would be off by 4e-3, which the trial is there to exclude."""
+    if not K._medium_is_exact():
+        pytest.skip("this CPU computes medium precision in bf16, so it is never chosen")
+    x, w = torch.randn(512, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
+    both = []
+    for name in ("highest", "medium"):
+        torch.set_float32_matmul_precision(name)
+        both.append(values_and_grads(lambda x, w: F.linear(x, w).square(), [x, w]))
+    for a, b in zip(*both, strict=True):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
 @pytest.mark.slow
 def test_the_script_checks_itself():
     out = subprocess.run([sys.executable, str(ROOT / "kernels.py")], capture_output=True, text=True,

@@ -8,7 +8,7 @@ import torch
 import sample
 from common import InputError
 from model import Config, KVCache, Qwen2
-from sample import Rollout, completion_logprobs, draw, generate, rollout
+from sample import Rollout, Step, completion_logprobs, draw, generate, left_pad, rollout
 
 V = 89
 CONFIG = Config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -75,6 +75,50 @@ def test_a_batch_equals_its_rows_alone(config, monkeypatch):
         assert (alone.ids, alone.finished) == (row.ids, row.finished)
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(row.logprobs))
     assert [c.ids for c in greedy(model, PROMPTS, stop_ids=STOPS, batch_size=3)] == want
+
+
+@pytest.mark.parametrize("config", [
+    CONFIG, MOE, CONFIG.extended(yarn=4.0), replace(CONFIG, chunk_size=12, local_size=4)],
+    ids=["dense", "moe", "yarn", "dual chunk"])
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@torch.inference_mode()
+def test_a_decoding_step_equals_the_plain_forward_pass(config, pads, bf16):
+    """Hidden states and the cache, five tokens on, and with rows dropped on the way."""
+    model, hidden, caches = build(config), [], []
+    ids, padding = left_pad(PROMPTS if pads else prompts_of(*[9] * 8), "cpu")
+    assert bool(padding.any()) == pads
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for fast in (False, True):
+            cache = KVCache(config, len(ids), ids.shape[1] + 5, "cpu", dtype, padding)
+            model.hidden(ids, cache=cache)
+            step, rows = Step(model, cache), []
+            for token in range(5):
+                new = torch.arange(cache.data.shape[2]) * 7 % V + token
+                rows.append(step(new) if fast else model.hidden(new[:, None], cache=cache)[:, -1])
+                if token == 2:
+                    cache.select(torch.tensor([5, 0, 2]))
+            hidden.append(rows)
+            caches.append(cache)
+    tol = 2e-2 if bf16 else 1e-5
+    for a, b in zip(*hidden, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+    plain, fast = caches
+    assert plain.length == fast.length == ids.shape[1] + 5
+    torch.testing.assert_close(plain.data, fast.data, rtol=tol, atol=tol)
+
+
+def test_large_batches_shrink_in_sixteens(model, monkeypatch):
+    """And the rows that fill up the last sixteen, finished ones, get nothing more."""
+    kept, select = [], KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda self, rows: kept.append(len(rows)) or
+                        select(self, rows))
+    prompts = prompts_of(*range(1, 91))
+    batch = greedy(model, prompts, stop_ids=STOPS)
+    assert len(kept) > 2 and all(n % 16 == 0 or n <= 16 for n in kept)
+    assert [c.ids for c in batch] == [greedy(model, [p], stop_ids=STOPS)[0].ids for p in prompts]
 
 
 def test_stop_ids_and_finished(model):
