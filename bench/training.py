@@ -45,9 +45,10 @@ def measure(name, case, model, step):
 def ours(case, name=None):
     harness.ours()
     import pretrain
-    from common import adamw, clip_and_step
+    from common import adamw, clip_and_step, keep_freed_memory
     from model import Qwen2, load_balancing_loss
     name = name or case.split()[0]
+    keep_freed_memory()
     model = Qwen2.from_pretrained(name)
     optimizer = adamw(model, 1e-4, 0.1)
 

@@ -1,4 +1,5 @@
 """The benchmark harness's pure functions; its numbers are nobody's assertion."""
+import json
 import os
 import subprocess
 import sys
@@ -62,3 +63,24 @@ def test_the_gpu_script_runs_at_toy_sizes_on_a_cpu():
     assert out.returncode == 0, out.stderr
     for name in ("attention T", "cross-entropy", "MoE of equal active size", "rollouts"):
         assert name in out.stdout
+
+
+def test_scaling_curves_fit_the_exponent_of_a_known_law(harness, monkeypatch):
+    """y = 3 x^2 has exponent 2; a constant, 0; and the last two points are fitted alone."""
+    monkeypatch.syspath_prepend(ROOT / "bench")  # which the harness takes off the path
+    import scaling_curves
+    rows = {"batch": [{"x": x, "s": 3 * x**2, "MB": 100} for x in (1, 2, 4)],
+            "length": [{"x": x, "s": y, "MB": x} for x, y in ((1, 1), (2, 1), (4, 4))]}
+    batch, length = scaling_curves.table(rows)[2:]
+    assert batch == ("| batch (rows of 128) | 1, 2, 4 | 3, 12, 48 | 2.00 (2.00) | 100, 100, 100 | "
+                     "0.00 (0.00) |")
+    assert "| 1, 1, 4 | 1.00 (2.00) | 1, 2, 4 | 1.00 (1.00) |" in length
+    sys.modules.pop("scaling_curves")
+
+
+def test_a_point_of_the_scaling_curves():
+    out = subprocess.run([sys.executable, str(ROOT / "bench" / "scaling_curves.py"), "--worker",
+                          "parameters", "64"], text=True, capture_output=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    point = json.loads(out.stdout)
+    assert point["x"] == 261_440 and point["s"] > 0
