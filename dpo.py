@@ -72,7 +72,7 @@ class Args:
     beta: float = 0.1                # strength of the tie to the reference
     nll: float = 0.0                 # weight of -log pi(chosen) per token, added to the loss
     lr: float = 2e-4                 # peak learning rate (the report's models: 7e-7)
-    warmup: int = 5                  # steps of linear warm-up
+    warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest
     merge_alpha: float = 1e-7        # share of the SFT direction in each update

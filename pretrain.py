@@ -54,7 +54,7 @@ class Args:
     batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
     micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
     lr: float = 1.5e-3               # peak learning rate
-    warmup: int = 50                 # steps of linear warm-up
+    warmup: int = 50                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm

@@ -61,7 +61,7 @@ class Args:
     batch_size: int = 16             # pairs (listwise: prompts) a step
     micro_batch: int = 32            # pairs (listwise: prompts) a forward pass: memory only
     lr: float = 5e-4                 # peak learning rate
-    warmup: int = 5                  # steps of linear warm-up
+    warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm
