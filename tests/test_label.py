@@ -80,7 +80,8 @@ def test_verdicts_are_of_the_pair_and_not_of_the_place():
 def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):
     """Nothing on the screen tells the label; both orders come up; a second session shows only what
     is left; a pair judged again after `u` counts once, with its last verdict."""
-    screen, rows = session("abu=q")
+    screen, rows = session("tHabu=q")
+    assert "> tHa\n" in screen
     assert "chosen" not in screen and "rejected" not in screen
     assert [row["verdict"] == row["a"] for row in rows] == [True, False, False]
     assert rows[1]["pair"] == rows[2]["pair"] and rows[2]["verdict"] == "tie"
