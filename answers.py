@@ -530,7 +530,8 @@ def load_file(path) -> list[dict]:
         read = next((read for columns, read in FORMATS.items() if row.keys() >= {*columns}), None)
         if not read:
             raise InputError(f"{path}:{line}: unknown columns {', '.join(row)}; expected one of "
-                             + "; ".join(map(", ".join, FORMATS)))
+                             + "; ".join(map(", ".join, FORMATS)) + '; or, with --reward '
+                             'file.py:function of grpo.py and evaluate.py, a "prompt"')
         try:
             query = read(row)
             check = query["check"]
