@@ -20,10 +20,11 @@ smallest model's best (LOG.md: 2e-4 at N = 0.8M without embeddings) is lr = 7e-6
 "tool_calls" where there are some; every turn of the assistant is trained on. With --queries, --init
 answers these, and what passes its check is the data. With neither: verified demonstrations.
 
-Expect: the loss starts far below pre-training's (answers are easy to guess token by token) and
-falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves. A
-loss near 0 is no good sign: too high a rate learns the demonstrations by heart and loses what the
-base model could do (LOG.md, "SFT above the base model, DPO above SFT").
+Expect, with the built-in demonstrations: the loss starts far below pre-training's and falls in a
+step at each epoch's end; afterwards more than 95% of answers stop by themselves. (samples.jsonl and
+`stopped` are of built-in questions, whatever --data was.) A loss near 0 is no good sign: too high a
+rate learns the demonstrations by heart and loses what the base model could do (LOG.md, "SFT above
+the base model, DPO above SFT").
 """
 import io
 import json
@@ -58,7 +59,7 @@ class Args:
     batch_size: int = 16             # conversations a step
     micro_batch: int = 32            # rows a forward pass: memory only
     lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
-    warmup: int = 10                 # steps of linear warm-up
+    warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm
