@@ -5,7 +5,8 @@ Every stage answers the same held-out queries (split "test": nothing trains or i
 `samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
 2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
 (--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
-spread of the queries' means: several samples of one query are not independent.
+spread of the queries' means: several samples of one query are not independent. With --reward,
+which need not be 0 or 1, pass@1 and greedy are its means, and pass@k counts what it gives 1.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -182,7 +183,8 @@ def main(args: Args) -> dict:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
     passed = [sum(score == 1 for _, score in group) for group in sampled]
-    metrics = {"pass@1": by_domain(queries, [pass_at_k(args.samples, c, 1) for c in passed])}
+    metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
+                                             for group in sampled])}
     if args.samples > 1:
         metrics[f"pass@{args.samples}"] = by_domain(
             queries, [pass_at_k(args.samples, c, args.samples) for c in passed])

@@ -197,6 +197,16 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
 
+def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path):
+    """pass@1 and greedy are its means; pass@k counts the answers that it gives 1."""
+    (tmp_path / "mine.py").write_text("def score(query, response):\n    return 0.25\n")
+    own = {"reward": f"{tmp_path / 'mine.py'}:score", "max_new_tokens": 40}
+    metrics = run(micro_run, tmp_path, **own)
+    rows = [json.loads(line) for line in (micro_run / "eval_samples.jsonl").open(encoding="utf-8")]
+    assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
+    assert metrics["pass@2"]["total"]["mean"] == 0
+
+
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):
     """--few_shot has worked examples of the built-in domains only: one line, not a KeyError."""
     path = write_rows(tmp_path / "own.jsonl", [
