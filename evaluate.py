@@ -36,8 +36,8 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
-    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 480             # how many of them
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
@@ -162,13 +162,16 @@ def table(rows: list[tuple[str, dict]]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
+    # set-up
     device, autocast = setup(args)
+    positive(args, "samples", "n_queries", "max_new_tokens")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
-    positive(args, "samples", "n_queries", "max_new_tokens")
     longest = model.config.max_position_embeddings
     require(1 < args.window <= longest or not args.text,
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
+
+    # data
     queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
@@ -179,9 +182,13 @@ def main(args: Args) -> dict:
                  if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
         texts = [text for text in texts if data.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+
+    # answers
     with autocast:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
+
+    # metrics
     passed = [sum(score == 1 for _, score in group) for group in sampled]
     metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
                                              for group in sampled])}
@@ -197,6 +204,8 @@ def main(args: Args) -> dict:
     metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
     if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
+
+    # save
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],

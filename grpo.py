@@ -54,11 +54,11 @@ from sample import completion_logprobs, load_policy, rollout
 @dataclass
 class Args:
     init: str = "runs/sft"           # initial policy, and the reference of the KL term
-    reward_model: str = ""           # reward model directory; empty: the verifier alone
     out: str = "runs/grpo"           # where the run goes
     queries: str = "rl"              # query split or file
+    n_queries: int = 128             # how many of them, ordered by variance
+    reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
-    n_queries: int = 128             # pool of queries, ordered by variance
     steps: int = 25                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries an episode
     group: int = 8                   # responses a query (the report's 8)
@@ -236,6 +236,8 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
     device, autocast = setup(args, args.batch_queries * args.group)
+    positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
+             "inner_steps", "micro_batch", "save_every")
     for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
                          "normalise": ("group", "none"), "order": ("variance", "random"),
                          "overlong": ("wrong", "mask", "soft")}.items():
@@ -243,8 +245,6 @@ def main(args: Args) -> dict:
         require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
     require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
             " a long right answer could be worth less than a wrong one")
-    positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
-             "inner_steps", "micro_batch", "save_every")
     require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)

@@ -38,13 +38,13 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Args:
+    init: str = ""                   # continue from this model directory; empty: from scratch
     out: str = "runs/pretrain"       # where the run goes
     data: str = ""                   # directory or files, comma-separated; empty: built-in corpus
     weights: str = ""                # token shares "name=0.5,other=0.5"; empty: ours, or by size
     tokenizer: str = ""              # directory or qwen.tiktoken; empty: train one on the data
     vocab_size: int = 2048           # of the tokenizer trained here, control tokens included
     model: str = "tiny"              # preset of model.py
-    init: str = ""                   # continue from this model directory instead of from scratch
     rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
     upcycle: bool = False            # --init is dense: cut its FFNs into the experts of --model
     tokens: int = 600_000            # training tokens in all

@@ -258,8 +258,8 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     no_samples_after = sft.rollout
     policy = str(teach_letters(tokenizer, tmp_path / "policy"))
     queries = letter_queries(tmp_path / "queries.jsonl")
-    values = {"init": policy, "queries": queries, "samples": 16, "max_new_tokens": 8, "epochs": 20,
-              "batch_size": 2, "warmup": 0, "lr": 2e-3, "out": str(tmp_path / "run")}
+    values = {"init": policy, "queries": queries, "responses": 16, "max_new_tokens": 8,
+              "epochs": 20, "batch_size": 2, "warmup": 0, "lr": 2e-3, "out": str(tmp_path / "run")}
     monkeypatch.setattr(sft, "rollout", lambda model, tokenizer, queries, *rest: no_samples_after(
         model, tokenizer, queries[:2], *rest))  # the look at the end: at two queries of 32
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
