@@ -2,11 +2,11 @@
 held-out text. report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
-`samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
-2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
+`samples` times at temperature 1 (pass@1 is the mean, pass@4 whether one of four passes) and once
+greedily. A chat model gets the chat prompt; a base model, which never saw one
 (--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
 spread of the queries' means: several samples of one query are not independent. With --reward,
-which need not be 0 or 1, pass@1 and greedy are its means, and pass@k counts what it gives 1.
+which need not be 0 or 1, pass@1 and greedy are its means, and a pass is what it gives 1.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -15,7 +15,6 @@ which need not be 0 or 1, pass@1 and greedy are its means, and pass@k counts wha
 import json
 import math
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 
 import torch
@@ -53,11 +52,6 @@ class Args:
 
 # ---------------------------------------------------------------------------------------------
 # metrics
-
-def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Unbiased pass@k from n samples: 1 - C(n - passed, k) / C(n, k)."""
-    return 1.0 - comb(n - passed, k) / comb(n, k)
-
 
 def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
     """Mean of per-query values in [least, 1] and its normal 95% interval."""
@@ -189,12 +183,11 @@ def main(args: Args) -> dict:
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
 
     # metrics
-    passed = [sum(score == 1 for _, score in group) for group in sampled]
     metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
                                              for group in sampled])}
     if args.samples > 1:
         metrics[f"pass@{args.samples}"] = by_domain(
-            queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
+            queries, [float(any(score == 1 for _, score in group)) for group in sampled])
     if args.reward_model:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
         with autocast:

@@ -263,9 +263,7 @@ def main(args: Args) -> dict:
     start = run.begin(model, optimizer)
 
     # loop
-    # (MoE layers, experts): steps in a row, since the start or --resume, with less than a tenth of
-    # the fair share.
-    starved = 0
+    starved = 0  # (MoE layers, experts): steps in a row with less than a tenth of the fair share
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.time()

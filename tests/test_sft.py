@@ -275,7 +275,6 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     assert sum(a.score for group in groups for a in group) >= 30
 
 
-
 def test_rows_without_targets_are_dropped_and_counted(tokenizer):
     """R8.5: at every max_len each row kept has a target behind its first token, none is longer."""
     talks = conversations(20) + [[{"role": "user", "content": "alone"}]]
