@@ -468,7 +468,7 @@ class Run:
             self.hooks.pop().remove()
 
     def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
-        """Append to log.jsonl; show on the bar, or as ten lines in all without a terminal. A step
+        """Append to log.jsonl; show on the bar, or as a dozen lines without a terminal. A step
         that `clip_and_step` skipped also tells how many in a row it is, its batch (the stage's row
         numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
@@ -483,7 +483,7 @@ class Run:
         shown = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in metrics.items()
                  if isinstance(v, (int, float))}
         bar.set_postfix(shown, refresh=False)
-        if bar.disable and (step % max(1, steps // 10) == 0 or step == steps):
+        if bar.disable and (step in (1, steps) or step % max(1, steps // 10) == 0):
             print(f"{self.stage} {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()),
                   flush=True)
         self.skipped += bad
