@@ -2,7 +2,12 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-faults test-load test-fuzz test-parity bench exercise lint clean
+.PHONY: help setup demo test test-all test-faults test-load test-fuzz test-parity bench exercise lint clean
+
+help:
+	@echo "make setup | demo | test | exercise N=1 .. 9 | bench; all of them are in the Makefile"
+
+setup: .venv/ready
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh

@@ -400,6 +400,8 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
+        require(not self.args.get("init") or Path(self.args["init"]).resolve() != self.path.resolve(),
+                f"--out {self.path} is --init too, which would be lost: choose another --out")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK),
                 f"--out {self.path}: {parent} is not a directory that can be written to")
@@ -526,7 +528,7 @@ class Run:
         if RANK == 0:
             model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)
-        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
+        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,

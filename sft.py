@@ -214,6 +214,7 @@ def main(args: Args) -> dict:
                          args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     stopped = sum(a.finished for a in answers) / len(answers)
+    print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")
     run.save_samples(answers)
     run.finish(model, tokenizer, loss=loss, stopped=stopped, conversations=len(rows))
     return {"loss": loss, "stopped": stopped}
