@@ -36,7 +36,7 @@ from common import (
     read_json, read_jsonl, require, setup, write_jsonl)
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
-from sample import load_policy, prompt_ids, read_prompts, rollout
+from sample import load_policy, prompt_ids, read_prompts, rollout, served
 from tokenizer import Tokenizer
 
 
@@ -52,6 +52,7 @@ class Args:
     n_queries: int = 256             # how many of them
     n_held_out: int = 64             # other queries, to measure on
     responses: int = 4               # answers a query, policy and temperature
+    rollout_url: str = ""            # servers that have --policies, http://HOST:PORT/v1,...
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # longer prompt + response is dropped
@@ -194,9 +195,12 @@ def parse_temperatures(text: str) -> list[float]:
 
 def sample_answers(args: Args, device, autocast, queries: list[dict]) -> dict[str, list]:
     """-> all answers of each policy at each temperature."""
-    answers = {}
-    for path in (args.policies or args.init).split(","):
+    answers, paths = {}, (args.policies or args.init).split(",")
+    urls = args.rollout_url.split(",") if args.rollout_url else [""] * len(paths)
+    require(len(urls) == len(paths), f"--rollout_url wants one for each of {', '.join(paths)}")
+    for path, url in zip(paths, urls, strict=True):
         policy, tokenizer = load_policy(path, device)
+        policy = served(url, policy, tokenizer)
         for temperature in parse_temperatures(args.temperatures):
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
@@ -284,8 +288,11 @@ def main(args: Args) -> dict:
     require(queries or tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise),
             f"--pairs {args.pairs}: none fits into --max_len {args.max_len} tokens")
     if queries:
-        answers = sum(sample_answers(args, device, autocast, queries).values(), [])
-        pairs += pair_responses(answers, args.pairs_per_query, args.seed)
+        if run.resumed:  # the pairs that it had: a server answers otherwise each time
+            pairs = read_pairs(run.path / "pairs.jsonl")
+        else:
+            answers = sum(sample_answers(args, device, autocast, queries).values(), [])
+            pairs += pair_responses(answers, args.pairs_per_query, args.seed)
         sources = sample_answers(args, device, autocast, tasks.builtin("val", args.n_held_out,
                                                                       args.seed))
         sources = {"all": sum(sources.values(), [])} | sources
