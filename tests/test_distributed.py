@@ -32,9 +32,10 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
         (sft,) = [one for one in runs if one["stage"] == "sft"]
-        nan, bf16 = ({"out": str(folder / name)} for name in ("nan", "bf16"))
+        nan, bf16, again = ({"out": str(folder / name)} for name in ("nan", "bf16", "recompute"))
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
-                 sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}}]
+                 sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
+                 sft | {"args": sft["args"] | again | {"recompute": True}}]
     if n > 1:
         codes, told = start(n, {"runs": runs}, folder)
         assert codes == [0] * n, told
@@ -103,6 +104,12 @@ def test_bfloat16_is_autocast_on_several_processes_too(one, two):
         assert y["loss"] == pytest.approx(x["loss"], rel=2e-3)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=5e-2)
     assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
+
+
+def test_recomputed_activations_change_nothing(one, two):
+    """On one process bit for bit; on two, a block's weights are gathered for it once more."""
+    assert (one / "sft" / "log.jsonl").read_text() == (one / "recompute" / "log.jsonl").read_text()
+    same(one / "recompute", two / "recompute")
 
 
 @pytest.mark.slow
