@@ -11,6 +11,7 @@ responses is read once and its cache rows repeated. Rows that finish leave the b
 import http.client
 import json
 import sys
+import urllib.error
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -197,13 +198,15 @@ class Server:
         try:
             request = urllib.request.Request(f"{self.url}/{path}", body and json.dumps(
                 body).encode(), {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                return read(json.load(reply))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return read(json.load(reply))
+            except urllib.error.HTTPError as error:  # its text tells more
+                raise OSError(f"{error}: {error.read(300).decode('utf-8', 'replace')}") from None
         except InputError:
             raise
         except (OSError, http.client.HTTPException) as error:  # gone, late, cut off, 4xx, 5xx
-            said = error.read(300).decode("utf-8", "replace") if hasattr(error, "read") else ""
-            reason = f"{error} {said}"
+            reason = str(error)
         except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
             reason = f"no answer of the form wanted ({type(error).__name__}: {error})"
         raise InputError(f"--rollout_url {self.url}/{path}: {' '.join(reason.split())}")
@@ -211,6 +214,7 @@ class Server:
     def generate(self, prompts, max_new_tokens, temperature, seed, stop_ids, n):
         # With all that a server would else take from the model's generation_config.json, such as
         # Qwen2.5's top_k 20 and repetition penalty: the answers must be the policy's own (R12.2).
+        # vLLM's log-probabilities are those of temperature 1, and only for the check above.
         body = {"model": self.name, "max_tokens": max_new_tokens, "temperature": temperature,
                 "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "n": n,
                 "stop_token_ids": list(stop_ids), "logprobs": 0, "return_token_ids": True}
@@ -234,7 +238,7 @@ class Server:
             more = {"prompt": prompts[i], "seed": seed + i * n}
             return self.ask("completions", body | more, read)
         with ThreadPoolExecutor(64) as pool:  # the server batches what comes at the same time
-            return sum(pool.map(answer, range(len(prompts))), [])
+            return [c for answers in pool.map(answer, range(len(prompts))) for c in answers]
 
 
 def served(url: str, model, tokenizer):

@@ -148,7 +148,8 @@ def test_what_is_wrong_is_told_once(tune, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_in_one_line(victim, tune, tmp_path):
-    """Under torchrun, whose own report stands below it."""
+    """Under torchrun, whose own report stands below it. Torchrun ends the others by SIGTERM: on a
+    busy machine that comes before they miss the one that is gone."""
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                             *tune], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not (tmp_path / "run" / "state" / "000000004" / ".metadata").exists():
@@ -157,7 +158,9 @@ def test_a_killed_process_ends_the_run_in_one_line(victim, tune, tmp_path):
     workers = subprocess.run(["ps", "--ppid", str(job.pid), "-o", "pid="], text=True,
                              capture_output=True).stdout.split()
     os.kill(int(workers[victim]), signal.SIGKILL)
-    told = job.communicate(timeout=60)[1]
-    line = "stopped: another process is gone; continue with the same command and --resume\n"
-    assert job.returncode == 1 and told.count("stopped") == 1 and line in told, told
+    told = job.communicate(timeout=120)[1]
+    lines = [line for line in told.splitlines() if line.startswith("stopped")]
+    assert job.returncode == 1 and len(lines) == 1, told
+    assert lines[0].removeprefix("stopped").removeprefix(": another process is gone") == \
+        "; continue with the same command and --resume"
     assert "[rank" not in told

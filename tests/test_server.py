@@ -178,6 +178,7 @@ BROKEN = [
     ("nested", lambda reply: b"[" * 100_000, ["RecursionError"]),
     ("empty", lambda reply: b"", ["JSONDecodeError"]),
     ("cut off", lambda reply: b"cut", ["IncompleteRead"]),
+    ("an error cut off", lambda reply: (503, b"cut"), ["503"]),
     ("a list", lambda reply: [], ["TypeError"]),
     ("no models", lambda reply: {"data": []}, ["IndexError"]),
     ("no choices", lambda reply: reply if "data" in reply else {"choices": None}, ["TypeError"]),
