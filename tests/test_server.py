@@ -130,7 +130,7 @@ def few(policy, peer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage, values, requests, checks", [
-    (dpo, {"responses": 16}, 2, 1), (sft, {"samples": 16}, 2, 1),
+    (dpo, {"responses": 16}, 2, 1), (sft, {"responses": 16}, 2, 1),
     (reward, {"responses": 16, "temperatures": "0.5,1"}, 8, 2)])  # and as many held-out queries
 def test_the_stages_sample_there(stage, values, requests, checks, few, peer, tmp_path):
     """All answers of the fixed policy come from the server, and nothing else does: the model that
