@@ -23,9 +23,11 @@ test-all: .venv/ready
 test-faults: .venv/ready
 	$(PY) -m pytest tests/test_faults.py -m 'slow or not slow'
 
-# A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT.
+# A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT;
+# 2 GB of documents.
 test-load: .venv/ready
 	LOAD_MINUTES=$${LOAD_MINUTES:-30} $(PY) -m pytest tests/test_load.py -m 'slow or not slow' -s
+	LOAD_MB=$${LOAD_MB:-2000} $(PY) -m pytest tests/test_data.py -m slow -k memory_does_not_grow
 
 # Thousands of made-up and damaged inputs; and the table of bad ones.
 test-fuzz: .venv/parity

@@ -76,7 +76,7 @@ def parse_args(Args, argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     fields, values = {f.name: f for f in dataclasses.fields(Args)}, {}
     if {"-h", "--help"} & set(argv):
-        print(usage(Args))
+        print(usage(Args), flush=True)
         raise SystemExit(0)
     while argv:
         flag, has_value, text = argv.pop(0).partition("=")
@@ -124,7 +124,13 @@ def cli(main, Args, **commands) -> None:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         join()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         main(parse_args(Args, argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be said
+        raise SystemExit(141) from None
     except InputError as error:
         if first():
             print(f"error: {error}", file=sys.stderr)
@@ -441,12 +447,15 @@ class Run:
             print(f"resumed {self.path} after step {step}")
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
         return step
 
     def interrupt(self, *_) -> None:
-        """Ctrl-C: the step at hand is finished and its state saved. A second one ends at once."""
+        """Ctrl-C, or SIGTERM from a batch system: the step at hand is finished and its state saved.
+        A second one ends at once."""
         self.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def write_record(self, result: dict) -> None:

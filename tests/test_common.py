@@ -4,6 +4,8 @@ import gzip
 import importlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -101,12 +103,15 @@ def fake_stage(args):
         raise InputError("data.jsonl:3: not JSON")
     if args.what == "stop":
         raise KeyboardInterrupt
+    if args.what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if args.what == "bug":
         raise IndexError
 
 
 @pytest.mark.parametrize("argv, code, message", [
     ("--what input", 2, "error: data.jsonl:3: not JSON\n"), ("--what stop", 130, "stopped\n"),
+    ("--what term", 130, "stopped\n"),
     ("--waht x", 2, "error: unknown argument '--waht'; did you mean --what?\n")])
 def test_exit_codes(argv, code, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
