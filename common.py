@@ -406,7 +406,8 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
-        require(not self.args.get("init") or Path(self.args["init"]).resolve() != self.path.resolve(),
+        init = self.args.get("init")
+        require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK),
