@@ -45,7 +45,8 @@ from distributed import (
 from label import review
 from model import Qwen2
 from reward import RewardModel, pair_responses, read_pairs
-from sample import completion_logprobs, load_policy, rollout, served
+from sample import completion_logprobs, load_policy, rollout
+from server import served
 
 
 @dataclass

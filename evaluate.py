@@ -27,7 +27,8 @@ from common import (
     cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
 from model import Qwen2
 from reward import RewardModel
-from sample import generate, load_policy, rollout, served
+from sample import generate, load_policy, rollout
+from server import served
 from tokenizer import Tokenizer
 
 

@@ -36,7 +36,8 @@ from common import (
     read_json, read_jsonl, require, setup, write_jsonl)
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
-from sample import load_policy, prompt_ids, read_prompts, rollout, served
+from sample import load_policy, prompt_ids, read_prompts, rollout
+from server import served
 from tokenizer import Tokenizer
 
 

@@ -41,7 +41,8 @@ from common import (
     require, setup, write_atomic)
 from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
-from sample import load_policy, rollout, served
+from sample import load_policy, rollout
+from server import served
 
 
 @dataclass

@@ -15,7 +15,8 @@ import grpo
 import reward
 import sft
 import tasks
-from sample import Server, generate, load_policy, prompt_ids, served
+from sample import generate, load_policy, prompt_ids
+from server import Server, served
 
 PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
 
