@@ -120,12 +120,14 @@ def cli(main, Args, **commands) -> None:
         if {"-h", "--help"} & set(argv):
             print(main.__doc__)
             return
+    args = None
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         join()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        main(parse_args(Args, argv))
+        args = parse_args(Args, argv)
+        main(args)
         sys.stdout.flush()
     except BrokenPipeError:
         print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
@@ -139,7 +141,10 @@ def cli(main, Args, **commands) -> None:
         if not isinstance(error, KeyboardInterrupt) and not lost(error):
             raise
         why = ": another process is gone" * lost(error)
-        hint = "; continue with the same command and --resume" * hasattr(Args, "resume")
+        hint = ""
+        if hasattr(args, "resume"):
+            hint = "; continue with the same command and --resume" if \
+                (Path(args.out) / "run.json").exists() else "; nothing saved yet"
         if first():
             print("stopped" + why + hint, file=sys.stderr)
         raise SystemExit(130) from None

@@ -56,7 +56,7 @@ class Args:
     base: str = ""                   # pre-trained model, for online merging; empty: plain AdamW
     data: str = ""                   # preference pairs (JSONL); empty: resample --init on queries
     queries: str = "rl"              # query split or file to resample on
-    n_queries: int = 256             # how many of them
+    n_queries: int = 0               # at most so many; 0: all of a file, 256 of a split
     responses: int = 8               # answers sampled to each
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     temperature: float = 1.0         # of the sampling
@@ -178,7 +178,7 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "dpo")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
+    positive(args, "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
     scorer = args.reward_model and RewardModel.from_pretrained(args.reward_model, device=device)
@@ -186,7 +186,7 @@ def main(args: Args) -> dict:
     # Resumed, it takes the pairs that it had: a server answers otherwise each time.
     data = str(run.path / "pairs.jsonl") if args.rollout_url and run.resumed else args.data
     pairs = read_pairs(data) if data else []
-    queries = [] if data else tasks.load(args.queries, args.n_queries, args.seed)
+    queries = [] if data else tasks.load(args.queries, args.n_queries, args.seed, built_in=256)
 
     # data
     if not data:

@@ -36,7 +36,7 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
-    n_queries: int = 480             # how many of them
+    n_queries: int = 0               # at most so many; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
@@ -160,7 +160,7 @@ def table(rows: list[tuple[str, dict]]) -> str:
 def main(args: Args) -> dict:
     # set-up
     device, autocast = setup(args)
-    positive(args, "samples", "n_queries", "max_new_tokens")
+    positive(args, "samples", "max_new_tokens")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
     longest = model.config.max_position_embeddings
@@ -168,7 +168,7 @@ def main(args: Args) -> dict:
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
 
     # data
-    queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
+    queries = tasks.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
             f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
@@ -209,10 +209,10 @@ def main(args: Args) -> dict:
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
          "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
-                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
-                "window": args.window, "yarn": args.yarn, "dca": args.dca,
-                "rollout_url": args.rollout_url}
+    settings = {"queries": args.queries, "n": len(queries), "reward": args.reward,
+                "samples": args.samples, "few_shot": args.few_shot, "seed": args.seed,
+                "max_new_tokens": args.max_new_tokens, "window": args.window, "yarn": args.yarn,
+                "dca": args.dca, "rollout_url": args.rollout_url}
     write_atomic(Path(args.init) / "eval.json", json.dumps(
         {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
     print(table([(Path(args.init).name, metrics)]))

@@ -56,7 +56,7 @@ class Args:
     init: str = "runs/sft"           # initial policy, and the reference of the KL term
     out: str = "runs/grpo"           # where the run goes
     queries: str = "rl"              # query split or file
-    n_queries: int = 128             # how many of them, ordered by variance
+    n_queries: int = 0               # at most so many; 0: all of a file, 128 of a split
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     steps: int = 25                  # episodes: one optimizer step each
@@ -220,8 +220,13 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
           f"better and worse answers, {truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "
             "or train longer with sft.py a model that does not stop by itself")
-    require(mixed > 0, "each query's answers all score alike, so all advantages are 0: choose "
-            "easier or harder --queries, or more SFT")
+    advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature" \
+        if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2 else \
+        "easier --queries, more SFT, or a --reward with degrees" if verified.mean() < 0.5 else \
+        "harder --queries"
+    require(mixed > 0, f"each query's answers all score alike, so all advantages are 0: {advice}")
+    if mixed < 0.1:
+        print(f"few queries have anything to learn from: {advice}")
     if args.order == "random":
         return queries
     order, seen, rank = query_order(rewards if scores is None else scores).tolist(), Counter(), {}
@@ -237,7 +242,7 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
     device, autocast = setup(args, args.batch_queries * args.group)
-    positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
+    positive(args, "steps", "batch_queries", "temperature", "max_new_tokens",
              "inner_steps", "micro_batch", "save_every")
     for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
                          "normalise": ("group", "none"), "order": ("variance", "random"),
@@ -259,7 +264,7 @@ def main(args: Args) -> dict:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
-    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward)
+    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
 
     # data
     with autocast:
@@ -321,7 +326,7 @@ def main(args: Args) -> dict:
         trained = sum(len(answers[i].ids) for i in alive) or 1
         run.log(step + 1, args.steps, bar, [group[0].query["prompt"] for group in groups],
                 reward=rewards.mean().item(), **{verdict(args): verified.mean().item()},
-                score=scores.mean().item() if scores is not None else 0.0,
+                **({} if scores is None else {"score": scores.mean().item()}),
                 dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), used=used,
                 cut=1 - len(finished) / len(answers),
                 length=sum(finished) / max(1, len(finished)), loss=loss, lr=lr, grad_norm=norm,

@@ -51,7 +51,7 @@ def collect(root: Path):
     found = [s for s in CURVES if (root / s / "run.json").exists()]
     require(len(found) > 0, f"--run {root}: want a directory that holds those of stages "
             f"({', '.join(CURVES)})")
-    stages, logs, chats = [], {}, {}
+    stages, logs, chats, asked = [], {}, {}, {}
     for name in found:
         folder = root / name
         run, path = read_json(folder / "run.json"), folder / "eval.json"
@@ -59,10 +59,15 @@ def collect(root: Path):
                        "peak_rss_mb": run.get("peak_rss_mb"),
                        "command": "python " + run["command"], "result": run.get("result", {}),
                        "metrics": read_json(path)["metrics"] if path.exists() else {}})
+        if path.exists():
+            settings = read_json(path)["settings"]
+            asked[tuple(settings.get(key, "") for key in ("queries", "n", "reward"))] = name
         if (folder / "log.jsonl").exists():
             logs[name] = [row for _, row in read_jsonl(folder / "log.jsonl")]
         if (folder / "eval_samples.jsonl").exists():
             chats[name] = [row for _, row in read_jsonl(folder / "eval_samples.jsonl")]
+    require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
+            "queries or by another --reward; run evaluate.py again")
     total = sum(s["seconds"] or 0 for s in stages)
     if (root / "started").exists():  # demo.sh's clock: data, tokenizer, evaluations included
         ended = max(path.stat().st_mtime for path in root.glob("*/*.json"))
@@ -72,10 +77,12 @@ def collect(root: Path):
     return report, logs, chats
 
 
-def turned(before: list[dict], after: list[dict], want: tuple) -> tuple[int, list[tuple]]:
-    """How many queries went from one greedy verdict to the other, and the first of each domain."""
-    some = [(a, b) for a, b in zip(before, after, strict=False)
-            if (a["greedy_score"], b["greedy_score"]) == want]
+def turned(before: list[dict], after: list[dict], sign: int) -> tuple[int, list[tuple]]:
+    """How many queries' greedy scores rose (sign 1) or fell (-1), and which did most in each
+    domain."""
+    some = [(sign * (b["greedy_score"] - a["greedy_score"]), a, b)
+            for a, b in zip(before, after, strict=False)]
+    some = [(a, b) for gain, a, b in sorted(some, key=lambda row: -row[0]) if gain > 0]
     return len(some), [pair for domain in tasks.DOMAINS
                        for pair in [p for p in some if p[0]["domain"] == domain][:1]]
 
@@ -106,8 +113,8 @@ def as_markdown(report: dict, root: Path, chats: dict) -> str:
     lines += [f"| {' | '.join(row)} | `{command}` |" for *row, command in stage_rows(report)]
     if "sft" in chats and "grpo" in chats:
         lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
-        for label, want in (("learned", (0, 1)), ("lost", (1, 0))):
-            n, pairs = turned(chats["sft"], chats["grpo"], want)
+        for label, sign in (("learned", 1), ("lost", -1)):
+            n, pairs = turned(chats["sft"], chats["grpo"], sign)
             lines += [f"{n} queries {label}; the first of each domain:", ""]
             for before, after in pairs:
                 lines += [f"- **{before['prompt']}**", f"  - SFT: `{before['greedy']!r}`",
@@ -197,8 +204,8 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
         if figures := "".join(curve(rows, metric) for metric in CURVES[name]):
             parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
     if "sft" in chats and "grpo" in chats:
-        for label, want in (("Learned", (0, 1)), ("Lost", (1, 0))):
-            n, pairs = turned(chats["sft"], chats["grpo"], want)
+        for label, sign in (("Learned", 1), ("Lost", -1)):
+            n, pairs = turned(chats["sft"], chats["grpo"], sign)
             parts.append(f"<h2>{label} between SFT and GRPO: {n} queries</h2>")
             parts += [f"<article><b>{escape(a['prompt'])}</b>{answer('SFT', a)}{answer('GRPO', b)}"
                       "</article>" for a, b in pairs]

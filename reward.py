@@ -48,7 +48,7 @@ class Args:
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     held_out: str = ""               # pairs (JSONL) to measure, and not to learn from
     queries: str = "rl"              # query split or file, as for GRPO; "none": only the files
-    n_queries: int = 256             # how many of them
+    n_queries: int = 0               # at most so many; 0: all of a file, 256 of a split
     n_held_out: int = 64             # other queries, to measure on
     policies: str = ""               # comma-separated models that answer them; empty: --init
     temperatures: str = "0.7,1.0"    # each policy samples at each of these
@@ -270,14 +270,15 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "reward")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_queries", "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
+    positive(args, "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
     kind = TwoLayers if args.two_layers else RewardModel
     model = kind.from_language_model(model, tokenizer)
     pairs = read_pairs(args.pairs) if args.pairs else []
     held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
-    queries = [] if args.queries == "none" else tasks.load(args.queries, args.n_queries, args.seed)
+    queries = [] if args.queries == "none" else \
+        tasks.load(args.queries, args.n_queries, args.seed, built_in=256)
     require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
     temperatures = [parse_value("temperatures", part, float)
                     for part in args.temperatures.split(",")]

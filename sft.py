@@ -51,7 +51,7 @@ class Args:
     out: str = "runs/sft"            # where the run goes
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
     queries: str = ""                # instead: what --init answers rightly to this split or file
-    n_data: int = 1000               # built-in demonstrations, queries, or the most rows of --data
+    n_data: int = 0                  # at most so many of them; 0: all of a file, 1000 built-in ones
     responses: int = 8               # answers sampled to each of --queries
     rollout_url: str = ""            # sample them on a server that has --init, http://HOST:PORT/v1
     max_new_tokens: int = 160        # longest of these, and of the samples at the end
@@ -115,8 +115,9 @@ class Conversations:
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
     """Of several responses to each query those that pass its check, each different one once."""
     policy = served(args.rollout_url, model, tokenizer)
-    groups = rollout(policy, tokenizer, tasks.load(args.queries, args.n_data, args.seed),
-                     args.responses, args.max_new_tokens, 1.0, args.seed)
+    queries = tasks.load(args.queries, args.n_data, args.seed, built_in=1000)
+    groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens, 1.0,
+                     args.seed)
     passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
     return [{"messages": [{"role": "user", "content": prompt},
                           {"role": "assistant", "content": text}]} for prompt, text in passed]
@@ -157,7 +158,7 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every",
+    positive(args, "epochs", "batch_size", "micro_batch", "save_every",
              "responses", "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     require(not (args.data and args.queries), "--data and --queries: take one")
@@ -175,11 +176,12 @@ def main(args: Args) -> dict:
     else:
         with autocast:
             found = rejection_sample(model, tokenizer, args) if args.queries else \
-                tasks.demonstrations(args.n_data, args.seed)
+                tasks.demonstrations(args.n_data or 1000, args.seed)
         file = io.BytesIO("".join(json.dumps(row) + "\n" for row in found).encode())
-    n = args.n_data if args.data else 10**9
+    n = args.n_data if args.data and args.n_data else 10**9
     rows = Conversations(file, tokenizer, args.max_len, n, args.data)
-    require(len(rows) > 0, f"--data {args.data or args.queries}: no answer within --max_len tokens")
+    require(len(rows) > 0, f"--data {args.data or args.queries}: {rows.dropped} conversations, none"
+            f" with an answer of the assistant within --max_len {args.max_len} tokens")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(rows)} conversations ({rows.dropped} dropped: no answer within --max_len), "
           f"{steps} steps")

@@ -122,12 +122,16 @@ def test_exit_codes(argv, code, message, capsys, monkeypatch):
     assert shown == message
 
 
-def test_an_interrupted_stage_says_how_to_go_on(capsys, monkeypatch):
+@pytest.mark.parametrize("begun, words", [
+    (True, "same command and --resume"), (False, "stopped; nothing saved yet")])
+def test_an_interrupted_stage_says_how_to_go_on(begun, words, capsys, monkeypatch, tmp_path):
     """One that can: sample.py has no --resume."""
-    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    if begun:
+        (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         common.cli(lambda args: fake_stage(Choice("stop")), Args)
-    assert "same command and --resume" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

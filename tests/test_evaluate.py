@@ -218,8 +218,8 @@ def test_text_is_held_out_only(micro_run, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("values,words", [
-    ({"samples": 0}, ["--samples"]), ({"n_queries": 0}, ["--n_queries"]),
-    ({"text": "nowhere"}, ["--text"]), ({"max_new_tokens": 0}, ["--max_new_tokens"])])
+    ({"samples": 0}, ["--samples"]), ({"text": "nowhere"}, ["--text"]),
+    ({"max_new_tokens": 0}, ["--max_new_tokens"])])
 def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
     """One line that names the flag."""
     refuses(lambda: run(micro_run, tmp_path, **values), *words)
