@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 from common import InputError, cli, open_text, read_jsonl, replacing, require, write_atomic
+from ifeval import language
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -215,33 +216,12 @@ def boilerplate(text: str, kind: str = "prose") -> str:
     return f"{found} of {len(lines)} lines are furniture" if bad else ""
 
 
-# A script, where it tells the language, else the most frequent words of a language.
-SCRIPTS = {"ja": "\u3040-\u30ff", "zh": "\u4e00-\u9fff", "ko": "\uac00-\ud7af",
-           "ru": "\u0400-\u04ff", "ar": "\u0600-\u06ff", "hi": "\u0900-\u097f",
-           "el": "\u0370-\u03ff", "he": "\u0590-\u05ff", "th": "\u0e00-\u0e7f"}
-WORDS = {"en": "the of and to in is that for it", "de": "der die und das ist nicht den von ein",
-         "fr": "le la les des et est une que dans", "es": "el los las que en una es por con",
-         "it": "il di che la per un del non sono", "pt": "os que em um uma para com do da"}
-WORDS = {name: frozenset(words.split()) for name, words in WORDS.items()}
-
-
-def language(text: str) -> str:
-    """A guess: a script that a fifth of the letters are in (Kana first: Japanese has Han too), else
-    the words that most often occur, if one in twenty is such, else "unknown"."""
-    letters = sum(map(str.isalpha, text))
-    for name, span in SCRIPTS.items():
-        if len(re.findall(f"[{span}]", text)) > letters / 5:
-            return name
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    hits = {name: sum(word in known for word in words) for name, known in WORDS.items()}
-    best = max(hits, key=hits.get)
-    return best if hits[best] > len(words) / 20 else "unknown"
-
-
 def other_language(text: str, kind: str = "prose", wanted=()) -> str:
+    """A page where not even one word in twenty is a frequent one of its language is "unknown"."""
     if not wanted or kind != "prose":
         return ""
-    found = language(text)
+    found, share = language(text)
+    found = found if share > 0.05 else "unknown"
     return "" if found in wanted else f"language {found}"
 
 
@@ -667,7 +647,7 @@ class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
     input: str = ""                # files or directories, comma-separated; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
-    languages: str = ""            # of prose to keep, as en,zh,unknown (see WORDS); empty: all
+    languages: str = ""            # of prose to keep, as en,zh,unknown (see ifeval.py); empty: all
     tokenizer: str = ""            # directory: write token files too, for pretrain.py to map
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
