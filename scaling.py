@@ -67,7 +67,8 @@ class Args:
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
     gpu_gb: float = 80.0             # plan: memory of one GPU
     gpu_hour: float = 2.5            # plan: price of a GPU hour, an assumption
-    seed: int = 0                    # of weights, data order and bootstrap
+    seed: int = 0                    # of the corpus, the bootstrap and the first run of a setting
+    seeds: int = 1                   # sweep: runs of a setting, whose mean loss counts
     device: str = "auto"             # sweep: auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (a plan's auto: bfloat16)
     resume: bool = False             # sweep: keep the rows that --out has, train what is missing
@@ -633,13 +634,13 @@ def prepare(args: Args, tokens: float) -> None:
         f"{args.out}/tokenizer")
 
 
-def measure(args: Args, size: str, D: float, lr: float, batch: float, device) -> dict:
+def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> dict:
     """One run of pretrain.py -> a row of rows.csv (R6.1). Its directory is used again by the next.
     Warm-up is a tenth of the steps: a fixed number would favour small batches."""
     asked = pretrain.Args(
         out=f"{args.out}/last", data=f"{args.out}/data", tokenizer=f"{args.out}/tokenizer",
         model=size, tokens=int(D), lr=lr, batch_tokens=int(batch), warmup=int(D / batch / 10),
-        seq_len=args.seq_len, micro_batch=64, eval_every=10**9, save_every=10**9, seed=args.seed,
+        seq_len=args.seq_len, micro_batch=64, eval_every=10**9, save_every=10**9, seed=seed,
         device=args.device, dtype=args.dtype, overwrite=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -649,7 +650,7 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, device) ->
     sizes = count(PRESETS[size])
     return {"kind": "moe" if PRESETS[size].num_experts else "dense", "size": size, "N": sizes["N"],
             "total": sizes["non_embedding"], "D": D, "lr": lr, "batch_tokens": batch, "loss": loss,
-            "warmup": asked.warmup, "seed": args.seed, "schedule": f"cosine to {asked.final_lr}",
+            "warmup": asked.warmup, "seed": seed, "schedule": f"cosine to {asked.final_lr}",
             "seq_len": args.seq_len, "device": str(device), "dtype": args.dtype}
 
 
@@ -671,26 +672,28 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
         sorted(common.parse_value(name, part, float) for part in getattr(args, name).split(","))
         for name in ("lrs", "batches", "tokens")]
     require(all(axis[0] > 0 for axis in axes), "--lrs, --batches and --tokens must be positive")
-    require(all(r["seq_len"] == str(args.seq_len) and r["seed"] == str(args.seed) for r in rows),
-            f"--resume: {run.path} has rows of another --seq_len or --seed: take another --out")
+    require(all(r["seq_len"] == str(args.seq_len) for r in rows),
+            f"--resume: {run.path} has rows of another --seq_len: take another --out")
     for size in args.sizes.split(","):
         add_preset(size)
     run.begin()
     prepare(args, tokens[-1])
-    done = {(r["size"], r["D"], r["lr"], r["batch_tokens"]): r for r in rows}
+    done = {(r["size"], r["D"], r["lr"], r["batch_tokens"], int(r["seed"])): r for r in rows}
     shape, cells = (len(lrs), len(batches)), list(product(args.sizes.split(","), tokens))
     at, bar = (shape[0] // 2, shape[1] // 2), tqdm(cells, desc="scaling", disable=None)
     for number, cell in enumerate(bar, 1):
         def value(point, cell=cell):
-            key = *cell, lrs[point[0]], batches[point[1]]
-            if key not in done:
-                done[key] = measure(args, *key, device)
-                rows.append(done[key])
-                write_rows(run.path / "rows.csv", rows)
-            loss = done[key]["loss"]
+            keys = [(*cell, lrs[point[0]], batches[point[1]], args.seed + i)
+                    for i in range(args.seeds)]
+            for key in keys:
+                if key not in done:
+                    done[key] = measure(args, *key, device)
+                    rows.append(done[key])
+                    write_rows(run.path / "rows.csv", rows)
+            loss = sum(done[key]["loss"] for key in keys) / len(keys)
             return loss if math.isfinite(loss) else math.inf
         at = descend(value, shape, at)
-        best = done[(*cell, lrs[at[0]], batches[at[1]])]
+        best = done[(*cell, lrs[at[0]], batches[at[1]], args.seed)]
         run.log(number, len(cells), bar, runs=len(rows),
                 **{k: best[k] for k in ("N", "D", "lr", "batch_tokens", "loss")})
 

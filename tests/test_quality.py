@@ -145,8 +145,8 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
         float(a in right[q["prompt"]]) for q, a in zip(queries, answers, strict=True)])
     args = replace(args, labels="", generate=2, responses=16, policy=policy)
     report = quality.main(args)
-    rows = [row for _, row in read_jsonl(tmp_path / "out" / "instruction.jsonl")]
-    assert report["sources"] == {"instruction": 3}
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "generated_instruction.jsonl")]
+    assert report["sources"] == {"generated_instruction": 3}
     assert {("Pick" in row["text"], row["text"].split()[-1]) for row in rows} == {
         (True, "A."), (False, "A."), (False, "B.")}
     scorer = RewardModel.from_language_model(load_policy(policy, "cpu")[0], tokenizer)
@@ -155,7 +155,7 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
     monkeypatch.setattr(reward.RewardModel, "score",
                         lambda self, prompts, answers: [float(a == "B.") for a in answers])
     quality.main(replace(args, reward_model=str(tmp_path / "scorer"), overwrite=True))
-    rows = [row for _, row in read_jsonl(tmp_path / "out" / "instruction.jsonl")]
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "generated_instruction.jsonl")]
     assert [(row["text"].split()[-1], row["scores"]["reward"]) for row in rows] == [
         ("B.", 1.0), ("A.", 0.0)]
     assert all(row["kind"] == "synthetic" for row in rows)
