@@ -652,7 +652,6 @@ class Args:
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
     threshold: float = 0.75        # estimated Jaccard similarity that makes a near-duplicate
-    show_dropped: int = 1          # dropped samples to print per reason
     seed: int = 0                  # of the corpus sample and the generators
     overwrite: bool = False        # replace what --out holds
 
@@ -695,7 +694,7 @@ def main(args: Args) -> dict:
                 ("documents", "mb", "kept", "kept_mb"), 0))
             mb = len(doc["text"].encode("utf-8", "replace")) / 1e6
             row["documents"], row["mb"] = row["documents"] + 1, row["mb"] + mb
-            if len(samples[name]) < max(20, args.show_dropped):
+            if len(samples[name]) < 20:
                 samples[name].append({"text": doc["text"][:200], "reason": reason})
             if reason:
                 dropped[name] += 1
@@ -706,24 +705,21 @@ def main(args: Args) -> dict:
     count = sum(row["documents"] for row in sources.values())
     require(sum(dropped.values()) < count, f"nothing is left of {count} documents: {dict(dropped)}")
 
-    print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}{'of MB':>7}")
+    print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}")
     for name, row in sorted(sources.items()):
-        n, mb, m, kept_mb = row.values()
-        print(f"{name:<20}{n:>10}{mb:>8.2f}{m:>8}{kept_mb:>8.2f}{kept_mb / max(mb, 1e-9):>7.0%}")
-        for part in ("train", "held_out") if tok and m else ():
+        print("{:<20}{:>10}{:>8.2f}{:>8}{:>8.2f}".format(name, *row.values()))
+        for part in ("train", "held_out") if tok and row["kept"] else ():
             texts = (doc["text"] for doc in read_documents(out / f"{name}.jsonl"))
             write_tokens(out / f"{name}.{part}", (
                 text for text in texts if is_held_out(text) == (part == "held_out")), tok)
     if tok:
         tok.save_pretrained(out)
-    print(f"\ndropped {sum(dropped.values())} of {count} documents:")
+    print(f"\ndropped {sum(dropped.values())} of {count} documents, for example:")
     for name, n in dropped.items():
-        print(f"  {name:<14}{n:>6}")
-        for sample in samples[name][:args.show_dropped]:
-            text = " ".join(sample["text"].split())[:48]
-            print(f"    {sample['reason']}: {text!r}"[:140])
+        text = " ".join(samples[name][0]["text"].split())
+        print(f"{n:>8} {name:<13} {samples[name][0]['reason']}: {text!r}"[:120])
     result = {"args": asdict(args), "seconds": round(time.time() - started, 1), "sources": sources,
-              "dropped": dict(dropped), "samples": {k: v[:20] for k, v in samples.items()}}
+              "dropped": dict(dropped), "samples": samples}
     write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"data: {out} ready after {time.time() - started:.0f} s")
     return result
