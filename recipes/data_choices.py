@@ -108,8 +108,8 @@ def main(args: Args) -> None:
              for name, weights in MIXTURES.items()]
     rows = [row for _, row in read_jsonl(out / "rows.jsonl")] if (
         out / "rows.jsonl").exists() else []
-    for seed in range(args.seed, args.seed + args.seeds):
-        for kind, name, folder, weights, tokenizer, tokens, texts in runs:
+    for kind, name, folder, weights, tokenizer, tokens, texts in runs:
+        for seed in range(args.seed, args.seed + args.seeds):
             if any((row["name"], row["seed"]) == (name, seed) for row in rows):
                 continue
             run = str(out / f"{kind}-{name}-{seed}".replace(" ", "_"))

@@ -193,8 +193,8 @@ def test_the_recipe_that_measures_filtering_and_mixture(shared, tmp_path):
                       mixture_tokens=4000)
     recipe.main(args)
     rows = [row for _, row in read_jsonl(tmp_path / "rows.jsonl")]
-    assert [row["name"] for row in rows] == ["all", "best half", *recipe.MIXTURES, "all",
-                                             "best half"]
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("all", "best half", *recipe.MIXTURES) for seed in (0, 1)]
     assert all(2 < bits < 5 for row in rows for bits in row["bits"].values())
     mixed = json.loads((tmp_path / "mixture-a_third_each-0" / "run.json").read_text())
     shares = [row["share"] for row in mixed["result"]["mixture"].values()]
