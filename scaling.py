@@ -722,9 +722,8 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
             loss = sum(done[key]["loss"] for key in keys) / len(keys)
             return loss if math.isfinite(loss) else math.inf
         at = descend(value, shape, at)
-        best = done[(*cell, lrs[at[0]], batches[at[1]], args.seed)]
-        run.log(number, len(cells), bar, runs=len(rows),
-                **{k: best[k] for k in ("N", "D", "lr", "batch_tokens", "loss")})
+        run.log(number, len(cells), bar, N=count(PRESETS[cell[0]])["N"], D=cell[1], lr=lrs[at[0]],
+                batch_tokens=batches[at[1]], loss=value(at), runs=len(rows))
 
 
 # ---------------------------------------------------------------------------------------------

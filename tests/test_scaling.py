@@ -619,6 +619,20 @@ def test_sweep_in_small(tmp_path, capsys):
     assert len(both) >= 4 and all(0 < abs(two["0"] - two["1"]) < 0.5 for two in both)
 
 
+def test_sweep_goes_by_the_mean_of_seeds(tmp_path, monkeypatch):
+    """One seed likes the low rate a little, the other the high one much."""
+    def measured(args, size, D, lr, batch, seed, device):
+        loss = 3 + (0.1 if (lr > 1e-3) else 0.0) if seed == 7 else 3 + 1e-3 / lr
+        return {"kind": "dense", "size": size, "N": 1e4, "D": D, "lr": lr, "batch_tokens": batch,
+                "loss": loss, "seed": seed, "seq_len": args.seq_len}
+    monkeypatch.setattr(scaling, "measure", measured)
+    monkeypatch.setattr(scaling, "prepare", lambda args, tokens: None)
+    scaling.main(scaling.Args(out=str(tmp_path / "s"), sizes="16x1", tokens="512", seeds=2, seed=7,
+                              lrs="1e-3,2e-3", batches="64,128"))
+    (last,) = map(json.loads, (tmp_path / "s" / "log.jsonl").read_text().splitlines())
+    assert (last["lr"], last["loss"], last["runs"]) == (2e-3, pytest.approx(3.3), 8)
+
+
 def test_committed_sweep(capsys):
     """R6.1, R6.2: the rows say what they were measured with, and give the recipe's numbers."""
     path = ROOT / "recipes" / "scaling.csv"
