@@ -117,6 +117,9 @@ def cli(main, Args, **commands) -> None:
     argv = sys.argv[1:]
     if argv and argv[0] in commands:
         main = commands[argv.pop(0)]
+        if {"-h", "--help"} & set(argv):
+            print(main.__doc__)
+            return
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
@@ -194,8 +197,10 @@ def rng(*key: int, device="cpu") -> torch.Generator:
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: int, final: float) -> float:
-    """Linear warm-up over `warmup` steps, then cosine from `peak` to exactly `final * peak` at the
-    last step. `final` 0.1 is both Qwen1's pre-training and Qwen2.5's SFT (7e-6 -> 7e-7)."""
+    """Linear warm-up over `warmup` steps, at most half of all, so that a short run reaches its peak
+    too; then cosine from `peak` to exactly `final * peak` at the last step. `final` 0.1 is both
+    Qwen1's pre-training and Qwen2.5's SFT (7e-6 -> 7e-7)."""
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -463,7 +468,7 @@ class Run:
             self.hooks.pop().remove()
 
     def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
-        """Append to log.jsonl; show on the bar, or as ten lines in all without a terminal. A step
+        """Append to log.jsonl; show on the bar, or as a dozen lines without a terminal. A step
         that `clip_and_step` skipped also tells how many in a row it is, its batch (the stage's row
         numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
@@ -475,9 +480,10 @@ class Run:
         if RANK == 0:
             with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row)) + "\n")
-        shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
+        shown = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in metrics.items()
+                 if isinstance(v, (int, float))}
         bar.set_postfix(shown, refresh=False)
-        if bar.disable and (step % max(1, steps // 10) == 0 or step == steps):
+        if bar.disable and (step in (1, steps) or step % max(1, steps // 10) == 0):
             print(f"{self.stage} {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()),
                   flush=True)
         self.skipped += bad

@@ -59,7 +59,7 @@ def read_documents(path: str | Path, source: str = ""):
     elif name.endswith(".jsonl"):
         rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
     else:
-        require(name.endswith(".parquet"), f"{path}: want .txt, .jsonl (or .gz of these), .parquet")
+        require(name.endswith(".parquet"), f"{path}: no directory, .txt, .jsonl (.gz) or .parquet")
         rows = read_parquet(path)
     for where, row in rows:
         require(isinstance(row.get("text"), str), f'{where}: want a string under "text"')

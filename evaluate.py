@@ -2,10 +2,11 @@
 held-out text. report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
-`samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
-2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
+`samples` times at temperature 1 (pass@1 is the mean, pass@4 whether one of four passes) and once
+greedily. A chat model gets the chat prompt; a base model, which never saw one
 (--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
-spread of the queries' means: several samples of one query are not independent.
+spread of the queries' means: several samples of one query are not independent. With --reward,
+which need not be 0 or 1, pass@1 and greedy are its means, and a pass is what it gives 1.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -14,7 +15,6 @@ spread of the queries' means: several samples of one query are not independent.
 import json
 import math
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
-    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     n_queries: int = 480             # how many of them
+    reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
@@ -52,11 +52,6 @@ class Args:
 
 # ---------------------------------------------------------------------------------------------
 # metrics
-
-def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Unbiased pass@k from n samples: 1 - C(n - passed, k) / C(n, k)."""
-    return 1.0 - comb(n - passed, k) / comb(n, k)
-
 
 def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
     """Mean of per-query values in [least, 1] and its normal 95% interval."""
@@ -167,13 +162,16 @@ def table(rows: list[tuple[str, dict]]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
+    # set-up
     device, autocast = setup(args)
+    positive(args, "samples", "n_queries", "max_new_tokens")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
-    positive(args, "samples", "n_queries", "max_new_tokens")
     longest = model.config.max_position_embeddings
     require(1 < args.window <= longest or not args.text,
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
+
+    # data
     queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
@@ -184,14 +182,18 @@ def main(args: Args) -> dict:
                  if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
         texts = [text for text in texts if data.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+
+    # answers
     with autocast:
         sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(model, tokenizer, queries, args, 1, 0.0)
-    passed = [sum(score == 1 for _, score in group) for group in sampled]
-    metrics = {"pass@1": by_domain(queries, [pass_at_k(args.samples, c, 1) for c in passed])}
+
+    # metrics
+    metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
+                                             for group in sampled])}
     if args.samples > 1:
         metrics[f"pass@{args.samples}"] = by_domain(
-            queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
+            queries, [float(any(score == 1 for _, score in group)) for group in sampled])
     if args.reward_model:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
         with autocast:
@@ -201,6 +203,8 @@ def main(args: Args) -> dict:
     metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
     if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
+
+    # save
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],

@@ -49,7 +49,8 @@ def gains(chats: dict[str, list[dict]]) -> list[dict]:
 def collect(root: Path):
     """-> what goes into report.json, each stage's log, each stage's answers."""
     found = [s for s in CURVES if (root / s / "run.json").exists()]
-    require(len(found) > 0, f"--run {root}: no stage in it ({', '.join(CURVES)})")
+    require(len(found) > 0, f"--run {root}: want a directory that holds those of stages "
+            f"({', '.join(CURVES)})")
     stages, logs, chats = [], {}, {}
     for name in found:
         folder = root / name
@@ -82,21 +83,27 @@ def turned(before: list[dict], after: list[dict], want: tuple) -> tuple[int, lis
 # ---------------------------------------------------------------------------------------------
 # markdown
 
-def as_markdown(report: dict, chats: dict) -> str:
+def stage_rows(report: dict) -> list[list[str]]:
+    return [[s["name"], "not finished" if s["seconds"] is None else f"{s['seconds']:.0f}",
+             str(s["peak_rss_mb"] or ""), s["command"]] for s in report["stages"]]
+
+
+def as_markdown(report: dict, root: Path, chats: dict) -> str:
     lines = [f"# {report['name']}: seed {report['seed']}, {report['total_seconds'] / 60:.1f} "
              "minutes in all", ""]
     rows = [(s["name"], s["metrics"]) for s in report["stages"] if s["metrics"]]
     if rows:
         lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
                   table(rows)]
+    else:
+        lines.append(f"No stage is evaluated yet; `python evaluate.py --init {root}/…` does it.")
     if report["gains"]:
         lines += ["", "Gains on the same queries, in points:", "",
                   "| from | to | pass@1 | greedy |", "|---|---|---|---|"]
         lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
                   f"{cell(g['greedy'], '+.1f')} |" for g in report["gains"]]
     lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
-    lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
-              for s in report["stages"] if s["seconds"]]
+    lines += [f"| {' | '.join(row)} | `{command}` |" for *row, command in stage_rows(report)]
     if "sft" in chats and "grpo" in chats:
         lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
         for label, want in (("learned", (0, 1)), ("lost", (1, 0))):
@@ -170,8 +177,7 @@ def answer(label: str, row: dict) -> str:
 
 def as_html(report: dict, logs: dict, chats: dict) -> str:
     title = f"{report['name']}: seed {report['seed']}, {report['total_seconds'] / 60:.1f} minutes"
-    stages = report["stages"]
-    evaluated = [s for s in stages if s["metrics"]]
+    evaluated = [s for s in report["stages"] if s["metrics"]]
     parts = [f"<h1>{escape(title)}</h1>"]
     for metric in ("pass@1", "greedy") if evaluated else ():
         domains = list(evaluated[0]["metrics"][metric])
@@ -186,10 +192,7 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
             [[g["from"], g["to"], cell(g["pass@1"], "+.1f"), cell(g["greedy"], "+.1f")]
              for g in report["gains"]])]
     parts += ["<h2>Stages</h2>", html_table(
-        ["stage", "seconds", "peak MB", "command"],
-        [[s["name"], f"{s['seconds']:.0f}", str(s["peak_rss_mb"]), s["command"]]
-         for s in stages if s["seconds"]])]
-    parts.append("<h2>Curves</h2>")
+        ["stage", "seconds", "peak MB", "command"], stage_rows(report)), "<h2>Curves</h2>"]
     for name, rows in logs.items():
         if figures := "".join(curve(rows, metric) for metric in CURVES[name]):
             parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
@@ -219,7 +222,7 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
 def main(args: Args) -> dict:
     root = Path(args.run)
     report, logs, chats = collect(root)
-    markdown = as_markdown(report, chats)
+    markdown = as_markdown(report, root, chats)
     write_atomic(root / "report.json", json.dumps(report, indent=1))
     write_atomic(root / "report.md", markdown)
     write_atomic(root / "report.html", as_html(report, logs, chats))

@@ -159,7 +159,7 @@ def test_device_auto_works():
 
 def test_learning_rate_ends_exactly_at_the_final_share():
     """7e-6 -> 7e-7."""
-    for steps, warmup in ((100, 10), (100, 0), (2, 0), (50, 48)):
+    for steps, warmup in ((100, 10), (100, 0), (2, 0), (50, 24)):
         rates = [lr_at(s, steps, 7e-6, warmup, 0.1) for s in range(steps)]
         assert rates[-1] == pytest.approx(7e-7, rel=1e-12)
         assert max(rates) == rates[warmup] == pytest.approx(7e-6, rel=1e-12)
@@ -170,6 +170,7 @@ def test_learning_rate_ends_exactly_at_the_final_share():
     assert half == pytest.approx(0.55)
     assert lr_at(0, 1, 1.0, 0, 0.1) == 1.0
     assert lr_at(5, 10, 1.0, 2, 1.0) == 1.0
+    assert lr_at(2, 5, 1.0, 50, 0.1) == 1.0                  # a warm-up longer than the run
 
 
 def test_rng_is_a_pure_function_of_its_key():

@@ -529,7 +529,7 @@ def test_reads_text_and_jsonl(tmp_path):
     ("a.jsonl", '{"text": "x", "kind": "poem"}\n', r'a\.jsonl:1: "kind"'),
     ("a.txt", b"\xff\xfe\x00", r"a\.txt: cannot be read as UTF-8"),
     ("a.txt.gz", b"no gzip", r"a\.txt\.gz: cannot be read"),
-    ("a.csv", "x", r"a\.csv: want \.txt"),
+    ("a.csv", "x", r"a\.csv: no directory"),
 ])
 def test_broken_input_is_named(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

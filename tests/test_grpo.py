@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import (
     gradients, interrupt_at, letter_queries, log, refuses, same_weights, stage_args, teach_letters,
-    tiny_model)
+    tiny_model, write_rows)
 
+import common
 import grpo
 from grpo import (
     group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
@@ -392,6 +393,26 @@ def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     assert best == sorted(best, reverse=True)
 
 
+def test_a_reward_of_ones_own_is_no_pass(policy, tmp_path):
+    """Its mean is logged under its own name: half a point is not half of the answers passing."""
+    (tmp_path / "mine.py").write_text(
+        "def score(query, response):\n    return response.count('A') / (1 + len(response))\n")
+    result = run(policy, tmp_path, "own", steps=2, reward=f"{tmp_path / 'mine.py'}:score")
+    rows = log(tmp_path / "own")
+    assert 0 < rows[0]["own"] == rows[0]["reward"] < 0.6 and "pass" not in rows[0]
+    assert result["own"] == pytest.approx(rows[-1]["own"], rel=1e-6)
+
+
+def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
+    """A run never started, one that was no GRPO, and --help: what inspect wants, in one line."""
+    refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no such file", "ends")
+    write_rows(tmp_path / "samples.jsonl", [])
+    refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no GRPO run")
+    monkeypatch.setattr("sys.argv", ["grpo.py", "inspect", "--help"])
+    common.cli(grpo.main, grpo.Args, inspect=grpo.inspect)
+    assert capsys.readouterr().out == grpo.inspect.__doc__ + "\n"
+
+
 @pytest.mark.parametrize("values", [{"kl": 0.01}, {"resample": 2, "order": "random"}],
                          ids=["kl", "resample"])
 def test_resume_is_bit_exact(policy, tmp_path, monkeypatch, values):
@@ -476,8 +497,8 @@ def fake_rollout(scores, finished=True):
 
 
 @pytest.mark.parametrize("scores,finished,words", [
-    ([[1.0] * 4, [0.0] * 4], True, ["always or never", "--queries"]),
-    ([[0.0] * 4] * 2, True, ["always or never"]),
+    ([[1.0] * 4, [0.0] * 4], True, ["all score alike", "--queries"]),
+    ([[0.0] * 4] * 2, True, ["all score alike"]),
     ([[1.0, 0, 0, 0], [0.0] * 4], False, ["cut", "--max_new_tokens"])],
     ids=["all dead", "never", "truncated"])
 def test_preflight_refuses(scores, finished, words, monkeypatch):

@@ -258,8 +258,8 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     no_samples_after = sft.rollout
     policy = str(teach_letters(tokenizer, tmp_path / "policy"))
     queries = letter_queries(tmp_path / "queries.jsonl")
-    values = {"init": policy, "queries": queries, "samples": 16, "max_new_tokens": 8, "epochs": 20,
-              "batch_size": 2, "warmup": 0, "lr": 2e-3, "out": str(tmp_path / "run")}
+    values = {"init": policy, "queries": queries, "responses": 16, "max_new_tokens": 8,
+              "epochs": 20, "batch_size": 2, "warmup": 0, "lr": 2e-3, "out": str(tmp_path / "run")}
     monkeypatch.setattr(sft, "rollout", lambda model, tokenizer, queries, *rest: no_samples_after(
         model, tokenizer, queries[:2], *rest))  # the look at the end: at two queries of 32
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -273,7 +273,6 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     model = Qwen2.from_pretrained(tmp_path / "run")
     groups = no_samples_after(model, tokenizer, sft.tasks.load(queries), 16, 8)
     assert sum(a.score for group in groups for a in group) >= 30
-
 
 
 def test_rows_without_targets_are_dropped_and_counted(tokenizer):

@@ -341,6 +341,7 @@ def test_a_reward_of_ones_own(tmp_path):
     mine.write_text("def score(query, response):\n"
                     "    return len(response) / query['longest']\n")
     write_rows(path, [{"prompt": "Say it.", "longest": 8}])
+    refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "--reward")
     (query,) = tasks.load(str(path), reward=f"{mine}:score")
     assert query["domain"] == "own" and tasks.score(query, "four") == 0.5
     refuses(lambda: tasks.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1")
