@@ -652,6 +652,7 @@ class Args:
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
     threshold: float = 0.75        # estimated Jaccard similarity that makes a near-duplicate
+    show_dropped: int = 1          # dropped samples to print per reason, at most 20
     seed: int = 0                  # of the corpus sample and the generators
     overwrite: bool = False        # replace what --out holds
 
@@ -716,8 +717,9 @@ def main(args: Args) -> dict:
         tok.save_pretrained(out)
     print(f"\ndropped {sum(dropped.values())} of {count} documents, for example:")
     for name, n in dropped.items():
-        text = " ".join(samples[name][0]["text"].split())
-        print(f"{n:>8} {name:<13} {samples[name][0]['reason']}: {text!r}"[:120])
+        print(f"{n:>8} {name}")
+        for sample in samples[name][:args.show_dropped]:
+            print(f"{'':9}{sample['reason']}: {' '.join(sample['text'].split())!r}"[:120])
     result = {"args": asdict(args), "seconds": round(time.time() - started, 1), "sources": sources,
               "dropped": dict(dropped), "samples": samples}
     write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")

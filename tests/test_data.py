@@ -635,7 +635,7 @@ def test_run_on_the_builtin_corpus(tmp_path, fake_tasks, capsys):
 
 
 def test_arguments():
-    assert parse_args(data.Args, ["--max_mb", "1"]).max_mb == 1
+    assert parse_args(data.Args, ["--show_dropped", "3", "--max_mb", "1"]).show_dropped == 3
     assert data.parse_weights("a=0.5, b=2", {}) == {"a": 0.5, "b": 2.0}
     assert data.parse_weights("", {"a": 3}) == {"a": 3}
     for text in ("a", "a=x", "a=1=2"):
