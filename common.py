@@ -76,7 +76,7 @@ def parse_args(Args, argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     fields, values = {f.name: f for f in dataclasses.fields(Args)}, {}
     if {"-h", "--help"} & set(argv):
-        print(usage(Args))
+        print(usage(Args), flush=True)
         raise SystemExit(0)
     while argv:
         flag, has_value, text = argv.pop(0).partition("=")
@@ -124,7 +124,13 @@ def cli(main, Args, **commands) -> None:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         join()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         main(parse_args(Args, argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be said
+        raise SystemExit(141) from None
     except InputError as error:
         if first():
             print(f"error: {error}", file=sys.stderr)
@@ -400,6 +406,9 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
+        init = self.args.get("init")
+        require(not init or Path(init).resolve() != self.path.resolve(),
+                f"--out {self.path} is --init too, which would be lost: choose another --out")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK),
                 f"--out {self.path}: {parent} is not a directory that can be written to")
@@ -439,12 +448,15 @@ class Run:
             print(f"resumed {self.path} after step {step}")
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
         return step
 
     def interrupt(self, *_) -> None:
-        """Ctrl-C: the step at hand is finished and its state saved. A second one ends at once."""
+        """Ctrl-C, or SIGTERM from a batch system: the step at hand is finished and its state saved.
+        A second one ends at once."""
         self.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def write_record(self, result: dict) -> None:
@@ -526,7 +538,7 @@ class Run:
         if RANK == 0:
             model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)
-        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
+        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,

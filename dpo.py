@@ -46,6 +46,7 @@ from label import review
 from model import Qwen2
 from reward import RewardModel, pair_responses, read_pairs
 from sample import completion_logprobs, load_policy, rollout
+from server import served
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Args:
     responses: int = 8               # answers sampled to each
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     temperature: float = 1.0         # of the sampling
+    rollout_url: str = ""            # sample from --init on a server, http://HOST:PORT/v1
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # pairs with a longer prompt + answer are dropped
     max_ratio: float = 0.0           # so are those with one answer so many times as long; 0: none
@@ -180,13 +182,17 @@ def main(args: Args) -> dict:
              "batch_size", "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
     scorer = args.reward_model and RewardModel.from_pretrained(args.reward_model, device=device)
-    pairs = read_pairs(args.data) if args.data else []
-    queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)
+    require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
+    # Resumed, it takes the pairs that it had: a server answers otherwise each time.
+    data = str(run.path / "pairs.jsonl") if args.rollout_url and run.resumed else args.data
+    pairs = read_pairs(data) if data else []
+    queries = [] if data else tasks.load(args.queries, args.n_queries, args.seed)
 
     # data
-    if not args.data:
+    if not data:
+        policy = served(args.rollout_url, model, tokenizer)
         with autocast:
-            groups = rollout(model, tokenizer, queries, args.responses, args.max_new_tokens,
+            groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
                              args.temperature, args.seed)
         answers = [answer for group in groups for answer in group]
         pairs = pair_responses(answers, args.pairs_per_query, args.seed)

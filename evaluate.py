@@ -28,6 +28,7 @@ from common import (
 from model import Qwen2
 from reward import RewardModel
 from sample import generate, load_policy, rollout
+from server import served
 from tokenizer import Tokenizer
 
 
@@ -40,6 +41,7 @@ class Args:
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
+    rollout_url: str = ""            # ask --init on a server, http://HOST:PORT/v1
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
     window: int = 512                # tokens that such a document is cut into
@@ -182,11 +184,14 @@ def main(args: Args) -> dict:
                  if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
         texts = [text for text in texts if data.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    require(not args.rollout_url or args.yarn == 1 and not args.dca,
+            "--rollout_url: --yarn and --dca are settings of the server there")
 
     # answers
+    policy = served(args.rollout_url, model, tokenizer)
     with autocast:
-        sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
-        greedy = answer(model, tokenizer, queries, args, 1, 0.0)
+        sampled = answer(policy, tokenizer, queries, args, args.samples, 1.0)
+        greedy = answer(policy, tokenizer, queries, args, 1, 0.0)
 
     # metrics
     metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
@@ -212,7 +217,8 @@ def main(args: Args) -> dict:
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
     settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
                 "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
-                "window": args.window, "yarn": args.yarn, "dca": args.dca}
+                "window": args.window, "yarn": args.yarn, "dca": args.dca,
+                "rollout_url": args.rollout_url}
     write_atomic(Path(args.init) / "eval.json", json.dumps(
         {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
     print(table([(Path(args.init).name, metrics)]))

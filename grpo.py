@@ -64,6 +64,7 @@ class Args:
     group: int = 8                   # responses a query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
+    rollout_url: str = ""            # refused: after a step a server's weights are old ones
     inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
     micro_batch: int = 32            # responses a forward pass, of similar length: memory only
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
@@ -245,6 +246,11 @@ def main(args: Args) -> dict:
         require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
     require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
             " a long right answer could be worth less than a wrong one")
+    # The gradient is an expectation over what this policy says. A server goes on saying what the
+    # first one did: the ratio corrects for a few steps, clipped ones not at all, and soon all are.
+    # To load new weights into it every step, each server and version has its own, unstable way.
+    require(not args.rollout_url, "--rollout_url: GRPO changes the policy at every step, and a "
+            "server would answer with the weights it has loaded; for sft, dpo, reward, evaluate")
     require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)

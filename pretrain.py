@@ -53,6 +53,7 @@ class Args:
     long_share: float = 0.0          # share of the rows cut from documents that fill them; 0: as is
     batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
     micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
+    recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
     lr: float = 1.5e-3               # peak learning rate
     warmup: int = 50                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
@@ -252,6 +253,7 @@ def main(args: Args) -> dict:
                                                  args.seq_len))
     model.config = replace(config, rope_theta=args.rope_theta or config.rope_theta)
     model.to(device)
+    model.recompute = args.recompute
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(packed) // rows
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")

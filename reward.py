@@ -37,6 +37,7 @@ from common import (
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
 from sample import load_policy, prompt_ids, read_prompts, rollout
+from server import served
 from tokenizer import Tokenizer
 
 
@@ -52,6 +53,7 @@ class Args:
     policies: str = ""               # comma-separated models that answer them; empty: --init
     temperatures: str = "0.7,1.0"    # each policy samples at each of these
     responses: int = 4               # answers sampled to each query, by policy and temperature
+    rollout_url: str = ""            # servers that have --policies, http://HOST:PORT/v1,...
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # longer prompt + response is dropped
@@ -190,9 +192,12 @@ def read_pairs(path: str) -> list[dict]:
 
 def sample_answers(args: Args, temperatures: list[float], device, autocast, queries: list[dict]):
     """-> {source: answers}: of each policy at each temperature."""
-    answers = {}
-    for path in (args.policies or args.init).split(","):
+    answers, paths = {}, (args.policies or args.init).split(",")
+    urls = args.rollout_url.split(",") if args.rollout_url else [""] * len(paths)
+    require(len(urls) == len(paths), f"--rollout_url wants one for each of {', '.join(paths)}")
+    for path, url in zip(paths, urls, strict=True):
         policy, tokenizer = load_policy(path, device)
+        policy = served(url, policy, tokenizer)
         for temperature in temperatures:
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
@@ -281,8 +286,11 @@ def main(args: Args) -> dict:
     require(queries or tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise),
             f"--pairs {args.pairs}: none fits into --max_len {args.max_len} tokens")
     if queries:
-        sources = sample_answers(args, temperatures, device, autocast, queries)
-        pairs += pair_responses(sum(sources.values(), []), args.pairs_per_query, args.seed)
+        if run.resumed:  # the pairs that it had: a server answers otherwise each time
+            pairs = read_pairs(run.path / "pairs.jsonl")
+        else:
+            sources = sample_answers(args, temperatures, device, autocast, queries)
+            pairs += pair_responses(sum(sources.values(), []), args.pairs_per_query, args.seed)
         queries = tasks.builtin("val", args.n_held_out, args.seed)
         sources = sample_answers(args, temperatures, device, autocast, queries)
         sources = {"all": sum(sources.values(), [])} | sources

@@ -61,6 +61,7 @@ class Args:
     budget: float = 0.0              # plan: FLOPs for the best N and D; instead of these two
     gpus: int = 8                    # plan: how many share the model (FSDP)
     micro_batch: int = 1             # plan: rows a GPU at a time
+    recompute: bool = False          # plan: pretrain.py's --recompute
     seq_len: int = 0                 # positions a row (0: 64 in a sweep, 4096 in a plan)
     mfu: float = 0.4                 # plan: share of the peak reached, an assumption
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
@@ -532,31 +533,38 @@ def count(config: Config) -> dict[str, int]:
     return sizes | {"N": sizes["active"] - sizes["total"] + sizes["non_embedding"]}
 
 
-def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True) -> dict:
+def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True,
+           recompute=False) -> dict:
     """Bytes a GPU at the peak of pretrain.py's step under full sharding (FSDP): when the forward of
     a micro-batch ends and gradients of an earlier one exist. Activations: what autograd keeps of
     model.py, counted tensor by tensor: in a block 4 C of float32 (two norms, before and after), and
     in bf16, where autocast copies the input of each matrix, 7 C (float32: 4 C), keys and values and
     4 inner activations; an MoE block 3 C more an expert and 3 C (1 C) for router and shared expert.
     Gathered: autocast's bf16 copies of all weights on one GPU; on several a block at a time, twice,
-    and its gradient. No recomputation. Not counted: CUDA's context, communication buffers,
-    fragmentation."""
+    and its gradient. Recomputed: what goes into each block, and all of one block, with the
+    gradients of two inner activations, but not while the head's logits exist. Not counted: CUDA's
+    context, communication buffers, fragmentation."""
     sizes, C, V, tokens = count(config), config.hidden_size, config.vocab_size, rows * seq_len
     size, k, H = 2 if bf16 else 4, config.num_experts_per_tok, config.num_attention_heads
-    kept = 3 * 4 * C                                       # final norm, gradient of the hidden
+    kept, one = 3 * 4 * C, 0                               # final norm, gradient of the hidden
     for sparse in map(config.is_sparse, range(config.num_hidden_layers)):
         inner = k * config.moe_intermediate_size + config.shared_expert_intermediate_size \
             if sparse else config.intermediate_size
         wide = (7 if bf16 else 4) + sparse * (3 * k + (3 if bf16 else 1))
-        kept += 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
+        full = 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
             wide * C + 2 * config.num_key_value_heads * config.head_dim + 4 * inner)
+        kept += 4 * C if recompute else full
+        one = max(one, full + 2 * size * inner)
+    activations, logits = tokens * kept, 3 * 4 * (2 ** 27 if cuda else 2 ** 21)
+    if recompute:
+        activations += max(0, tokens * one - logits)
     rest, block = sizes["total"] - sizes["non_embedding"], \
         sizes["non_embedding"] // config.num_hidden_layers
     copies = 2 * (sizes["total"] - (0 if config.tie_word_embeddings else V * C)) * bf16
     return {"weights": 4 * sizes["total"] / gpus, "gradients": 4 * sizes["total"] / gpus,
-            "AdamW": 8 * sizes["total"] / gpus, "activations": tokens * kept,
+            "AdamW": 8 * sizes["total"] / gpus, "activations": activations,
             "gathered": copies if gpus == 1 else 4 * rest + block * (2 * size + 4),
-            "head": 4 * V * C + 3 * 4 * (2 ** 27 if cuda else 2 ** 21)}
+            "head": 4 * V * C + logits}
 
 
 def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
@@ -611,16 +619,17 @@ def plan_machines(args: Args, config: Config, N: float, D: float) -> dict:
         lr = PUBLISHED["lr"]["Step Law"].predict(N=sizes["non_embedding"], D=D)
         print(f"  an MoE of {sizes['total']:.4g}: at its total N, which fits Step Law's MoE runs "
               f"better (recipes/scaling.md), lr {lr:.3g}")
-    need = memory(config, args.gpus, args.micro_batch, seq_len, bf16)
+    need = memory(config, args.gpus, args.micro_batch, seq_len, bf16, True, args.recompute)
     total = sum(need.values()) / 1e9
     print(f"  memory a GPU: {total:.1f} GB of {args.gpu_gb:g}: "
           + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in need.items())
           + f"\n    (FSDP over {args.gpus}, float32 weights and states, "
           f"{'bf16' if bf16 else 'float32'} compute, {args.micro_batch} x {seq_len} tokens, "
-          "no recomputation; without context and buffers, 1-3 GB)")
+          f"{'' if args.recompute else 'no '}recomputation; without context and buffers, 1-3 GB)")
     if total > args.gpu_gb:
-        print("    DOES NOT FIT: more --gpus, a smaller --micro_batch, or recompute activations")
+        print("    DOES NOT FIT: more --gpus, a smaller --micro_batch or --seq_len, or --recompute")
     work = flops(N, D, config.num_hidden_layers, config.hidden_size, seq_len, config.vocab_size)
+    work *= 4 / 3 if args.recompute else 1  # a forward pass more
     hours = work / (args.gpus * args.peak_tflops * 1e12 * args.mfu) / 3600
     cost = hours * args.gpus * args.gpu_hour
     print(f"  time: {work:.3g} FLOPs with head and attention at {seq_len} = {hours / 24:.1f} days, "

@@ -42,6 +42,7 @@ from common import (
 from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
+from server import served
 
 
 @dataclass
@@ -52,12 +53,14 @@ class Args:
     queries: str = ""                # instead: what --init answers rightly to this split or file
     n_data: int = 1000               # built-in demonstrations, queries, or the most rows of --data
     responses: int = 8               # answers sampled to each of --queries
+    rollout_url: str = ""            # sample them on a server that has --init, http://HOST:PORT/v1
     max_new_tokens: int = 160        # longest of these, and of the samples at the end
     max_len: int = 512               # longer conversations are cut at the end
     pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations a step
     micro_batch: int = 32            # rows a forward pass: memory only
+    recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
     lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
     warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
@@ -111,7 +114,8 @@ class Conversations:
 
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
     """Of several responses to each query those that pass its check, each different one once."""
-    groups = rollout(model, tokenizer, tasks.load(args.queries, args.n_data, args.seed),
+    policy = served(args.rollout_url, model, tokenizer)
+    groups = rollout(policy, tokenizer, tasks.load(args.queries, args.n_data, args.seed),
                      args.responses, args.max_new_tokens, 1.0, args.seed)
     passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
     return [{"messages": [{"role": "user", "content": prompt},
@@ -157,6 +161,7 @@ def main(args: Args) -> dict:
              "responses", "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     require(not (args.data and args.queries), "--data and --queries: take one")
+    require(args.queries or not args.rollout_url, "--rollout_url wants --queries to ask there")
     model, tokenizer = load_policy(args.init, device)
     longest = model.config.max_position_embeddings
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest}")
@@ -180,6 +185,7 @@ def main(args: Args) -> dict:
           f"{steps} steps")
 
     # optimizer, resume
+    model.recompute = args.recompute
     model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
@@ -214,6 +220,7 @@ def main(args: Args) -> dict:
                          args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     stopped = sum(a.finished for a in answers) / len(answers)
+    print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")
     run.save_samples(answers)
     run.finish(model, tokenizer, loss=loss, stopped=stopped, conversations=len(rows))
     return {"loss": loss, "stopped": stopped}

@@ -322,6 +322,13 @@ def table():
             ("reward.py --queries none --pairs @pairs.jsonl --max_len 3", "pair"),
             ("reward.py --queries none --pairs @long-pairs.jsonl", "pair"),
             ("grpo.py --reward_model @gone", "gone"), ("grpo.py --reward_model @model", "weight"),
+            *((f"{stage}.py {more}--rollout_url {url}", "--rollout_url", word)
+              for stage, more in (("sft", "--queries rl "), ("dpo", ""), ("evaluate", ""),
+                                  ("reward", "--n_queries 4 "))
+              for url, word in (("ftp://h/v1", "http://HOST"), ("http://", "http"),
+                                ("http://127.0.0.1:9/v1", "refused"), ("http://[/v1", "IPv6"))),
+            ("sft.py --rollout_url http://127.0.0.1:9/v1", "--queries"),
+            ("grpo.py --rollout_url http://127.0.0.1:9/v1", "at every step"),
             ("sft.py --max_len 3", "--max_len"), ("sft.py --data @long.jsonl", "--max_len"),
             ("pretrain.py --model huge", "--model"),
             ("pretrain.py --attention magic", "--attention"),

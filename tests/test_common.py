@@ -4,6 +4,8 @@ import gzip
 import importlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -29,6 +31,7 @@ class Args:
     lr: float = 1e-3         # peak
     doc_mask: bool = False   # documents apart
     seed: int = 0            # of all
+    init: str = ""           # from where
     resume: bool = False     # go on
     overwrite: bool = False  # replace
 
@@ -100,12 +103,15 @@ def fake_stage(args):
         raise InputError("data.jsonl:3: not JSON")
     if args.what == "stop":
         raise KeyboardInterrupt
+    if args.what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if args.what == "bug":
         raise IndexError
 
 
 @pytest.mark.parametrize("argv, code, message", [
     ("--what input", 2, "error: data.jsonl:3: not JSON\n"), ("--what stop", 130, "stopped\n"),
+    ("--what term", 130, "stopped\n"),
     ("--waht x", 2, "error: unknown argument '--waht'; did you mean --what?\n")])
 def test_exit_codes(argv, code, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
@@ -316,7 +322,7 @@ def log(run, n, **metrics):
 
 
 class Saved:  # what finish needs of a tokenizer
-    stop_ids, eos_id = (2, 1), 1
+    stop_ids, pad_id = (2, 1), 3
 
     def save_pretrained(self, path):
         pass
@@ -333,6 +339,12 @@ def finish(run):
     run.finish(model, Saved(), loss=1.0)
 
 
+def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path):
+    for out in ("run", "other/../run"):
+        with pytest.raises(InputError, match="is --init too"):
+            Run(Args(out=str(tmp_path / out), init=str(tmp_path / "run"), overwrite=True), "test")
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     args = Args(out=str(tmp_path / "run"), seed=7)
     finish(begun(args))
@@ -340,7 +352,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     assert record["finished"] and record["seed"] == 7 and record["result"] == {"loss": 1.0}
     assert record["args"]["out"] == args.out and record["torch"] == torch.__version__
     stops = json.loads((tmp_path / "run" / "generation_config.json").read_text())
-    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 1}
+    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 3}
     with pytest.raises(InputError, match="holds a finished run: pass --overwrite or another"):
         Run(args, "stage")
     with pytest.raises(InputError, match="nothing to resume"):

@@ -17,7 +17,7 @@ FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
 FLOORS = [["distributed"], ["common", "kernels", "sandbox", "ifeval"],
           ["tokenizer", "answers", "checkpoint"], ["model", "tasks"], ["data", "sample"],
-          ["pretrain", "sft", "reward"], ["label", "evaluate"],
+          ["server"], ["pretrain", "sft", "reward"], ["label", "evaluate"],
           ["dpo", "grpo", "scaling", "report", "quality"]]
 
 

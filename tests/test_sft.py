@@ -341,9 +341,10 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert not (tmp_path / "halves" / "state").exists()
 
 
-def test_ctrl_c_saves_the_step_at_hand(micro_run, tmp_path, monkeypatch, capsys):
-    """SIGINT in step 3, between two states: step 3 is finished and saved, and --resume goes on from
-    there to the same end."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_at_hand(number, micro_run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C or SIGTERM in step 3, between two states: step 3 is finished and saved, and --resume
+    goes on from there to the same end."""
     no_samples(monkeypatch, sft)
     run(micro_run, tmp_path, "whole")
     real, calls = sft.clip_and_step, []
@@ -351,14 +352,15 @@ def test_ctrl_c_saves_the_step_at_hand(micro_run, tmp_path, monkeypatch, capsys)
     def clip_and_step(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real(*args, **kwargs)
-    handler = signal.getsignal(signal.SIGINT)
+    both = signal.SIGINT, signal.SIGTERM
+    handlers = list(map(signal.getsignal, both))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sft, "clip_and_step", clip_and_step)
         run(micro_run, tmp_path, "halves")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, handler)
+    assert {signal.getsignal(one) for one in both} == {signal.default_int_handler}  # the second
+    list(map(signal.signal, both, handlers))
     assert "stopping after this step" in capsys.readouterr().err
     run(micro_run, tmp_path, "halves", resume=True)
     assert "after step 3" in capsys.readouterr().out
