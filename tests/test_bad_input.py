@@ -425,9 +425,9 @@ def table():
             ("@queries-of-check-no_answer.jsonl", "no_answer")):
         yield f"answers.py {line}", *words
     for line, *words in (
-            ("train", "command"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
+            ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
-            ("plan --model 1e9 --tokens 1e9 --budget 1e18", "two"), ("fit --data @gone", "gone"),
+            ("plan --model 1e9 --tokens 1e9 --budget 1e18", "alone"), ("fit --data @gone", "gone"),
             ("plan --model inf", "--model"), ("plan --tokens x", "--tokens"),
             ("plan --model 0.5B --tokens 1e9 --gpus 0", "--gpus"),
             ("plan --budget nan", "--budget"),
