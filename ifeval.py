@@ -25,7 +25,7 @@ import unicodedata
 from collections import Counter
 from itertools import product
 
-from common import InputError, read_jsonl, require
+from common import InputError, one_line, read_jsonl, require
 
 # ---------------------------------------------------------------------------------------------
 # checks
@@ -332,7 +332,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    one_line(main, sys.argv[1:])
