@@ -426,7 +426,7 @@ def table():
         yield f"answers.py {line}", *words
     for line, *words in (
             ("", "name files"), ("@gone.jsonl", "gone"), ("@queries-broken.jsonl", "broken"),
-            ("@chats.jsonl", "line 1", "instruction_id_list")):
+            ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
         yield f"ifeval.py {line}", *words
     for line, *words in (
             ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),

@@ -213,7 +213,8 @@ def test_output_that_nobody_reads_ends_the_command_in_one_line(script, flags, tm
     reader, writer = os.pipe()
     os.close(reader)
     (tmp_path / "docs.txt").write_text(common.__doc__)
-    argv = flags.replace("@", str(micro_run)).split() or ["--input", tmp_path / "docs.txt", "--out", tmp_path / "out"]
+    argv = flags.replace("@", str(micro_run)).split() or [
+        "--input", tmp_path / "docs.txt", "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, ROOT / script, *argv], stdout=writer, text=True,
                           stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""})
     os.close(writer)
