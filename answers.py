@@ -42,7 +42,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import ifeval
-from common import InputError, read_jsonl, require
+from common import InputError, one_line, read_jsonl, require
 
 # 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
 MAX_CHARS, MAX_NESTED, MAX_BITS = 300, 50, 4096
@@ -529,8 +529,9 @@ def load_file(path) -> list[dict]:
     for line, row in read_jsonl(path):
         read = next((read for columns, read in FORMATS.items() if row.keys() >= {*columns}), None)
         if not read:
-            raise InputError(f"{path}:{line}: unknown columns {', '.join(row)}; expected one of "
-                             + "; ".join(map(", ".join, FORMATS)))
+            raise InputError(f"{path}:{line}: unknown columns {', '.join(row)}; with --reward "
+                             'file.py:function of grpo.py and evaluate.py a "prompt" is enough, '
+                             f"else want one of {'; '.join(map(', '.join, FORMATS))}")
         try:
             query = read(row)
             check = query["check"]
@@ -591,7 +592,8 @@ def respell(gold: str) -> str:
 
 
 def main(paths: list[str]):
-    require(len(paths) > 0, "name files, with verdicts (pred gold equal) or with golds")
+    require(paths and paths != ["--help"], "usage: python answers.py FILE...: .jsonl files with "
+            "verdicts (pred gold equal) or with golds")
     print(f"{'file':34}{'pairs':>8}{'agree':>9}{'false pos.':>16}{'false neg.':>14}"
           f"{'no answer':>11}")
     for path in paths:
@@ -608,8 +610,4 @@ def main(paths: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    one_line(main, sys.argv[1:])

@@ -25,7 +25,7 @@ import unicodedata
 from collections import Counter
 from itertools import product
 
-from common import InputError, read_jsonl, require
+from common import InputError, one_line, read_jsonl, require
 
 # ---------------------------------------------------------------------------------------------
 # checks
@@ -52,11 +52,11 @@ def follows(text: str, kind: str, kw: dict) -> bool:
             return "," not in text
         # language and case
         case "language:response_language":
-            return language(text) == kw["language"]
+            return language(text)[0] == kw["language"]
         case "change_case:english_capital":
-            return text.isupper() and language(text) == "en"
+            return text.isupper() and language(text)[0] == "en"
         case "change_case:english_lowercase":
-            return text.islower() and language(text) == "en"
+            return text.islower() and language(text)[0] == "en"
         case "change_case:capital_word_frequency":
             capital = [word for word in re.findall(r"[^\W_][\w'.&-]*", text) if word.isupper()]
             return related(len(capital), kw["capital_relation"], kw["capital_frequency"])
@@ -162,18 +162,24 @@ SCRIPTS = {  # as in the first word of a character's name -> languages told apar
     "HEBREW": "he", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh"}
 
 
-def language(text: str) -> str:
-    """The ISO code of the language that most of the letters belong to; "" if it is none of ours."""
-    text = unicodedata.normalize("NFC", text)
-    scripts = Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
-    kana = scripts["HIRAGANA"] + scripts["KATAKANA"]
-    if kana > 0.1 * scripts.total():
-        return "ja"
-    script = max(scripts, key=scripts.get, default="")
-    candidates = SCRIPTS.get(script, "").split() or [""]
+def language(text: str) -> tuple[str, float]:
+    """The ISO code of the language that most of the text is in ("" if it is none of ours), and how
+    sure that is: the share of words that are frequent ones of it, or 1 if the script says it."""
+    text, scripts = unicodedata.normalize("NFC", text), Counter()
+    for letter, count in Counter(filter(str.isalpha, text)).items():
+        script = unicodedata.name(letter, "?").split()[0]
+        # Code, names and terms are Latin in any language.
+        scripts[script] += count / 4 if script == "LATIN" else count
+    if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * scripts.total():
+        return "ja", 1.0
+    candidates = SCRIPTS.get(max(scripts, key=scripts.get, default=""), "").split()
+    if len(candidates) < 2:
+        return "".join(candidates), float(len(candidates))
     words = [word.strip(".,;:!?\"'()*।،؟«»“”") for word in text.lower().split()]
+    known = {name: sum(word in WORDS[name] for word in words) for name in candidates}
     # The first candidate where none of the words is known: English for "<<emerald isle>>"
-    return max(candidates, key=lambda name: sum(word in WORDS.get(name, ()) for word in words))
+    best = max(candidates, key=known.get)
+    return best, known[best] / len(words)
 
 
 def loose(text: str, kind: str, kw: dict) -> bool:
@@ -300,7 +306,7 @@ def queries(r):
 def main(paths: list[str]) -> None:
     require(len(paths) > 0, "name files of responses with constraints")
     rows, strict, relaxed = {}, [], []
-    for number, row in (pair for path in paths for pair in read_jsonl(path)):
+    for where, row in ((f"{path}:{n}", row) for path in paths for n, row in read_jsonl(path)):
         try:
             kinds = row.get("instruction_id_list") or [row["instruction_id"]]
             kwargs = row["kwargs"] if "instruction_id_list" in row else [row["kwargs"]]
@@ -309,7 +315,7 @@ def main(paths: list[str]) -> None:
             verdicts = [[check(row["response"], kind, kw) for check in (follows, loose)]
                         for kind, kw, _ in cases]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"line {number}: want response, instruction_id_list and kwargs "
+            raise InputError(f"{where}: want response, instruction_id_list and kwargs "
                              f"({error!r})") from None
         for (kind, _, label), pair in zip(cases, verdicts, strict=True):
             rows.setdefault(kind, []).append((*pair, label))
@@ -326,7 +332,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    one_line(main, sys.argv[1:])

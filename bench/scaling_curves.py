@@ -90,6 +90,8 @@ def draw(rows, path):
         for axis, key, label in zip(column, ("s", "MB"), ("CPU s a step", "MB"), strict=True):
             xs, ys = [p["x"] for p in points], [p[key] for p in points]
             axis.loglog(xs, ys, "o-")
+            axis.minorticks_off()
+            axis.set_yticks(ys, [f"{y:.3g}" for y in ys])
             axis.set(title=f"{curve}: exponent {slope(xs, ys):.2f}", xlabel=curve, ylabel=label)
     figure.savefig(path, dpi=100)
 
