@@ -1,6 +1,6 @@
 """recipes/: the long-context experiment, its measurements by hand and its whole path on a model
-without skill; the scripts of post-training on a model that learns to guess. The flags in the
-Markdown recipes are checked by test_docs.py."""
+without skill; preferences, by hand; the scripts of post-training on a model that learns to guess.
+The flags in the Markdown recipes are checked by test_docs.py."""
 import importlib.util
 import json
 import os
@@ -19,9 +19,16 @@ from common import InputError
 from helpers import tiny_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("long_context", ROOT / "recipes" / "long_context.py")
-L = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(L)
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+L, P = recipe("long_context"), recipe("preferences")
 
 
 def test_loss_by_position_is_the_mean_over_rows():
@@ -66,6 +73,39 @@ def test_depth_is_where_the_needle_goes():
     for depth, want in ((0.0, 0), (0.5, 5), (1.0, 10)):
         text, asked = L.needle(random.Random(0), lines, depth)
         assert text.split("\n").index(asked.strip()) == want and len(text.split("\n")) == 11
+
+
+def test_preferences_of_both_shapes():
+    """A transcript is split at the last answer's turn, also where both answers begin alike."""
+    start = "\n\nHuman: Hi: there\n\nAssistant: Yes?\n\nHuman: A\n\nB?"
+    asked = [{"role": "user", "content": "Hi: there"}, {"role": "assistant", "content": "Yes?"},
+             {"role": "user", "content": "A\n\nB?"}]
+    assert P.convert({"chosen": start + "\n\nAssistant: It is 7: yes",
+                      "rejected": start + "\n\nAssistant: It is 8."}) == {
+        "prompt": asked, "chosen": "It is 7: yes", "rejected": "It is 8."}
+    names = {"user": "human", "assistant": "gpt"}
+    said = [{"from": names[m["role"]], "value": m["content"]} for m in asked]
+    assert P.convert({"conversations": said, "chosen": {"from": "gpt", "value": "a"},
+                      "rejected": {"from": "gpt", "value": "b"}}) == {
+        "prompt": asked, "chosen": "a", "rejected": "b"}
+
+
+def test_beside_qwens_scores_by_hand():
+    """One problem with right and wrong solutions, one without. Ours likes the last best, Qwen the
+    first, both linear in the rank, so the correlation is -1."""
+    class Reversed:
+        def score(self, prompts, responses, batch_size):
+            assert prompts == ["q"] * 4
+            return [float(text[0]) for text in responses]
+    rows = [{"idx": 0, "question": "q", "response": f"{i}" + "x" * length, "is_correct": right,
+             "rm_score": -i} for i, right, length in ((0, True, 9), (1, False, 5), (2, True, 1),
+                                                      (3, False, 2))]
+    rows += [{"idx": 1, "question": "p", "response": "x", "is_correct": True, "rm_score": 0.0}] * 2
+    assert P.against_qwen(Reversed(), rows) == pytest.approx({
+        "problems": 1, "right above wrong, ours": 1 / 4, "best of 8, ours": 0,
+        "right above wrong, Qwen": 3 / 4, "best of 8, Qwen": 1,
+        "right above wrong, longer": 2 / 4, "best of 8, longer": 1, "random": 0.5,
+        "correlation with Qwen": -1})
 
 
 @pytest.mark.slow
