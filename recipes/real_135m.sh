@@ -6,28 +6,29 @@
 #
 # MODEL is a Hugging Face directory of type qwen2, the files as they are published. A stage that is
 # finished is skipped and an interrupted one continued, so the same command goes on after a Ctrl-C.
-# The size comes from the environment: LR scales all learning rates, N_SFT counts demonstrations from
-# tasks.py, N_RL, STEPS and BATCH queries, steps and a step's queries of GRPO.
+# The size comes from the environment: LR scales all learning rates, N_SFT counts demonstrations,
+# N_RL the queries of RL; STEPS and BATCH are GRPO's.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,9s/^# \?//p' "$0"; exit 2; }
 MODEL=$(realpath "$1") SVAMP=$(realpath "$2") OUT=$(realpath -m "${3:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-N_SFT=${N_SFT:-900} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-240} STEPS=${STEPS:-30} BATCH=${BATCH:-16}
-N_TEST=${N_TEST:-800} LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
+N_SFT=${N_SFT:-336} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-96} STEPS=${STEPS:-8} BATCH=${BATCH:-8}
+N_TEST=${N_TEST:-600} LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 # glibc hands large blocks back at once and fetches them anew: a quarter of SFT's time on a CPU.
 export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=10000000000
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
-# 1. Data: SVAMP, and as many problems as one likes from tasks.py, which keeps the splits apart. SVAMP
-# varies each of its stories several times, in order: its second half is for the test, and of the
-# first, half are demonstrations, half RL's queries. Demonstrations of both kinds either show the
-# steps or state the answer at once; of RL's queries only the answer is used.
+# 1. Data: SVAMP's problems, and those of tasks.py, of which there are as many as one likes. SVAMP
+# varies each of its stories several times, in order: of its second half is the test; of the first,
+# half are demonstrations, half RL's queries. Demonstrations of both kinds show their steps or state
+# the answer at once. Of RL's queries only the answer is used; a quarter of them is to choose
+# settings by (val.jsonl).
 mkdir -p "$OUT/pretrain"
-"$PYTHON" - "$SVAMP" "$OUT" "$N_SFT" <<'END'
+"$PYTHON" - "$SVAMP" "$OUT" <<'END'
 import itertools, json, operator, random, re, sys
 from pathlib import Path
 import answers, tasks
-svamp, out, n_sft = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+svamp, out = map(Path, sys.argv[1:])
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 def solve(equation):
@@ -56,16 +57,17 @@ half = len(pairs) // 2
 first, test = pairs[:half], pairs[half:]
 r = random.Random(0)
 r.shuffle(first), r.shuffle(test)
-shown = [(query, r.choice(tasks.direct_and_worked(solve(row["Equation"]), query["check"]["answer"])))
-         for query, row in first[:half // 2]] + made("sft", n_sft)
+shown = [(query, r.choice(tasks.direct_and_worked(solve(row["Equation"]),
+                                                  query["check"]["answer"])))
+         for query, row in first[:half // 2]] + made("sft", 900)
 r.shuffle(shown)
 queries = [query for query, _ in first[half // 2:]]
-n_val = len(queries) // 4
+n_val, n_test = len(queries) // 4, 3 * half // 5
 sets = {"sft": [{"messages": [{"role": "user", "content": query["prompt"]},
                               {"role": "assistant", "content": text}]} for query, text in shown],
         "rl": queries[n_val:] + [query for query, _ in made("rl", len(queries) - n_val)],
         "val": queries[:n_val] + [query for query, _ in made("val", 2 * n_val)],
-        "test": [query for query, _ in test + made("test", 3 * half // 5)]}
+        "test": [query for query, _ in test[:n_test] + made("test", n_test)]}
 for name, rows in sets.items():
     if name in ("rl", "test"):
         r.shuffle(rows)
@@ -75,9 +77,10 @@ END
 
 # 2. One stage after the other, the test before and after each that makes a policy.
 finished() { grep -qs '"finished": true' "$OUT/$1/run.json"; }
-evaluate() {  # name, flags
+evaluate() {  # name
   [ -e "$OUT/$1/eval.json" ] || timed "evaluate $1" "$PYTHON" evaluate.py --init "$OUT/$1" \
-    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --max_new_tokens 48 --dtype "$DTYPE" "${@:2}"
+    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --samples 1 --max_new_tokens 48 \
+    --dtype "$DTYPE"
 }
 stage() {  # script, name, flags
   finished "$2" || timed "$2" "$PYTHON" "$1.py" --out "$OUT/$2" --dtype "$DTYPE" "${@:3}" \
@@ -93,26 +96,26 @@ timed() {
 ln -sf "$MODEL"/* "$OUT/pretrain/"
 [ -e "$OUT/pretrain/run.json" ] || { : > "$OUT/pretrain/log.jsonl"
   echo '{"command": "", "seed": 0}' > "$OUT/pretrain/run.json"; }
-evaluate pretrain --samples 1
+evaluate pretrain
 
-stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --epochs "$EPOCHS" --batch_size 16 \
-  --micro_batch 16 --warmup 3 --lr "$(lr 1e-4)" --max_new_tokens 48
-evaluate sft --samples 2
+stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --n_data "$N_SFT" --epochs "$EPOCHS" \
+  --batch_size 16 --micro_batch 16 --warmup 3 --lr "$(lr 1e-4)" --max_new_tokens 16
+evaluate sft
 
 stage dpo dpo --init "$OUT/sft" --base "$MODEL" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" \
   --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 2e-5)" --warmup 2 \
   --batch_size 16 --micro_batch 8
-evaluate dpo --samples 2
+evaluate dpo
 
 stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatures 1.0 \
-  --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" --n_held_out 32 \
+  --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" --n_held_out 16 \
   --responses 2 --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 5e-5)" --warmup 2 \
   --batch_size 16 --micro_batch 8
 
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
   --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 48 \
-  --lr "$(lr 3e-5)" --warmup 3 --normalise none --save_every 10
-evaluate grpo --samples 2
+  --lr "$(lr 5e-5)" --warmup 2 --normalise none --save_every 4
+evaluate grpo
 
 "$PYTHON" report.py --run "$OUT"
 cat "$OUT/times.txt"
