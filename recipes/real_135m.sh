@@ -79,7 +79,7 @@ END
 finished() { grep -qs '"finished": true' "$OUT/$1/run.json"; }
 evaluate() {  # name
   [ -e "$OUT/$1/eval.json" ] || timed "evaluate $1" "$PYTHON" evaluate.py --init "$OUT/$1" \
-    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --samples 1 --max_new_tokens 48 \
+    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --samples 4 --max_new_tokens 48 \
     --dtype "$DTYPE"
 }
 stage() {  # script, name, flags
@@ -112,9 +112,21 @@ stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatu
   --responses 2 --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 5e-5)" --warmup 2 \
   --batch_size 16 --micro_batch 8
 
-stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
-  --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 48 \
-  --lr "$(lr 5e-5)" --warmup 2 --normalise none --save_every 4
+# A group of equal rewards teaches nothing: GRPO gets the queries that DPO made pairs of, which the
+# SFT model answered rightly and wrongly.
+"$PYTHON" - "$OUT" <<'END'
+import json, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+pairs, rows = ((out / name).read_text("utf-8").splitlines(keepends=True)
+               for name in ("dpo/pairs.jsonl", "rl.jsonl"))
+mixed = {json.loads(line)["prompt"] for line in pairs}
+kept = [line for line in rows if json.loads(line)["prompt"] in mixed]
+(out / "mixed.jsonl").write_text("".join(kept), "utf-8")
+END
+stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/mixed.jsonl" \
+  --n_queries "$N_RL" --order random --steps "$STEPS" --batch_queries "$BATCH" \
+  --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --normalise none --save_every 4
 evaluate grpo
 
 "$PYTHON" report.py --run "$OUT"
