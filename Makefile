@@ -2,7 +2,12 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-all test-faults test-load test-fuzz test-parity bench exercise lint clean
+.PHONY: help setup demo test test-all test-faults test-load test-fuzz test-parity bench exercise lint clean
+
+help:
+	@echo "make setup | demo | test | exercise N=1 .. 9 | bench; all of them are in the Makefile"
+
+setup: .venv/ready
 
 demo: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
@@ -18,9 +23,11 @@ test-all: .venv/ready
 test-faults: .venv/ready
 	$(PY) -m pytest tests/test_faults.py -m 'slow or not slow'
 
-# A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT.
+# A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT;
+# 2 GB of documents.
 test-load: .venv/ready
 	LOAD_MINUTES=$${LOAD_MINUTES:-30} $(PY) -m pytest tests/test_load.py -m 'slow or not slow' -s
+	LOAD_MB=$${LOAD_MB:-2000} $(PY) -m pytest tests/test_data.py -m slow -k memory_does_not_grow
 
 # Thousands of made-up and damaged inputs; and the table of bad ones.
 test-fuzz: .venv/parity

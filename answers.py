@@ -537,8 +537,9 @@ def load_file(path) -> list[dict]:
     for line, row in read_jsonl(path):
         read = next((read for columns, read in FORMATS.items() if row.keys() >= {*columns}), None)
         if not read:
-            raise InputError(f"{path}:{line}: unknown columns {', '.join(row)}; expected one of "
-                             + "; ".join(map(", ".join, FORMATS)))
+            raise InputError(f"{path}:{line}: unknown columns {', '.join(row)}; with --reward "
+                             'file.py:function of grpo.py and evaluate.py a "prompt" is enough, '
+                             f"else want one of {'; '.join(map(', '.join, FORMATS))}")
         try:
             query = read(row)
             check = query["check"]
@@ -599,7 +600,8 @@ def respell(gold: str) -> str:
 
 
 def main(paths: list[str]):
-    require(len(paths) > 0, "name files, with verdicts (pred gold equal) or with golds")
+    require(paths and paths != ["--help"], "usage: python answers.py FILE...: .jsonl files with "
+            "verdicts (pred gold equal) or with golds")
     print(f"{'file':34}{'pairs':>8}{'agree':>9}{'false pos.':>16}{'false neg.':>14}"
           f"{'no answer':>11}")
     for path in paths:

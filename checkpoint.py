@@ -41,6 +41,7 @@ def read_config(path: str | Path, Config):
     """config.json of a directory -> a Config (model.py's dataclass). InputError for anything that
     Qwen2 does not have: a model that is nearly right would be silently wrong."""
     path = Path(path)
+    require(path.is_dir(), f"{path}: no such directory; run the stage that writes it first")
     require((path / "config.json").is_file(), f"{path}: no config.json, so no model "
             "directory (of a run that was stopped? it continues with --resume)")
     raw = read_json(path / "config.json")

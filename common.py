@@ -76,7 +76,7 @@ def parse_args(Args, argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     fields, values = {f.name: f for f in dataclasses.fields(Args)}, {}
     if {"-h", "--help"} & set(argv):
-        print(usage(Args))
+        print(usage(Args), flush=True)
         raise SystemExit(0)
     while argv:
         flag, has_value, text = argv.pop(0).partition("=")
@@ -117,11 +117,22 @@ def cli(main, Args, **commands) -> None:
     argv = sys.argv[1:]
     if argv and argv[0] in commands:
         main = commands[argv.pop(0)]
+        if {"-h", "--help"} & set(argv):
+            print(main.__doc__)
+            return
+    args = None
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         join()
-        main(parse_args(Args, argv))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        args = parse_args(Args, argv)
+        main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be said
+        raise SystemExit(141) from None
     except InputError as error:
         if first():
             print(f"error: {error}", file=sys.stderr)
@@ -130,7 +141,10 @@ def cli(main, Args, **commands) -> None:
         if not isinstance(error, KeyboardInterrupt) and not lost(error):
             raise
         why = ": another process is gone" * lost(error)
-        hint = "; continue with the same command and --resume" * hasattr(Args, "resume")
+        hint = ""
+        if hasattr(args, "resume"):
+            hint = "; continue with the same command and --resume" if \
+                (Path(args.out) / "run.json").exists() else "; nothing saved yet"
         if first():
             print("stopped" + why + hint, file=sys.stderr)
         raise SystemExit(130) from None
@@ -194,8 +208,10 @@ def rng(*key: int, device="cpu") -> torch.Generator:
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: int, final: float) -> float:
-    """Linear warm-up over `warmup` steps, then cosine from `peak` to exactly `final * peak` at the
-    last step. `final` 0.1 is both Qwen1's pre-training and Qwen2.5's SFT (7e-6 -> 7e-7)."""
+    """Linear warm-up over `warmup` steps, at most half of all, so that a short run reaches its peak
+    too; then cosine from `peak` to exactly `final * peak` at the last step. `final` 0.1 is both
+    Qwen1's pre-training and Qwen2.5's SFT (7e-6 -> 7e-7)."""
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -395,6 +411,9 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
+        init = self.args.get("init")
+        require(not init or Path(init).resolve() != self.path.resolve(),
+                f"--out {self.path} is --init too, which would be lost: choose another --out")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK),
                 f"--out {self.path}: {parent} is not a directory that can be written to")
@@ -434,12 +453,15 @@ class Run:
             print(f"resumed {self.path} after step {step}")
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
         return step
 
     def interrupt(self, *_) -> None:
-        """Ctrl-C: the step at hand is finished and its state saved. A second one ends at once."""
+        """Ctrl-C, or SIGTERM from a batch system: the step at hand is finished and its state saved.
+        A second one ends at once."""
         self.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def write_record(self, result: dict) -> None:
@@ -463,7 +485,7 @@ class Run:
             self.hooks.pop().remove()
 
     def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
-        """Append to log.jsonl; show on the bar, or as ten lines in all without a terminal. A step
+        """Append to log.jsonl; show on the bar, or as a dozen lines without a terminal. A step
         that `clip_and_step` skipped also tells how many in a row it is, its batch (the stage's row
         numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
@@ -475,9 +497,10 @@ class Run:
         if RANK == 0:
             with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row)) + "\n")
-        shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))}
+        shown = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in metrics.items()
+                 if isinstance(v, (int, float))}
         bar.set_postfix(shown, refresh=False)
-        if bar.disable and (step % max(1, steps // 10) == 0 or step == steps):
+        if bar.disable and (step in (1, steps) or step % max(1, steps // 10) == 0):
             print(f"{self.stage} {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()),
                   flush=True)
         self.skipped += bad
@@ -520,7 +543,7 @@ class Run:
         if RANK == 0:
             model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)
-        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
+        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,

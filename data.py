@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 from common import InputError, cli, open_text, read_jsonl, replacing, require, write_atomic
+from ifeval import language
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -58,7 +59,7 @@ def read_documents(path: str | Path, source: str = ""):
     elif name.endswith(".jsonl"):
         rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
     else:
-        require(name.endswith(".parquet"), f"{path}: want .txt, .jsonl (or .gz of these), .parquet")
+        require(name.endswith(".parquet"), f"{path}: no directory, .txt, .jsonl (.gz) or .parquet")
         rows = read_parquet(path)
     for where, row in rows:
         require(isinstance(row.get("text"), str), f'{where}: want a string under "text"')
@@ -215,33 +216,12 @@ def boilerplate(text: str, kind: str = "prose") -> str:
     return f"{found} of {len(lines)} lines are furniture" if bad else ""
 
 
-# A script, where it tells the language, else the most frequent words of a language.
-SCRIPTS = {"ja": "\u3040-\u30ff", "zh": "\u4e00-\u9fff", "ko": "\uac00-\ud7af",
-           "ru": "\u0400-\u04ff", "ar": "\u0600-\u06ff", "hi": "\u0900-\u097f",
-           "el": "\u0370-\u03ff", "he": "\u0590-\u05ff", "th": "\u0e00-\u0e7f"}
-WORDS = {"en": "the of and to in is that for it", "de": "der die und das ist nicht den von ein",
-         "fr": "le la les des et est une que dans", "es": "el los las que en una es por con",
-         "it": "il di che la per un del non sono", "pt": "os que em um uma para com do da"}
-WORDS = {name: frozenset(words.split()) for name, words in WORDS.items()}
-
-
-def language(text: str) -> str:
-    """A guess: a script that a fifth of the letters are in (Kana first: Japanese has Han too), else
-    the words that most often occur, if one in twenty is such, else "unknown"."""
-    letters = sum(map(str.isalpha, text))
-    for name, span in SCRIPTS.items():
-        if len(re.findall(f"[{span}]", text)) > letters / 5:
-            return name
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    hits = {name: sum(word in known for word in words) for name, known in WORDS.items()}
-    best = max(hits, key=hits.get)
-    return best if hits[best] > len(words) / 20 else "unknown"
-
-
 def other_language(text: str, kind: str = "prose", wanted=()) -> str:
+    """A page where not even one word in twenty is a frequent one of its language is "unknown"."""
     if not wanted or kind != "prose":
         return ""
-    found = language(text)
+    found, share = language(text)
+    found = found if share > 0.05 else "unknown"
     return "" if found in wanted else f"language {found}"
 
 
@@ -667,12 +647,12 @@ class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
     input: str = ""                # files or directories, comma-separated; empty: built-in corpus
     evals: str = "test"            # tests to keep out: names or files for tasks.load, with commas
-    languages: str = ""            # of prose to keep, as en,zh,unknown (see WORDS); empty: all
+    languages: str = ""            # of prose to keep, as en,zh,unknown (see ifeval.py); empty: all
     tokenizer: str = ""            # directory: write token files too, for pretrain.py to map
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
     threshold: float = 0.75        # estimated Jaccard similarity that makes a near-duplicate
-    show_dropped: int = 1          # dropped samples to print per reason
+    show_dropped: int = 1          # dropped samples to print per reason, at most 20
     seed: int = 0                  # of the corpus sample and the generators
     overwrite: bool = False        # replace what --out holds
 
@@ -715,7 +695,7 @@ def main(args: Args) -> dict:
                 ("documents", "mb", "kept", "kept_mb"), 0))
             mb = len(doc["text"].encode("utf-8", "replace")) / 1e6
             row["documents"], row["mb"] = row["documents"] + 1, row["mb"] + mb
-            if len(samples[name]) < max(20, args.show_dropped):
+            if len(samples[name]) < 20:
                 samples[name].append({"text": doc["text"][:200], "reason": reason})
             if reason:
                 dropped[name] += 1
@@ -726,24 +706,22 @@ def main(args: Args) -> dict:
     count = sum(row["documents"] for row in sources.values())
     require(sum(dropped.values()) < count, f"nothing is left of {count} documents: {dict(dropped)}")
 
-    print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}{'of MB':>7}")
+    print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}")
     for name, row in sorted(sources.items()):
-        n, mb, m, kept_mb = row.values()
-        print(f"{name:<20}{n:>10}{mb:>8.2f}{m:>8}{kept_mb:>8.2f}{kept_mb / max(mb, 1e-9):>7.0%}")
-        for part in ("train", "held_out") if tok and m else ():
+        print("{:<20}{:>10}{:>8.2f}{:>8}{:>8.2f}".format(name, *row.values()))
+        for part in ("train", "held_out") if tok and row["kept"] else ():
             texts = (doc["text"] for doc in read_documents(out / f"{name}.jsonl"))
             write_tokens(out / f"{name}.{part}", (
                 text for text in texts if is_held_out(text) == (part == "held_out")), tok)
     if tok:
         tok.save_pretrained(out)
-    print(f"\ndropped {sum(dropped.values())} of {count} documents:")
+    print(f"\ndropped {sum(dropped.values())} of {count} documents, for example:")
     for name, n in dropped.items():
-        print(f"  {name:<14}{n:>6}")
+        print(f"{n:>8} {name}")
         for sample in samples[name][:args.show_dropped]:
-            text = " ".join(sample["text"].split())[:48]
-            print(f"    {sample['reason']}: {text!r}"[:140])
+            print(f"{'':9}{sample['reason']}: {' '.join(sample['text'].split())!r}"[:120])
     result = {"args": asdict(args), "seconds": round(time.time() - started, 1), "sources": sources,
-              "dropped": dict(dropped), "samples": {k: v[:20] for k, v in samples.items()}}
+              "dropped": dict(dropped), "samples": samples}
     write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"data: {out} ready after {time.time() - started:.0f} s")
     return result

@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import os
 import shutil
-import signal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ store = None  # torchrun's, which outlives a process that is killed
 
 
 def join() -> None:
-    """Meet the others. When one has died, torchrun ends all by SIGTERM: that is like Ctrl-C."""
+    """Meet the others. When one has died, torchrun ends all by SIGTERM."""
     global store
     if WORLD > 1:
         if torch.cuda.is_available():
@@ -29,7 +28,6 @@ def join() -> None:
         store = next(dist.rendezvous("env://"))[0]
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def first() -> bool:

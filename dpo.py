@@ -38,27 +38,29 @@ from tqdm import tqdm
 
 import tasks
 from common import (
-    Run, cli, clip_and_step, epoch_order, lr_at, positive, read_json, require, rng,
-    setup, write_atomic, write_jsonl)
+    Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, read_json, require, rng, setup,
+    write_atomic, write_jsonl)
 from distributed import (
     QUIET, WORLD, cut, gathered, merged, micro_batches, share, sharded, summed, whole)
 from label import review
 from model import Qwen2
 from reward import RewardModel, pair_responses, read_pairs
 from sample import completion_logprobs, load_policy, rollout
+from server import served
 
 
 @dataclass
 class Args:
     init: str = "runs/sft"           # SFT model: initial policy and reference
-    base: str = ""                   # pre-trained model, for online merging; empty: plain AdamW
     out: str = "runs/dpo"            # where the run goes
+    base: str = ""                   # pre-trained model, for online merging; empty: plain AdamW
     data: str = ""                   # preference pairs (JSONL); empty: resample --init on queries
     queries: str = "rl"              # query split or file to resample on
-    n_queries: int = 256             # how many of them
+    n_queries: int = 0               # at most so many; 0: all of a file, 256 of a split
     responses: int = 8               # answers sampled to each
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     temperature: float = 1.0         # of the sampling
+    rollout_url: str = ""            # sample from --init on a server, http://HOST:PORT/v1
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # pairs with a longer prompt + answer are dropped
     max_ratio: float = 0.0           # so are those with one answer so many times as long; 0: none
@@ -72,7 +74,7 @@ class Args:
     beta: float = 0.1                # strength of the tie to the reference
     nll: float = 0.0                 # weight of -log pi(chosen) per token, added to the loss
     lr: float = 2e-4                 # peak learning rate (the report's models: 7e-7)
-    warmup: int = 5                  # steps of linear warm-up
+    warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest
     merge_alpha: float = 1e-7        # share of the SFT direction in each update
@@ -176,17 +178,22 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "dpo")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_queries", "responses", "temperature", "max_new_tokens", "epochs",
+    positive(args, "responses", "temperature", "max_new_tokens", "epochs",
              "batch_size", "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
     scorer = args.reward_model and RewardModel.from_pretrained(args.reward_model, device=device)
-    pairs = read_pairs(args.data) if args.data else []
-    queries = [] if args.data else tasks.load(args.queries, args.n_queries, args.seed)
+    require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
+    # Resumed, it takes the pairs that it had: a server answers otherwise each time.
+    data = str(run.path / "pairs.jsonl") if args.rollout_url and run.resumed else args.data
+    pairs = read_pairs(data) if data else []
+    queries = [] if data else tasks.load(args.queries, args.n_queries, args.seed, built_in=256)
 
     # data
-    if not args.data:
-        groups = rollout(model, tokenizer, queries, args.responses, args.max_new_tokens,
-                         args.temperature, args.seed)
+    if not data:
+        policy = served(args.rollout_url, model, tokenizer)
+        with autocast:
+            groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
+                             args.temperature, args.seed)
         answers = [answer for group in groups for answer in group]
         pairs = pair_responses(answers, args.pairs_per_query, args.seed)
         rate = sum(a.score for a in answers) / len(answers)
@@ -197,9 +204,9 @@ def main(args: Args) -> dict:
     pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.max_ratio,
                                   args.check_format, scorer, args.min_margin)
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
-    print(f"review: {len(pairs)} pairs kept; dropped: {why}")
     require(len(pairs) > 0, f"no pair is left by the review: {why}")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
+    print(f"{len(pairs)} pairs (dropped by the review: {why}), {steps} steps")
 
     def sequence_logprobs(batch):
         """-> (B,) sums of chosen, (B,) of rejected; both sides go through in one forward pass."""
@@ -222,8 +229,8 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     model = sharded(model, autocast)
-    params = dict(model.named_parameters())
     if args.base:
+        params = dict(model.named_parameters())
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
         require({k: p.shape for k, p in base.items()} == {k: p.shape for k, p in params.items()},
                 f"--base {args.base} and --init {args.init} differ in size or architecture")
@@ -231,7 +238,7 @@ def main(args: Args) -> dict:
         optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
                                   args.seed, args.merge)
     else:
-        optimizer = torch.optim.AdamW(params.values(), args.lr, (0.9, 0.95), weight_decay=0.0)
+        optimizer = adamw(model, args.lr, weight_decay=0.0)
     start = run.begin(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
     write_atomic(cache, json.dumps({"logprobs": reference}))
@@ -246,11 +253,11 @@ def main(args: Args) -> dict:
             ref_chosen, ref_rejected = torch.tensor([reference[j] for j in micro], device=device).T
             with autocast:
                 (chosen, rejected), length = sequence_logprobs([rows[j] for j in micro])
-            loss, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
-                                                            ref_rejected, args.beta)
-            loss = loss - args.nll * chosen / length
-            (loss.sum() / len(batch)).backward()
-            for name, value in (("loss", loss), ("accuracy", reward_chosen > reward_rejected),
+            losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
+                                                              ref_rejected, args.beta)
+            losses = losses - args.nll * chosen / length
+            (losses.sum() / len(batch)).backward()
+            for name, value in (("loss", losses), ("accuracy", reward_chosen > reward_rejected),
                                 ("reward_chosen", reward_chosen),
                                 ("reward_rejected", reward_rejected)):
                 sums[name] += value.sum().item() / len(batch)
@@ -263,8 +270,9 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what it says now
-    groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
-                     args.max_new_tokens, 1.0, args.seed)
+    with autocast:
+        groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+                         args.max_new_tokens, 1.0, args.seed)
     run.save_samples([group[0] for group in groups])
     run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)
     return sums

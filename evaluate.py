@@ -2,10 +2,11 @@
 held-out text. report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
-`samples` times at temperature 1 (pass@1 is the mean, pass@k the unbiased estimate of Chen et al.
-2021, eq. 1) and once greedily. A chat model gets the chat prompt; a base model, which never saw one
+`samples` times at temperature 1 (pass@1 is the mean, pass@4 whether one of four passes) and once
+greedily. A chat model gets the chat prompt; a base model, which never saw one
 (--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
-spread of the queries' means: several samples of one query are not independent.
+spread of the queries' means: several samples of one query are not independent. With --reward,
+which need not be 0 or 1, pass@1 and greedy are its means, and a pass is what it gives 1.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -14,7 +15,6 @@ spread of the queries' means: several samples of one query are not independent.
 import json
 import math
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from common import (
 from model import Qwen2
 from reward import RewardModel
 from sample import generate, load_policy, rollout
+from server import served
 from tokenizer import Tokenizer
 
 
@@ -35,11 +36,12 @@ from tokenizer import Tokenizer
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
     queries: str = "test"            # query split or file
+    n_queries: int = 0               # at most so many; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
-    n_queries: int = 480             # how many of them
     samples: int = 4                 # answers a query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
+    rollout_url: str = ""            # ask --init on a server, http://HOST:PORT/v1
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
     window: int = 512                # tokens that such a document is cut into
@@ -52,11 +54,6 @@ class Args:
 
 # ---------------------------------------------------------------------------------------------
 # metrics
-
-def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Unbiased pass@k from n samples: 1 - C(n - passed, k) / C(n, k)."""
-    return 1.0 - comb(n - passed, k) / comb(n, k)
-
 
 def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
     """Mean of per-query values in [least, 1] and its normal 95% interval."""
@@ -75,23 +72,29 @@ def by_domain(queries: list[dict], values: list[float]) -> dict[str, dict]:
 
 @torch.no_grad()
 def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len: int = 512) -> dict:
-    """-log2 p(text) over its UTF-8 bytes, so that tokenizers of any vocabulary compare. Documents
-    are cut into windows of max_len tokens; the first token of a window is given, not predicted."""
-    device, nats, n_bytes = model.head_weight.device, 0.0, 0
-    windows = []
+    """-log2 p(text) over its UTF-8 bytes, so that tokenizers of any vocabulary compare; also by
+    quarters of the window, where a model that was trained on shorter rows shows it. Documents are
+    cut into windows of max_len tokens; the first token of a window is given, not predicted."""
+    device, windows = model.head_weight.device, []
+    nats, n_bytes = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for text in texts:
         ids = tokenizer.encode(text)
         windows += [ids[i:i + max_len] for i in range(0, len(ids) - 1, max_len - 1)]
     windows = sorted((w for w in windows if len(w) > 1), key=len)
     for i in range(0, len(windows), 16):
         ids = pad_rows(windows[i:i + 16], 0).to(device)
-        lengths = torch.tensor([[len(w)] for w in windows[i:i + 16]], device=device)
-        targets = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1], device=device) >= lengths,
-                                         -100)
-        nats += kernels.linear_cross_entropy(model.hidden(ids[:, :-1]), model.head_weight, targets,
-                                             reduction="sum").item()
-        n_bytes += sum(len(tokenizer.token_bytes(t)) for w in windows[i:i + 16] for t in w[1:])
-    return {"bits_per_byte": nats / math.log(2) / n_bytes, "bytes": n_bytes}
+        places = torch.arange(1, ids.shape[1], device=device)
+        inside = places < torch.tensor([[len(w)] for w in windows[i:i + 16]], device=device)
+        targets = ids[:, 1:][inside]
+        logprobs = kernels.token_logprobs(model.hidden(ids[:, :-1])[inside], model.head_weight,
+                                          targets)
+        quarter = (places * 4 // max_len).expand_as(inside)[inside].cpu()
+        nats.index_add_(0, quarter, -logprobs.double().cpu())
+        n_bytes.index_add_(0, quarter, torch.tensor(
+            [len(tokenizer.token_bytes(t)) for t in targets.tolist()]).double())
+    bits = nats / math.log(2)
+    return {"bits_per_byte": (bits.sum() / n_bytes.sum()).item(), "bytes": int(n_bytes.sum()),
+            "by_quarter": (bits / n_bytes.clamp_min(1)).tolist()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,14 +170,17 @@ def table(rows: list[tuple[str, dict]]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
+    # set-up
     device, autocast = setup(args)
+    positive(args, "samples", "max_new_tokens")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
-    positive(args, "samples", "n_queries", "max_new_tokens")
     longest = model.config.max_position_embeddings
     require(1 < args.window <= longest or not args.text,
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
-    queries = tasks.load(args.queries, args.n_queries, reward=args.reward)
+
+    # data
+    queries = tasks.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
     foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
             f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
@@ -184,14 +190,21 @@ def main(args: Args) -> dict:
                  if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
         texts = [text for text in texts if data.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    require(not args.rollout_url or args.yarn == 1 and not args.dca,
+            "--rollout_url: --yarn and --dca are settings of the server there")
+
+    # answers
+    policy = served(args.rollout_url, model, tokenizer)
     with autocast:
-        sampled = answer(model, tokenizer, queries, args, args.samples, 1.0)
-        greedy = answer(model, tokenizer, queries, args, 1, 0.0)
-    passed = [sum(score == 1 for _, score in group) for group in sampled]
-    metrics = {"pass@1": by_domain(queries, [pass_at_k(args.samples, c, 1) for c in passed])}
+        sampled = answer(policy, tokenizer, queries, args, args.samples, 1.0)
+        greedy = answer(policy, tokenizer, queries, args, 1, 0.0)
+
+    # metrics
+    metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
+                                             for group in sampled])}
     if args.samples > 1:
         metrics[f"pass@{args.samples}"] = by_domain(
-            queries, [pass_at_k(args.samples, c, args.samples) for c in passed])
+            queries, [float(any(score == 1 for _, score in group)) for group in sampled])
     if args.reward_model:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
         with autocast:
@@ -201,17 +214,22 @@ def main(args: Args) -> dict:
     metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
     if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
+
+    # save
     write_jsonl(Path(args.init) / "eval_samples.jsonl", (
         {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
          "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    settings = {"queries": args.queries, "n": len(queries), "samples": args.samples,
-                "few_shot": args.few_shot, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
-                "window": args.window, "yarn": args.yarn, "dca": args.dca}
+    settings = {"queries": args.queries, "n": len(queries), "reward": args.reward,
+                "samples": args.samples, "few_shot": args.few_shot, "seed": args.seed,
+                "max_new_tokens": args.max_new_tokens, "window": args.window, "yarn": args.yarn,
+                "dca": args.dca, "rollout_url": args.rollout_url}
     write_atomic(Path(args.init) / "eval.json", json.dumps(
         {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
     print(table([(Path(args.init).name, metrics)]))
+    if texts:
+        print("by quarters of its window:", *(f"{bits:.3f}" for bits in metrics["by_quarter"]))
     return metrics
 
 

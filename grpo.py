@@ -18,7 +18,8 @@ our choice: learning rate, clip, KL coefficient, temperature, length, number of 
 the variance is measured once, with the initial policy, and compared within a domain.
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
-my.py; each row of --queries then needs a "prompt" only, and the function gets the whole row.
+my.py; each row of --queries then needs a "prompt" only, and the function gets the whole row. The
+log then has its mean, "own", in place of "pass".
 
 Off by default, from later papers: Dr. GRPO is --aggregate constant --normalise none; DAPO is
 --aggregate token_mean --clip_high 0.28 --resample 2 --overlong soft.
@@ -53,16 +54,17 @@ from sample import completion_logprobs, load_policy, rollout
 @dataclass
 class Args:
     init: str = "runs/sft"           # initial policy, and the reference of the KL term
-    reward_model: str = ""           # reward model directory; empty: the verifier alone
     out: str = "runs/grpo"           # where the run goes
     queries: str = "rl"              # query split or file
+    n_queries: int = 0               # at most so many; 0: all of a file, 128 of a split
+    reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
-    n_queries: int = 128             # pool of queries, ordered by variance
     steps: int = 25                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries an episode
     group: int = 8                   # responses a query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
+    rollout_url: str = ""            # refused: after a step a server's weights are old ones
     inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
     micro_batch: int = 32            # responses a forward pass, of similar length: memory only
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
@@ -75,7 +77,7 @@ class Args:
     normalise: str = "group"         # advantages over the group's standard deviation, or "none"
     aggregate: str = "seq_mean"      # token losses: seq_mean (the paper), token_mean, constant
     lr: float = 3e-4                 # peak learning rate
-    warmup: int = 5                  # steps of linear warm-up
+    warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     clip: float = 1.0                # largest gradient norm
     save_every: int = 50             # steps between resumable states
@@ -164,6 +166,11 @@ def is_mixed(group) -> bool:
     return len({answer.score for answer in group}) > 1
 
 
+def verdict(args: Args) -> str:
+    """What the mean of the answers' scores is called: a reward of your own need not be 0 or 1."""
+    return "own" if args.reward else "pass"
+
+
 def sample_groups(model, tokenizer, queries, args: Args, step: int):
     """-> a step's groups of answers, and the share of those sampled that they are: its batch of the
     queries and, with --resample, the batches after it until enough groups hold right and wrong
@@ -209,12 +216,17 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
     verified, rewards, scores = reward_groups(groups, reward_model, args)
     truncated = sum(not a.finished for group in groups for a in group) / verified.numel()
     mixed = sum(map(is_mixed, groups)) / len(groups)
-    print(f"before training: {verified.mean():.1%} pass, {mixed:.1%} of queries only sometimes, "
-          f"{truncated:.1%} of responses cut")
+    print(f"before training: {verdict(args)} {verified.mean():.1%}, {mixed:.1%} of queries have "
+          f"better and worse answers, {truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "
             "or train longer with sft.py a model that does not stop by itself")
-    require(mixed > 0, "every query passes always or never, so all advantages are 0: choose easier "
-            "or harder --queries, or more SFT")
+    advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature" \
+        if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2 else \
+        "easier --queries, more SFT, or a --reward with degrees" if verified.mean() < 0.5 else \
+        "harder --queries"
+    require(mixed > 0, f"each query's answers all score alike, so all advantages are 0: {advice}")
+    if mixed < 0.1:
+        print(f"few queries have anything to learn from: {advice}")
     if args.order == "random":
         return queries
     order, seen, rank = query_order(rewards if scores is None else scores).tolist(), Counter(), {}
@@ -230,6 +242,8 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
     device, autocast = setup(args, args.batch_queries * args.group)
+    positive(args, "steps", "batch_queries", "temperature", "max_new_tokens",
+             "inner_steps", "micro_batch", "save_every")
     for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
                          "normalise": ("group", "none"), "order": ("variance", "random"),
                          "overlong": ("wrong", "mask", "soft")}.items():
@@ -237,8 +251,11 @@ def main(args: Args) -> dict:
         require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
     require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
             " a long right answer could be worth less than a wrong one")
-    positive(args, "n_queries", "steps", "batch_queries", "temperature", "max_new_tokens",
-             "inner_steps", "micro_batch", "save_every")
+    # The gradient is an expectation over what this policy says. A server goes on saying what the
+    # first one did: the ratio corrects for a few steps, clipped ones not at all, and soon all are.
+    # To load new weights into it every step, each server and version has its own, unstable way.
+    require(not args.rollout_url, "--rollout_url: GRPO changes the policy at every step, and a "
+            "server would answer with the weights it has loaded; for sft, dpo, reward, evaluate")
     require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)
@@ -247,7 +264,7 @@ def main(args: Args) -> dict:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
-    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward)
+    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
 
     # data
     with autocast:
@@ -308,8 +325,8 @@ def main(args: Args) -> dict:
         finished = [len(a.ids) for a in answers if a.finished]
         trained = sum(len(answers[i].ids) for i in alive) or 1
         run.log(step + 1, args.steps, bar, [group[0].query["prompt"] for group in groups],
-                reward=rewards.mean().item(), **{"pass": verified.mean().item()},
-                score=scores.mean().item() if scores is not None else 0.0,
+                reward=rewards.mean().item(), **{verdict(args): verified.mean().item()},
+                **({} if scores is None else {"score": scores.mean().item()}),
                 dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), used=used,
                 cut=1 - len(finished) / len(answers),
                 length=sum(finished) / max(1, len(finished)), loss=loss, lr=lr, grad_norm=norm,
@@ -323,14 +340,17 @@ def main(args: Args) -> dict:
     shown = slice(0, 4 * args.group)
     run.save_samples(answers[shown], reward=rewards.flatten()[shown].tolist(),
                      advantage=advantages[shown].tolist())
-    run.finish(model, tokenizer, **{"pass": verified.mean().item()}, reward=rewards.mean().item())
-    return {"pass": verified.mean().item()}
+    result = {verdict(args): verified.mean().item(), "reward": rewards.mean().item()}
+    run.finish(model, tokenizer, **result)
+    return result
 
 
 def inspect(args: Args) -> None:
-    """Print groups of the last step of the run --out, best answer first."""
-    rows = [row for _, row in read_jsonl(Path(args.out) / "samples.jsonl")]
-    require("advantage" in rows[0], f"{args.out}/samples.jsonl is of no GRPO run")
+    """python grpo.py inspect --out RUN: four groups of its last step, best answer first."""
+    path = Path(args.out) / "samples.jsonl"
+    require(path.is_file(), f"{path}: no such file; a run writes it when it ends")
+    rows = [row for _, row in read_jsonl(path)]
+    require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
     for prompt, group in groupby(rows, key=itemgetter("prompt")):
         print(f"{prompt}\n score  reward  advantage  answer")
         for row in sorted(group, key=itemgetter("advantage"), reverse=True):

@@ -52,11 +52,11 @@ def follows(text: str, kind: str, kw: dict) -> bool:
             return "," not in text
         # language and case
         case "language:response_language":
-            return language(text) == kw["language"]
+            return language(text)[0] == kw["language"]
         case "change_case:english_capital":
-            return text.isupper() and language(text) == "en"
+            return text.isupper() and language(text)[0] == "en"
         case "change_case:english_lowercase":
-            return text.islower() and language(text) == "en"
+            return text.islower() and language(text)[0] == "en"
         case "change_case:capital_word_frequency":
             capital = [word for word in re.findall(r"[^\W_][\w'.&-]*", text) if word.isupper()]
             return related(len(capital), kw["capital_relation"], kw["capital_frequency"])
@@ -162,18 +162,24 @@ SCRIPTS = {  # as in the first word of a character's name -> languages told apar
     "HEBREW": "he", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh"}
 
 
-def language(text: str) -> str:
-    """The ISO code of the language that most of the letters belong to; "" if it is none of ours."""
-    text = unicodedata.normalize("NFC", text)
-    scripts = Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
-    kana = scripts["HIRAGANA"] + scripts["KATAKANA"]
-    if kana > 0.1 * scripts.total():
-        return "ja"
-    script = max(scripts, key=scripts.get, default="")
-    candidates = SCRIPTS.get(script, "").split() or [""]
+def language(text: str) -> tuple[str, float]:
+    """The ISO code of the language that most of the text is in ("" if it is none of ours), and how
+    sure that is: the share of words that are frequent ones of it, or 1 if the script says it."""
+    text, scripts = unicodedata.normalize("NFC", text), Counter()
+    for letter, count in Counter(filter(str.isalpha, text)).items():
+        script = unicodedata.name(letter, "?").split()[0]
+        # Code, names and terms are Latin in any language.
+        scripts[script] += count / 4 if script == "LATIN" else count
+    if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * scripts.total():
+        return "ja", 1.0
+    candidates = SCRIPTS.get(max(scripts, key=scripts.get, default=""), "").split()
+    if len(candidates) < 2:
+        return "".join(candidates), float(len(candidates))
     words = [word.strip(".,;:!?\"'()*।،؟«»“”") for word in text.lower().split()]
+    known = {name: sum(word in WORDS[name] for word in words) for name in candidates}
     # The first candidate where none of the words is known: English for "<<emerald isle>>"
-    return max(candidates, key=lambda name: sum(word in WORDS.get(name, ()) for word in words))
+    best = max(candidates, key=known.get)
+    return best, known[best] / len(words)
 
 
 def loose(text: str, kind: str, kw: dict) -> bool:

@@ -122,12 +122,13 @@ def keystrokes():
 
 
 def judge(keys, a: str, b: str) -> dict:
-    """Keys up to a verdict -> the verdict, and what was noted by which criterion, in terms of the
-    pair: "chosen" or "rejected", whichever is A and whichever B."""
+    """Keys up to a verdict, shown as they are typed -> the verdict, and what was noted by which
+    criterion, in terms of the pair: "chosen" or "rejected", whichever is A and whichever B."""
     verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "u": "undo", "q": "quit"}
     typed, noted = "", {}
     for key in keys:
         typed += key
+        print(text_of(key), end="", flush=True)
         if key in verdicts:
             return {"verdict": verdicts[key], "criteria": noted, "keys": typed}
         if key.lower() in CRITERIA:
@@ -154,7 +155,7 @@ def label(args: Args) -> None:
             print(f"\n---- {name} ----\n{text_of(pair[side])}")
         print("\na b = x u q > ", end="", flush=True)
         row = judge(keys, a, b)
-        print(row.get("keys", ""))
+        print()
         if row["verdict"] == "quit":
             break
         if row["verdict"] == "undo":

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils import checkpoint as recomputation
 
 import checkpoint
 import kernels
@@ -396,6 +397,7 @@ class Qwen2(nn.Module):
 
     architecture = "ForCausalLM"      # what config.json calls this kind of head
     on_disk: dict[str, str] = {}      # weights whose published name differs from ours
+    recompute = False                 # a block's activations again in the backward pass, not kept
 
     def __init__(self, config: Config):
         super().__init__()
@@ -453,6 +455,8 @@ class Qwen2(nn.Module):
         cos, sin = rope(positions % chunk if dual else positions, self.config)
         x = self.model.embed_tokens(ids)
         for layer, block in enumerate(self.model.layers):
+            if self.recompute:
+                block = functools.partial(recomputation.checkpoint, block, use_reentrant=False)
             x = block(x, note, cos=cos, sin=sin, cache=cache, layer=layer,
                       segment_ids=segment_ids, mask=mask, dual=dual)
         if cache is not None:

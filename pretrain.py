@@ -38,13 +38,13 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Args:
+    init: str = ""                   # continue from this model directory; empty: from scratch
     out: str = "runs/pretrain"       # where the run goes
     data: str = ""                   # directory or files, comma-separated; empty: built-in corpus
     weights: str = ""                # token shares "name=0.5,other=0.5"; empty: ours, or by size
     tokenizer: str = ""              # directory or qwen.tiktoken; empty: train one on the data
     vocab_size: int = 2048           # of the tokenizer trained here, control tokens included
     model: str = "tiny"              # preset of model.py
-    init: str = ""                   # continue from this model directory instead of from scratch
     rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
     upcycle: bool = False            # --init is dense: cut its FFNs into the experts of --model
     tokens: int = 600_000            # training tokens in all
@@ -53,8 +53,9 @@ class Args:
     long_share: float = 0.0          # share of the rows cut from documents that fill them; 0: as is
     batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
     micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
+    recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
     lr: float = 1.5e-3               # peak learning rate
-    warmup: int = 50                 # steps of linear warm-up
+    warmup: int = 50                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm
@@ -252,6 +253,7 @@ def main(args: Args) -> dict:
                                                  args.seq_len))
     model.config = replace(config, rope_theta=args.rope_theta or config.rope_theta)
     model.to(device)
+    model.recompute = args.recompute
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(packed) // rows
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
@@ -263,9 +265,7 @@ def main(args: Args) -> dict:
     start = run.begin(model, optimizer)
 
     # loop
-    # (MoE layers, experts): steps in a row, since the start or --resume, with less than a tenth of
-    # the fair share.
-    starved = 0
+    starved = 0  # (MoE layers, experts): steps in a row with less than a tenth of the fair share
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.time()

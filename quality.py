@@ -218,7 +218,8 @@ def generated(args: Args, device, autocast):
         rewards, passed = zip(*ranked[:round(args.keep * len(ranked))], strict=True)
     for i, (reward, a) in enumerate(zip(rewards, passed, strict=True)):
         yield {"text": tasks.FORMS[i % len(tasks.FORMS)].format(a.query["prompt"], a.text),
-               "source": a.query["domain"], "kind": "synthetic", "scores": {"reward": reward}}
+               "source": f"generated_{a.query['domain']}", "kind": "synthetic",
+               "scores": {"reward": reward}}
 
 
 # ---------------------------------------------------------------------------------------------

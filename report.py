@@ -48,8 +48,9 @@ def gains(chats: dict[str, list[dict]]) -> list[dict]:
 def collect(root: Path):
     """-> what goes into report.json, each stage's log, each stage's answers."""
     found = [s for s in CURVES if (root / s / "run.json").exists()]
-    require(len(found) > 0, f"--run {root}: no stage in it ({', '.join(CURVES)})")
-    stages, logs, chats = [], {}, {}
+    require(len(found) > 0, f"--run {root}: want a directory that holds those of stages "
+            f"({', '.join(CURVES)})")
+    stages, logs, chats, asked = [], {}, {}, {}
     for name in found:
         folder = root / name
         run, path = read_json(folder / "run.json"), folder / "eval.json"
@@ -57,10 +58,15 @@ def collect(root: Path):
                        "peak_rss_mb": run.get("peak_rss_mb"),
                        "command": "python " + run["command"], "result": run.get("result", {}),
                        "metrics": read_json(path)["metrics"] if path.exists() else {}})
+        if path.exists():
+            settings = read_json(path)["settings"]
+            asked[tuple(settings.get(key, "") for key in ("queries", "n", "reward"))] = name
         if (folder / "log.jsonl").exists():
             logs[name] = [row for _, row in read_jsonl(folder / "log.jsonl")]
         if (folder / "eval_samples.jsonl").exists():
             chats[name] = [row for _, row in read_jsonl(folder / "eval_samples.jsonl")]
+    require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
+            "queries or by another --reward; run evaluate.py again")
     total = sum(s["seconds"] or 0 for s in stages)
     if (root / "started").exists():  # demo.sh's clock: data, tokenizer, evaluations included
         ended = max(path.stat().st_mtime for path in root.glob("*/*.json"))
@@ -70,10 +76,12 @@ def collect(root: Path):
     return report, logs, chats
 
 
-def turned(before: list[dict], after: list[dict], want: tuple) -> tuple[int, list[tuple]]:
-    """How many queries went from one greedy verdict to the other, and the first of each domain."""
-    some = [(a, b) for a, b in zip(before, after, strict=False)
-            if (a["greedy_score"], b["greedy_score"]) == want]
+def turned(before: list[dict], after: list[dict], sign: int) -> tuple[int, list[tuple]]:
+    """How many queries' greedy scores rose (sign 1) or fell (-1), and which did most in each
+    domain."""
+    some = [(sign * (b["greedy_score"] - a["greedy_score"]), a, b)
+            for a, b in zip(before, after, strict=False)]
+    some = [(a, b) for gain, a, b in sorted(some, key=lambda row: -row[0]) if gain > 0]
     return len(some), [pair for domain in sorted({a["domain"] for a, _ in some})
                        for pair in [p for p in some if p[0]["domain"] == domain][:1]]
 
@@ -81,25 +89,31 @@ def turned(before: list[dict], after: list[dict], want: tuple) -> tuple[int, lis
 # ---------------------------------------------------------------------------------------------
 # markdown
 
-def as_markdown(report: dict, chats: dict) -> str:
+def stage_rows(report: dict) -> list[list[str]]:
+    return [[s["name"], "not finished" if s["seconds"] is None else f"{s['seconds']:.0f}",
+             str(s["peak_rss_mb"] or ""), s["command"]] for s in report["stages"]]
+
+
+def as_markdown(report: dict, root: Path, chats: dict) -> str:
     lines = [f"# {report['name']}: seed {report['seed']}, {report['total_seconds'] / 60:.1f} "
              "minutes in all", ""]
     rows = [(s["name"], s["metrics"]) for s in report["stages"] if s["metrics"]]
     if rows:
         lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
                   table(rows)]
+    else:
+        lines.append(f"No stage is evaluated yet; `python evaluate.py --init {root}/…` does it.")
     if report["gains"]:
         lines += ["", "Gains on the same queries, in points:", "",
                   "| from | to | pass@1 | greedy |", "|---|---|---|---|"]
         lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
                   f"{cell(g['greedy'], '+.1f')} |" for g in report["gains"]]
     lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
-    lines += [f"| {s['name']} | {s['seconds']:.0f} | {s['peak_rss_mb']} | `{s['command']}` |"
-              for s in report["stages"] if s["seconds"]]
+    lines += [f"| {' | '.join(row)} | `{command}` |" for *row, command in stage_rows(report)]
     if "sft" in chats and "grpo" in chats:
         lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
-        for label, want in (("learned", (0, 1)), ("lost", (1, 0))):
-            n, pairs = turned(chats["sft"], chats["grpo"], want)
+        for label, sign in (("learned", 1), ("lost", -1)):
+            n, pairs = turned(chats["sft"], chats["grpo"], sign)
             lines += [f"{n} queries {label}; the first of each domain:", ""]
             for before, after in pairs:
                 lines += [f"- **{before['prompt']}**", f"  - SFT: `{before['greedy']!r}`",
@@ -169,8 +183,7 @@ def answer(label: str, row: dict) -> str:
 
 def as_html(report: dict, logs: dict, chats: dict) -> str:
     title = f"{report['name']}: seed {report['seed']}, {report['total_seconds'] / 60:.1f} minutes"
-    stages = report["stages"]
-    evaluated = [s for s in stages if s["metrics"]]
+    evaluated = [s for s in report["stages"] if s["metrics"]]
     parts = [f"<h1>{escape(title)}</h1>"]
     for metric in ("pass@1", "greedy") if evaluated else ():
         domains = list(evaluated[0]["metrics"][metric])
@@ -185,16 +198,13 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
             [[g["from"], g["to"], cell(g["pass@1"], "+.1f"), cell(g["greedy"], "+.1f")]
              for g in report["gains"]])]
     parts += ["<h2>Stages</h2>", html_table(
-        ["stage", "seconds", "peak MB", "command"],
-        [[s["name"], f"{s['seconds']:.0f}", str(s["peak_rss_mb"]), s["command"]]
-         for s in stages if s["seconds"]])]
-    parts.append("<h2>Curves</h2>")
+        ["stage", "seconds", "peak MB", "command"], stage_rows(report)), "<h2>Curves</h2>"]
     for name, rows in logs.items():
         if figures := "".join(curve(rows, metric) for metric in CURVES[name]):
             parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
     if "sft" in chats and "grpo" in chats:
-        for label, want in (("Learned", (0, 1)), ("Lost", (1, 0))):
-            n, pairs = turned(chats["sft"], chats["grpo"], want)
+        for label, sign in (("Learned", 1), ("Lost", -1)):
+            n, pairs = turned(chats["sft"], chats["grpo"], sign)
             parts.append(f"<h2>{label} between SFT and GRPO: {n} queries</h2>")
             parts += [f"<article><b>{escape(a['prompt'])}</b>{answer('SFT', a)}{answer('GRPO', b)}"
                       "</article>" for a, b in pairs]
@@ -218,7 +228,7 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
 def main(args: Args) -> dict:
     root = Path(args.run)
     report, logs, chats = collect(root)
-    markdown = as_markdown(report, chats)
+    markdown = as_markdown(report, root, chats)
     write_atomic(root / "report.json", json.dumps(report, indent=1))
     write_atomic(root / "report.md", markdown)
     write_atomic(root / "report.html", as_html(report, logs, chats))

@@ -37,21 +37,23 @@ from common import (
 from distributed import QUIET, micro_batches, sharded, summed, whole
 from model import Config, Qwen2
 from sample import load_policy, prompt_ids, read_prompts, rollout
+from server import served
 from tokenizer import Tokenizer
 
 
 @dataclass
 class Args:
     init: str = "runs/sft"           # SFT model whose body the reward model starts from
-    policies: str = ""               # comma-separated models that answer the queries; empty: --init
-    temperatures: str = "0.7,1.0"    # each policy samples at each of these
-    pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     out: str = "runs/reward"         # where the run goes
+    pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     held_out: str = ""               # pairs (JSONL) to measure, and not to learn from
     queries: str = "rl"              # query split or file, as for GRPO; "none": only the files
-    n_queries: int = 256             # how many of them
+    n_queries: int = 0               # at most so many; 0: all of a file, 256 of a split
     n_held_out: int = 64             # other queries, to measure on
-    responses: int = 4               # answers a query, policy and temperature
+    policies: str = ""               # comma-separated models that answer them; empty: --init
+    temperatures: str = "0.7,1.0"    # each policy samples at each of these
+    responses: int = 4               # answers sampled to each query, by policy and temperature
+    rollout_url: str = ""            # servers that have --policies, http://HOST:PORT/v1,...
     pairs_per_query: int = 4         # at most so many pairs of each query's answers
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # longer prompt + response is dropped
@@ -61,7 +63,7 @@ class Args:
     batch_size: int = 16             # pairs (listwise: prompts) a step
     micro_batch: int = 32            # pairs (listwise: prompts) a forward pass: memory only
     lr: float = 5e-4                 # peak learning rate
-    warmup: int = 5                  # steps of linear warm-up
+    warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm
@@ -188,16 +190,15 @@ def read_pairs(path: str) -> list[dict]:
     return pairs
 
 
-def parse_temperatures(text: str) -> list[float]:
-    return [parse_value("temperatures", part, float) for part in text.split(",")]
-
-
-def sample_answers(args: Args, device, autocast, queries: list[dict]) -> dict[str, list]:
-    """-> all answers of each policy at each temperature."""
-    answers = {}
-    for path in (args.policies or args.init).split(","):
+def sample_answers(args: Args, temperatures: list[float], device, autocast, queries: list[dict]):
+    """-> {source: answers}: of each policy at each temperature."""
+    answers, paths = {}, (args.policies or args.init).split(",")
+    urls = args.rollout_url.split(",") if args.rollout_url else [""] * len(paths)
+    require(len(urls) == len(paths), f"--rollout_url wants one for each of {', '.join(paths)}")
+    for path, url in zip(paths, urls, strict=True):
         policy, tokenizer = load_policy(path, device)
-        for temperature in parse_temperatures(args.temperatures):
+        policy = served(url, policy, tokenizer)
+        for temperature in temperatures:
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
                                  temperature, args.seed)
@@ -269,25 +270,30 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "reward")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_queries", "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
+    positive(args, "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     model, tokenizer = load_policy(args.init, device)
     kind = TwoLayers if args.two_layers else RewardModel
     model = kind.from_language_model(model, tokenizer)
     pairs = read_pairs(args.pairs) if args.pairs else []
     held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
-    queries = [] if args.queries == "none" else tasks.load(args.queries, args.n_queries, args.seed)
+    queries = [] if args.queries == "none" else \
+        tasks.load(args.queries, args.n_queries, args.seed, built_in=256)
     require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
-    parse_temperatures(args.temperatures)
+    temperatures = [parse_value("temperatures", part, float)
+                    for part in args.temperatures.split(",")]
 
     # data
     require(queries or tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise),
             f"--pairs {args.pairs}: none fits into --max_len {args.max_len} tokens")
     if queries:
-        answers = sum(sample_answers(args, device, autocast, queries).values(), [])
-        pairs += pair_responses(answers, args.pairs_per_query, args.seed)
-        sources = sample_answers(args, device, autocast, tasks.builtin("val", args.n_held_out,
-                                                                      args.seed))
+        if run.resumed:  # the pairs that it had: a server answers otherwise each time
+            pairs = read_pairs(run.path / "pairs.jsonl")
+        else:
+            sources = sample_answers(args, temperatures, device, autocast, queries)
+            pairs += pair_responses(sum(sources.values(), []), args.pairs_per_query, args.seed)
+        queries = tasks.builtin("val", args.n_held_out, args.seed)
+        sources = sample_answers(args, temperatures, device, autocast, queries)
         sources = {"all": sum(sources.values(), [])} | sources
         held_out |= {source: pair_responses(answers, args.pairs_per_query, args.seed)
                      for source, answers in sources.items()}
@@ -309,26 +315,26 @@ def main(args: Args) -> dict:
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
         batch.sort(key=lambda i: len(rows[i][0][0]))
-        loss_sum = correct = 0.0
+        loss = accuracy = 0.0
         for micro in micro_batches(batch, args.micro_batch):
             with autocast:
                 chosen, rejected, weight = comparisons(model, [rows[j] for j in micro])
-            loss = (preference_loss(chosen, rejected) * weight).sum() / len(batch)
-            loss_sum += loss.item()
-            correct += ((chosen > rejected) * weight).sum().item() / len(batch)
-            loss.backward()
-        loss_sum, correct = map(summed, (loss_sum, correct))
+            micro_loss = (preference_loss(chosen, rejected) * weight).sum() / len(batch)
+            loss += micro_loss.item()
+            accuracy += ((chosen > rejected) * weight).sum().item() / len(batch)
+            micro_loss.backward()
+        loss, accuracy = map(summed, (loss, accuracy))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip, loss_sum)
-        run.log(step + 1, steps, bar, batch, loss=loss_sum, accuracy=correct, lr=lr,
-                grad_norm=norm)
+        norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+        run.log(step + 1, steps, bar, batch, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
-    # save
+    # save, with a look at how well it tells other pairs apart
     scorer = whole(model)
-    by_source = {source: {"pairs": len(some)} | accuracies(scorer, some)
-                 for source, some in held_out.items() if some}
+    with autocast:
+        by_source = {source: {"pairs": len(some)} | accuracies(scorer, some)
+                     for source, some in held_out.items() if some}
     for source, row in by_source.items():
         print(f"held out, {source}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
     result = by_source.get("all", {})

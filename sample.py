@@ -46,6 +46,8 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temper
     temperature 0 is greedy. `valid_vocab`: number of ids the tokenizer knows; the padded rows of
     the embedding above it are never drawn (R1.6). `watch` is called with each step's tokens, to
     show an answer while it grows. A pure function of its arguments."""
+    if not isinstance(model, Qwen2):  # server.py's
+        return model.generate(prompts, max_new_tokens, temperature, seed, stop_ids, n)
     require(all(prompts), "an empty prompt cannot be continued")
     out, generator = [], rng(seed, device=model.head_weight.device)
     per_batch = max(1, batch_size // n)

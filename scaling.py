@@ -3,9 +3,9 @@ would take (report section 3.2).
 
 The report: how the best learning rate and batch size depend on model size N and data size D was
 measured on dense models of 44M to 14B and MoEs of 44M to 1B *activated* parameters, on 0.8B to
-600B tokens; then the loss at those settings, as a function of architecture and data, compares MoEs
-with dense models. Neither forms nor coefficients nor runs are disclosed. The forms are open work's,
-fitted here to open work's runs and to our own:
+600B tokens; then the loss at those settings compares MoEs with dense models. Neither forms nor
+coefficients nor runs are disclosed. The forms are open work's, fitted here to open work's runs and
+to our own:
 
     lr* = a N^b D^c,  batch* = a N^b D^c     Step Law (arXiv 2503.04715; its batch has no N)
     L(N, D) = E + A / N^alpha + B / D^beta   Chinchilla (2203.15556), as refitted by Epoch AI
@@ -15,10 +15,10 @@ N: parameters that a token meets, without embedding and head; D, batch: tokens; 
 loss: nats a token. Another schedule, data or way to count N gives other coefficients, so every row
 of rows.csv says what it was measured with.
 
-    python scaling.py                       # sweep: some 90 runs of micro models, then fit
-    python scaling.py fit --data PATH       # every number again from tables of runs (CSV)
+    python scaling.py                            # sweep: some 90 runs of micro models, then fit
+    python scaling.py fit --data a.csv,b.csv     # every number again from tables of runs
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
-    python scaling.py plan --budget 1e21 --data PATH
+    python scaling.py plan --budget 1e21 --data a.csv
 
 Expect the method in small: on so few tokens the smallest batch is always best. An optimum on the
 edge of its grid is no measurement: it is flagged, left out of the fit, and asks for a wider grid.
@@ -28,7 +28,6 @@ import contextlib
 import csv
 import io
 import math
-import sys
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -47,9 +46,8 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Args:
-    command: str = "sweep"           # sweep, fit or plan; the word alone will do
-    data: str = ""                   # fit, plan: table of runs, or directory of them (fit: --out)
-    out: str = "runs/scaling"        # where rows.csv, log.jsonl, run.json and plots go
+    out: str = "runs/scaling"        # sweep: where rows.csv, log.jsonl and run.json go; plots
+    data: str = ""                   # fit, plan: tables of runs, with commas (fit: --out's rows)
     bootstrap: int = 200             # resamples of the loss law; five times as many of the others
     degree: int = 3                  # of a cell's loss surface; 0: its lowest run is the optimum
     within: float = 0.01             # the surface is fitted to runs so near the lowest loss
@@ -58,16 +56,18 @@ class Args:
     tokens: str = ""                 # training tokens; sweep: a list (empty: 5e3,1e4,2e4)
     lrs: str = "2e-3,4e-3,8e-3,16e-3,32e-3,64e-3"  # sweep: grid of peak learning rates
     batches: str = "128,256,512"     # sweep: grid of batch sizes, in tokens
+    seeds: int = 1                   # sweep: runs of a setting, whose mean loss counts
     model: str = ""                  # plan: a preset of model.py, or N as a number
-    budget: float = 0.0              # plan: training FLOPs, 6 N D
+    budget: float = 0.0              # plan: FLOPs for the best N and D; instead of these two
     gpus: int = 8                    # plan: how many share the model (FSDP)
     micro_batch: int = 1             # plan: rows a GPU at a time
+    recompute: bool = False          # plan: pretrain.py's --recompute
     seq_len: int = 0                 # positions a row (0: 64 in a sweep, 4096 in a plan)
     mfu: float = 0.4                 # plan: share of the peak reached, an assumption
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
     gpu_gb: float = 80.0             # plan: memory of one GPU
     gpu_hour: float = 2.5            # plan: price of a GPU hour, an assumption
-    seed: int = 0                    # of weights, data order and bootstrap
+    seed: int = 0                    # of corpus and bootstrap, and the first of --seeds
     device: str = "auto"             # sweep: auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (a plan's auto: bfloat16)
     resume: bool = False             # sweep: keep the rows that --out has, train what is missing
@@ -101,8 +101,8 @@ class Law:
     def interval(self, **x) -> tuple[float, float]:
         """95%, for one more cell: the law's uncertainty and the scatter of a cell around it."""
         logs = [math.log(x[axis]) for axis in self.axes]
-        samples, noise = self.form(self.draws, *logs), np.random.default_rng(0)
-        noise = noise.normal(0, self.spread * self.student(), samples.shape)
+        samples = self.form(self.draws, *logs)
+        noise = np.random.default_rng(0).normal(0, self.spread, samples.shape)
         return tuple(np.exp(self.percentiles(self.form(self.coef, *logs), samples, noise)))
 
     def ci(self, name: str) -> tuple[float, float]:
@@ -113,27 +113,23 @@ class Law:
 
     def percentiles(self, centre, samples, noise=0.0):
         """What k coefficients leave of n residuals is too small by sqrt((n - k) / n), and so is a
-        bootstrap of them."""
-        widen = math.sqrt(len(self.y) / self.dof) * self.student()
-        return np.percentile(centre + (samples - centre) * widen + noise, [2.5, 97.5])
-
-    @property
-    def dof(self):
-        return len(self.y) - len(self.coef)
-
-    def student(self) -> float:
-        """97.5% quantile of Student's t over the normal one, by its series in 1/dof, within 2% from
-        dof 4 on. Intervals of 9 simulated cells called 95% then cover 91-92%, without it 85%."""
-        z = 1.96
-        return 1 + (z * z + 1) / (4 * self.dof) + (
-            5 * z ** 4 + 16 * z * z + 3) / (96 * self.dof ** 2)
+        bootstrap of them. Without `student` intervals of 9 simulated cells called 95% cover 85%,
+        with it 91-92%."""
+        n, dof = len(self.y), len(self.y) - len(self.coef)
+        spread = ((samples - centre) * math.sqrt(n / dof) + noise) * student(dof)
+        return np.percentile(centre + spread, [2.5, 97.5])
 
     def fitted(self, X, Y, draws) -> "Law":
         """With the logs X, Y of the cells that it was fitted to."""
-        law = replace(self, x=np.exp(X), y=np.exp(Y), draws=draws,
-                      seen=tuple(zip(np.exp(X.min(0)), np.exp(X.max(0)), strict=True)))
         errors = Y - self.form(self.coef, *X.T)
-        return replace(law, spread=math.sqrt((errors ** 2).sum() / law.dof))
+        return replace(self, x=np.exp(X), y=np.exp(Y), draws=draws,
+                       seen=tuple(zip(np.exp(X.min(0)), np.exp(X.max(0)), strict=True)),
+                       spread=math.sqrt((errors ** 2).sum() / (len(Y) - len(self.coef))))
+
+
+def student(dof: int, z=1.96) -> float:
+    """97.5% quantile of Student's t over the normal one: its series, within 2% from dof 4 on."""
+    return 1 + (z * z + 1) / (4 * dof) + (5 * z ** 4 + 16 * z * z + 3) / (96 * dof ** 2)
 
 
 class PowerLaw(Law):
@@ -320,11 +316,10 @@ def fit_cells(cells, bootstrap=200, seed=0, show=print, loss=True) -> dict[str, 
     return laws
 
 
-def excess(cell, lr: Law, batch: Law, **x) -> float:
-    """How much worse than the cell's best run the run nearest to the two laws' settings is, a
-    share; inf if none is within a factor of 2. 0.25% is what DeepSeek calls near-optimal."""
-    points, x = cell["points"], cell | x
-    x = {axis: x[axis] for axis in "NDC"}
+def excess(cell, lr: Law, batch: Law, N=None) -> float:
+    """How much worse than the cell's best run the run nearest to the two laws' settings (at another
+    N) is, a share; inf if none is within a factor of 2. 0.25% is near-optimal to DeepSeek."""
+    x, points = {"N": N or cell["N"], "D": cell["D"], "C": cell["C"]}, cell["points"]
     want = np.log2([lr.predict(**x), batch.predict(**x)])
     away = {p: np.log2(p) - want for p in points}
     near = min(points, key=lambda p: math.hypot(*away[p]))
@@ -335,34 +330,30 @@ def left_out(cells) -> dict[str, list[float]]:
     """{rule: its excess, a cell each}; "the other cells": by laws fitted without the cell."""
     out = {}
     for c in cells:
-        laws = fit_cells([o for o in cells if o is not c], 2, 0, lambda line: None, loss=False)
-        rules = {label: (PUBLISHED["lr"][label], PUBLISHED["batch"][label])
-                 for label in ("Step Law", "DeepSeek")}
-        for name, label in (("batch", "the other cells"), ("batch(D)", "those, batch of D only")):
-            if {"lr", name} <= laws.keys():
-                rules[label] = laws["lr"], laws[name]
-        for label, rule in rules.items():
-            out.setdefault(label, []).append(excess(c, *rule))
+        rules = {label: (PUBLISHED["lr"][label], law, c["N"])
+                 for label, law in PUBLISHED["batch"].items()}
         if c["R"] != 1:
-            out.setdefault("Step Law at total N", []).append(
-                excess(c, *rules["Step Law"], N=c["N"] * c["R"]))
+            rules["Step Law at total N"] = *rules["Step Law"][:2], c["N"] * c["R"]
+        laws = fit_cells([o for o in cells if o is not c], 2, show=lambda line: None, loss=False)
+        if {"lr", "batch"} <= laws.keys():
+            rules["the other cells"] = laws["lr"], laws["batch"], c["N"]
+        for label, (lr, batch, N) in rules.items():
+            out.setdefault(label, []).append(excess(c, lr, batch, N))
     return out
 
 
 # ---------------------------------------------------------------------------------------------
 # reports: each prints a table and returns its laws
 
-def describe(name: str, law: Law, published: Law = None, errors=None) -> None:
-    """A line a coefficient: the fit with its 95% interval, the published value and if it is inside;
-    with published standard errors, how many of them away. `a` follows from the exponents."""
+def describe(name: str, law: Law, published: Law = None) -> None:
+    """A line a coefficient: the fit with its 95% interval, the published value and if it is inside.
+    `a` is not compared: it follows from the exponents."""
     print(f"  {name}: {len(law.y)} cells, {law.edges} more on an edge, scatter {law.spread:.2g}")
     for key in law.names:
         (low, high), said = law.ci(key), ""
         if published and key in published.names and key != "a":
             inside = "inside" if low <= published[key] <= high else "OUTSIDE"
             said = f"  published {published[key]:.4g}: {inside}"
-            if errors:
-                said += f", {abs(law[key] - published[key]) / errors[key]:.2f} standard errors away"
         print(f"    {key:<7}{law[key]:>10.4g}  [{low:.4g}, {high:.4g}]{said}")
 
 
@@ -374,7 +365,7 @@ def report_runs(kind: str, rows, args: Args) -> tuple[list[dict], dict[str, Law]
     for c in cells:
         lr, batch = (f"{c[k]:.3g}{'*' * c['edge'][k]}" for k in ("lr", "batch"))
         print(f"  N {c['N']:<9.3g} D {c['D']:<9.3g} lr {lr:<10} batch {batch:<10} "
-              f"loss {c['loss']:.4f}  ({len(c['points'])} runs)")
+              f"loss {c['loss']:.4f}  ({len(c['points'])} settings)")
     laws = fit_cells(cells, args.bootstrap, args.seed)
     for name, law in laws.items():
         describe(name, law, PUBLISHED[name[:5]]["Step Law"] if name in ("lr", "batch(D)") else None)
@@ -392,7 +383,7 @@ def report_runs(kind: str, rows, args: Args) -> tuple[list[dict], dict[str, Law]
     if {"lr", "batch"} <= held.keys():
         rules["all but the largest"] = [excess(c, held["lr"], held["batch"]) for c in largest]
     for label, gaps in rules.items():
-        print(f"  nearest run to {label:<25} loses {np.mean(gaps):.3%}, at most {max(gaps):.3%}; "
+        print(f"  nearest run to {label:<20} loses {np.mean(gaps):.3%}, at most {max(gaps):.3%}; "
               f"within 0.25% of the best in {sum(g <= 0.0025 for g in gaps)} of {len(gaps)} cells")
     return cells, laws
 
@@ -402,11 +393,7 @@ def report_parity(dense, moe, args: Args) -> dict[str, Law]:
     cells says R^g times its activated N; g = 1 would make it worth its total N, g = 0 nothing."""
     N, R, D, loss = np.array([[c[k] for k in ("N", "R", "D", "loss")] for c in dense + moe]).T
     print("\nparity: one loss law of dense and MoE cells")
-    try:
-        law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
-    except InputError as error:
-        print(f"  {error}")
-        return {}
+    law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
     describe("loss", law)
     for R in sorted({c["R"] for c in moe}):
         low, high = (R ** g for g in law.ci("g"))
@@ -422,9 +409,111 @@ def report_points(rows, args: Args) -> dict[str, Law]:
     N, C, loss = np.array([[float(r[k]) for k in ("Model Size", "Training FLOP", "loss")]
                            for r in rows]).T
     law = fit_loss(N, C / 6 / N, loss, args.bootstrap, args.seed)
-    describe("loss", law, PUBLISHED["loss"]["Epoch AI"], EPOCH_ERRORS)
-    print(f"  N* grows as C^{law['beta'] / (law['alpha'] + law['beta']):.3f} (Epoch AI: 0.513)")
+    epoch = PUBLISHED["loss"]["Epoch AI"]
+    describe("loss", law, epoch)
+    away = (f"{name} {abs(law[name] - epoch[name]) / error:.2f}"
+            for name, error in EPOCH_ERRORS.items())
+    print(f"  standard errors of Epoch AI's refit away: {', '.join(away)}; N* grows as "
+          f"C^{law['beta'] / (law['alpha'] + law['beta']):.3f} (Epoch AI: 0.513)")
     return {"loss": law}
+
+
+def fit(args: Args) -> dict[str, dict[str, Law]]:
+    """The laws of all tables of --data, printed: {"dense", "moe", "points" or "parity": {name:
+    law}}, as far as the tables go."""
+    require(args.bootstrap > 1, f"--bootstrap wants at least 2, got {args.bootstrap}")
+    out, cells = {}, {"dense": [], "moe": []}
+    for path in map(Path, (args.data or f"{args.out}/rows.csv").split(",")):
+        print(f"\n{path}")
+        if "Model Size" in read_table(path)[0]:
+            try:
+                out["points"] = report_points(read_table(path), args)
+            except (InputError, KeyError, ValueError) as error:
+                raise InputError(f"{path}: no table of Chinchilla's points ({error})") from None
+            continue
+        rows = grid_rows(path)
+        for kind in cells:
+            if some := [r for r in rows if r["kind"] == kind]:
+                cells[kind], out[kind] = report_runs(kind, some, args)
+    if all(cells.values()) and sum(map(len, cells.values())) > 6:  # the law's coefficients
+        out["parity"] = report_parity(*cells.values(), args)
+    if args.plots:
+        plot(out, Path(args.out))
+    return out
+
+
+def plot(tables: dict[str, dict[str, Law]], folder: Path) -> None:
+    """A PNG a table: best lr and batch over D, a colour a size, with the law (line) and Step Law's
+    and DeepSeek's (dashed, dotted); predicted against measured loss."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return print("no plots: pip install matplotlib")
+    folder.mkdir(parents=True, exist_ok=True)
+    for table, laws in tables.items():
+        laws = {name: law for name, law in laws.items() if name != "batch(D)"}
+        figure, panels = pyplot.subplots(1, len(laws), figsize=(5 * len(laws), 4), squeeze=False)
+        for axes, (name, law) in zip(panels[0], laws.items(), strict=True):
+            axes.set(title=f"{table}: {name}")
+            if name == "loss":
+                axes.plot(law.y, law.predict(**dict(zip(law.axes, law.x.T, strict=True))), "o")
+                axes.plot(np.sort(law.y), np.sort(law.y), "k-")
+                axes.set(xlabel="measured", ylabel="predicted")
+                continue
+            D = np.geomspace(*law.seen[1])
+            for i, N in enumerate(np.unique(law.x[:, 0])):
+                color, here = f"C{i}", law.x[:, 0] == N
+                axes.loglog(law.x[here, 1], law.y[here], "o", color=color, label=f"N {N:.3g}")
+                for each, style in zip([law, *PUBLISHED[name].values()], "- -- :".split(),
+                                       strict=True):
+                    axes.loglog(D, each.predict(N=N, D=D, C=6 * N * D), style, color=color)
+            axes.set(xlabel="D, tokens")
+            axes.legend()
+        figure.savefig(folder / f"{table}.png", bbox_inches="tight")
+        print(f"plot {folder}/{table}.png")
+
+
+# ---------------------------------------------------------------------------------------------
+# tables
+
+def read_table(path: Path) -> list[dict]:
+    with common.open_text(path) as file:
+        try:
+            rows = list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
+    require(bool(rows), f"{path}: no rows")
+    return rows
+
+
+def grid_rows(path: Path) -> list[dict]:
+    """rows.csv, or a table of Step Law: there `bs` counts sequences of 2,048 tokens, the final loss
+    to use is the smoothed one (that of the last batch alone favours small batches by its noise),
+    and the N of an MoE is `Na`, the activated part."""
+    rows = read_table(path)
+    foreign, moe = "bs" in rows[0], "Na" in rows[0]
+    columns = {"N": "Na" if moe else "N", "D": "D", "lr": "lr",
+               "batch_tokens": "bs" if foreign else "batch_tokens",
+               "loss": "smooth loss" if foreign else "loss"}
+    for number, row in enumerate(rows, 2):
+        row.setdefault("kind", "moe" if moe else "dense")
+        row |= {"total": row["N"]} if moe else {}
+        try:
+            row |= {name: float(row[column]) for name, column in columns.items()}
+            good = all(0 < row[name] < math.inf or name == "loss" for name in columns)
+        except (KeyError, TypeError, ValueError):
+            good = False
+        require(good, f"{path}:{number}: want positive numbers {', '.join(columns.values())}")
+        row["batch_tokens"] *= 2048 if foreign else 1
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.write_atomic(path, text.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -444,64 +533,76 @@ def count(config: Config) -> dict[str, int]:
     return sizes | {"N": sizes["active"] - sizes["total"] + sizes["non_embedding"]}
 
 
-def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True) -> dict:
+def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True,
+           recompute=False) -> dict:
     """Bytes a GPU at the peak of pretrain.py's step under full sharding (FSDP): when the forward of
     a micro-batch ends and gradients of an earlier one exist. Activations: what autograd keeps of
     model.py, counted tensor by tensor: in a block 4 C of float32 (two norms, before and after), and
     in bf16, where autocast copies the input of each matrix, 7 C (float32: 4 C), keys and values and
     4 inner activations; an MoE block 3 C more an expert and 3 C (1 C) for router and shared expert.
     Gathered: autocast's bf16 copies of all weights on one GPU; on several a block at a time, twice,
-    and its gradient. No recomputation. Not counted: CUDA's context, communication buffers,
-    fragmentation."""
+    and its gradient. Recomputed: what goes into each block, and all of one block, with the
+    gradients of two inner activations, but not while the head's logits exist. Not counted: CUDA's
+    context, communication buffers, fragmentation."""
     sizes, C, V, tokens = count(config), config.hidden_size, config.vocab_size, rows * seq_len
     size, k, H = 2 if bf16 else 4, config.num_experts_per_tok, config.num_attention_heads
-    kept = 3 * 4 * C                                       # final norm, gradient of the hidden
+    kept, one = 3 * 4 * C, 0                               # final norm, gradient of the hidden
     for sparse in map(config.is_sparse, range(config.num_hidden_layers)):
         inner = k * config.moe_intermediate_size + config.shared_expert_intermediate_size \
             if sparse else config.intermediate_size
         wide = (7 if bf16 else 4) + sparse * (3 * k + (3 if bf16 else 1))
-        kept += 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
+        full = 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
             wide * C + 2 * config.num_key_value_heads * config.head_dim + 4 * inner)
+        kept += 4 * C if recompute else full
+        one = max(one, full + 2 * size * inner)
+    activations, logits = tokens * kept, 3 * 4 * (2 ** 27 if cuda else 2 ** 21)
+    if recompute:
+        activations += max(0, tokens * one - logits)
     rest, block = sizes["total"] - sizes["non_embedding"], \
         sizes["non_embedding"] // config.num_hidden_layers
     copies = 2 * (sizes["total"] - (0 if config.tie_word_embeddings else V * C)) * bf16
     return {"weights": 4 * sizes["total"] / gpus, "gradients": 4 * sizes["total"] / gpus,
-            "AdamW": 8 * sizes["total"] / gpus, "activations": tokens * kept,
+            "AdamW": 8 * sizes["total"] / gpus, "activations": activations,
             "gathered": copies if gpus == 1 else 4 * rest + block * (2 * size + 4),
-            "head": 4 * V * C + 3 * 4 * (2 ** 27 if cuda else 2 ** 21)}
+            "head": 4 * V * C + logits}
 
 
-def plan(args: Args, laws: dict[str, Law]) -> dict:
+def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     """Print and return one run: N, D, FLOPs, lr, batch and loss with intervals, where it leaves the
-    fitted range (R6.4), and for a preset memory, days and cost. Two of model, tokens and budget
-    give the third; a budget alone is spent compute-optimally: for 6 N D = budget, L is lowest at
-    alpha A / N^alpha = beta B / D^beta. A law that --data does not give is a published one, and
-    then its interval is the range of the published, no confidence interval."""
+    fitted range (R6.4), and for a preset memory, days and cost. A --budget is spent
+    compute-optimally: for 6 N D = budget, L is lowest at alpha A / N^alpha = beta B / D^beta. A law
+    that --data does not give is a published one, and then its interval is the range of the
+    published, no confidence interval."""
     config = PRESETS.get(args.model)
+    if laws is None and args.data:
+        with contextlib.redirect_stdout(io.StringIO()):
+            tables = fit(args)
+        kind = "moe" if config and config.num_experts else "dense"
+        laws = tables.get(kind, {}) | tables.get("points", {})
+        print(f"laws of {args.data}: {', '.join(laws)}")
+    laws = laws or {}
     N = count(config)["N"] if config else common.parse_value("model", args.model or "0", float)
     D, C = common.parse_value("tokens", args.tokens or "0", float), args.budget
-    given = (N > 0) + (D > 0) + (C > 0)
-    require(min(N, D, C) >= 0 and (given == 2 or given == 1 and C > 0),
-            "plan wants two of --model, --tokens and --budget, or --budget alone, positive")
+    require([N > 0, D > 0, C > 0] in ([True, True, False], [False, False, True]),
+            "plan wants --model and --tokens, or --budget alone, positive")
     common.positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
-    if given == 1:
+    if C:
         loss = laws.get("loss", PUBLISHED["loss"]["Epoch AI"])
         require(loss["alpha"] > 0 < loss["beta"], "the loss law does not fall with N and D, so no "
-                "compute-optimal run: plan wants two of the three")
+                "compute-optimal run: plan wants --model and --tokens")
         ratio = loss["alpha"] * loss["A"] / (loss["beta"] * loss["B"])
         N = (ratio * (C / 6) ** loss["beta"]) ** (1 / (loss["alpha"] + loss["beta"]))
-    N, D = N or C / 6 / D, D or C / 6 / N
+        D = C / 6 / N
     out = {"N": N, "D": D, "C": flops(N, D), "extrapolates": []}
     print(f"plan: N {N:.4g}, D {D:.4g} tokens, 6 N D = {out['C']:.3g} FLOPs")
     for name, published in PUBLISHED.items():
         others = {label: float(law.predict(**out)) for label, law in published.items()}
-        law, range_of = laws.get(name), ""
-        if not law:
-            law, range_of = [*published.values()][0], "the range of: "
+        law = laws.get(name) or [*published.values()][0]
         low, high = law.interval(**out) if name in laws else sorted(others.values())
         out |= {name: float(law.predict(**out)), name + "_interval": (low, high)}
-        print(f"  {name:<6}{out[name]:.4g}  [{low:.4g}, {high:.4g}]  {range_of}" + ", ".join(
-            f"{label} {value:.4g}" for label, value in others.items()))
+        print(f"  {name:<6}{out[name]:.4g}  [{low:.4g}, {high:.4g}]  "
+              + "the range of: " * (name not in laws)
+              + ", ".join(f"{label} {value:.4g}" for label, value in others.items()))
         for axis, (low, high) in zip(law.axes, law.seen, strict=True):
             if not low <= out[axis] <= high:
                 far = out[axis] / (high if out[axis] > high else low)
@@ -518,16 +619,17 @@ def plan_machines(args: Args, config: Config, N: float, D: float) -> dict:
         lr = PUBLISHED["lr"]["Step Law"].predict(N=sizes["non_embedding"], D=D)
         print(f"  an MoE of {sizes['total']:.4g}: at its total N, which fits Step Law's MoE runs "
               f"better (recipes/scaling.md), lr {lr:.3g}")
-    need = memory(config, args.gpus, args.micro_batch, seq_len, bf16)
+    need = memory(config, args.gpus, args.micro_batch, seq_len, bf16, True, args.recompute)
     total = sum(need.values()) / 1e9
     print(f"  memory a GPU: {total:.1f} GB of {args.gpu_gb:g}: "
           + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in need.items())
           + f"\n    (FSDP over {args.gpus}, float32 weights and states, "
           f"{'bf16' if bf16 else 'float32'} compute, {args.micro_batch} x {seq_len} tokens, "
-          "no recomputation; without context and buffers, 1-3 GB)")
+          f"{'' if args.recompute else 'no '}recomputation; without context and buffers, 1-3 GB)")
     if total > args.gpu_gb:
-        print("    DOES NOT FIT: more --gpus, a smaller --micro_batch, or recompute activations")
+        print("    DOES NOT FIT: more --gpus, a smaller --micro_batch or --seq_len, or --recompute")
     work = flops(N, D, config.num_hidden_layers, config.hidden_size, seq_len, config.vocab_size)
+    work *= 4 / 3 if args.recompute else 1  # a forward pass more
     hours = work / (args.gpus * args.peak_tflops * 1e12 * args.mfu) / 3600
     cost = hours * args.gpus * args.gpu_hour
     print(f"  time: {work:.3g} FLOPs with head and attention at {seq_len} = {hours / 24:.1f} days, "
@@ -537,71 +639,8 @@ def plan_machines(args: Args, config: Config, N: float, D: float) -> dict:
             "cost": cost}
 
 
-# tables: read and measured
-
-def grid_rows(path: Path) -> list[dict]:
-    """rows.csv, or a table of Step Law: there `bs` counts sequences of 2,048 tokens, the final loss
-    to use is the smoothed one (that of the last batch alone favours small batches by its noise),
-    and the N of an MoE is `Na`, the activated part."""
-    rows = read_table(path)
-    foreign, moe = "bs" in rows[0], "Na" in rows[0]
-    names = {"N": "Na" if moe else "N", "D": "D", "lr": "lr",
-             "batch_tokens": "bs" if foreign else "batch_tokens",
-             "loss": "smooth loss" if foreign else "loss"}
-    missing = [name for name in names.values() if name not in rows[0]]
-    require(not missing, f"{path}: no column {', '.join(missing)}")
-    for number, row in enumerate(rows, 2):
-        row |= {"total": row["N"]} if moe else {}
-        try:
-            row |= {name: float(row[column]) for name, column in names.items()}
-            if not all(0 < row[name] < math.inf or name == "loss" for name in names):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise InputError(f"{path}:{number}: {', '.join(names)} must be positive numbers"
-                             ) from None
-        row["batch_tokens"] *= 2048 if foreign else 1
-        row.setdefault("kind", "moe" if moe else "dense")
-    return rows
-
-
-def read_table(path: Path) -> list[dict]:
-    with common.open_text(path) as file:
-        try:
-            rows = list(csv.DictReader(file))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    require(bool(rows), f"{path}: no rows")
-    return rows
-
-
-def fit(args: Args) -> dict[str, dict[str, Law]]:
-    """{table: laws} of a file or of the tables in a directory, printed."""
-    path, out, cells = Path(args.data or args.out), {}, {"dense": [], "moe": []}
-    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
-        print(f"\n{file}")
-        try:
-            if "Model Size" in read_table(file)[0]:
-                out["points"] = report_points(read_table(file), args)
-                continue
-            rows = grid_rows(file)
-            for kind in cells:
-                if some := [r for r in rows if r["kind"] == kind]:
-                    cells[kind], out[kind] = report_runs(kind, some, args)
-        except (InputError, KeyError) as error:  # KeyError: a column of a foreign table
-            require(path.is_dir(), f"{file}: {error}".replace(f"{file}: {file}", f"{file}"))
-            print(f"  skipped: {error}")
-    if all(cells.values()):
-        out["parity"] = report_parity(*cells.values(), args)
-    return out
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    common.write_atomic(path, text.getvalue())
-
+# ---------------------------------------------------------------------------------------------
+# sweep
 
 def add_preset(name: str) -> None:
     """ "64x2": 64 wide (heads of 16), 2 layers; "-moe": 2 of 8 experts and a shared one, together
@@ -624,22 +663,22 @@ def prepare(args: Args, tokens: float) -> None:
     characters, so that the fiftieth held out is a few dozen of them and not one file."""
     if args.resume and Path(f"{args.out}/tokenizer").is_dir():
         return  # another corpus would have another held-out loss
-    sources = data.builtin_corpus(args.seed, max_mb=max(0.4, tokens * 4e-6))
+    sources = data.builtin_corpus(args.seed, max_mb=max(1.0, tokens * 4e-6))
     texts = [doc["text"] for docs in sources.values() for doc in docs]
     pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
-    pieces = pieces[::max(1, len(pieces) // max(600, int(tokens / 100)))]  # read again in every run
+    pieces = pieces[::max(1, len(pieces) // max(1000, int(tokens / 250)))]  # every run reads them
     common.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
     Tokenizer.train((text for text in pieces if not data.is_held_out(text)), 384).save_pretrained(
         f"{args.out}/tokenizer")
 
 
-def measure(args: Args, size: str, D: float, lr: float, batch: float, device) -> dict:
+def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> dict:
     """One run of pretrain.py -> a row of rows.csv (R6.1). Its directory is used again by the next.
     Warm-up is a tenth of the steps: a fixed number would favour small batches."""
     asked = pretrain.Args(
         out=f"{args.out}/last", data=f"{args.out}/data", tokenizer=f"{args.out}/tokenizer",
         model=size, tokens=int(D), lr=lr, batch_tokens=int(batch), warmup=int(D / batch / 10),
-        seq_len=args.seq_len, micro_batch=64, eval_every=10**9, save_every=10**9, seed=args.seed,
+        seq_len=args.seq_len, micro_batch=64, eval_every=10**9, save_every=10**9, seed=seed,
         device=args.device, dtype=args.dtype, overwrite=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -649,7 +688,7 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, device) ->
     sizes = count(PRESETS[size])
     return {"kind": "moe" if PRESETS[size].num_experts else "dense", "size": size, "N": sizes["N"],
             "total": sizes["non_embedding"], "D": D, "lr": lr, "batch_tokens": batch, "loss": loss,
-            "warmup": asked.warmup, "seed": args.seed, "schedule": f"cosine to {asked.final_lr}",
+            "warmup": asked.warmup, "seed": seed, "schedule": f"cosine to {asked.final_lr}",
             "seq_len": args.seq_len, "device": str(device), "dtype": args.dtype}
 
 
@@ -671,96 +710,47 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
         sorted(common.parse_value(name, part, float) for part in getattr(args, name).split(","))
         for name in ("lrs", "batches", "tokens")]
     require(all(axis[0] > 0 for axis in axes), "--lrs, --batches and --tokens must be positive")
-    require(all(r["seq_len"] == str(args.seq_len) and r["seed"] == str(args.seed) for r in rows),
-            f"--resume: {run.path} has rows of another --seq_len or --seed: take another --out")
+    require(all(r["seq_len"] == str(args.seq_len) for r in rows),
+            f"--resume: {run.path} has rows of another --seq_len: take another --out")
     for size in args.sizes.split(","):
         add_preset(size)
     run.begin()
     prepare(args, tokens[-1])
-    done = {(r["size"], r["D"], r["lr"], r["batch_tokens"]): r for r in rows}
+    done = {(r["size"], r["D"], r["lr"], r["batch_tokens"], int(r["seed"])): r for r in rows}
     shape, cells = (len(lrs), len(batches)), list(product(args.sizes.split(","), tokens))
     at, bar = (shape[0] // 2, shape[1] // 2), tqdm(cells, desc="scaling", disable=None)
     for number, cell in enumerate(bar, 1):
         def value(point, cell=cell):
-            key = *cell, lrs[point[0]], batches[point[1]]
-            if key not in done:
-                done[key] = measure(args, *key, device)
-                rows.append(done[key])
-                write_rows(run.path / "rows.csv", rows)
-            loss = done[key]["loss"]
+            keys = [(*cell, lrs[point[0]], batches[point[1]], args.seed + i)
+                    for i in range(args.seeds)]
+            for key in keys:
+                if key not in done:
+                    done[key] = measure(args, *key, device)
+                    rows.append(done[key])
+                    write_rows(run.path / "rows.csv", rows)
+            loss = sum(done[key]["loss"] for key in keys) / len(keys)
             return loss if math.isfinite(loss) else math.inf
         at = descend(value, shape, at)
-        best = done[(*cell, lrs[at[0]], batches[at[1]])]
-        run.log(number, len(cells), bar, runs=len(rows),
-                **{k: best[k] for k in ("N", "D", "lr", "batch_tokens", "loss")})
+        run.log(number, len(cells), bar, N=count(PRESETS[cell[0]])["N"], D=cell[1], lr=lrs[at[0]],
+                batch_tokens=batches[at[1]], loss=value(at), runs=len(rows))
 
 
 # ---------------------------------------------------------------------------------------------
 
-def plot(tables: dict[str, dict[str, Law]], folder: Path) -> None:
-    """A PNG a table: best lr and batch over D, a colour a size, with the law (line) and Step Law's
-    and DeepSeek's (dashed, dotted); predicted against measured loss."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return print("no plots: pip install matplotlib")
-    folder.mkdir(parents=True, exist_ok=True)
-    for table, laws in tables.items():
-        laws = {name: law for name, law in laws.items() if name != "batch(D)"}
-        figure, panels = pyplot.subplots(1, len(laws), figsize=(5 * len(laws), 4), squeeze=False)
-        for axes, (name, law) in zip(panels[0], laws.items(), strict=True):
-            if name == "loss":
-                axes.plot(law.y, law.predict(**dict(zip(law.axes, law.x.T, strict=True))), "o")
-                axes.plot(np.sort(law.y), np.sort(law.y), "k-")
-                axes.set(title=f"{table}: loss", xlabel="measured", ylabel="predicted")
-                continue
-            D = np.geomspace(*law.seen[1])
-            for i, N in enumerate(np.unique(law.x[:, 0])):
-                here = law.x[:, 0] == N
-                axes.loglog(law.x[here, 1], law.y[here], "o", color=f"C{i}", label=f"N {N:.3g}")
-                for each, style in zip((law, *PUBLISHED[name].values()), ("-", "--", ":"),
-                                       strict=True):
-                    axes.loglog(D, each.predict(N=N, D=D, C=6 * N * D), style, color=f"C{i}")
-            axes.set(title=f"{table}: best {name}", xlabel="D, tokens")
-            axes.legend()
-        figure.tight_layout()
-        figure.savefig(folder / f"{table}.png")
-        pyplot.close(figure)
-        print(f"plot {folder}/{table}.png")
-
-
 def main(args: Args) -> dict:
-    require(args.command in ("sweep", "fit", "plan"), "the command is sweep, fit or plan, not "
-            f"{args.command!r}")
-    require(args.bootstrap > 1, f"--bootstrap wants at least 2, got {args.bootstrap}")
-    if args.command == "plan":
-        laws, config = {}, PRESETS.get(args.model)
-        if args.data:
-            with contextlib.redirect_stdout(io.StringIO()):
-                tables = fit(args)
-            kind = "moe" if config and config.num_experts else "dense"
-            laws = tables.get(kind, {}) | tables.get("points", {})
-            print(f"laws of {args.data}: {', '.join(laws)}")
-        return plan(args, laws)
-    if args.command == "sweep":
-        require(not args.data, "a sweep trains on the built-in corpus; --data is for fit and plan")
-        device, _ = common.setup(args)
-        args = replace(args, seq_len=args.seq_len or 64, tokens=args.tokens or "5e3,1e4,2e4")
-        path = Path(args.out) / "rows.csv"
-        rows = grid_rows(path) if args.resume and path.exists() else []
-        # rows.csv is all the state there is, so Run is not asked for its own
-        run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
-        sweep(args, run, rows, device)
-        run.write_record({"finished": True, "seconds": round(run.seconds(), 1),
-                          "result": {"runs": len(rows)}})
-        args = replace(args, data=str(path))
-    tables = fit(args)
-    if args.plots:
-        plot(tables, Path(args.out))
-    return tables
+    """The sweep, and its fit."""
+    require(not args.data, "a sweep trains on the built-in corpus; --data is for fit and plan")
+    device, _ = common.setup(args)
+    args = replace(args, seq_len=args.seq_len or 64, tokens=args.tokens or "5e3,1e4,2e4")
+    path = Path(args.out) / "rows.csv"
+    rows = grid_rows(path) if args.resume and path.exists() else []
+    # rows.csv is all the state there is, so Run is not asked for its own
+    run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
+    sweep(args, run, rows, device)
+    run.write_record({"finished": True, "seconds": round(run.seconds(), 1),
+                      "result": {"runs": len(rows)}})
+    return fit(args)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--command")  # `scaling.py plan ...`
-    common.cli(main, Args)
+    common.cli(main, Args, sweep=main, fit=fit, plan=plan)

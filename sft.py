@@ -13,17 +13,18 @@ smallest model's best (LOG.md: 2e-4 at N = 0.8M without embeddings) is lr = 7e-6
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
         --pack --batch_size 128 --micro_batch 1 --out ...                   # the report's settings
-    python sft.py --init runs/sft --queries rl --samples 8 --out ...        # rejection sampling
+    python sft.py --init runs/sft --queries rl --responses 8 --out ...        # rejection sampling
     python tokenizer.py show runs/sft --chat chats.jsonl                    # look at the mask
 
 --data: JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
 "tool_calls" where there are some; every turn of the assistant is trained on. With --queries, --init
 answers these, and what passes its check is the data. With neither: verified demonstrations.
 
-Expect: the loss starts far below pre-training's (answers are easy to guess token by token) and
-falls in a step at each epoch's end. After training, more than 95% of answers stop by themselves. A
-loss near 0 is no good sign: too high a rate learns the demonstrations by heart and loses what the
-base model could do (LOG.md, "SFT above the base model, DPO above SFT").
+Expect, with the built-in demonstrations: the loss starts far below pre-training's and falls in a
+step at each epoch's end; afterwards more than 95% of answers stop by themselves. (samples.jsonl and
+`stopped` are of built-in questions, whatever --data was.) A loss near 0 is no good sign: too high a
+rate learns the demonstrations by heart and loses what the base model could do (LOG.md, "SFT above
+the base model, DPO above SFT").
 """
 import io
 import json
@@ -41,6 +42,7 @@ from common import (
 from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
+from server import served
 
 
 @dataclass
@@ -49,16 +51,18 @@ class Args:
     out: str = "runs/sft"            # where the run goes
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
     queries: str = ""                # instead: what --init answers rightly to this split or file
-    n_data: int = 1000               # built-in demonstrations, queries, or the most rows of --data
-    samples: int = 8                 # responses to each of --queries
+    n_data: int = 0                  # at most so many of them; 0: all of a file, 1000 built-in ones
+    responses: int = 8               # answers sampled to each of --queries
+    rollout_url: str = ""            # sample them on a server that has --init, http://HOST:PORT/v1
     max_new_tokens: int = 160        # longest of these, and of the samples at the end
     max_len: int = 512               # longer conversations are cut at the end
     pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations a step
     micro_batch: int = 32            # rows a forward pass: memory only
+    recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
     lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
-    warmup: int = 10                 # steps of linear warm-up
+    warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     clip: float = 1.0                # largest gradient norm
@@ -110,8 +114,10 @@ class Conversations:
 
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
     """Of several responses to each query those that pass its check, each different one once."""
-    groups = rollout(model, tokenizer, tasks.load(args.queries, args.n_data, args.seed),
-                     args.samples, args.max_new_tokens, 1.0, args.seed)
+    policy = served(args.rollout_url, model, tokenizer)
+    queries = tasks.load(args.queries, args.n_data, args.seed, built_in=1000)
+    groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens, 1.0,
+                     args.seed)
     passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
     return [{"messages": [{"role": "user", "content": prompt},
                           {"role": "assistant", "content": text}]} for prompt, text in passed]
@@ -152,10 +158,11 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_data", "epochs", "batch_size", "micro_batch", "save_every", "samples",
-             "max_new_tokens")
+    positive(args, "epochs", "batch_size", "micro_batch", "save_every",
+             "responses", "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
     require(not (args.data and args.queries), "--data and --queries: take one")
+    require(args.queries or not args.rollout_url, "--rollout_url wants --queries to ask there")
     model, tokenizer = load_policy(args.init, device)
     longest = model.config.max_position_embeddings
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest}")
@@ -169,16 +176,18 @@ def main(args: Args) -> dict:
     else:
         with autocast:
             found = rejection_sample(model, tokenizer, args) if args.queries else \
-                tasks.demonstrations(args.n_data, args.seed)
+                tasks.demonstrations(args.n_data or 1000, args.seed)
         file = io.BytesIO("".join(json.dumps(row) + "\n" for row in found).encode())
-    n = args.n_data if args.data else 10**9
+    n = args.n_data if args.data and args.n_data else 10**9
     rows = Conversations(file, tokenizer, args.max_len, n, args.data)
-    require(len(rows) > 0, f"--data {args.data or args.queries}: no answer within --max_len tokens")
+    require(len(rows) > 0, f"--data {args.data or args.queries}: {rows.dropped} conversations, none"
+            f" with an answer of the assistant within --max_len {args.max_len} tokens")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(rows)} conversations ({rows.dropped} dropped: no answer within --max_len), "
           f"{steps} steps")
 
     # optimizer, resume
+    model.recompute = args.recompute
     model = sharded(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.begin(model, optimizer)
@@ -212,8 +221,9 @@ def main(args: Args) -> dict:
         groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
                          args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
-    run.save_samples(answers)
     stopped = sum(a.finished for a in answers) / len(answers)
+    print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")
+    run.save_samples(answers)
     run.finish(model, tokenizer, loss=loss, stopped=stopped, conversations=len(rows))
     return {"loss": loss, "stopped": stopped}
 

@@ -20,10 +20,13 @@ benchmark files (answers.py).
 """
 import functools
 import hashlib
+import math
 import random
 import re
 import runpy
+import sys
 import traceback
+from itertools import islice
 from pathlib import Path
 
 import ifeval
@@ -419,12 +422,15 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             try:
                 value = own_reward(check["function"])(query, response)
             except Exception as error:  # whatever stands in it
-                line = traceback.extract_tb(error.__traceback__)[-1].lineno
-                raise InputError(f"{check['function']}, line {line}: {type(error).__name__}: "
-                                 f"{error}, for the query {str(query)[:200]}") from None
-            require(isinstance(value, (int, float)) and 0 <= value <= 1,
+                raise InputError(f"{check['function']}{line_in(check['function'], error)}: "
+                                 f"{type(error).__name__}: {error}, for the response "
+                                 f"{response[:200]!r} to {str(query['prompt'])[:200]!r}") from None
+            try:  # numpy's and torch's numbers too
+                scores[i] = math.nan if isinstance(value, str) else float(value)
+            except (TypeError, ValueError):
+                scores[i] = math.nan
+            require(0 <= scores[i] <= 1,
                     f"{check['function']} gave {value!r}: want a number from 0 to 1")
-            scores[i] = float(value)
         else:
             follow = ifeval.follows if check["kind"] == "ifeval" else follows
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
@@ -450,9 +456,21 @@ def own_reward(name: str):
     path, _, function = name.rpartition(":")
     require(path != "", f"--reward wants file.py:function, got {name!r}")
     require(Path(path).is_file(), f"--reward {name}: {path}: no such file")
-    found = runpy.run_path(path).get(function)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports from beside it
+    try:
+        found = runpy.run_path(path).get(function)
+    except Exception as error:
+        raise InputError(f"--reward {name}{line_in(name, error)}: {type(error).__name__}: {error}"
+                         ) from None
     require(callable(found), f"--reward {name}: {path} defines no function {function}")
     return found
+
+
+def line_in(name: str, error: Exception) -> str:
+    """Where in the file of a --reward an error arose; nothing if it did not get there."""
+    path = name.rpartition(":")[0]
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return f", line {lines[-1]}" if lines else " as score(query, response)"
 
 
 def score(query: dict, response: str) -> float:
@@ -531,27 +549,31 @@ def documents(domain: str, seed: int = 0):
         yield "\n\n".join(form.format(q["prompt"], text) for q, text in shots)
 
 
-def load(name: str, n: int = 400, seed: int = 0, reward: str = "") -> list[dict]:
+def load(name: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400) -> list[dict]:
     """Queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a split
-    ("ifeval:rl"), or of a file (see `load_file`). With `reward`, "file.py:function", that function
-    takes the place of the checks, and a file needs nothing but a "prompt" a row."""
+    ("ifeval:rl"), or of a file (see `load_file`): n of them, or with n = 0 all of a file and
+    `built_in` of a split. With `reward`, "file.py:function", that function takes the place of the
+    checks, and a file needs nothing but a "prompt" a row."""
+    kind, _, split = name.rpartition(":")
+    is_file = split not in SPLITS or kind not in ("", "ifeval")
     if reward:
         own_reward(reward)
-        is_file = name not in SPLITS and not name.startswith("ifeval:")
-        rows = [row for _, row in read_jsonl(name)][:n] if is_file else load(name, n, seed)
-        require(rows and all(row.get("prompt") for row in rows), f'{name}: want a "prompt" a row')
+        rows = list(read_jsonl(name)) if is_file else enumerate(load(name, n or built_in, seed), 1)
+        rows = list(islice(rows, n or None))
+        require(rows, f"{name}: no query in it")
+        for line, row in rows:
+            require(row.get("prompt"), f'{name}:{line}: want a "prompt", got {", ".join(row)}')
         check = {"kind": "own", "function": reward}
-        return [{"domain": "own", **row, "check": check} for row in rows]
-    if name in SPLITS:
-        return builtin(name, n, seed)
-    kind, _, split = name.partition(":")
-    if kind != "ifeval" or split not in SPLITS:
-        queries, here = load_file(name)[:n], sandbox.languages()
+        return [{"domain": "own", **row, "check": check} for _, row in rows]
+    if is_file:
+        queries, here = load_file(name)[:n or None], sandbox.languages()
         for query in queries:  # refuse now what cannot run, not while training
             lack = here.get(query["check"].get("language", "python"), "is unknown")
             require(not lack, f"{name}: a check in {query['check'].get('language')}: {lack}")
         return queries
-    made = {}
+    n, made = n or built_in, {}
+    if not kind:
+        return builtin(name, n, seed)
     for query in ifeval.queries(random.Random(f"{name} {seed}")):
         if len(made) == n:
             return list(made.values())

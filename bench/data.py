@@ -79,4 +79,4 @@ CASES = {name: ["ours"] for name in ("rules", "language", "contamination", "toke
 CASES["duplicates"] = ["ours", "datasketch"]
 
 if __name__ == "__main__":
-    harness.main("Pre-training data", "MB", SYSTEMS, CASES)
+    harness.main("Pre-training data", "MB", SYSTEMS, CASES if SHARED.exists() else {})

@@ -177,7 +177,7 @@ def run(system, case, needs, directory, args):
 
 def main(title, unit, systems, cases, prepare=None, targets=()):
     """The command line of every script. prepare(case) writes what the workers of a case share into
-    the directory that they all start in."""
+    the directory that they all start in. No cases: what they would read is not here."""
     parser = argparse.ArgumentParser(description=title)
     add = parser.add_argument
     add("--core", type=int, default=(os.cpu_count() or 1) - 1, help="core to pin to")
@@ -195,6 +195,9 @@ def main(title, unit, systems, cases, prepare=None, targets=()):
         result = {"version": version} | (fn(case) or {})
         result.pop("result", None)
         print("RESULT " + json.dumps(result))
+        return
+    if not cases:
+        print(f"{title}: left out, {SHARED} is not here")
         return
     began, tops, runs, only = time.time(), [], {}, args.systems.split(",")
     cases = {c: cases[c] for c in cases if any(word in c for word in args.cases.split(","))}

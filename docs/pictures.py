@@ -177,7 +177,7 @@ def rewards(root: Path, policy, tokenizer, reward_model):
     axis.hist(gaps.tolist(), bins=40, color=BLUE, alpha=0.7)
     axis.axvline(0, color="black", lw=0.8, ls="--")
     axis.set_title(f"in order: {(gaps > 0).float().mean():.0%} of {len(gaps)} pairs", fontsize=8)
-    axis.set_xlabel("reward of a right answer - reward of a wrong one to the same question")
+    axis.set_xlabel("reward of a right answer less that of a wrong one")
     axis.set_ylabel("pairs")
     save("06-rewards")
     return groups, scores

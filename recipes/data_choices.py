@@ -41,7 +41,7 @@ class Args:
     data: str = "../shared/data"     # directory with text/, math/ and code/
     filter_tokens: int = 300_000     # a run of the first experiment
     mixture_tokens: int = 200_000    # a run of the second
-    seeds: int = 3                   # runs of each kind, of the first; one less of the second
+    seeds: int = 3                   # runs of each kind
     seed: int = 0                    # of the first run
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
@@ -102,16 +102,15 @@ def main(args: Args) -> None:
             texts = (doc["text"] for doc in data.read_all(str(out / name)))
             Tokenizer.train((t for t in texts if not data.is_held_out(t)), 2048).save_pretrained(
                 out / name)
-    runs = [("filter", name, name, "", "all", args.filter_tokens, clean, args.seeds)
+    runs = [("filter", name, name, "", "all", args.filter_tokens, clean)
             for name in ("all", "best half")]
-    runs += [("mixture", name, "mixed", weights, "mixed", args.mixture_tokens, held_out,
-              args.seeds - 1) for name, weights in MIXTURES.items()]
+    runs += [("mixture", name, "mixed", weights, "mixed", args.mixture_tokens, held_out)
+             for name, weights in MIXTURES.items()]
     rows = [row for _, row in read_jsonl(out / "rows.jsonl")] if (
         out / "rows.jsonl").exists() else []
-    for seed in range(args.seed, args.seed + args.seeds):
-        for kind, name, folder, weights, tokenizer, tokens, texts, seeds in runs:
-            done = any((row["name"], row["seed"]) == (name, seed) for row in rows)
-            if done or seed >= args.seed + seeds:
+    for kind, name, folder, weights, tokenizer, tokens, texts in runs:
+        for seed in range(args.seed, args.seed + args.seeds):
+            if any((row["name"], row["seed"]) == (name, seed) for row in rows):
                 continue
             run = str(out / f"{kind}-{name}-{seed}".replace(" ", "_"))
             result = pretrain.main(pretrain.Args(

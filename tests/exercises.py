@@ -5,6 +5,7 @@ right answer and fails a wrong one."""
 import importlib.util
 import math
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -219,7 +220,11 @@ def main(lesson: str) -> int:
     if lesson not in map(str, CHECKS):
         print(f"error: which lesson? make exercise N=1 .. N={len(CHECKS)}", file=sys.stderr)
         return 2
-    module, missing = load(int(lesson)), 0
+    try:
+        module, missing = load(int(lesson)), 0
+    except SyntaxError as error:
+        print(f"{error.filename}:{error.lineno}: {error.msg}")
+        return 1
     for check in CHECKS[int(lesson)]:
         try:
             check(getattr(module, check.__name__))
@@ -229,7 +234,11 @@ def main(lesson: str) -> int:
             print(f"{check.__name__}: not written yet")
         except Exception as error:  # whatever a half-written answer raises
             missing += 1
-            print(f"{check.__name__}: {type(error).__name__}: {error}")
+            frames = traceback.extract_tb(error.__traceback__)
+            asked = next(frame for frame in frames if frame.name == check.__name__)
+            mine = [f" (your line {f.lineno})" for f in frames if f.filename == module.__file__]
+            print(f"{check.__name__}: {type(error).__name__}: {error}{''.join(mine[-1:])}\n"
+                  f"    in the check {asked.line}")
     return min(1, missing)
 
 

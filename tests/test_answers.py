@@ -307,7 +307,7 @@ def test_verifier_pairs(shared):
 def test_the_table_needs_files_with_answers(tmp_path):
     check = {"kind": "code", "language": "python", "tests": "assert True"}
     path = write(tmp_path, {"prompt": "P", "domain": "code", "check": check})
-    for paths, message in ([], "name files"), ([str(path)], "no answers"), (["absent"], "no such"):
+    for paths, message in ([], "usage"), ([str(path)], "no answers"), (["absent"], "no such"):
         with pytest.raises(InputError, match=message):
             main(paths)
 

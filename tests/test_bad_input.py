@@ -322,6 +322,13 @@ def table():
             ("reward.py --queries none --pairs @pairs.jsonl --max_len 3", "pair"),
             ("reward.py --queries none --pairs @long-pairs.jsonl", "pair"),
             ("grpo.py --reward_model @gone", "gone"), ("grpo.py --reward_model @model", "weight"),
+            *((f"{stage}.py {more}--rollout_url {url}", "--rollout_url", word)
+              for stage, more in (("sft", "--queries rl "), ("dpo", ""), ("evaluate", ""),
+                                  ("reward", "--n_queries 4 "))
+              for url, word in (("ftp://h/v1", "http://HOST"), ("http://", "http"),
+                                ("http://127.0.0.1:9/v1", "refused"), ("http://[/v1", "IPv6"))),
+            ("sft.py --rollout_url http://127.0.0.1:9/v1", "--queries"),
+            ("grpo.py --rollout_url http://127.0.0.1:9/v1", "at every step"),
             ("sft.py --max_len 3", "--max_len"), ("sft.py --data @long.jsonl", "--max_len"),
             ("pretrain.py --model huge", "--model"),
             ("pretrain.py --attention magic", "--attention"),
@@ -418,9 +425,9 @@ def table():
             ("@queries-of-check-no_answer.jsonl", "no_answer")):
         yield f"answers.py {line}", *words
     for line, *words in (
-            ("train", "command"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
+            ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
-            ("plan --model 1e9 --tokens 1e9 --budget 1e18", "two"), ("fit --data @gone", "gone"),
+            ("plan --model 1e9 --tokens 1e9 --budget 1e18", "alone"), ("fit --data @gone", "gone"),
             ("plan --model inf", "--model"), ("plan --tokens x", "--tokens"),
             ("plan --model 0.5B --tokens 1e9 --gpus 0", "--gpus"),
             ("plan --budget nan", "--budget"),

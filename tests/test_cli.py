@@ -3,6 +3,7 @@ what exists as it was; --help; a chain of all stages at the smallest scale.
 R numbers: docs/requirements.md."""
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,11 +166,9 @@ def test_bad_data_with_overwrite_leaves_the_old_run(stage, refused, tmp_path, mi
 
 
 @pytest.mark.parametrize("stage,flag", [
-    ("sft", "batch_size"), ("sft", "micro_batch"), ("sft", "save_every"), ("sft", "n_data"),
-    ("sft", "epochs"), ("dpo", "batch_size"), ("dpo", "responses"), ("dpo", "temperature"),
-    ("reward", "batch_size"), ("reward", "n_queries"), ("grpo", "group"), ("grpo", "inner_steps"),
-    ("grpo", "n_queries"), ("evaluate", "samples"), ("evaluate", "n_queries"),
-    ("sft", "max_len")])
+    ("sft", "batch_size"), ("sft", "micro_batch"), ("sft", "save_every"), ("sft", "epochs"),
+    ("sft", "max_len"), ("dpo", "batch_size"), ("dpo", "responses"), ("dpo", "temperature"),
+    ("reward", "batch_size"), ("grpo", "group"), ("grpo", "inner_steps"), ("evaluate", "samples")])
 def test_zero_is_refused(stage, flag, refused, tmp_path, micro_run):
     """A size of 0 or less: one line with the flag, not a ZeroDivisionError."""
     for value in (0, -1):
@@ -205,6 +204,20 @@ def test_help_exits_0():
     result = subprocess.run([sys.executable, str(ROOT / "sft.py"), "--help"], capture_output=True,
                             text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "") and "--init" in result.stdout
+
+
+@pytest.mark.parametrize("flags", ["--help", ""])
+def test_output_that_nobody_reads_ends_the_command_in_one_line(flags, tmp_path):
+    """As in `data.py ... | head`: the pipe is closed, and what is printed next cannot go there."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    (tmp_path / "docs.txt").write_text(common.__doc__)
+    argv = [flags] if flags else ["--input", tmp_path / "docs.txt", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, ROOT / "data.py", *argv], stdout=writer, text=True,
+                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr.splitlines()[-1].startswith("stopped: nobody")
+    assert "Broken" not in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import gzip
 import importlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -29,6 +31,7 @@ class Args:
     lr: float = 1e-3         # peak
     doc_mask: bool = False   # documents apart
     seed: int = 0            # of all
+    init: str = ""           # from where
     resume: bool = False     # go on
     overwrite: bool = False  # replace
 
@@ -100,12 +103,15 @@ def fake_stage(args):
         raise InputError("data.jsonl:3: not JSON")
     if args.what == "stop":
         raise KeyboardInterrupt
+    if args.what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if args.what == "bug":
         raise IndexError
 
 
 @pytest.mark.parametrize("argv, code, message", [
     ("--what input", 2, "error: data.jsonl:3: not JSON\n"), ("--what stop", 130, "stopped\n"),
+    ("--what term", 130, "stopped\n"),
     ("--waht x", 2, "error: unknown argument '--waht'; did you mean --what?\n")])
 def test_exit_codes(argv, code, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
@@ -116,12 +122,16 @@ def test_exit_codes(argv, code, message, capsys, monkeypatch):
     assert shown == message
 
 
-def test_an_interrupted_stage_says_how_to_go_on(capsys, monkeypatch):
+@pytest.mark.parametrize("begun, words", [
+    (True, "same command and --resume"), (False, "stopped; nothing saved yet")])
+def test_an_interrupted_stage_says_how_to_go_on(begun, words, capsys, monkeypatch, tmp_path):
     """One that can: sample.py has no --resume."""
-    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    if begun:
+        (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         common.cli(lambda args: fake_stage(Choice("stop")), Args)
-    assert "same command and --resume" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -159,7 +169,7 @@ def test_device_auto_works():
 
 def test_learning_rate_ends_exactly_at_the_final_share():
     """7e-6 -> 7e-7."""
-    for steps, warmup in ((100, 10), (100, 0), (2, 0), (50, 48)):
+    for steps, warmup in ((100, 10), (100, 0), (2, 0), (50, 24)):
         rates = [lr_at(s, steps, 7e-6, warmup, 0.1) for s in range(steps)]
         assert rates[-1] == pytest.approx(7e-7, rel=1e-12)
         assert max(rates) == rates[warmup] == pytest.approx(7e-6, rel=1e-12)
@@ -170,6 +180,7 @@ def test_learning_rate_ends_exactly_at_the_final_share():
     assert half == pytest.approx(0.55)
     assert lr_at(0, 1, 1.0, 0, 0.1) == 1.0
     assert lr_at(5, 10, 1.0, 2, 1.0) == 1.0
+    assert lr_at(2, 5, 1.0, 50, 0.1) == 1.0                  # a warm-up longer than the run
 
 
 def test_rng_is_a_pure_function_of_its_key():
@@ -315,7 +326,7 @@ def log(run, n, **metrics):
 
 
 class Saved:  # what finish needs of a tokenizer
-    stop_ids, eos_id = (2, 1), 1
+    stop_ids, pad_id = (2, 1), 3
 
     def save_pretrained(self, path):
         pass
@@ -332,6 +343,12 @@ def finish(run):
     run.finish(model, Saved(), loss=1.0)
 
 
+def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path):
+    for out in ("run", "other/../run"):
+        with pytest.raises(InputError, match="is --init too"):
+            Run(Args(out=str(tmp_path / out), init=str(tmp_path / "run"), overwrite=True), "test")
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     args = Args(out=str(tmp_path / "run"), seed=7)
     finish(begun(args))
@@ -339,7 +356,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     assert record["finished"] and record["seed"] == 7 and record["result"] == {"loss": 1.0}
     assert record["args"]["out"] == args.out and record["torch"] == torch.__version__
     stops = json.loads((tmp_path / "run" / "generation_config.json").read_text())
-    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 1}
+    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 3}
     with pytest.raises(InputError, match="holds a finished run: pass --overwrite or another"):
         Run(args, "stage")
     with pytest.raises(InputError, match="nothing to resume"):

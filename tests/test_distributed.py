@@ -32,9 +32,10 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
         (sft,) = [one for one in runs if one["stage"] == "sft"]
-        nan, bf16 = ({"out": str(folder / name)} for name in ("nan", "bf16"))
+        nan, bf16, again = ({"out": str(folder / name)} for name in ("nan", "bf16", "recompute"))
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
-                 sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}}]
+                 sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
+                 sft | {"args": sft["args"] | again | {"recompute": True}}]
     if n > 1:
         codes, told = start(n, {"runs": runs}, folder)
         assert codes == [0] * n, told
@@ -105,6 +106,12 @@ def test_bfloat16_is_autocast_on_several_processes_too(one, two):
     assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
 
 
+def test_recomputed_activations_change_nothing(one, two):
+    """On one process bit for bit; on two, a block's weights are gathered for it once more."""
+    assert (one / "sft" / "log.jsonl").read_text() == (one / "recompute" / "log.jsonl").read_text()
+    same(one / "recompute", two / "recompute")
+
+
 @pytest.mark.slow
 def test_four_processes_take_the_steps_of_one(inputs, one):  # noqa: F811
     four = run_stages(4, one.parent / "four", inputs, 1)
@@ -141,7 +148,8 @@ def test_what_is_wrong_is_told_once(tune, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_in_one_line(victim, tune, tmp_path):
-    """Under torchrun, whose own report stands below it."""
+    """Under torchrun, whose own report stands below it. Torchrun ends the others by SIGTERM: on a
+    busy machine that comes before they miss the one that is gone."""
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                             *tune], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not (tmp_path / "run" / "state" / "000000004" / ".metadata").exists():
@@ -150,7 +158,9 @@ def test_a_killed_process_ends_the_run_in_one_line(victim, tune, tmp_path):
     workers = subprocess.run(["ps", "--ppid", str(job.pid), "-o", "pid="], text=True,
                              capture_output=True).stdout.split()
     os.kill(int(workers[victim]), signal.SIGKILL)
-    told = job.communicate(timeout=60)[1]
-    line = "stopped: another process is gone; continue with the same command and --resume\n"
-    assert job.returncode == 1 and told.count("stopped") == 1 and line in told, told
+    told = job.communicate(timeout=120)[1]
+    lines = [line for line in told.splitlines() if line.startswith("stopped")]
+    assert job.returncode == 1 and len(lines) == 1, told
+    assert lines[0].removeprefix("stopped").removeprefix(": another process is gone") == \
+        "; continue with the same command and --resume"
     assert "[rank" not in told

@@ -2,6 +2,7 @@
 import ast
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,7 +17,7 @@ FILES = sorted(path.name for path in ROOT.glob("*.py"))
 # Imports point down: a file may import those of lower floors (and `common`).
 FLOORS = [["distributed"], ["common", "kernels", "sandbox", "ifeval"],
           ["tokenizer", "answers", "checkpoint"], ["model", "tasks"], ["data", "sample"],
-          ["pretrain", "sft", "reward"], ["label", "evaluate"],
+          ["server"], ["pretrain", "sft", "reward"], ["label", "evaluate"],
           ["dpo", "grpo", "scaling", "report", "quality"]]
 
 
@@ -112,11 +113,13 @@ def test_the_map_of_the_report_names_what_exists():
 
 @pytest.mark.slow
 def test_the_commands_of_the_course_run(tmp_path):
-    """In the order of the lessons, each from what the one before left in runs/."""
-    for lesson in LESSONS:
-        for block in re.findall(r"(?<=\n\n)```\n(.*?)```", read(f"docs/{lesson}"), re.S):
+    """In the order of the lessons, each from what the one before left in runs/; then README's that
+    look into it."""
+    look = README.partition("\nTo look inside")[2].partition("\n[docs/]")[0]
+    for lesson, text in [*((name, read(f"docs/{name}")) for name in LESSONS), ("README", look)]:
+        for block in re.findall(r"(?<=\n\n)```\n(.*?)```", text, re.S):
             for command in block.splitlines():
-                program, *arguments = command.split()
+                program, *arguments = shlex.split(command, comments=True)
                 assert program == "python", command
                 arguments[0] = str(ROOT / arguments[0])
                 done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,

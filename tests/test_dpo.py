@@ -405,7 +405,7 @@ def test_pairs_are_reviewed_before_they_are_learned(micro_run, tmp_path, monkeyp
     dropped = {"seen before, or its opposite": 1, "equal answers": 1, "empty chosen answer": 1}
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert record["result"]["dropped"] == dropped and record["result"]["pairs"] == 2
-    assert "2 pairs kept; dropped: 1 seen before" in capsys.readouterr().out
+    assert "2 pairs (dropped by the review: 1 seen before" in capsys.readouterr().out
     assert read_pairs(str(tmp_path / "run" / "pairs.jsonl")) == [rows[0], rows[4]]
     path = write_rows(tmp_path / "none.jsonl", rows[2:3])
     refuses(lambda: run(micro_run, tmp_path, "none", data=path), "1 equal answers")

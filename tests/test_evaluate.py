@@ -1,6 +1,5 @@
 """evaluate.py: metrics against enumeration and direct computation, batch independence, the files it
 writes. R numbers: docs/requirements.md."""
-import itertools
 import json
 import math
 
@@ -11,7 +10,7 @@ from helpers import micro_model, refuses, stage_args, tiny_model, write_rows
 import evaluate
 import tasks
 from data import is_held_out
-from evaluate import bits_per_byte, by_domain, interval, pass_at_k
+from evaluate import bits_per_byte, by_domain, interval
 from model import Qwen2
 from reward import RewardModel
 from sample import Completion, rollout
@@ -22,16 +21,6 @@ TEXTS = ["A short text.", "", "x", "The same words again and again. " * 9, "naï
 
 # ---------------------------------------------------------------------------------------------
 # metrics
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_pass():
-    """Chen et al. eq. 1 against every subset of size k of n samples of which some passed."""
-    for n in range(1, 8):
-        for passed in range(n + 1):
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations([True] * passed + [False] * (n - passed), k))
-                share = sum(map(any, subsets)) / len(subsets)
-                assert pass_at_k(n, passed, k) == pytest.approx(share, abs=1e-12)
-
 
 def test_interval_by_hand():
     """mean +- 1.96 s / sqrt(n) with the sample's s, inside [0, 1]; one value has no width."""
@@ -86,6 +75,18 @@ def test_bits_per_byte_is_the_direct_sum(tokenizer, max_len):
         len(text.encode()) - len(tokenizer.token_bytes(tokenizer.encode(text)[0]))
         for text in TEXTS if text)
     assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_bits_per_byte_by_quarters_of_the_window(tokenizer):
+    """One whole window of 8 tokens, of which 1, 2, 2 and 2 are predicted."""
+    model = tiny_model(vocab_size=tokenizer.padded_vocab_size(128))
+    ids = tokenizer.encode("The cat sat on the mat, and so did the dog.")[:8]
+    logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+    bits = [-logp[t - 1, ids[t]].item() / math.log(2) for t in range(1, 8)]
+    size = [len(tokenizer.token_bytes(t)) for t in ids[1:]]
+    want = [sum(bits[a:b]) / sum(size[a:b]) for a, b in ((0, 1), (1, 3), (3, 5), (5, 7))]
+    got = bits_per_byte(model, tokenizer, [tokenizer.decode(ids)], 8)
+    assert got["by_quarter"] == pytest.approx(want, rel=1e-5)
 
 
 def test_bits_per_byte_of_a_uniform_model(tokenizer):
@@ -202,6 +203,17 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
 
+def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path):
+    """pass@1 and greedy are its means; pass@k counts the queries with an answer that it gives 1."""
+    (tmp_path / "mine.py").write_text(
+        "def score(query, response):\n    return 1 if query['prompt'] == 'Write 0.' else 0.25\n")
+    own = {"reward": f"{tmp_path / 'mine.py'}:score", "max_new_tokens": 40}
+    metrics = run(micro_run, tmp_path, **own)
+    rows = [json.loads(line) for line in (micro_run / "eval_samples.jsonl").open(encoding="utf-8")]
+    assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
+    assert metrics["pass@2"]["total"]["mean"] == (rows[0]["pass@1"] > 0) / 6
+
+
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):
     """--few_shot has worked examples of the built-in domains only: one line, not a KeyError."""
     path = write_rows(tmp_path / "own.jsonl", [
@@ -223,8 +235,8 @@ def test_text_is_held_out_only(micro_run, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("values,words", [
-    ({"samples": 0}, ["--samples"]), ({"n_queries": 0}, ["--n_queries"]),
-    ({"text": "nowhere"}, ["--text"]), ({"max_new_tokens": 0}, ["--max_new_tokens"])])
+    ({"samples": 0}, ["--samples"]), ({"text": "nowhere"}, ["--text"]),
+    ({"max_new_tokens": 0}, ["--max_new_tokens"])])
 def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
     """One line that names the flag."""
     refuses(lambda: run(micro_run, tmp_path, **values), *words)

@@ -150,3 +150,18 @@ def test_the_file_of_a_lesson_waits_to_be_written(lesson, capsys):
 def test_an_unknown_lesson_is_one_line(capsys):
     assert exercises.main("10") == 2
     assert capsys.readouterr().err == "error: which lesson? make exercise N=1 .. N=9\n"
+
+
+def test_a_wrong_answer_is_shown_with_its_line_and_what_was_asked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "exercises").mkdir()
+    answer = tmp_path / "exercises" / "lesson1.py"
+    answer.write_text("def count_pairs(words):\n    return words['x']\n\n"
+                      "def merge(*_):\n    return None\n\ndef bits_per_byte(*_):\n    return 1.0\n")
+    monkeypatch.setattr(exercises, "ROOT", tmp_path)
+    assert exercises.main("1") == 1
+    shown = capsys.readouterr().out
+    assert "count_pairs: KeyError: 'x' (your line 2)\n    in the check same(dict(f({" in shown
+    assert "expected 0.25\n    in the check close(f(math.log(2), 10, 40), 0.25)" in shown
+    answer.write_text("def f(:\n")
+    assert exercises.main("1") == 1
+    assert capsys.readouterr().out.endswith("lesson1.py:1: invalid syntax\n")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import (
     gradients, interrupt_at, letter_queries, log, refuses, same_weights, stage_args, teach_letters,
-    tiny_model)
+    tiny_model, write_rows)
 
+import common
 import grpo
 from grpo import (
     group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
@@ -366,7 +367,7 @@ def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, group=16, **values)
     rows = log(tmp_path / "run")
     assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.9
-    assert {"reward", "pass", "score", "dead", "used", "cut", "length", "entropy", "kl", "clipped",
+    assert {"reward", "pass", "dead", "used", "cut", "length", "entropy", "kl", "clipped",
             "gap", "grad_norm"} <= rows[0].keys()
     assert [len(row["completions"]) for row in rows] == [2] * 16  # of the 2 queries' groups
     for row in rows:
@@ -390,6 +391,26 @@ def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     assert shown.count("advantage") == 2 and shown.count("'") == 64
     best = [float(line.split()[2]) for line in shown.splitlines()[2:18]]
     assert best == sorted(best, reverse=True)
+
+
+def test_a_reward_of_ones_own_is_no_pass(policy, tmp_path):
+    """Its mean is logged under its own name: half a point is not half of the answers passing."""
+    (tmp_path / "mine.py").write_text(
+        "def score(query, response):\n    return response.count('A') / (1 + len(response))\n")
+    result = run(policy, tmp_path, "own", steps=2, reward=f"{tmp_path / 'mine.py'}:score")
+    rows = log(tmp_path / "own")
+    assert 0 < rows[0]["own"] == rows[0]["reward"] < 0.6 and "pass" not in rows[0]
+    assert result["own"] == pytest.approx(rows[-1]["own"], rel=1e-6)
+
+
+def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
+    """A run never started, one that was no GRPO, and --help: what inspect wants, in one line."""
+    refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no such file", "ends")
+    write_rows(tmp_path / "samples.jsonl", [])
+    refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no GRPO run")
+    monkeypatch.setattr("sys.argv", ["grpo.py", "inspect", "--help"])
+    common.cli(grpo.main, grpo.Args, inspect=grpo.inspect)
+    assert capsys.readouterr().out == grpo.inspect.__doc__ + "\n"
 
 
 @pytest.mark.parametrize("values", [{"kl": 0.01}, {"resample": 2, "order": "random"}],
@@ -468,16 +489,16 @@ def test_dead_groups_are_resampled(monkeypatch):
     assert len({group[0].query["prompt"] for group in groups}) == 2
 
 
-def fake_rollout(scores, finished=True):
+def fake_rollout(scores, finished=True, different=True):
     def rollout(model, tokenizer, queries, n, *rest):
-        return [[Rollout(q, [1], [2], [-1.0], finished, "x", s) for s in row]
-                for q, row in zip(queries, scores, strict=True)]
+        return [[Rollout(q, [1], [2], [-1.0], finished, f"x{i * different}", s)
+                 for i, s in enumerate(row)] for q, row in zip(queries, scores, strict=True)]
     return rollout
 
 
 @pytest.mark.parametrize("scores,finished,words", [
-    ([[1.0] * 4, [0.0] * 4], True, ["always or never", "--queries"]),
-    ([[0.0] * 4] * 2, True, ["always or never"]),
+    ([[1.0] * 4, [1.0] * 4], True, ["all score alike", "0: harder --queries"]),
+    ([[0.0] * 4] * 2, True, ["all score alike", "0: easier --queries, more SFT"]),
     ([[1.0, 0, 0, 0], [0.0] * 4], False, ["cut", "--max_new_tokens"])],
     ids=["all dead", "never", "truncated"])
 def test_preflight_refuses(scores, finished, words, monkeypatch):
@@ -485,6 +506,18 @@ def test_preflight_refuses(scores, finished, words, monkeypatch):
     monkeypatch.setattr(grpo, "rollout", fake_rollout(scores, finished))
     args = stage_args(grpo, group=4)
     refuses(lambda: grpo.order_queries(None, None, None, [{"domain": "a"}] * 2, args), *words)
+
+
+def test_preflight_of_a_model_that_has_one_answer_to_each_query(monkeypatch, capsys):
+    """SFT down to a loss of 0 leaves nothing to choose from; more of it would not help. One mixed
+    query among many is not refused, but said."""
+    monkeypatch.setattr(grpo, "rollout", fake_rollout([[0.5] * 4] * 2, different=False))
+    args = stage_args(grpo, group=4)
+    some = [{"domain": "a"}] * 2
+    refuses(lambda: grpo.order_queries(None, None, None, some, args), "0: less SFT")
+    monkeypatch.setattr(grpo, "rollout", fake_rollout([[1.0, 0, 0, 0]] + [[1.0] * 4] * 11))
+    grpo.order_queries(None, None, None, [{"domain": "a"}] * 12, args)
+    assert "few queries have anything to learn from: harder --queries" in capsys.readouterr().out
 
 
 def test_preflight_orders_by_variance(monkeypatch):

@@ -65,16 +65,19 @@ def session(tmp_path, monkeypatch, capsys):
     return session
 
 
-def test_verdicts_are_of_the_pair_and_not_of_the_place():
+def test_verdicts_are_of_the_pair_and_not_of_the_place(capsys):
     """a is what A was; a criterion's small letter is A's, its capital B's; other keys are kept but
-    mean nothing; no key is no verdict."""
+    mean nothing; no key is no verdict. Each is shown when it is typed, unless it moves the cursor.
+    """
     assert judge(iter("tHz a"), "rejected", "chosen") == {
         "verdict": "rejected", "keys": "tHz a",
         "criteria": {"truthfulness": "rejected", "helpfulness": "chosen"}}
     assert judge(iter("cCb"), "rejected", "chosen") == {
         "verdict": "chosen", "keys": "cCb", "criteria": {"conciseness": "chosen"}}
     assert judge(iter("="), "chosen", "rejected")["verdict"] == "tie"
-    assert judge(iter("t"), "chosen", "rejected") == {"verdict": "quit"}
+    capsys.readouterr()
+    assert judge(iter("t\x1b"), "chosen", "rejected") == {"verdict": "quit"}
+    assert capsys.readouterr().out == "t\ufffd"
 
 
 def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):

@@ -425,7 +425,7 @@ def test_the_tokenizer_is_trained_here_without_one(args):
     ({"tokens": 40}, "--tokens 40 is less than one step of 128"),
     ({"upcycle": True}, "--upcycle wants a dense --init"),
     ({"data": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
-    ({"tokenizer": "/no/such"}, "/no/such"), ({"init": "/no/such"}, "no config.json"),
+    ({"tokenizer": "/no/such"}, "/no/such"), ({"init": "/no/such"}, "/no/such: no such directory"),
     ({"weights": "other=1"}, r"weights for \['other'\], but the sources are \['docs'\]"),
     ({"dtype": "int8"}, "--dtype wants one of"), ({"device": "tpu"}, "--device wants")])
 def test_bad_arguments_are_refused_in_one_line(change, message, args):

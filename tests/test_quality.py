@@ -145,8 +145,8 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
         float(a in right[q["prompt"]]) for q, a in zip(queries, answers, strict=True)])
     args = replace(args, labels="", generate=2, responses=16, policy=policy)
     report = quality.main(args)
-    rows = [row for _, row in read_jsonl(tmp_path / "out" / "instruction.jsonl")]
-    assert report["sources"] == {"instruction": 3}
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "generated_instruction.jsonl")]
+    assert report["sources"] == {"generated_instruction": 3}
     assert {("Pick" in row["text"], row["text"].split()[-1]) for row in rows} == {
         (True, "A."), (False, "A."), (False, "B.")}
     scorer = RewardModel.from_language_model(load_policy(policy, "cpu")[0], tokenizer)
@@ -155,7 +155,7 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
     monkeypatch.setattr(reward.RewardModel, "score",
                         lambda self, prompts, answers: [float(a == "B.") for a in answers])
     quality.main(replace(args, reward_model=str(tmp_path / "scorer"), overwrite=True))
-    rows = [row for _, row in read_jsonl(tmp_path / "out" / "instruction.jsonl")]
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "generated_instruction.jsonl")]
     assert [(row["text"].split()[-1], row["scores"]["reward"]) for row in rows] == [
         ("B.", 1.0), ("A.", 0.0)]
     assert all(row["kind"] == "synthetic" for row in rows)
@@ -193,8 +193,8 @@ def test_the_recipe_that_measures_filtering_and_mixture(shared, tmp_path):
                       mixture_tokens=4000)
     recipe.main(args)
     rows = [row for _, row in read_jsonl(tmp_path / "rows.jsonl")]
-    assert [row["name"] for row in rows] == ["all", "best half", *recipe.MIXTURES, "all",
-                                             "best half"]
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("all", "best half", *recipe.MIXTURES) for seed in (0, 1)]
     assert all(2 < bits < 5 for row in rows for bits in row["bits"].values())
     mixed = json.loads((tmp_path / "mixture-a_third_each-0" / "run.json").read_text())
     shares = [row["share"] for row in mixed["result"]["mixture"].values()]

@@ -66,6 +66,17 @@ def test_report_of_nothing_is_refused(tmp_path):
     refuses(lambda: report.main(report.Args(run=str(tmp_path))), "--run")
 
 
+def test_one_stage_that_is_not_finished_nor_evaluated(tmp_path):
+    """It has its row all the same, and how to evaluate it."""
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "run.json").write_text('{"seed": 0, "command": "sft.py"}', "utf-8")
+    report.main(report.Args(run=str(tmp_path)))
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| sft | not finished |  | `python sft.py` |" in text
+    assert f"python evaluate.py --init {tmp_path}" in text
+    assert "not finished" in Page((tmp_path / "report.html").read_text("utf-8")).words
+
+
 class Page(HTMLParser):
     """Collects the tags, and checks that each is closed."""
     def __init__(self, text):

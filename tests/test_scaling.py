@@ -106,8 +106,7 @@ def test_interval_covers_a_new_cell():
 
 def test_student():
     for dof, quantile in {4: 2.776, 9: 2.262, 19: 2.093, 235: 1.970}.items():
-        law = scaling.PowerLaw("D", np.zeros(2), y=np.zeros(dof + 2))
-        assert 1.96 * law.student() == pytest.approx(quantile, rel=0.02)
+        assert 1.96 * scaling.student(dof) == pytest.approx(quantile, rel=0.02)
 
 
 def test_edge_is_flagged_and_left_out():
@@ -237,8 +236,8 @@ def test_parity_of_dense_and_moe(capsys):
     low, high = scaling.report_parity(dense, moe, scaling.Args(bootstrap=40))["loss"].ci("g")
     assert low < 0.4 < high and high - low < 0.3
     assert "an MoE of 8 x its activated N in all equals" in capsys.readouterr().out
-    assert scaling.report_parity(dense[:3], moe[:3], scaling.Args()) == {}
-    assert "6 cells do not determine 6" in capsys.readouterr().out
+    with pytest.raises(InputError, match="6 cells do not determine 6"):
+        scaling.report_parity(dense[:3], moe[:3], scaling.Args())
 
 
 @shared
@@ -350,7 +349,7 @@ def test_step_law_moe(capsys):
 # plan
 
 def plan(laws, **flags):
-    return scaling.plan(scaling.Args(command="plan", **flags), laws)
+    return scaling.plan(scaling.Args(**flags), laws)
 
 
 def test_plan(capsys):
@@ -365,9 +364,9 @@ def test_plan(capsys):
     assert not inside["extrapolates"] and "inside the fitted" in capsys.readouterr().out
     assert inside["lr"] == pytest.approx(true_lr(1e8, 5e9), rel=1e-4)
     assert inside["lr_interval"][0] <= inside["lr"] * 1.0001
-    assert plan(laws, budget=6e18, model="1e8")["D"] == pytest.approx(1e10)
-    for bad in ({}, {"model": "1e8"}, {"budget": 1e20, "model": "1e8", "tokens": "1e9"}):
-        with pytest.raises(InputError, match="wants two of"):
+    for bad in ({}, {"model": "1e8"}, {"budget": 1e20, "model": "1e8"},
+                {"budget": 1e20, "model": "1e8", "tokens": "1e9"}):
+        with pytest.raises(InputError, match="wants --model and --tokens, or"):
             plan(laws, **bad)
     with pytest.raises(InputError, match="--model wants float, got '7b'"):
         plan(laws, model="7b", tokens="1e9")
@@ -450,10 +449,12 @@ from dataclasses import replace
 from model import PRESETS, Qwen2
 
 name, bf16, T = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
+recompute = sys.argv[4] == "1"
 
 def train(config, rows, T):
     autocast = torch.autocast("cpu", torch.bfloat16 if bf16 else torch.float32, enabled=bf16)
     model = distributed.sharded(Qwen2(config), autocast)
+    model.recompute = recompute
     optimizer = common.adamw(model, 1e-3, 0.1)
     for _ in range(2):
         for _ in range(2):
@@ -471,17 +472,18 @@ distributed.join()
 train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memory
 before = common.peak_rss_mb()
 train(config, 8, T)
-need = scaling.memory(config, distributed.WORLD, 8, T, bf16, False)
+need = scaling.memory(config, distributed.WORLD, 8, T, bf16, False, recompute)
 print(common.peak_rss_mb() - before, sum(need.values()))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")
-@pytest.mark.parametrize("name, bf16, T, processes", [
-    ("tiny", False, 128, 1), ("tiny", True, 128, 1), ("tiny-moe", False, 128, 1),
-    ("tiny", False, 128, 2), ("tiny", True, 16, 2)])
-def test_memory_against_a_measured_run(name, bf16, T, processes):
+@pytest.mark.parametrize("name, bf16, T, processes, recompute", [
+    ("tiny", False, 128, 1, 0), ("tiny", True, 128, 1, 0), ("tiny-moe", False, 128, 1, 0),
+    ("tiny", False, 128, 2, 0), ("tiny", True, 16, 2, 0), ("tiny", False, 128, 1, 1),
+    ("tiny-moe", False, 128, 1, 1), ("tiny", False, 512, 1, 1), ("tiny", False, 128, 2, 1)])
+def test_memory_against_a_measured_run(name, bf16, T, processes, recompute):
     """R0.5: two steps of two micro-batches in processes of their own, one or two that share the
     weights (FSDP), within 15% of the peak. Freed memory must go back to the system, or the
     allocator is measured. (Not the MoE in bf16: on a CPU its grouped matmuls take 0.3 GB that
@@ -490,8 +492,9 @@ def test_memory_against_a_measured_run(name, bf16, T, processes):
                         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={processes}", "--no-python"] * (processes > 1)
-    out = subprocess.run([*command, sys.executable, "-c", TRAIN, name, str(bf16), str(T)], cwd=ROOT,
-                         env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([*command, sys.executable, "-c", TRAIN, name, str(bf16), str(T),
+                          str(recompute)], cwd=ROOT, env=env,
+                         capture_output=True, text=True, check=True).stdout
     assert len(out.splitlines()) == processes
     for measured, predicted in (map(float, line.split()) for line in out.splitlines()):
         assert predicted / 1e6 == pytest.approx(measured, rel=0.15)
@@ -508,30 +511,34 @@ def test_rows_are_read_back_or_refused(tmp_path):
     (tmp_path / "a.csv").write_text("N,D,lr,loss\n1,2,3,4\n")
     (tmp_path / "b.csv").write_text("N,D,lr,batch_tokens,loss\n1,2,3,4,5\n1,2,x,4,5\n")
     (tmp_path / "d.csv").write_text("N,D\n")
-    for name, message in (("a.csv", "no column batch_tokens"), ("b.csv", "b.csv:3"),
+    for name, message in (("a.csv", "a.csv:2: want .*batch_tokens"), ("b.csv", "b.csv:3"),
                           ("d.csv", "no rows"), ("e.csv", "no such file")):
         with pytest.raises(InputError, match=message):
             scaling.fit(scaling.Args(data=str(tmp_path / name)))
 
 
 def test_fit_of_given_rows(tmp_path, capsys, monkeypatch):
-    """`fit` of a directory: it says what was held out and how that went, skips what it cannot read,
-    writes nothing without --plots, and a picture a table with it."""
+    """`fit` of two tables: it says what was held out and how that went, writes nothing without
+    --plots, and a picture a kind with it."""
     scaling.write_rows(tmp_path / "rows.csv", make_rows(0.001, seed=1))
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    args = scaling.Args(command="fit", data=str(tmp_path), out=str(tmp_path / "out"), bootstrap=10)
-    laws = scaling.main(args)["dense"]
-    said = capsys.readouterr().out
+    scaling.write_rows(tmp_path / "moe.csv", [
+        row | {"kind": "moe", "total": 4 * row["N"]} for row in make_rows(sizes=(1e8, 2e8))])
+    args = scaling.Args(data=f"{tmp_path}/rows.csv,{tmp_path}/moe.csv", out=str(tmp_path / "out"),
+                        bootstrap=10)
+    tables = scaling.fit(args)
+    laws, said = tables["dense"], capsys.readouterr().out.split("moe.csv")[0]
+    assert list(tables) == ["dense", "moe", "parity"]
     assert laws["lr"].ci("N")[0] < -0.5 < laws["lr"].ci("N")[1]
     assert said.count(": held") + said.count("MISSED") == 12 and said.count(": held") >= 10
-    assert "the 4 largest held out" in said and "skipped" in said
+    assert "the 4 largest held out" in said
     assert not (tmp_path / "out").exists()
 
+    args = replace(args, data=f"{tmp_path}/rows.csv")
     figure, panels = MagicMock(), [MagicMock() for _ in range(3)]
-    figure.savefig = lambda path: Path(path).write_text("png")
+    figure.savefig = lambda path, **_: Path(path).write_text("png")
     pyplot = MagicMock(subplots=lambda *args, **kwargs: (figure, [panels]))
     monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(pyplot=pyplot))
-    scaling.main(replace(args, plots=True))
+    scaling.fit(replace(args, plots=True))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["dense.png"]
     # four sizes, of each the optima, the law and two references
     assert [panel.loglog.call_count for panel in panels] == [16, 16, 0]
@@ -541,7 +548,7 @@ def test_fit_of_given_rows(tmp_path, capsys, monkeypatch):
         N=5e7, D=lines[2][0]))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     capsys.readouterr()
-    scaling.main(replace(args, plots=True))
+    scaling.fit(replace(args, plots=True))
     assert "pip install matplotlib" in capsys.readouterr().out
 
 
@@ -555,7 +562,7 @@ def test_commands(tmp_path):
     done = run("plan", "--model", "1e8", "--tokens", "5e9", "--data", str(tmp_path / "rows.csv"))
     assert f"lr    {true_lr(1e8, 5e9):.4g}" in done.stdout and done.returncode == 0
     done = run("plann", "--model", "1e8")
-    assert done.returncode == 2 and "sweep, fit or plan, not 'plann'" in done.stderr
+    assert done.returncode == 2 and "plann" in done.stderr
 
 
 def test_descend_finds_the_bottom_with_few_runs():
@@ -605,8 +612,29 @@ def test_sweep_in_small(tmp_path, capsys):
     before = (tmp_path / "s" / "rows.csv").read_text()
     scaling.main(parse_args(scaling.Args, [*flags, "--resume"]))
     assert (tmp_path / "s" / "rows.csv").read_text() == before  # nothing was trained again
-    with pytest.raises(InputError, match="another --seq_len or --seed"):
-        scaling.main(parse_args(scaling.Args, [*flags, "--resume", "--seed", "1"]))
+    with pytest.raises(InputError, match="another --seq_len"):
+        scaling.main(parse_args(scaling.Args, [*flags, "--resume", "--seq_len", "32"]))
+    scaling.main(parse_args(scaling.Args, [*flags, "--resume", "--seeds", "2"]))
+    pairs = {}
+    for row in scaling.grid_rows(tmp_path / "s" / "rows.csv"):
+        pairs.setdefault((row["size"], row["D"], row["lr"], row["batch_tokens"]), {})[
+            row["seed"]] = row["loss"]
+    both = [losses for losses in pairs.values() if len(losses) == 2]
+    assert len(both) >= 4 and all(0 < abs(two["0"] - two["1"]) < 0.5 for two in both)
+
+
+def test_sweep_goes_by_the_mean_of_seeds(tmp_path, monkeypatch):
+    """One seed likes the low rate a little, the other the high one much."""
+    def measured(args, size, D, lr, batch, seed, device):
+        loss = 3 + (0.1 if (lr > 1e-3) else 0.0) if seed == 7 else 3 + 1e-3 / lr
+        return {"kind": "dense", "size": size, "N": 1e4, "D": D, "lr": lr, "batch_tokens": batch,
+                "loss": loss, "seed": seed, "seq_len": args.seq_len}
+    monkeypatch.setattr(scaling, "measure", measured)
+    monkeypatch.setattr(scaling, "prepare", lambda args, tokens: None)
+    scaling.main(scaling.Args(out=str(tmp_path / "s"), sizes="16x1", tokens="512", seeds=2, seed=7,
+                              lrs="1e-3,2e-3", batches="64,128"))
+    (last,) = map(json.loads, (tmp_path / "s" / "log.jsonl").read_text().splitlines())
+    assert (last["lr"], last["loss"], last["runs"]) == (2e-3, pytest.approx(3.3), 8)
 
 
 def test_committed_sweep(capsys):

@@ -258,8 +258,8 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     no_samples_after = sft.rollout
     policy = str(teach_letters(tokenizer, tmp_path / "policy"))
     queries = letter_queries(tmp_path / "queries.jsonl")
-    values = {"init": policy, "queries": queries, "samples": 16, "max_new_tokens": 8, "epochs": 20,
-              "batch_size": 2, "warmup": 0, "lr": 2e-3, "out": str(tmp_path / "run")}
+    values = {"init": policy, "queries": queries, "responses": 16, "max_new_tokens": 8,
+              "epochs": 20, "batch_size": 2, "warmup": 0, "lr": 2e-3, "out": str(tmp_path / "run")}
     monkeypatch.setattr(sft, "rollout", lambda model, tokenizer, queries, *rest: no_samples_after(
         model, tokenizer, queries[:2], *rest))  # the look at the end: at two queries of 32
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -273,7 +273,6 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     model = Qwen2.from_pretrained(tmp_path / "run")
     groups = no_samples_after(model, tokenizer, sft.tasks.load(queries), 16, 8)
     assert sum(a.score for group in groups for a in group) >= 30
-
 
 
 def test_rows_without_targets_are_dropped_and_counted(tokenizer):
@@ -342,9 +341,10 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert not (tmp_path / "halves" / "state").exists()
 
 
-def test_ctrl_c_saves_the_step_at_hand(micro_run, tmp_path, monkeypatch, capsys):
-    """SIGINT in step 3, between two states: step 3 is finished and saved, and --resume goes on from
-    there to the same end."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_at_hand(number, micro_run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C or SIGTERM in step 3, between two states: step 3 is finished and saved, and --resume
+    goes on from there to the same end."""
     no_samples(monkeypatch, sft)
     run(micro_run, tmp_path, "whole")
     real, calls = sft.clip_and_step, []
@@ -352,14 +352,15 @@ def test_ctrl_c_saves_the_step_at_hand(micro_run, tmp_path, monkeypatch, capsys)
     def clip_and_step(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real(*args, **kwargs)
-    handler = signal.getsignal(signal.SIGINT)
+    both = signal.SIGINT, signal.SIGTERM
+    handlers = list(map(signal.getsignal, both))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sft, "clip_and_step", clip_and_step)
         run(micro_run, tmp_path, "halves")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, handler)
+    assert {signal.getsignal(one) for one in both} == {signal.default_int_handler}  # the second
+    list(map(signal.signal, both, handlers))
     assert "stopping after this step" in capsys.readouterr().err
     run(micro_run, tmp_path, "halves", resume=True)
     assert "after step 3" in capsys.readouterr().out

@@ -341,19 +341,36 @@ def test_a_reward_of_ones_own(tmp_path):
     mine.write_text("def score(query, response):\n"
                     "    return len(response) / query['longest']\n")
     write_rows(path, [{"prompt": "Say it.", "longest": 8}])
+    refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "--reward")
     (query,) = tasks.load(str(path), reward=f"{mine}:score")
     assert query["domain"] == "own" and tasks.score(query, "four") == 0.5
     refuses(lambda: tasks.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1")
+    write_rows(tmp_path / "many.jsonl", [{"prompt": "Say it."}] * 500)
+    assert [len(tasks.load(str(tmp_path / "many.jsonl"), n, reward=f"{mine}:score"))
+            for n in (0, 7)] == [500, 7]
     (built_in,) = tasks.load("rl", 1, reward=f"{mine}:score")
     assert built_in["prompt"] == tasks.builtin("rl", 1)[0]["prompt"]
     refuses(lambda: tasks.load(str(path), reward=f"{mine}:missing"), "no function missing")
     refuses(lambda: tasks.load(str(path), reward="nowhere.py:score"), "nowhere.py: no such file")
     refuses(lambda: tasks.load(str(path), reward="nowhere.py"), "wants file.py:function")
-    mine.write_text("def none(query, response):\n    pass\n\n\n"
-                    "def boom(query, response):\n    return query['missing']\n")
+    (tmp_path / "beside.py").write_text("import json\n")
+    mine.write_text("from beside import json\n\n\ndef none(query, response):\n    pass\n\n\n"
+                    "def boom(query, response):\n    return json.loads(response)\n\n\n"
+                    "def one(query):\n    return 1\n\n\ndef text(query, response):\n"
+                    "    return '0.5'\n\n\ndef tensor(query, response):\n"
+                    "    import torch\n    return torch.tensor(0.5)\n")
     tasks.own_reward.cache_clear()
-    for name, words in (("none", "gave None"), ("boom", "line 6: KeyError: 'missing'")):
+    for name, words in (("none", "gave None"), ("text", "gave '0.5'"),
+                        ("boom", "boom, line 9: JSONDecodeError"), ("boom", "for the response 'x'"),
+                        ("one", "as score(query, response): TypeError")):
         (query,) = tasks.load(str(path), reward=f"{mine}:{name}")
         refuses(lambda query=query: tasks.score(query, "x"), words)
+    (query,) = tasks.load(str(path), reward=f"{mine}:tensor")
+    assert tasks.score(query, "x") == 0.5
+    mine.write_text("x = (\n")
+    refuses(lambda: tasks.load(str(path), reward=f"{mine}:other"), "SyntaxError")
+    write_rows(path, [{"prompt": "a"}, {"question": "b"}])
+    mine.write_text("def f(query, response):\n    return 1\n")
+    refuses(lambda: tasks.load(str(path), reward=f"{mine}:f"), "q.jsonl:2", "got question")
     write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
     refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "check.kind")

@@ -1,0 +1,236 @@
+"""--rollout_url against a small server that speaks vLLM's /v1/completions and answers by our own
+sample.generate: the stages get from it what they get without it, and from a broken one an error."""
+import json
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from helpers import interrupt_at, letter_queries, log, refuses, stage_args, teach, teach_letters
+
+import dpo
+import evaluate
+import grpo
+import reward
+import sft
+import tasks
+from sample import generate, load_policy, prompt_ids
+from server import Server, served
+
+PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
+
+
+class Peer:
+    """A server in a thread. `spoil` changes its answers, `asked` is what it was asked."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.asked = model, tokenizer, []
+        self.spoil, self.lock = lambda reply: reply, threading.Lock()
+        peer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                assert self.path == "/v1/models"
+                self.send({"data": [{"id": "the-model"}]})
+
+            def do_POST(self):
+                assert self.path == "/v1/completions"
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with peer.lock:
+                    peer.asked.append(body)
+                    self.send(peer.complete(body))
+
+            def send(self, reply):
+                reply = peer.spoil(reply)
+                status, reply = reply if isinstance(reply, tuple) else (200, reply)
+                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data) + 9 * (reply == b"cut")))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+        ThreadingHTTPServer.handle_error = lambda *args: None  # of a client that gave up
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def complete(self, body) -> dict:
+        assert body["model"] == "the-model" and body["return_token_ids"] and body["logprobs"] == 0
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        assert plain.items() <= body.items()
+        done = generate(self.model, [body["prompt"]], body["max_tokens"], body["temperature"],
+                        seed=body["seed"], stop_ids=body["stop_token_ids"], n=body["n"],
+                        valid_vocab=self.tokenizer.n_vocab)
+        return {"choices": [  # in any order
+            {"index": i, "token_ids": c.ids, "logprobs": {"token_logprobs": c.logprobs},
+             "finish_reason": "stop" if c.finished else "length"}
+            for i, c in reversed(list(enumerate(done)))]}
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer, tmp_path_factory):
+    return teach_letters(tokenizer, tmp_path_factory.mktemp("served") / "policy")
+
+
+@pytest.fixture
+def peer(policy):
+    peer = Peer(*load_policy(policy, "cpu"))
+    yield peer
+    peer.http.shutdown()
+    peer.http.server_close()
+
+
+def test_ids_logprobs_and_order_are_those_of_local_sampling(policy, peer):
+    model, tokenizer = load_policy(policy, "cpu")
+    there = served(peer.url, model, tokenizer)
+    assert served("", model, tokenizer) is model and isinstance(there, Server)
+    prompts = [prompt_ids(tokenizer, query) for query in PROMPTS]
+    stops = {"stop_ids": tokenizer.stop_ids, "valid_vocab": tokenizer.n_vocab}
+    for max_new_tokens in (12, 2):  # 2: cut
+        here = generate(model, prompts, max_new_tokens, 0.0, **stops)
+        got = generate(there, prompts, max_new_tokens, 0.0, **stops)
+        assert [(c.ids, c.finished) for c in got] == [(c.ids, c.finished) for c in here]
+        for a, b in zip(got, here, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    # Drawn: n of each prompt in its order, each request with seeds of its own.
+    peer.asked.clear()
+    drawn = generate(there, prompts, 12, 1.0, seed=5, n=3, **stops)
+    seeds = {tuple(body["prompt"]): body["seed"] for body in peer.asked}
+    assert sorted(seeds.values()) == [5, 8, 11, 14]
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], 12, 1.0, seed=seeds[tuple(prompt)], n=3, **stops)
+        assert [c.ids for c in drawn[3 * i:3 * i + 3]] == [c.ids for c in alone]
+
+
+def test_evaluation_is_the_same(policy, peer, tmp_path):
+    """Greedy answers and scores, in a chat and after a worked example."""
+    for shots in (0, 1):
+        values = {"init": str(policy), "n_queries": 8, "samples": 2, "max_new_tokens": 8,
+                  "few_shot": shots}
+        here = evaluate.main(stage_args(evaluate, **values))
+        rows = (policy / "eval_samples.jsonl").read_text().splitlines()
+        peer.asked.clear()
+        there = evaluate.main(stage_args(evaluate, **values, rollout_url=peer.url))
+        assert there["greedy"] == here["greedy"] and len(peer.asked) == 1 + 8 + 8
+        again = (policy / "eval_samples.jsonl").read_text().splitlines()
+        for a, b in zip(rows, again, strict=True):
+            assert json.loads(a)["greedy"] == json.loads(b)["greedy"]
+
+
+@pytest.fixture
+def few(policy, peer, tmp_path, monkeypatch):
+    """Flags of a short run that samples there; the look at samples that ends it is at few too."""
+    queries = letter_queries(tmp_path / "queries.jsonl")
+    rows = tasks.load_file(queries)
+    monkeypatch.setattr(tasks, "builtin", lambda *args: rows)
+    return {"init": str(policy), "queries": queries, "max_new_tokens": 8, "rollout_url": peer.url,
+            "batch_size": 2, "save_every": 1, "epochs": 3.0}
+
+
+@pytest.mark.parametrize("stage, values, requests, checks", [
+    (dpo, {"responses": 16}, 2, 1), (sft, {"responses": 16}, 2, 1),
+    (reward, {"responses": 16, "temperatures": "0.5,1"}, 8, 2)])  # and as many held-out queries
+def test_the_stages_sample_there(stage, values, requests, checks, few, peer, tmp_path):
+    """All answers of the fixed policy come from the server, and nothing else does: the model that
+    was trained is not there."""
+    stage.main(stage_args(stage, **few, **values, out=str(tmp_path / "run")))
+    assert sorted(body["n"] for body in peer.asked) == [1] * checks + [16] * requests
+    assert len(log(tmp_path / "run")) >= 3
+    if stage is sft:
+        said = (tmp_path / "run" / "data.jsonl").read_text().splitlines()
+        answers = [json.loads(row)["messages"][1]["content"] for row in said]
+        assert {"A."} <= set(answers) and all("A" in text for text in answers)
+
+
+@pytest.mark.parametrize("stage", [dpo, reward])
+def test_a_resumed_run_has_the_pairs_that_it_had(stage, few, peer, tmp_path, monkeypatch):
+    """A server answers otherwise the second time; so a run that goes on does not ask for them."""
+    args = stage_args(stage, **few, responses=16, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, stage, 3)
+        stage.main(args)
+    pairs = (tmp_path / "run" / "pairs.jsonl").read_text()
+    asked = len(peer.asked)
+    peer.complete = lambda body, real=peer.complete: real(body | {"seed": body["seed"] + 1})
+    stage.main(replace(args, resume=True))
+    assert (tmp_path / "run" / "pairs.jsonl").read_text() == pairs
+    # The reward model's held-out pairs are drawn again: nothing is learned from them.
+    assert len(peer.asked) == asked + (0 if stage is dpo else 1 + 2 * 2)
+
+
+def edit(change):
+    """A reply in which `change` was applied to the first choice."""
+    def spoil(reply):
+        if "choices" in reply:
+            change(reply["choices"][0])
+        return reply
+    return spoil
+
+
+BROKEN = [
+    ("an error", lambda reply: (500, {"error": {"message": "out of\nmemory"}}),
+     ["500", "out of"]),
+    ("refused", lambda reply: (400, b"\xff" * 2000), ["400"]),
+    ("no JSON", lambda reply: b"<html>", ["JSONDecodeError"]),
+    ("not UTF-8", lambda reply: b"\xff\xfe\x00", ["models"]),
+    ("nested", lambda reply: b"[" * 100_000, ["RecursionError"]),
+    ("empty", lambda reply: b"", ["JSONDecodeError"]),
+    ("cut off", lambda reply: b"cut", ["IncompleteRead"]),
+    ("an error cut off", lambda reply: (503, b"cut"), ["503"]),
+    ("a list", lambda reply: [], ["TypeError"]),
+    ("no models", lambda reply: {"data": []}, ["IndexError"]),
+    ("no choices", lambda reply: reply if "data" in reply else {"choices": None}, ["TypeError"]),
+    ("fewer answers", lambda reply: reply if "data" in reply else {"choices": []}, ["0 answers"]),
+    ("no ids", edit(lambda choice: choice.pop("token_ids")), ["KeyError", "token_ids"]),
+    ("no ids at all", edit(lambda choice: choice.update(token_ids=[])), ["IndexError"]),
+    ("words", edit(lambda choice: choice.update(token_ids=["a"])), ["TypeError"]),
+    ("huge", edit(lambda choice: choice.update(token_ids=[2**70])), ["OverflowError"]),
+    ("null", edit(lambda choice: choice["logprobs"].update(token_logprobs=[None])), ["TypeError"]),
+    ("no logprobs", edit(lambda choice: choice.update(logprobs=None)), ["TypeError"]),
+    ("another vocabulary", edit(lambda choice: choice["token_ids"].__setitem__(0, 605)),
+     ["605", "tokenizer"]),
+    ("another length", edit(lambda choice: choice["token_ids"].insert(0, 5)), ["tokenizer"]),
+    ("another end", edit(lambda choice: (choice["token_ids"].pop(),
+                                         choice["logprobs"]["token_logprobs"].pop())),
+     ["tokenizer", "stop"]),
+    ("an end within", edit(lambda choice: (
+        choice["token_ids"].insert(0, choice["token_ids"][-1]),
+        choice["logprobs"]["token_logprobs"].insert(0, -1.0))), ["tokenizer"]),
+    ("other weights", edit(lambda choice: choice["logprobs"].update(
+        token_logprobs=[p - 0.3 for p in choice["logprobs"]["token_logprobs"]])),
+     ["not the model", "0.3"])]
+
+
+@pytest.mark.parametrize("name, spoil, words", BROKEN, ids=[name for name, *_ in BROKEN])
+def test_a_broken_server_is_told_in_one_line(name, spoil, words, policy, peer):
+    peer.spoil = spoil
+    refuses(lambda: Server(peer.url, *load_policy(policy, "cpu")), "--rollout_url", *words)
+
+
+def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path, monkeypatch):
+    model, _ = load_policy(policy, "cpu")
+    other, _ = load_policy(teach(tokenizer, tmp_path / "other", [("Who are you?", "B. C.")]), "cpu")
+    refuses(lambda: Server(peer.url, other, tokenizer), "the-model", "not the model")
+    there = Server(peer.url, model, tokenizer)
+    monkeypatch.setattr(Server, "timeout", 0.2)
+    peer.spoil = lambda reply: time.sleep(1) or reply
+    refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "timed out")
+    peer.http.shutdown()
+    peer.http.server_close()
+    refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "refused")
+    for url in ("localhost:8000", "file:///etc", ""):
+        refuses(lambda url=url: Server(url, model, tokenizer), "http://HOST:PORT/v1")
+
+
+def test_where_a_server_makes_no_sense_it_is_refused(policy, tmp_path):
+    url = {"init": str(policy), "rollout_url": "http://127.0.0.1:9/v1"}
+    refuses(lambda: grpo.main(stage_args(grpo, **url, out=str(tmp_path / "a"))), "every step")
+    refuses(lambda: sft.main(stage_args(sft, **url, out=str(tmp_path / "a"))), "--queries")
+    refuses(lambda: dpo.main(stage_args(dpo, **url, out=str(tmp_path / "a"), data="x")), "take one")
+    refuses(lambda: reward.main(stage_args(reward, **url, out=str(tmp_path / "a"),
+                                           policies="a,b")), "one for each")
+    refuses(lambda: evaluate.main(stage_args(evaluate, **url, yarn=4.0)), "of the server")
+    refuses(lambda: evaluate.main(stage_args(evaluate, **url)), "models", "refused")
