@@ -42,7 +42,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import ifeval
-from common import InputError, read_jsonl, require
+from common import InputError, one_line, read_jsonl, require
 
 # 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
 MAX_CHARS, MAX_NESTED, MAX_BITS = 300, 50, 4096
@@ -618,8 +618,4 @@ def main(paths: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    one_line(main, sys.argv[1:])

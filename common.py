@@ -110,24 +110,11 @@ def usage(Args) -> str:
     return "\n".join(lines)
 
 
-def cli(main, Args, **commands) -> None:
-    """Run a stage from the command line, or with `stage.py word --flags` what `commands` has under
-    that word. Only InputError becomes a one-line message: a bug in the program itself keeps its
-    traceback."""
-    argv = sys.argv[1:]
-    if argv and argv[0] in commands:
-        main = commands[argv.pop(0)]
-        if {"-h", "--help"} & set(argv):
-            print(main.__doc__)
-            return
-    args = None
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+def one_line(main, *args) -> None:
+    """main(*args). Bad input, or a reader of the output who has gone, is one line and an exit code:
+    a bug in the program itself keeps its traceback."""
     try:
-        join()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        args = parse_args(Args, argv)
-        main(args)
+        main(*args)
         sys.stdout.flush()
     except BrokenPipeError:
         print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
@@ -137,6 +124,29 @@ def cli(main, Args, **commands) -> None:
         if first():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def cli(main, Args, **commands) -> None:
+    """Run a stage from the command line, or with `stage.py word --flags` what `commands` has under
+    that word."""
+    argv = sys.argv[1:]
+    if argv and argv[0] in commands:
+        main = commands[argv.pop(0)]
+        if {"-h", "--help"} & set(argv):
+            print(main.__doc__)
+            return
+    args = None
+
+    def run() -> None:
+        nonlocal args
+        join()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        args = parse_args(Args, argv)
+        main(args)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    try:
+        one_line(run)
     except (KeyboardInterrupt, RuntimeError) as error:
         if not isinstance(error, KeyboardInterrupt) and not lost(error):
             raise

@@ -25,7 +25,7 @@ import unicodedata
 from collections import Counter
 from itertools import product
 
-from common import InputError, read_jsonl, require
+from common import InputError, one_line, read_jsonl, require
 
 # ---------------------------------------------------------------------------------------------
 # checks
@@ -306,7 +306,7 @@ def queries(r):
 def main(paths: list[str]) -> None:
     require(len(paths) > 0, "name files of responses with constraints")
     rows, strict, relaxed = {}, [], []
-    for number, row in (pair for path in paths for pair in read_jsonl(path)):
+    for where, row in ((f"{path}:{n}", row) for path in paths for n, row in read_jsonl(path)):
         try:
             kinds = row.get("instruction_id_list") or [row["instruction_id"]]
             kwargs = row["kwargs"] if "instruction_id_list" in row else [row["kwargs"]]
@@ -315,7 +315,7 @@ def main(paths: list[str]) -> None:
             verdicts = [[check(row["response"], kind, kw) for check in (follows, loose)]
                         for kind, kw, _ in cases]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"line {number}: want response, instruction_id_list and kwargs "
+            raise InputError(f"{where}: want response, instruction_id_list and kwargs "
                              f"({error!r})") from None
         for (kind, _, label), pair in zip(cases, verdicts, strict=True):
             rows.setdefault(kind, []).append((*pair, label))
@@ -332,7 +332,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    one_line(main, sys.argv[1:])

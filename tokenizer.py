@@ -32,7 +32,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -43,7 +42,7 @@ from pathlib import Path
 import regex  # `re` has no \p{L}; tiktoken depends on it already
 import tiktoken
 
-from common import InputError, read_json, read_jsonl, write_atomic
+from common import InputError, one_line, read_json, read_jsonl, write_atomic
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -582,8 +581,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    one_line(main)

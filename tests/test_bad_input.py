@@ -425,6 +425,10 @@ def table():
             ("@queries-of-check-no_answer.jsonl", "no_answer")):
         yield f"answers.py {line}", *words
     for line, *words in (
+            ("", "name files"), ("@gone.jsonl", "gone"), ("@queries-broken.jsonl", "broken"),
+            ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
+        yield f"ifeval.py {line}", *words
+    for line, *words in (
             ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
             ("plan --model 1e9 --tokens 1e9 --budget 1e18", "alone"), ("fit --data @gone", "gone"),

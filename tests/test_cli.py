@@ -206,14 +206,16 @@ def test_help_exits_0():
     assert (result.returncode, result.stderr) == (0, "") and "--init" in result.stdout
 
 
-@pytest.mark.parametrize("flags", ["--help", ""])
-def test_output_that_nobody_reads_ends_the_command_in_one_line(flags, tmp_path):
+@pytest.mark.parametrize("script, flags", [
+    ("data.py", "--help"), ("data.py", ""), ("tokenizer.py", "show @ --text x")])
+def test_output_that_nobody_reads_ends_the_command_in_one_line(script, flags, tmp_path, micro_run):
     """As in `data.py ... | head`: the pipe is closed, and what is printed next cannot go there."""
     reader, writer = os.pipe()
     os.close(reader)
     (tmp_path / "docs.txt").write_text(common.__doc__)
-    argv = [flags] if flags else ["--input", tmp_path / "docs.txt", "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, ROOT / "data.py", *argv], stdout=writer, text=True,
+    argv = flags.replace("@", str(micro_run)).split() or [
+        "--input", tmp_path / "docs.txt", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, ROOT / script, *argv], stdout=writer, text=True,
                           stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""})
     os.close(writer)
     assert done.returncode == 141 and done.stderr.splitlines()[-1].startswith("stopped: nobody")

@@ -242,5 +242,5 @@ def test_agreement_is_printed(tmp_path, capsys):
     assert lines["punctuation:no_comma"] == ["2", "100.0%", "100.0%", "0", "of", "1"]
     assert lines["prompts"][-3:] == ["2", "50.0%", "100.0%"]
     bad = write_rows(tmp_path / "bad.jsonl", [{"response": "a"}])
-    refuses(lambda: ifeval.main([bad]), "line 1")
+    refuses(lambda: ifeval.main([bad]), "bad.jsonl:1")
     refuses(lambda: ifeval.main([]), "files")
