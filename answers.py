@@ -479,6 +479,13 @@ def _math(question: str, answer) -> dict:
     return _query(question, "mathematics", kind="math", answer=str(answer).strip())
 
 
+def _mgsm(row: dict) -> dict:
+    question, blank = row["messages"]  # the second is an answer yet to come
+    if (question["role"], blank["content"]) != ("user", ""):
+        raise ValueError("want one question and an empty answer in messages")
+    return _math(question["content"], row["answer"])
+
+
 def _humaneval(row: dict) -> dict:
     """Run prefix + response + tests: a bare body continues the prefix, a whole function defines its
     name again, and both find the prompt's imports and helpers there."""
@@ -511,6 +518,7 @@ FORMATS = {  # columns -> reader; the first whose columns are all there
     ("question", "answer"): lambda row: _math(row["question"], row["answer"].split("####")[1]),
     ("Body", "Question", "Answer"): lambda row: _math(  # a third of SVAMP lacks this full stop
         f"{row['Body'].strip().rstrip('.')}. {row['Question']}", row["Answer"]),
+    ("messages", "answer"): _mgsm,
     ("problem", "solution"): lambda row: _math(
         row["problem"], row["answer"] if "answer" in row else last_box(row["solution"]) or ""),
     ("prompt", "test", "entry_point"): _humaneval,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import tasks
 from common import cli, read_json, read_jsonl, require, write_atomic
 from evaluate import cell, interval, table
 
@@ -83,7 +82,7 @@ def turned(before: list[dict], after: list[dict], sign: int) -> tuple[int, list[
     some = [(sign * (b["greedy_score"] - a["greedy_score"]), a, b)
             for a, b in zip(before, after, strict=False)]
     some = [(a, b) for gain, a, b in sorted(some, key=lambda row: -row[0]) if gain > 0]
-    return len(some), [pair for domain in tasks.DOMAINS
+    return len(some), [pair for domain in sorted({a["domain"] for a, _ in some})
                        for pair in [p for p in some if p[0]["domain"] == domain][:1]]
 
 
@@ -213,7 +212,7 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
         last = list(chats)[-1]
         wrong = [row for row in chats[last] if row["greedy_score"] < 1]
         parts.append(f"<h2>Still wrong after {last}: {len(wrong)} queries</h2>")
-        for domain in tasks.DOMAINS:
+        for domain in sorted({row["domain"] for row in wrong}):
             for row in [row for row in wrong if row["domain"] == domain][:2]:
                 check = json.dumps(row["check"], ensure_ascii=False)
                 parts.append(f"<article><b>{escape(row['prompt'])}</b>{answer(last, row)}"

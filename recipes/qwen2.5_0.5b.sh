@@ -2,6 +2,7 @@
 # The commands of real_135m.sh for Qwen2.5-0.5B, from a local directory of its published files, on
 # one GPU: lower learning rates, more of everything. Not run by this project, which had neither.
 #
-#   bash recipes/qwen2.5_0.5b.sh Qwen2.5-0.5B GSM8K_TRAIN.jsonl SVAMP.jsonl [OUT]
-LR=${LR:-0.1} EPOCHS=${EPOCHS:-2} N_RL=${N_RL:-250} STEPS=${STEPS:-50} BATCH=${BATCH:-32} \
-  exec bash "$(dirname "$0")/real_135m.sh" "${@:1:3}" "${4:-runs/qwen2.5_0.5b}"
+#   bash recipes/qwen2.5_0.5b.sh Qwen2.5-0.5B SVAMP.jsonl [OUT]
+LR=${LR:-0.1} N_SFT=${N_SFT:-1150} EPOCHS=${EPOCHS:-2} N_RL=${N_RL:-376} STEPS=${STEPS:-50} \
+  BATCH=${BATCH:-32} exec bash "$(dirname "$0")/real_135m.sh" "${@:1:2}" \
+  ${2:+"${3:-runs/qwen2.5_0.5b}"}

@@ -2,69 +2,85 @@
 # SFT -> DPO -> reward model -> GRPO on a real pretrained model of 135M parameters: word problems
 # whose answers a program can check. What it measured is in recipes/real_135m.md.
 #
-#   bash recipes/real_135m.sh MODEL GSM8K_TRAIN.jsonl SVAMP.jsonl [OUT]
+#   bash recipes/real_135m.sh MODEL SVAMP.jsonl [OUT]
 #
 # MODEL is a Hugging Face directory of type qwen2, the files as they are published. A stage that is
 # finished is skipped and an interrupted one continued, so the same command goes on after a Ctrl-C.
-# The size comes from the environment: LR scales all learning rates, STEPS and BATCH are GRPO's.
+# The size comes from the environment: LR scales all learning rates, N_SFT counts demonstrations,
+# N_RL the queries of RL; STEPS and BATCH are GRPO's.
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,8s/^# \?//p' "$0"; exit 2; }
-MODEL=$(realpath "$1") GSM8K=$(realpath "$2") SVAMP=$(realpath "$3")
-OUT=$(realpath -m "${4:-runs/real_135m}")
+[ $# -ge 2 ] || { sed -n '2,9s/^# \?//p' "$0"; exit 2; }
+MODEL=$(realpath "$1") SVAMP=$(realpath "$2") OUT=$(realpath -m "${3:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-128} STEPS=${STEPS:-8} BATCH=${BATCH:-12} N_TEST=${N_TEST:-500}
-LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
+N_SFT=${N_SFT:-336} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-96} STEPS=${STEPS:-8} BATCH=${BATCH:-8}
+N_TEST=${N_TEST:-600} LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
+# glibc hands large blocks back at once and fetches them anew: a quarter of SFT's time on a CPU.
+export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=10000000000
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
-# 1. Data. SVAMP varies each of its stories several times, in order: its second half is the test, and
-# of the first, half are demonstrations, the equation's steps, and half RL's queries, answers only.
-# GSM8K's problems of one step, their answers cut down to the calculator mark, are demonstrations too.
+# 1. Data: SVAMP's problems, and those of tasks.py, of which there are as many as one likes. SVAMP
+# varies each of its stories several times, in order: of its second half is the test; of the first,
+# half are demonstrations, half RL's queries. Demonstrations of both kinds show their steps or state
+# the answer at once. Of RL's queries only the answer is used; a quarter of them is to choose
+# settings by (val.jsonl).
 mkdir -p "$OUT/pretrain"
-"$PYTHON" - "$GSM8K" "$SVAMP" "$OUT" <<'END'
-import json, operator, random, re, sys
+"$PYTHON" - "$SVAMP" "$OUT" <<'END'
+import itertools, json, operator, random, re, sys
 from pathlib import Path
-gsm8k, svamp, out = map(Path, sys.argv[1:])
+import answers, tasks
+svamp, out = map(Path, sys.argv[1:])
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
-def read(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
 def solve(equation):
-    """"( ( 10.0 - 3.0 ) - 5.0 )" -> ["10-3=7", "7-5=2"], innermost bracket first."""
+    """"( ( 10.0 - 3.0 ) - 5.0 )" -> ["10 - 3 = 7", "7 - 5 = 2"], innermost bracket first."""
     steps = []
     while found := re.search(r"\( (-?[\d.]+) ([-+*/]) (-?[\d.]+) \)", equation):
         a, sign, b = float(found[1]), found[2], float(found[3])
         value = OPERATORS[sign](a, b)
-        steps.append(f"{a:g}{sign}{b:g}={value:g}")
+        steps.append(f"{a:g} {sign} {b:g} = {value:g}")
         equation = equation.replace(found[0], str(value), 1)
     return steps
 
-def chat(question, steps, answer):
-    return {"messages": [{"role": "user", "content": question},
-                         {"role": "assistant", "content": "\n".join([*steps, f"#### {answer}"])}]}
+def made(split, n):
+    """n different problems of a split, each with a demonstration."""
+    found, stream = {}, tasks.items(split, "mathematics", 0)
+    while len(found) < n:
+        query, text = next(stream)
+        found.setdefault(query["prompt"], (query | {"domain": "generated"}, text))
+    return list(found.values())
 
-problems = sorted(read(svamp), key=lambda row: int(row["ID"].split("-")[1]))
-half = len(problems) // 2
-first, test, one_step = problems[:half], problems[half:], []
-for row in read(gsm8k):
-    steps, answer = re.findall(r"<<(.+?)>>", row["answer"]), row["answer"].split("#### ")[1]
-    if len(steps) == 1 and steps[0].split("=")[-1] == answer:
-        one_step.append(chat(row["question"], steps, answer))
-for rows in (first, test, one_step):
-    random.Random(0).shuffle(rows)
-sft = [chat(f"{row['Body'].strip().rstrip('.')}. {row['Question']}", solve(row["Equation"]),
-            f"{row['Answer']:g}") for row in first[:half // 2]] + one_step[:130]
-random.Random(0).shuffle(sft)
-for name, rows in (("sft", sft), ("rl", first[half // 2:]), ("test", test)):
+rows = [json.loads(line) for line in svamp.read_text("utf-8").splitlines()]
+pairs = [(query | {"domain": "SVAMP"}, row) for query, row in
+         zip(answers.load_file(svamp), rows, strict=True)]
+pairs.sort(key=lambda pair: int(pair[1]["ID"].split("-")[1]))
+half = len(pairs) // 2
+first, test = pairs[:half], pairs[half:]
+r = random.Random(0)
+r.shuffle(first), r.shuffle(test)
+shown = [(query, r.choice(tasks.direct_and_worked(solve(row["Equation"]),
+                                                  query["check"]["answer"])))
+         for query, row in first[:half // 2]] + made("sft", 900)
+r.shuffle(shown)
+queries = [query for query, _ in first[half // 2:]]
+n_val, n_test = len(queries) // 4, 3 * half // 5
+sets = {"sft": [{"messages": [{"role": "user", "content": query["prompt"]},
+                              {"role": "assistant", "content": text}]} for query, text in shown],
+        "rl": queries[n_val:] + [query for query, _ in made("rl", len(queries) - n_val)],
+        "val": queries[:n_val] + [query for query, _ in made("val", 2 * n_val)],
+        "test": [query for query, _ in test[:n_test] + made("test", n_test)]}
+for name, rows in sets.items():
+    if name in ("rl", "test"):
+        r.shuffle(rows)
     (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-print(f"{len(sft)} demonstrations, {half - half // 2} queries for RL, {len(test)} for the test")
+print(", ".join(f"{len(rows)} rows in {name}.jsonl" for name, rows in sets.items()))
 END
 
 # 2. One stage after the other, the test before and after each that makes a policy.
 finished() { grep -qs '"finished": true' "$OUT/$1/run.json"; }
-evaluate() {  # name, flags
+evaluate() {  # name
   [ -e "$OUT/$1/eval.json" ] || timed "evaluate $1" "$PYTHON" evaluate.py --init "$OUT/$1" \
-    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --dtype "$DTYPE" "${@:2}"
+    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --samples 4 --max_new_tokens 48 \
+    --dtype "$DTYPE"
 }
 stage() {  # script, name, flags
   finished "$2" || timed "$2" "$PYTHON" "$1.py" --out "$OUT/$2" --dtype "$DTYPE" "${@:3}" \
@@ -80,26 +96,38 @@ timed() {
 ln -sf "$MODEL"/* "$OUT/pretrain/"
 [ -e "$OUT/pretrain/run.json" ] || { : > "$OUT/pretrain/log.jsonl"
   echo '{"command": "", "seed": 0}' > "$OUT/pretrain/run.json"; }
-evaluate pretrain --samples 1 --max_new_tokens 64
+evaluate pretrain
 
-stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --epochs "$EPOCHS" --batch_size 16 \
-  --micro_batch 8 --warmup 3 --lr "$(lr 2e-4)"
-evaluate sft --max_new_tokens 48 --samples 2
+stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --n_data "$N_SFT" --epochs "$EPOCHS" \
+  --batch_size 16 --micro_batch 16 --warmup 3 --lr "$(lr 1e-4)" --max_new_tokens 16
+evaluate sft
 
 stage dpo dpo --init "$OUT/sft" --base "$MODEL" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" \
-  --pairs_per_query 2 --max_new_tokens 48 --epochs 1 --lr "$(lr 2e-5)" --warmup 2 \
-  --batch_size 16 --micro_batch 8
-evaluate dpo --max_new_tokens 48 --samples 2
-
-stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatures 1.0 \
-  --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries $((N_RL / 2)) \
   --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 2e-5)" --warmup 2 \
   --batch_size 16 --micro_batch 8
+evaluate dpo
 
-stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/rl.jsonl" \
-  --n_queries "$N_RL" --steps "$STEPS" --batch_queries "$BATCH" --max_new_tokens 48 \
-  --lr "$(lr 2e-5)" --warmup 2 --normalise none --resample 1 --save_every 12
-evaluate grpo --max_new_tokens 48 --samples 2
+stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatures 1.0 \
+  --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" --n_held_out 16 \
+  --responses 2 --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 5e-5)" --warmup 2 \
+  --batch_size 16 --micro_batch 8
+
+# A group of equal rewards teaches nothing: GRPO gets the queries that DPO made pairs of, which the
+# SFT model answered rightly and wrongly.
+"$PYTHON" - "$OUT" <<'END'
+import json, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+pairs, rows = ((out / name).read_text("utf-8").splitlines(keepends=True)
+               for name in ("dpo/pairs.jsonl", "rl.jsonl"))
+mixed = {json.loads(line)["prompt"] for line in pairs}
+kept = [line for line in rows if json.loads(line)["prompt"] in mixed]
+(out / "mixed.jsonl").write_text("".join(kept), "utf-8")
+END
+stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/mixed.jsonl" \
+  --n_queries "$N_RL" --order random --steps "$STEPS" --batch_queries "$BATCH" \
+  --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --normalise none --save_every 4
+evaluate grpo
 
 "$PYTHON" report.py --run "$OUT"
 cat "$OUT/times.txt"

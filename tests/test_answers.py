@@ -404,7 +404,7 @@ def test_long_texts_are_linear():
 
 @pytest.mark.parametrize("name, count, kind", [
     ("math/gsm8k_test", 1319, "math"), ("math/gsm8k_train", 7473, "math"),
-    ("math/svamp_test", 1000, "math"),
+    ("math/svamp_test", 1000, "math"), ("math/mgsm_zh", 250, "math"),
     ("math/math500", 500, "math"), ("code/humaneval", 164, "code"),
     ("code/mbpp_train", 474, "code"),
     ("code/mbpp_sanitized_train", 170, "code"), ("ifeval/ifeval_input", 541, "ifeval")])
@@ -439,6 +439,12 @@ def test_readers_by_example(tmp_path):
     svamp = {"Body": "Tom has 3 pens", "Question": "How many?", "Answer": 3.0, "Equation": "3"}
     assert load_file(write(tmp_path, svamp))[0]["prompt"] == "Tom has 3 pens. How many?"
     assert load_file(write(tmp_path, svamp))[0]["check"]["answer"] == "3"
+    asked, empty = {"role": "user", "content": "几？"}, {"role": "assistant", "content": ""}
+    mgsm = {"messages": [asked, empty], "answer": "18"}
+    assert load_file(write(tmp_path, mgsm))[0]["prompt"] == "几？"
+    for messages in ([asked], [asked, empty | {"content": "18"}], [empty, empty]):
+        with pytest.raises(InputError, match="cannot read"):
+            load_file(write(tmp_path, mgsm | {"messages": messages}))
     math = {"problem": "P", "solution": r"\boxed{1} is wrong, \boxed{\frac{1}{2}}"}
     assert load_file(write(tmp_path, math))[0]["check"]["answer"] == r"\frac{1}{2}"
     mbpp = {"text": "Double it.", "code": "", "test_list": ["assert f(1) == 2", "assert f(2) == 4"],

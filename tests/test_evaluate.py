@@ -150,20 +150,24 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
 
 
 def test_best_of_by_hand():
-    """Two queries of four answers: chance is the mean; the majority counts equal final answers,
-    however they are reached, and chance decides a draw; the reward model takes its favourite."""
+    """Three queries of four answers: chance is the mean; the majority counts equal final answers,
+    however they are reached, and chance decides a draw; the reward model takes its favourite; one
+    vote of sigmoid(3) beats two of sigmoid(-2), three of sigmoid(0) beat sigmoid(1)."""
     class Scorer:
         def score(self, prompts, responses):
-            assert prompts == ["p"] * 4 + ["q"] * 4
-            return [text.count("!") for text in responses]
+            assert prompts == ["p"] * 4 + ["q"] * 4 + ["r"] * 4
+            return [text.count("!") - 2 * text.count("?") for text in responses]
     sampled = [[("1 + 6 = 7! The answer is \\boxed{7}.", 1.0), ("The answer is \\boxed{7}.", 1.0),
                 ("no", 0.0), ("no?", 0.0)],
-               [("a", 0.0), ("a", 0.0), ("b!", 1.0), ("b!", 1.0)]]
-    got = evaluate.best_of([{"prompt": "p"}, {"prompt": "q"}], sampled, Scorer())
-    assert {name: value["mean"] for name, value in got.items()} == {
-        "chance": 0.5, "majority": 0.75, "reward model": 1.0,
-        "reward model - chance": 0.5, "reward model - majority": 0.25}
-    assert got["reward model - majority"]["low"] == pytest.approx(0.25 - 1.96 * 0.25)
+               [("a?", 0.0), ("a?", 0.0), ("b!!!", 1.0), ("c?", 0.0)],
+               [("a", 1.0), ("a", 1.0), ("b!", 0.0), ("a", 1.0)]]
+    got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
+    assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
+        "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3, "weighted majority": 1.0,
+        "reward model - chance": 0.5 / 3, "reward model - majority": 0.0,
+        "weighted majority - chance": 0.5, "weighted majority - majority": 1 / 3})
+    lead = got["weighted majority - majority"]  # 0, 1, 0: standard error 1/3
+    assert lead["low"] == pytest.approx(1 / 3 - 1.96 / 3)
 
 
 def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
@@ -174,6 +178,7 @@ def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
     metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
     assert metrics["best_of"]["reward model"] == metrics["best_of"]["chance"]
     assert metrics["best_of"]["chance"]["mean"] == metrics["pass@1"]["total"]["mean"]
+    assert metrics["best_of"]["weighted majority"] == metrics["best_of"]["majority"]
     assert metrics["best_of"]["chance"]["n"] == 6
 
 

@@ -1,7 +1,8 @@
 """recipes/: the long-context experiment, its measurements by hand and its whole path on a model
-without skill; the scripts of post-training on a model that learns to guess. The flags in the
-Markdown recipes are checked by test_docs.py."""
+without skill; preferences, by hand; the scripts of post-training on a model that learns to guess.
+The flags in the Markdown recipes are checked by test_docs.py."""
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -19,9 +20,16 @@ from common import InputError
 from helpers import tiny_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("long_context", ROOT / "recipes" / "long_context.py")
-L = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(L)
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+L, P = recipe("long_context"), recipe("preferences")
 
 
 def test_loss_by_position_is_the_mean_over_rows():
@@ -68,6 +76,39 @@ def test_depth_is_where_the_needle_goes():
         assert text.split("\n").index(asked.strip()) == want and len(text.split("\n")) == 11
 
 
+def test_preferences_of_both_shapes():
+    """A transcript is split at the last answer's turn, also where both answers begin alike."""
+    start = "\n\nHuman: Hi: there\n\nAssistant: Yes?\n\nHuman: A\n\nB?"
+    asked = [{"role": "user", "content": "Hi: there"}, {"role": "assistant", "content": "Yes?"},
+             {"role": "user", "content": "A\n\nB?"}]
+    assert P.convert({"chosen": start + "\n\nAssistant: It is 7: yes",
+                      "rejected": start + "\n\nAssistant: It is 8."}) == {
+        "prompt": asked, "chosen": "It is 7: yes", "rejected": "It is 8."}
+    names = {"user": "human", "assistant": "gpt"}
+    said = [{"from": names[m["role"]], "value": m["content"]} for m in asked]
+    assert P.convert({"conversations": said, "chosen": {"from": "gpt", "value": "a"},
+                      "rejected": {"from": "gpt", "value": "b"}}) == {
+        "prompt": asked, "chosen": "a", "rejected": "b"}
+
+
+def test_beside_qwens_scores_by_hand():
+    """One problem with right and wrong solutions, one without. Ours likes the last best, Qwen the
+    first, both linear in the rank, so the correlation is -1."""
+    class Reversed:
+        def score(self, prompts, responses, batch_size):
+            assert prompts == ["q"] * 4
+            return [float(text[0]) for text in responses]
+    rows = [{"idx": 0, "question": "q", "response": f"{i}" + "x" * length, "is_correct": right,
+             "rm_score": -i} for i, right, length in ((0, True, 9), (1, False, 5), (2, True, 1),
+                                                      (3, False, 2))]
+    rows += [{"idx": 1, "question": "p", "response": "x", "is_correct": True, "rm_score": 0.0}] * 2
+    assert P.against_qwen(Reversed(), rows) == pytest.approx({
+        "problems": 1, "right above wrong, ours": 1 / 4, "best of 8, ours": 0,
+        "right above wrong, Qwen": 3 / 4, "best of 8, Qwen": 1,
+        "right above wrong, longer": 2 / 4, "best of 8, longer": 1, "random": 0.5,
+        "correlation with Qwen": -1})
+
+
 @pytest.mark.slow
 def test_the_whole_recipe(micro_run, tmp_path):
     base = tmp_path / "base"
@@ -91,30 +132,37 @@ def test_the_whole_recipe(micro_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
 def test_post_training_of_a_published_model(micro_run, tmp_path):
-    """real_135m.sh through its wrapper, every stage at lengths of seconds: demonstrations say 3 or
-    5 to the same question, RL's queries pay for one of them. Again, and nothing is left to do;
-    an interrupted stage goes on. The equations are solved as written."""
-    gsm8k = write_rows(tmp_path / "gsm8k.jsonl", [
-        {"question": "Pick one. Which?", "answer": f"It is <<1+{n - 1}={n}>>{n}\n#### {n}"}
-        for n in (3, 5) * 400])
+    """real_135m.sh through its wrapper, every stage at lengths of seconds: of the demonstrations
+    three in four say 3 and one says 4 to the same question, RL's queries pay alike, the test wants
+    a 3. Again, and nothing is left to do; an interrupted stage goes on. The equations are solved
+    as written, the queries of no two files are the same (but for SVAMP's, here all one)."""
     svamp = write_rows(tmp_path / "svamp.jsonl", [
-        {"ID": f"chal-{i}", "Body": "Pick one", "Question": "Which?", "Answer": 3.0,
-         "Equation": "( ( 8.0 / 2.0 ) - 1.0 )"} for i in range(1, 65)])
-    sizes = {"EPOCHS": 6, "N_RL": 16, "STEPS": 14, "BATCH": 2, "N_TEST": 32, "LR": 30}
+        {"ID": f"chal-{i}", "Body": "Pick one", "Question": "Which?", "Answer": answer,
+         "Equation": f"( ( 8.0 / 2.0 ) - {4.0 - answer} )"}
+        for i in range(1, 129) for answer in [4.0 if i <= 64 and i % 4 == 0 else 3.0]])
+    sizes = {"N_SFT": 1000, "EPOCHS": 3, "N_RL": 38, "STEPS": 20, "BATCH": 4, "N_TEST": 76,
+             "LR": 30}
     env = os.environ | {k: str(v) for k, v in sizes.items()} | {
         "PYTHON": sys.executable, "DTYPE": "float32"}
-    command = ["bash", str(ROOT / "recipes" / "qwen2.5_0.5b.sh"), str(micro_run), gsm8k, svamp,
+    command = ["bash", str(ROOT / "recipes" / "qwen2.5_0.5b.sh"), str(micro_run), svamp,
                str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
     names = ("pretrain", "sft", "dpo", "grpo")
     metrics = [json.loads((out / name / "eval.json").read_text())["metrics"] for name in names]
-    assert [m["greedy"]["total"]["n"] for m in metrics] == [32] * 4
-    base, sft, _, best = (m["pass@1"]["total"]["mean"] for m in metrics)
+    assert [m["greedy"]["total"]["n"] for m in metrics] == [76] * 4
+    base, sft, _, best = (m["pass@1"]["SVAMP"]["mean"] for m in metrics)
     assert base < sft < best
-    chats = (out / "sft.jsonl").read_text().splitlines()
-    assert sum("8/2=4\\n4-1=3\\n#### 3" in line for line in chats) == 16 and len(chats) == 146
+    asked = {name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+             for name in ("sft", "rl", "val", "test")}
+    texts = [row["messages"][1]["content"] for row in asked["sft"]]
+    worked = "8 / 2 = 4. 4 - 1 = 3. The answer is \\boxed{3}."
+    assert 0 < texts.count(worked) < 32 and len(texts) == 932
+    prompts = [{row.get("prompt") or row["messages"][0]["content"] for row in rows}
+               for rows in asked.values()]
+    for one, other in itertools.combinations(prompts, 2):
+        assert one & other == {"Pick one. Which?"}
     assert "| dpo | grpo |" in (out / "report.md").read_text()
     times = (out / "times.txt").read_text()
     assert len(re.findall(r"^\d[\d.]* s, .* of CPU: ", times, re.M)) == 8
