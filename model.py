@@ -41,7 +41,7 @@ class Config:
     num_key_value_heads: int = 2
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0    # 10,000 before the long-context stage (ABF raises it)
+    rope_theta: float = 1_000_000.0    # 10,000 before the long-context stage, which raises it
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     # mixture of experts; num_experts 0 is the dense model
@@ -158,8 +158,8 @@ def frequencies(config: Config):
     m = 0.1 ln(s) + 1 on cos and sin, so m^2 on the logits, sharpens attention over more keys."""
     D, s = config.head_dim, config.yarn_factor
     # On the CPU by name: kept for all calls, it must not follow a `with torch.device("meta")`.
-    pairs = torch.arange(0, D, 2, dtype=torch.float32, device="cpu")
-    inv = 1.0 / config.rope_theta ** (pairs / D)
+    i = torch.arange(D // 2, dtype=torch.float32, device="cpu")
+    inv = 1.0 / config.rope_theta ** (2 * i / D)
     if s == 1:
         return inv, 1.0
 
@@ -167,8 +167,7 @@ def frequencies(config: Config):
         return (D * math.log(config.trained_length / (turns * 2 * math.pi))
                 / (2 * math.log(config.rope_theta)))
     low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), D - 1)
-    ramp = (pairs / 2 - low) / (high - low or 0.001)
-    ramp = ramp.clamp(0, 1)
+    ramp = ((i - low) / (high - low or 0.001)).clamp(0, 1)
     return inv / s * ramp + inv * (1 - ramp), 0.1 * math.log(s) + 1
 
 
@@ -179,7 +178,7 @@ def rope(positions, config: Config):
     `model.bfloat16()`, and bfloat16 turns position 15,962 into 15,936 (R3.5)."""
     inv, factor = frequencies(config)
     angles = positions[..., None].float() * inv.to(positions.device)  # (B, T, D/2)
-    angles = torch.cat((-angles, angles), dim=-1)[:, None]
+    angles = torch.cat((-angles, angles), dim=-1)[:, None]            # for `rotate`: -sin, sin
     return angles.cos() * factor, angles.sin() * factor
 
 
@@ -205,7 +204,8 @@ def dual_chunks(positions, config: Config):
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, T, D). Halves are paired (i with i + D/2), not neighbours (2i with 2i + 1)."""
+    """x (B, heads, T, D). Halves are paired (i with i + D/2), not neighbours (2i with 2i + 1): the
+    first becomes a cos - b sin, the second b cos + a sin. The minus is in `sin` already."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
@@ -443,7 +443,7 @@ class Qwen2(nn.Module):
         if segment_ids is not None:
             new = torch.ones_like(segment_ids, dtype=torch.bool)
             new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-            first = torch.where(new, positions, 0).cummax(dim=1).values
+            first = torch.where(new, positions, 0).cummax(dim=1).values  # of each one's document
             positions = positions - first
         chunk, dual = self.config.chunk_size - self.config.local_size, None
         if 0 < chunk < start + T:  # else all is one chunk, and this is plain attention
@@ -516,7 +516,7 @@ def describe(name: str) -> None:
         sizes = Qwen2(config).count_parameters()
     L, C, V, T = (config.num_hidden_layers, config.hidden_size, config.vocab_size,
                   config.trained_length)
-    cache = 2 * 2 * L * config.num_key_value_heads * config.head_dim
+    cache = 2 * L * config.num_key_value_heads * config.head_dim * 2  # keys and values; bytes
     # 2 a multiply-add; attention's scores and their use, over half of T keys on average
     inside = sizes["active"] - sizes["total"] + sizes["non_embedding"]
     forward = 2 * (inside + V * C) + 2 * L * C * T

@@ -45,13 +45,13 @@ class Args:
     tokenizer: str = ""              # directory or qwen.tiktoken; empty: train one on the data
     vocab_size: int = 2048           # of the tokenizer trained here, control tokens included
     model: str = "tiny"              # preset of model.py
-    rope_theta: float = 0.0          # change RoPE's base and continue (ABF); 0: leave it
+    rope_theta: float = 0.0          # another base of RoPE, for longer rows; 0: leave it
     upcycle: bool = False            # --init is dense: cut its FFNs into the experts of --model
     tokens: int = 600_000            # training tokens in all
     seq_len: int = 128               # positions a row
     doc_mask: bool = True            # packed documents do not see each other
-    long_share: float = 0.0          # share of the rows cut from documents that fill them; 0: as is
-    batch_tokens: int = 1024         # tokens a step: the batch size that schedules count
+    long_share: float = 0.0          # share of rows that are one long document each; 0: as they come
+    batch_tokens: int = 1024         # tokens a step: batch_tokens / seq_len rows
     micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
     recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
     lr: float = 1.5e-3               # peak learning rate
