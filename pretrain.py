@@ -50,7 +50,7 @@ class Args:
     tokens: int = 600_000            # training tokens in all
     seq_len: int = 128               # positions a row
     doc_mask: bool = True            # packed documents do not see each other
-    long_share: float = 0.0          # share of rows that are one long document each; 0: as they come
+    long_share: float = 0.0          # share of rows of one long document each; 0: as they come
     batch_tokens: int = 1024         # tokens a step: batch_tokens / seq_len rows
     micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
     recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
