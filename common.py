@@ -469,6 +469,8 @@ class Run:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if self.state_file.parent.exists():
                     shutil.rmtree(self.state_file.parent)
+                for name in ("eval.json", "eval_samples.jsonl"):  # of the model that was here
+                    (self.path / name).unlink(missing_ok=True)
                 self.log_file.write_text("", encoding="utf-8")
             self.write_record({"finished": False})
         if self.args["resume"]:

@@ -14,6 +14,7 @@ which need not be 0 or 1, pass@1 and greedy are its means, and a pass is what it
 """
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,7 +222,9 @@ def main(args: Args) -> dict:
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
          "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    settings = {"queries": args.queries, "n": len(queries), "reward": args.reward,
+    path = args.reward.rpartition(":")[0]  # the same name may be other code by the next evaluation
+    reward = args.reward and f"{args.reward} {zlib.crc32(Path(path).read_bytes()):08x}"
+    settings = {"queries": args.queries, "n": len(queries), "reward": reward,
                 "samples": args.samples, "few_shot": args.few_shot, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens, "window": args.window, "yarn": args.yarn,
                 "dca": args.dca, "rollout_url": args.rollout_url}

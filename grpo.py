@@ -80,7 +80,7 @@ class Args:
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     clip: float = 1.0                # largest gradient norm
-    save_every: int = 50             # steps between resumable states
+    save_every: int = 10             # steps between resumable states
     seed: int = 0                    # of queries and samples
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
@@ -216,6 +216,7 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
     verified, rewards, scores = reward_groups(groups, reward_model, args)
     truncated = sum(not a.finished for group in groups for a in group) / verified.numel()
     mixed = sum(map(is_mixed, groups)) / len(groups)
+    print(f"{len(queries)} queries; {args.steps} steps ask {args.steps * args.batch_queries}")
     print(f"before training: {verdict(args)} {verified.mean():.1%}, {mixed:.1%} of queries have "
           f"better and worse answers, {truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "

@@ -20,7 +20,7 @@ CURVES = {"pretrain": ("loss", "val_loss", "grad_norm"), "sft": ("loss", "grad_n
           "sft_control": ("loss", "grad_norm"),
           "dpo": ("accuracy", "reward_chosen", "reward_rejected", "loss"),
           "rl_first": ("pass", "reward", "entropy", "dead"), "reward": ("accuracy", "loss"),
-          "grpo": ("pass", "reward", "entropy", "dead", "length", "kl")}
+          "grpo": ("pass", "own", "reward", "entropy", "dead", "length", "kl")}
 
 
 @dataclass

@@ -430,7 +430,8 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
             except (TypeError, ValueError):
                 scores[i] = math.nan
             require(0 <= scores[i] <= 1,
-                    f"{check['function']} gave {value!r}: want a number from 0 to 1")
+                    f"{check['function']} gave {value!r}: want a number from 0 to 1, for the "
+                    f"response {response[:200]!r}")
         else:
             follow = ifeval.follows if check["kind"] == "ifeval" else follows
             rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
@@ -467,10 +468,11 @@ def own_reward(name: str):
 
 
 def line_in(name: str, error: Exception) -> str:
-    """Where in the file of a --reward an error arose; nothing if it did not get there."""
+    """Where in the file of a --reward an error arose, or that it cannot be called."""
     path = name.rpartition(":")[0]
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    return f", line {lines[-1]}" if lines else " as score(query, response)"
+    return f", line {lines[-1]}" if lines else \
+        " as score(query, response)" * isinstance(error, TypeError)
 
 
 def score(query: dict, response: str) -> float:

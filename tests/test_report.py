@@ -128,3 +128,21 @@ def test_the_log_of_every_stage_has_its_curves():
     for stage, metrics in report.CURVES.items():
         for metric in metrics:
             assert f"{metric}=" in sources[stage] or f'"{metric}"' in sources[stage], metric
+
+
+def test_evaluations_by_different_rewards_are_not_compared(tmp_path):
+    for name, reward in (("sft", "mine.py:score 0a"), ("grpo", "mine.py:score 0b")):
+        fake_stage(tmp_path, name, [0.0])
+        path = tmp_path / name / "eval.json"
+        path.write_text(path.read_text().replace('"settings": {}',
+                                                 f'"settings": {{"reward": "{reward}"}}'))
+    refuses(lambda: report.main(report.Args(run=str(tmp_path))), "sft and grpo", "--reward")
+
+
+def test_of_graded_answers_those_that_rose_most_are_shown(tmp_path):
+    fake_stage(tmp_path, "sft", [0.2, 0.1, 0.5])
+    fake_stage(tmp_path, "grpo", [0.3, 0.9, 0.4])
+    report.main(report.Args(run=str(tmp_path)))
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "2 queries learned" in text and "1 queries lost" in text
+    assert "**q1**" in text and "**q2**" in text and "**q0**" not in text
