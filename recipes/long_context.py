@@ -87,8 +87,9 @@ def write_data(args: Args) -> list[str]:
     unseen = [doc["text"] for doc in more["stdlib_code"][len(demo["stdlib_code"]):]]
     for length, tokens in ((SHORT, args.tokens), (LONG, args.more_tokens)):
         where, r = Path(args.out) / f"data{length}", random.Random(f"{args.seed} {length}")
-        write_jsonl(where / "text.jsonl", ({"text": text} for text in train))
-        write_jsonl(where / "needles.jsonl", training_documents(r, train, length, 2 * tokens))
+        write_jsonl(where / "text.jsonl", ({"source": "text", "text": text} for text in train))
+        write_jsonl(where / "needles.jsonl", ({"source": "needles", **row} for row in
+                                              training_documents(r, train, length, 2 * tokens)))
     return unseen
 
 
