@@ -26,7 +26,7 @@ from torch.utils import checkpoint as recomputation
 
 import checkpoint
 import kernels
-from common import InputError, require
+from common import InputError, one_line, require
 from distributed import summed
 
 
@@ -530,11 +530,11 @@ def describe(name: str) -> None:
           f"forward     {forward / 1e9:.3g} GFLOP a token of {T:,}; training 3 times that")
 
 
+def main(argv: list[str]) -> None:
+    require(len(argv) == 2 and argv[0] == "describe",
+            f"usage: python model.py describe {'|'.join(PRESETS)}|DIRECTORY")
+    describe(argv[1])
+
+
 if __name__ == "__main__":
-    try:
-        require(len(sys.argv) == 3 and sys.argv[1] == "describe",
-                f"usage: python model.py describe {'|'.join(PRESETS)}|DIRECTORY")
-        describe(sys.argv[2])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    one_line(main, sys.argv[1:])
