@@ -54,12 +54,13 @@ def collect(root: Path):
     for name in found:
         folder = root / name
         run, path = read_json(folder / "run.json"), folder / "eval.json"
+        evaluation = read_json(path) if path.exists() else {}
         stages.append({"name": name, "seconds": run.get("seconds"),
                        "peak_rss_mb": run.get("peak_rss_mb"),
                        "command": "python " + run["command"], "result": run.get("result", {}),
-                       "metrics": read_json(path)["metrics"] if path.exists() else {}})
-        if path.exists():
-            settings = read_json(path)["settings"]
+                       "metrics": evaluation.get("metrics", {})})
+        if evaluation:
+            settings = evaluation["settings"]
             asked[tuple(settings.get(key, "") for key in ("queries", "n", "reward"))] = name
         if (folder / "log.jsonl").exists():
             logs[name] = [row for _, row in read_jsonl(folder / "log.jsonl")]
