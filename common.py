@@ -385,6 +385,20 @@ def write_jsonl(path: str | Path, rows) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def checksums(args: dict) -> dict[str, str]:
+    """Of each file that an argument names, as --data a.jsonl,b.txt or --reward my.py:score do."""
+    out = {}
+    for name in ",".join(value for value in args.values() if isinstance(value, str)).split(","):
+        path = name if os.path.isfile(name) else name.rpartition(":")[0]
+        if os.path.isfile(path) and os.access(path, os.R_OK):
+            crc = 0
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    crc = zlib.crc32(block, crc)
+            out[path] = f"{crc:08x}"
+    return out
+
+
 def peak_rss_mb() -> float:
     """Peak resident memory of this process in MB; nan where the OS does not tell (Windows)."""
     try:
@@ -409,6 +423,7 @@ class Run:
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
         self.started, self.previous_seconds = time.time(), 0.0
+        self.files = {}  # {name: {step from which on it was so: checksum}}
         self.log_file, self.state_file = self.path / "log.jsonl", self.path / "state" / "state.pt"
         self.skipped, self.strikes, self.hooks, self.found = 0, 0, [], []
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
@@ -433,6 +448,8 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
+        if self.resumed:
+            self.files = record.get("files", {})
         init = self.args.get("init")
         require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
@@ -472,9 +489,14 @@ class Run:
                 for name in ("eval.json", "eval_samples.jsonl"):  # of the model that was here
                     (self.path / name).unlink(missing_ok=True)
                 self.log_file.write_text("", encoding="utf-8")
-            self.write_record({"finished": False})
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
+        for name, new in checksums(self.args).items():
+            known = self.files.setdefault(name, {str(step): new})
+            if [*known.values()][-1] != new:  # no refusal: a --reward with an error gets mended
+                print(f"{name} has changed since this run began: from here on it is another run")
+                known[str(step)] = new
+        self.write_record({"finished": False})
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
@@ -497,7 +519,8 @@ class Run:
         record = {"stage": self.stage, "args": self.args, "parent": self.args.get("init", ""),
                   "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                   "git": git, "python": platform.python_version(),
-                  "torch": torch.__version__, "seed": self.args["seed"], **result}
+                  "torch": torch.__version__, "seed": self.args["seed"], "files": self.files,
+                  **result}
         write_atomic(self.path / "run.json", json.dumps(plain(record), indent=1) + "\n")
 
     def strike(self, strikes: int) -> None:

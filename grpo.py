@@ -45,7 +45,8 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from common import Run, adamw, cli, clip_and_step, lr_at, positive, read_jsonl, require, setup
+from common import (
+    InputError, Run, adamw, cli, clip_and_step, lr_at, positive, read_jsonl, require, setup)
 from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
@@ -221,10 +222,12 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
           f"better and worse answers, {truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "
             "or train longer with sft.py a model that does not stop by itself")
-    advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature" \
-        if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2 else \
-        "easier --queries, more SFT, or a --reward with degrees" if verified.mean() < 0.5 else \
-        "harder --queries"
+    if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2:
+        advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature"
+    elif verified.mean() < 0.5:
+        advice = "easier --queries, more SFT, or a --reward with degrees"
+    else:
+        advice = "harder --queries"
     require(mixed > 0, f"each query's answers all score alike, so all advantages are 0: {advice}")
     if mixed < 0.1:
         print(f"few queries have anything to learn from: {advice}")
@@ -281,9 +284,15 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
                disable=QUIET)
     for step in bar:
-        with autocast:
-            groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
-            verified, rewards, scores = reward_groups(groups, reward_model, args)
+        try:
+            with autocast:
+                groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
+                verified, rewards, scores = reward_groups(groups, reward_model, args)
+        except InputError as error:  # in a --reward of one's own
+            if WORLD > 1 or step == 0:  # one of several cannot save
+                raise
+            run.save_state(step, model, optimizer)
+            raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
         answers = [answer for group in groups for answer in group]
         kept = [a.finished or args.overlong != "mask" for a in answers]
         advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)

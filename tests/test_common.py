@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -443,6 +444,15 @@ def test_git_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     begun(Args(out=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] == ""
+
+
+def test_files_that_arguments_name(tmp_path):
+    """In lists, and before a function's name; no directory, no number, no word."""
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.py"
+    a.write_bytes(bytes(range(256)) * 5000)  # more than one block
+    b.write_text("")
+    assert common.checksums({"data": f"{a},{tmp_path}", "reward": f"{b}:f", "n": 3, "order": "x"}
+                            ) == {str(a): f"{zlib.crc32(a.read_bytes()):08x}", str(b): "00000000"}
 
 
 def test_an_out_that_cannot_be_written_is_refused(tmp_path):
