@@ -50,6 +50,7 @@ from common import (
 from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
+from server import Server
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Args:
     group: int = 8                   # responses a query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
-    rollout_url: str = ""            # refused: after a step a server's weights are old ones
+    rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
     micro_batch: int = 32            # responses a forward pass, of similar length: memory only
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
@@ -255,11 +256,8 @@ def main(args: Args) -> dict:
         require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
     require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
             " a long right answer could be worth less than a wrong one")
-    # The gradient is an expectation over what this policy says. A server goes on saying what the
-    # first one did: the ratio corrects for a few steps, clipped ones not at all, and soon all are.
-    # To load new weights into it every step, each server and version has its own, unstable way.
-    require(not args.rollout_url, "--rollout_url: GRPO changes the policy at every step, and a "
-            "server would answer with the weights it has loaded; for sft, dpo, reward, evaluate")
+    require(not args.rollout_url or args.temperature == 1, "--rollout_url wants --temperature 1: "
+            "so are a server's log-probabilities, and pi_old is the server's policy")
     require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)
@@ -271,8 +269,15 @@ def main(args: Args) -> dict:
     queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
 
     # data
+    server = Server(args.rollout_url, tokenizer) if args.rollout_url else None
+
+    def sampler(model):
+        """Who answers for the policy. pi_old is then the server's, its rounding included."""
+        if server:
+            server.load(model, run.path / "served")
+        return server or model
     with autocast:
-        queries = order_queries(model, reward_model, tokenizer, queries, args)
+        queries = order_queries(sampler(model), reward_model, tokenizer, queries, args)
     reference = sharded(copy.deepcopy(model), autocast) if args.kl else None
 
     # optimizer, resume
@@ -284,6 +289,7 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
                disable=QUIET)
     for step in bar:
+<<<<<<< HEAD
         try:
             with autocast:
                 groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
@@ -293,6 +299,11 @@ def main(args: Args) -> dict:
                 raise
             run.save_state(step, model, optimizer)
             raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
+=======
+        with autocast:
+            groups, used = sample_groups(sampler(whole(model)), tokenizer, queries, args, step)
+            verified, rewards, scores = reward_groups(groups, reward_model, args)
+>>>>>>> main
         answers = [answer for group in groups for answer in group]
         kept = [a.finished or args.overlong != "mask" for a in answers]
         advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)

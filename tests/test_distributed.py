@@ -12,6 +12,9 @@ import ranks
 import torch
 from helpers import log, weights
 from test_faults import STAGES, inputs  # noqa: F401  the same runs of six steps
+from test_server import Peer
+
+from sample import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,6 +113,20 @@ def test_recomputed_activations_change_nothing(one, two):
     """On one process bit for bit; on two, a block's weights are gathered for it once more."""
     assert (one / "sft" / "log.jsonl").read_text() == (one / "recompute" / "log.jsonl").read_text()
     same(one / "recompute", two / "recompute")
+
+
+def test_two_processes_share_a_server(inputs, tmp_path):  # noqa: F811
+    """It is given each step's weights once, and both get answers of these: gap, the largest
+    difference of log-probabilities over all of them, is rounding."""
+    peer = Peer(*load_policy(inputs["grpo"]["init"], "cpu"))
+    args = inputs["grpo"] | {"rollout_url": peer.url, "out": str(tmp_path / "run"),
+                             "inner_steps": 1, "micro_batch": 1}
+    codes, told = start(2, {"runs": [{"stage": "grpo", "args": args}]}, tmp_path)
+    peer.http.shutdown()
+    assert codes == [0, 0], told
+    rows = log(tmp_path / "run")
+    assert peer.loaded == 1 + len(rows) == 7 and all(row["gap"] < 1e-5 for row in rows)
+    assert sum(row["grad_norm"] for row in rows) > 0
 
 
 @pytest.mark.slow
