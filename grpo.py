@@ -289,21 +289,15 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
                disable=QUIET)
     for step in bar:
-<<<<<<< HEAD
         try:
             with autocast:
-                groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
+                groups, used = sample_groups(sampler(whole(model)), tokenizer, queries, args, step)
                 verified, rewards, scores = reward_groups(groups, reward_model, args)
-        except InputError as error:  # in a --reward of one's own
+        except InputError as error:  # of a --reward of one's own, or of a server
             if WORLD > 1 or step == 0:  # one of several cannot save
                 raise
             run.save_state(step, model, optimizer)
             raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
-=======
-        with autocast:
-            groups, used = sample_groups(sampler(whole(model)), tokenizer, queries, args, step)
-            verified, rewards, scores = reward_groups(groups, reward_model, args)
->>>>>>> main
         answers = [answer for group in groups for answer in group]
         kept = [a.finished or args.overlong != "mask" for a in answers]
         advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)
