@@ -539,10 +539,10 @@ class Run:
         numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
-        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), []
+        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), ""
         if bad:
-            where = sum(gathered(self.found), [])[:1]  # the others may have found nothing
-            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": "".join(where)}
+            where = "".join(sum(gathered(self.found), [])[:1])  # some may have found nothing
+            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": where}
         if RANK == 0:
             with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row)) + "\n")
@@ -556,7 +556,7 @@ class Run:
         self.strike((self.strikes + 1) * bad)
         if self.strikes == STRIKES:
             raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
-                           f"first in the {''.join(where) or 'loss'}; the batches are in "
+                           f"first in the {where or 'loss'}; the batches are in "
                            f"{self.log_file}. Lower --lr, or look at these rows")
         if self.stopping and step < steps:
             self.save_state(step, self.model, self.optimizer)

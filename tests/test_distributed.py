@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 from helpers import log, weights
-from test_faults import STAGES, inputs  # noqa: F401  the same runs of six steps
+from test_faults import MOE, STAGES, inputs  # noqa: F401  the same runs of six steps
 from test_server import Peer
 
 from sample import load_policy
@@ -30,7 +30,7 @@ def start(n: int, job: dict, folder: Path):
 def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values):  # noqa: F811
     """Each stage on n processes, in folder/NAME. One process is this one."""
     folder.mkdir(exist_ok=True)
-    runs = [{"stage": STAGES[name].__name__, "args": inputs[name] | {
+    runs = [{"stage": names[name].__name__, "args": inputs[name] | {
         "out": str(folder / name), "micro_batch": micro_batch,
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
@@ -143,10 +143,11 @@ def test_four_processes_take_the_steps_of_one(inputs, one):  # noqa: F811
 def test_a_state_is_continued_by_any_number_of_processes(numbers, inputs, tmp_path):  # noqa: F811
     """Stopped with the state of step 2, continued by others and stopped with that of step 4. A
     micro-batch of 4 rows is the whole step on any number, as the MoE's balance loss wants."""
-    whole, parts = run_stages(1, tmp_path / "whole", inputs, 4), tmp_path / "parts"
+    whole, parts, names = tmp_path / "whole", tmp_path / "parts", STAGES | MOE
+    run_stages(1, whole, inputs, 4, names)
     for n, stop in zip(numbers, (2, 4, 0), strict=True):
-        run_stages(n, parts, inputs, 4, stop=stop)
-    for name in STAGES:
+        run_stages(n, parts, inputs, 4, names, stop=stop)
+    for name in names:
         same(whole / name, parts / name)
 
 
