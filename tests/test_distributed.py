@@ -34,7 +34,7 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         "out": str(folder / name), "micro_batch": micro_batch,
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
-        (sft,) = [one for one in runs if one["stage"] == "sft"]
+        sft = next(one for one in runs if one["stage"] == "sft")
         nan, bf16, again = ({"out": str(folder / name)} for name in ("nan", "bf16", "recompute"))
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
                  sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
