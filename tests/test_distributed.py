@@ -1,6 +1,7 @@
 """torchrun: a stage on several processes takes the steps that it takes on one."""
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed.checkpoint
 from helpers import log, weights
-from test_faults import MOE, STAGES, inputs  # noqa: F401  the same runs of six steps
+from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
 from test_server import Peer
 
+import distributed
 from sample import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +152,29 @@ def test_a_state_is_continued_by_any_number_of_processes(numbers, inputs, tmp_pa
         run_stages(n, parts, inputs, 4, names, stop=stop)
     for name in names:
         same(whole / name, parts / name)
+
+
+def test_a_planted_state_runs_nothing(tmp_path):
+    """The library's two pickles: the table of contents, and numbers. Both work if it reads them."""
+    model = torch.nn.Linear(2, 3)
+    optimizer, marker, path = torch.optim.AdamW(model.parameters()), tmp_path / "m", tmp_path / "1"
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    distributed.save_state(path, model, optimizer, step=7, seconds=0.5)
+    assert distributed.load_state(path, model, optimizer)["step"] == 7
+    contents = (path / ".metadata").read_bytes()
+    for words in (b"cos\nmkdir\n", b"ctorch.distributed.checkpoint.filesystem\nos.mkdir\n"):
+        (path / ".metadata").write_bytes(words + f"(V{marker}\ntR.".encode())
+        with pytest.raises(pickle.UnpicklingError):
+            distributed.load_state(path, model, optimizer)
+    (path / ".metadata").write_bytes(contents)
+    distributed.save_state(path, model, optimizer, step=Evil(marker), seconds=0.5)
+    with pytest.raises(pickle.UnpicklingError):
+        distributed.load_state(path, model, optimizer)
+    assert not marker.exists()
+    state = {"step": 0}
+    torch.distributed.checkpoint.load(state, checkpoint_id=path)
+    assert marker.exists()
 
 
 @pytest.fixture
