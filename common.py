@@ -386,11 +386,14 @@ def write_jsonl(path: str | Path, rows) -> None:
 
 
 def checksums(args: dict) -> dict[str, str]:
-    """Of each file that an argument names, as --data a.jsonl,b.txt or --reward my.py:score do."""
+    """Of each file that an argument names, as --data a.jsonl,b.txt or --reward my.py:score do, and
+    of the record of each run that one starts from."""
     out = {}
-    for name in ",".join(value for value in args.values() if isinstance(value, str)).split(","):
-        path = name if os.path.isfile(name) else name.rpartition(":")[0]
-        if os.path.isfile(path) and os.access(path, os.R_OK):
+    values = [value for key, value in args.items() if isinstance(value, str) and key != "out"]
+    for name in ",".join(values).split(","):
+        paths = (name, name.rpartition(":")[0], f"{name}/run.json")
+        path = next(filter(os.path.isfile, paths), "")
+        if os.access(path, os.R_OK):
             crc = 0
             with open(path, "rb") as file:
                 while block := file.read(2**20):
@@ -418,7 +421,7 @@ class Run:
 
     A run killed at any moment goes on with the same command and --resume: from its last state, or
     from step 0 where there is none yet; also when the model is written, until run.json, the last
-    file, says finished."""
+    file, says finished. A file given to it that is another by then is told, and noted there."""
 
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)

@@ -447,12 +447,15 @@ def test_git_is_not_needed(tmp_path, monkeypatch):
 
 
 def test_files_that_arguments_name(tmp_path):
-    """In lists, and before a function's name; no directory, no number, no word."""
+    """In lists, before a function's name, a run's record; no other directory, number or word."""
     a, b = tmp_path / "a.jsonl", tmp_path / "b.py"
     a.write_bytes(bytes(range(256)) * 5000)  # more than one block
     b.write_text("")
-    assert common.checksums({"data": f"{a},{tmp_path}", "reward": f"{b}:f", "n": 3, "order": "x"}
-                            ) == {str(a): f"{zlib.crc32(a.read_bytes()):08x}", str(b): "00000000"}
+    args = {"data": f"{a},{tmp_path}", "reward": f"{b}:f", "n": 3, "x": "", "out": str(tmp_path)}
+    want = {str(a): f"{zlib.crc32(a.read_bytes()):08x}", str(b): "00000000"}
+    assert common.checksums(args) == want
+    (tmp_path / "run.json").write_text("")
+    assert common.checksums(args) == want | {f"{tmp_path}/run.json": "00000000"}
 
 
 def test_an_out_that_cannot_be_written_is_refused(tmp_path):
