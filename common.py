@@ -426,7 +426,6 @@ class Run:
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
         self.started, self.previous_seconds = time.time(), 0.0
-        self.files = {}  # {name: {step from which on it was so: checksum}}
         self.log_file, self.state_file = self.path / "log.jsonl", self.path / "state" / "state.pt"
         self.skipped, self.strikes, self.hooks, self.found = 0, 0, [], []
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
@@ -451,8 +450,8 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
-        if self.resumed:
-            self.files = record.get("files", {})
+        # {name: {step after which it was so: checksum}}
+        self.files = record.get("files", {}) if self.resumed else {}
         init = self.args.get("init")
         require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
