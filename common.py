@@ -97,6 +97,8 @@ def parse_args(Args, argv: list[str] | None = None):
                 raise InputError(f"--{name} wants a value")
             else:
                 text = argv.pop(0)
+                while argv and argv[0][:1] != "-" and "comma" in field_help(Args).get(name, ""):
+                    text += "," + argv.pop(0)  # as a shell leaves --data *.jsonl
         values[name] = parse_value(name, text, kind)
     return Args(**values)
 

@@ -51,6 +51,18 @@ def test_flags_become_typed_fields():
                                                                         overwrite=True)
 
 
+def test_lists_may_come_as_a_shell_expands_them():
+    @dataclass
+    class Lists:
+        data: str = ""       # files, comma-separated
+        weights: str = ""    # shares
+    args = parse_args(Lists, "--data a.jsonl.gz b.txt c.parquet --weights a=1".split())
+    assert args == Lists("a.jsonl.gz,b.txt,c.parquet", "a=1")
+    for argv in ("--data a -weights", "--weights a=1 b=2"):
+        with pytest.raises(InputError, match="unknown argument"):
+            parse_args(Lists, argv.split())
+
+
 @pytest.mark.parametrize("argv, message", [
     ("--tokens 1.5", "--tokens wants int, got '1.5'"),
     ("--tokens 1e400", "--tokens wants int"), ("--tokens nan", "--tokens wants int"),

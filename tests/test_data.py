@@ -597,8 +597,8 @@ def fake_tasks(monkeypatch):
             yield f"{domain}: " + " ".join(nonsense(r, 30))
     test = next(documents("logic", 0)).removeprefix("logic: ")
     fake = types.SimpleNamespace(
-        DOMAINS=("mathematics", "code", "instruction", "logic"), SPLITS=("test",),
-        documents=documents, load=lambda name, n: [{"prompt": test}])
+        DOMAINS=("mathematics", "code", "instruction", "logic"),
+        documents=documents, load=lambda name: [{"prompt": test}])
     monkeypatch.setitem(sys.modules, "tasks", fake)
     return fake
 
@@ -633,6 +633,19 @@ def test_run_on_the_builtin_corpus(tmp_path, fake_tasks, capsys):
     # near-duplicates of one another; and nothing of the former run is left behind
     assert again["sources"]["in"]["kept"] == 1 and again["dropped"]["duplicate"] == 29
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["in.jsonl", "report.json"]
+
+
+def test_every_contaminated_document_is_listed(tmp_path, fake_tasks):
+    """R2.4: of other reasons report.json has 20 samples, of this one all, with the test item."""
+    (item,), r = [query["prompt"] for query in fake_tasks.load("test")], random.Random(1)
+    planted = [" ".join([*nonsense(r, 9), item]) for _ in range(25)]
+    texts = planted + [" ".join(nonsense(r, 30))]
+    (tmp_path / "in.jsonl").write_text("".join(
+        json.dumps({"text": text, "kind": "synthetic"}) + "\n" for text in texts))
+    result = data.main(data.Args(out=str(tmp_path / "d"), input=str(tmp_path / "in.jsonl")))
+    listed = result["samples"]["contaminated"]
+    assert [row["text"] for row in listed] == [text[:200] for text in planted]
+    assert all(item[:60] in row["reason"] for row in listed)
 
 
 def test_arguments():
