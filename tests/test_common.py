@@ -44,7 +44,7 @@ def test_flags_become_typed_fields():
     args = parse_args(Args, "--tokens 3e6 --lr=7e-6 --doc_mask --out a=b --resume false".split())
     assert args == Args(out="a=b", tokens=3_000_000, lr=7e-6, doc_mask=True)
     assert type(args.tokens) is int
-    assert parse_args(Args, []) == Args()
+    assert parse_args(Args, []) == Args() and parse_args(Args, ["--lr", "1e21"]).lr == 1e21
     assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "0", "--lr", ".5"]) == Args(
         doc_mask=True, seed=0, lr=0.5)
     assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
