@@ -671,9 +671,12 @@ def load(args: Args):
 
 
 def load_tests(names: str) -> list[str]:
-    """The test prompts that documents must not hold."""
+    """The test items that documents must not hold, without what our prompts say around them."""
     import tasks
-    return [query["prompt"] for name in names.split(",") if name for query in tasks.load(name)]
+    items = [query.get("item", query["prompt"])
+             for name in names.split(",") if name for query in tasks.load(name)]
+    return [item if isinstance(item, str) else "\n".join(message["content"] for message in item)
+            for item in items]
 
 
 def main(args: Args) -> dict:

@@ -648,6 +648,17 @@ def test_every_contaminated_document_is_listed(tmp_path, fake_tasks):
     assert all(item[:60] in row["reason"] for row in listed)
 
 
+def test_test_items_come_without_our_words_around_them(tmp_path):
+    """Else 16 words of an instruction count among the 0.6 of a short item that must be found."""
+    rows = [{"prompt": "def f(x):\n", "test": "def check(f): pass", "entry_point": "f"},
+            {"text": "Double it.", "code": "", "test_list": ["assert f(1) == 2", "assert f"]},
+            {"prompt": [{"role": "user", "content": "How many?"}], "domain": "logic",
+             "check": {"kind": "math", "answer": "3"}}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert data.load_tests(f"{tmp_path / 't.jsonl'},") == [
+        "def f(x):\n", "Double it.\nassert f(1) == 2", "How many?"]
+
+
 def test_arguments():
     assert parse_args(data.Args, ["--show_dropped", "3", "--max_mb", "1"]).show_dropped == 3
     assert data.parse_weights("a=0.5, b=2", {}) == {"a": 0.5, "b": 2.0}
@@ -678,7 +689,8 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
     by token ids; the list names each, and no other document."""
     items = [row["question"] for _, row in read_jsonl(shared / "math" / "gsm8k_test.jsonl")]
     items += [row["prompt"] for _, row in read_jsonl(shared / "code" / "humaneval.jsonl")]
-    stage, r = data.Contamination(items), random.Random(1)
+    tests = data.load_tests(f"{shared}/math/gsm8k_test.jsonl,{shared}/code/humaneval.jsonl")
+    stage, r = data.Contamination(tests), random.Random(1)
     documents = list(filler(shared, 20_000_000))
     places = r.sample(range(len(documents)), len(items))
     for item, i in zip(items, places, strict=True):
@@ -691,7 +703,7 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
     assert found.keys() == wanted.keys() and len(wanted) == 1483 - len(short)
     assert sum(found[i] != e for i, e in wanted.items()) <= 3
     print(f"{len(wanted)} of {len(items)} planted, {len(short)} too short")
-    by_token = data.Contamination(items, tokenizer.encode)
+    by_token = data.Contamination(tests, tokenizer.encode)
     some = dict(list(wanted.items())[:100])
     assert all(by_token.find(documents[i])[0] >= 0 for i in some)
     innocent = [i for i in range(0, len(documents), 60) if i not in places]
