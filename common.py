@@ -68,7 +68,8 @@ def parse_value(name: str, text: str, kind: type):
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
     # No flag has a use for less than nothing, for nan, or for more than a machine can count.
-    require(kind is str or 0 <= value < 2**63, f"--{name} wants a number from 0 on, got {text}")
+    most = math.inf if kind is float else 2**63
+    require(kind is str or 0 <= value < most, f"--{name} wants a number from 0 on, got {text}")
     return value
 
 
@@ -97,6 +98,8 @@ def parse_args(Args, argv: list[str] | None = None):
                 raise InputError(f"--{name} wants a value")
             else:
                 text = argv.pop(0)
+                while argv and argv[0][:1] != "-" and "comma" in field_help(Args).get(name, ""):
+                    text += "," + argv.pop(0)  # as a shell leaves --data *.jsonl
         values[name] = parse_value(name, text, kind)
     return Args(**values)
 

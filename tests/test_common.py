@@ -45,11 +45,23 @@ def test_flags_become_typed_fields():
     args = parse_args(Args, "--tokens 3e6 --lr=7e-6 --doc_mask --out a=b --resume false".split())
     assert args == Args(out="a=b", tokens=3_000_000, lr=7e-6, doc_mask=True)
     assert type(args.tokens) is int
-    assert parse_args(Args, []) == Args()
+    assert parse_args(Args, []) == Args() and parse_args(Args, ["--lr", "1e21"]).lr == 1e21
     assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "0", "--lr", ".5"]) == Args(
         doc_mask=True, seed=0, lr=0.5)
     assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
                                                                         overwrite=True)
+
+
+def test_lists_may_come_as_a_shell_expands_them():
+    @dataclass
+    class Lists:
+        data: str = ""       # files, comma-separated
+        weights: str = ""    # shares
+    args = parse_args(Lists, "--data a.jsonl.gz b.txt c.parquet --weights a=1".split())
+    assert args == Lists("a.jsonl.gz,b.txt,c.parquet", "a=1")
+    for argv in ("--data a -weights", "--weights a=1 b=2"):
+        with pytest.raises(InputError, match="unknown argument"):
+            parse_args(Lists, argv.split())
 
 
 @pytest.mark.parametrize("argv, message", [
