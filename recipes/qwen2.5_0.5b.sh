@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The commands of real_135m.sh for Qwen2.5-0.5B, from a local directory of its published files, on
-# one GPU: lower learning rates, more of everything. Not run by this project, which had neither.
+# one GPU: lower learning rates, more steps. Not run by this project, which had neither.
 #
 #   bash recipes/qwen2.5_0.5b.sh Qwen2.5-0.5B SVAMP.jsonl [OUT]
-LR=${LR:-0.1} N_SFT=${N_SFT:-1150} EPOCHS=${EPOCHS:-2} N_RL=${N_RL:-376} STEPS=${STEPS:-50} \
-  BATCH=${BATCH:-32} exec bash "$(dirname "$0")/real_135m.sh" "${@:1:2}" \
-  ${2:+"${3:-runs/qwen2.5_0.5b}"}
+LR=${LR:-0.1} EPOCHS=${EPOCHS:-2} STEPS=${STEPS:-50} exec bash "$(dirname "$0")/real_135m.sh" \
+  "${@:1:2}" ${2:+"${3:-runs/qwen2.5_0.5b}"}

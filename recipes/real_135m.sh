@@ -12,7 +12,7 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,9s/^# \?//p' "$0"; exit 2; }
 MODEL=$(realpath "$1") SVAMP=$(realpath "$2") OUT=$(realpath -m "${3:-runs/real_135m}")
 cd "$(dirname "$0")/.."
-N_SFT=${N_SFT:-336} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-96} STEPS=${STEPS:-8} BATCH=${BATCH:-8}
+N_SFT=${N_SFT:-1150} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-376} STEPS=${STEPS:-8} BATCH=${BATCH:-32}
 N_TEST=${N_TEST:-600} LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
