@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 128          # tokens a side of a tile of fused attention: best of 64 .. 256 on CPU
-SLICE = 2**13        # rows of the head's gradient made at a time: 16 MiB at C = 512
+TILE = 2**21         # logits of the head computed at a time: 8 MiB; on CUDA 16 times that
+KEEP = 2**23         # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
 EXPERT = 64          # an expert's rows on a CPU are a multiple of this
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
 _SWITCH = {"impl": "sdpa", "compile": False}
@@ -439,88 +440,143 @@ def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total,
     (h,) = _autocast(h)
     if not (h.is_cuda or total):                   # log-probs: no bf16 x bf16 -> fp32 matmul there
         h = _fp32(h)
-    # CPU: chunks that stay in cache; the best of 64 .. 4096 rows is 512 at V 4096, 128 at V 32,000.
-    # CUDA: 512 MiB of logits, a guess. A chunk is full, for the compiler, at min(that, all rows),
-    # so that pre-training's one fixed shape counts as well.
-    rows = chunk_rows or max(128, 2 ** (27 if h.is_cuda else 21) // len(weight))
-    grad = torch.is_grad_enabled()
-    nll = _ChunkedNLL.apply(h, weight, t[:, None], 1.0 / temperature,
-                            max(1, min(rows, targets.numel())), total, grad,
-                            _SWITCH["compile"] and grad)
+    # Probabilities are kept for the gradient: on a CPU while they stay in cache (of 64 .. 4096 rows
+    # 512 is best at V 4096, 128 at 32,000, and beyond 2^16 none); on CUDA 512 MiB, a guess. A chunk
+    # is full, for the compiler, at min(rows, all rows): so pre-training's one shape counts as well.
+    room, V = KEEP * (64 if h.is_cuda else 1), len(weight)
+    rows = chunk_rows or (max(128, room // 4 // V) if 128 * V <= room else 1024)
+    rows, grad = max(1, min(rows, targets.numel())), torch.is_grad_enabled()
+    nll = _ChunkedNLL.apply(h, weight, t[:, None], 1.0 / temperature, rows, rows * V <= room,
+                            total, grad, _SWITCH["compile"] and grad)
     if not total:
         nll = nll.new_zeros(targets.numel()).index_copy(0, index, nll).view(targets.shape)
     return nll, len(index)
 
 
-def _chunk(h, w, t, g, dw, inv_t):
-    """-log softmax(h w^T inv_t)[t]: h (n,C), w (V,C), t (n,1) -> (n,). With g (n,1) also the
-    gradients of sum(g nll): returns dh (n,C) and adds to dw (V,C), fp32, unless that is None."""
-    def mm(a, b):                                  # sums are fp32; a CPU rounds them to bf16 after
-        if a.is_cuda and a.dtype == torch.bfloat16:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return _fp32(a @ b)
-    p = mm(h, w.mT).mul_(inv_t)                    # one (n,V) buffer: logits, p, then dz
-    p = p.sub_(p.amax(-1, keepdim=True))
-    picked, norm = p.gather(1, t), p.exp_().sum(-1, keepdim=True)
-    nll = norm.log() - picked
-    if g is None:
-        return nll[:, 0], None
-    dz = p.mul_(g * inv_t / norm).scatter_add_(1, t, -g * inv_t).to(h.dtype)
-    if dw is not None:                             # SLICE rows at a time: no second (V,C)
-        for total, part in zip(dw.split(SLICE), dz.split(SLICE, dim=1), strict=True):
-            if h.dtype == dw.dtype:
-                total.addmm_(part.mT, h)
-            else:
-                total.add_(mm(part.mT, h))
-    return nll[:, 0], dz @ w
+def _product(a, b, total=None):
+    """a @ b in fp32 (on a CPU, bf16 sums are rounded before); with `total`, added to that."""
+    if total is not None and a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    wide = a.is_cuda and a.dtype == torch.bfloat16
+    out = torch.mm(a, b, out_dtype=torch.float32) if wide else _fp32(a @ b)
+    return out if total is None else total.add_(out)
+
+
+def _tile_nll(h, w, t, m, norm, picked, inv_t):
+    """Attention's running softmax: folds a tile of logits, h (n,C) by w (v,C), into each row's
+    maximum m, sum of exponentials norm and logit of the target, all (n,1). t (n,1) is the target's
+    column in this tile, or outside of it. Returns these and exp(logits - m)."""
+    p = _product(h, w.to(h.dtype).mT).mul_(inv_t)      # one (n,v) buffer: logits, then p
+    column = t.clamp(0, len(w) - 1)
+    picked = torch.where(column == t, p.gather(1, column), picked)
+    m_new = torch.maximum(m, p.amax(-1, keepdim=True))
+    p = p.sub_(m_new).exp_()
+    return m_new, norm * (m - m_new).exp() + p.sum(-1, keepdim=True), picked, p
+
+
+def _tile_grad(h, w, t, lse, m, p, scaled, dh, dw, inv_t):
+    """With dz = p - (1 at the target), adds dz w to dh, and dz^T `scaled`, that is h times the
+    upstream gradient, to dw unless that is None. m and p: _tile_nll's; None: p anew."""
+    w, column = w.to(h.dtype), t.clamp(0, len(w) - 1)
+    if p is None:
+        p = _product(h, w.mT).mul_(inv_t).sub_(lse).exp_()
+    else:
+        p = p.mul_((m - lse).exp())
+    dz = p.scatter_add_(1, column, -(column == t).to(p.dtype)).to(h.dtype)
+    _product(dz, w, dh)
+    if dw is not None:
+        _product(dz.mT, scaled, dw)
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """h (n,C), w (V,C), t (n,1) -> sum of nll if `total`, else nll (n,); `rows` of logits at once.
+    """h (n,C), w (V,C), t (n,1) -> sum of nll if `total`, else nll (n,): `rows` after `rows`, and
+    of their logits one tile of TILE entries after the other.
 
     Two ways to the gradient. total: the upstream gradient is one factor for all rows and can wait,
-    so the forward pass takes the gradient while the probabilities are at hand: 3 matmuls (Liger
-    Kernel, arXiv 2410.10989). Else one factor a row: backward recomputes the logits, 4 matmuls.
+    so the forward pass takes each chunk's gradient at once: 3 matmuls with `keep` (Liger Kernel,
+    arXiv 2410.10989), else 4. Not total: one factor a row, so backward computes p again, 4 matmuls.
     """
 
     @staticmethod
-    def walk(h, w, t, g, inv_t, rows, want_dw, compiled):
-        step = _compiled(_chunk) if compiled else _chunk
-        dw = torch.zeros_like(w, dtype=g.dtype) if want_dw else None
-        parts = g.split(rows) if g is not None else [None] * len(t.split(rows))
-        nll, dh = zip(*((step if len(b) == rows else _chunk)(a, w, b, c, dw, inv_t)
-                        for a, b, c in zip(h.split(rows), t.split(rows), parts, strict=True)),
-                      strict=True)
-        return torch.cat(nll), None if g is None else torch.cat(dh), dw
+    def walk(h, w, t, lse, g, want_dw, inv_t, rows, keep, compiled):
+        """nll, lse, dh, dw. lse (n,1): known from before, or None; g (n,1): None for no gradient."""
+        dw = torch.zeros_like(w, dtype=_fp32(h[:0]).dtype) if g is not None and want_dw else None
+        w = w.to(h.dtype) if keep else w               # else tile by tile, in cache
+        cols, parts = max(1, (16 if h.is_cuda else 1) * TILE // rows), []
+        tiles = [(j, w[j:j + cols], None if dw is None else dw[j:j + cols])
+                 for j in range(0, len(w), cols)]
+        for i in range(0, max(1, len(h)), rows):       # of no rows at all, one empty chunk
+            a, b, kept = h[i:i + rows], t[i:i + rows], {}
+            fold, spread = (_compiled(f) if compiled and len(a) == rows else f
+                            for f in (_tile_nll, _tile_grad))
+            norm = picked = torch.zeros_like(_fp32(a[:, :1]))
+            m, dh = norm - 1e30, None
+            for j, part, _ in tiles if lse is None else ():
+                m, norm, picked, p = fold(a, part, b - j, m, norm, picked, inv_t)
+                if keep and g is not None:
+                    kept[j] = m, p
+            end = m + norm.log() if lse is None else lse[i:i + rows]
+            if g is not None:
+                factor = g[i:i + rows] * inv_t
+                dh, scaled = torch.zeros_like(_fp32(a)), (a * factor).to(a.dtype)
+                for j, part, d in tiles:
+                    spread(a, part, b - j, end, *kept.pop(j, (None, None)), scaled, dh, d, inv_t)
+                dh = dh.mul_(factor).to(a.dtype)
+            parts.append((end - picked, end, dh))
+        nll, lse, dh = zip(*parts, strict=True)
+        return torch.cat(nll), torch.cat(lse), None if g is None else torch.cat(dh), dw
 
     @staticmethod
-    def forward(ctx, h, w, t, inv_t, rows, total, grad, compiled):
-        ctx.rest = inv_t, rows, total, compiled
+    def forward(ctx, h, w, t, inv_t, rows, keep, total, grad, compiled):
+        ctx.rest = inv_t, rows, keep, compiled
         early = total and grad and any(ctx.needs_input_grad)
-        w = w.to(h.dtype)  # here, so that its gradient comes back in fp32
         g = torch.ones_like(_fp32(h[:, :1])) if early else None
         with torch.autocast(h.device.type, enabled=False):
-            nll, dh, dw = _ChunkedNLL.walk(h, w, t, g, inv_t, rows,
-                                           early and ctx.needs_input_grad[1], compiled)
-        ctx.early = (dh, dw) if early else None
+            nll, lse, dh, dw = _ChunkedNLL.walk(h, w, t, None, g, ctx.needs_input_grad[1],
+                                                *ctx.rest)
+        ctx.total, ctx.early = total, (dh, dw) if early else None
         if not total:
-            ctx.save_for_backward(h, w, t)
-        return nll.sum() if total else nll
+            ctx.save_for_backward(h, w, t, lse)
+        return nll.sum() if total else nll[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        inv_t, rows, total, compiled = ctx.rest
-        if total:
+        if ctx.total:
             if ctx.early is None:
                 raise RuntimeError("this loss goes backward once: its gradient is scaled in place")
             (dh, dw), ctx.early = ctx.early, None
-            return dh.mul_(g), None if dw is None else dw.mul_(g), *[None] * 6
-        dh, dw, t = ctx.saved_tensors
-        with torch.autocast(dh.device.type, enabled=False):
-            _, dh, dw = _ChunkedNLL.walk(dh, dw, t, g[:, None].contiguous(), inv_t, rows,
-                                         ctx.needs_input_grad[1], compiled)
-        return dh, dw, None, None, None, None, None, None
+            return dh.mul_(g), None if dw is None else dw.mul_(g), *[None] * 7
+        h, w, t, lse = ctx.saved_tensors
+        with torch.autocast(h.device.type, enabled=False):
+            _, _, dh, dw = _ChunkedNLL.walk(h, w, t, lse, g[:, None].contiguous(),
+                                            ctx.needs_input_grad[1], *ctx.rest)
+        return dh, dw, *[None] * 7
+
+
+# --- embedding ------------------------------------------------------------------------------------
+class _Embedding(torch.autograd.Function):
+    """The gradient of a lookup is as large as the weight and has a few rows that are not zero; that
+    of a tied head comes on top of it. So autograd gets a zero that takes no memory, and the rows
+    are added to the sum of all the weight's gradients, in a hook on its way to weight.grad."""
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.weight, ctx.ids = weight, ids
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        def add(grad):
+            hook.remove()
+            g_ = g.flatten(0, -2).to(grad.dtype)
+            return grad.contiguous().index_add_(0, ctx.ids.flatten(), g_)
+        hook = ctx.weight.register_hook(add)
+        return g.new_zeros(()).expand_as(ctx.weight), None
+
+
+embedding = _Embedding.apply  # (weight, ids): F.embedding's twin, other arguments first
 
 
 # --- experts --------------------------------------------------------------------------------------
