@@ -302,12 +302,32 @@ def test_cross_entropy_numerical_gradient(reduction):
 
 
 @pytest.mark.parametrize("reduction", ("sum", "none"))
-def test_chunking_does_not_change_the_result(reduction):
+def test_tiling_does_not_change_the_result(reduction, monkeypatch):
+    """Chunks of rows, tiles of the vocabulary (the last one ragged), probabilities kept or not."""
     h, w, t = head()
-    runs = [values_and_grads(lambda h, w, n=n: K.linear_cross_entropy(
-        h, w, t, reduction=reduction, chunk_rows=n), (h, w)) for n in (None, 1, 8, 36, 37, 99)]
-    for run in runs[1:]:
-        close(run, runs[0])
+    t[3], t[4] = 0, 49
+    want = values_and_grads(lambda h, w: F.cross_entropy(h @ w.T, t, reduction=reduction), (h, w))
+    for tile, keep in ((2**21, 2**23), (64, 2**23), (64, 0), (1, 0)):
+        monkeypatch.setattr(K, "TILE", tile)
+        monkeypatch.setattr(K, "KEEP", keep)
+        for n in (None, 1, 8, 36, 37, 99):
+            close(values_and_grads(lambda h, w, n=n: K.linear_cross_entropy(
+                h, w, t, reduction=reduction, chunk_rows=n), (h, w)), want)
+
+
+def test_a_large_vocabulary_in_bf16_is_tiled(monkeypatch):
+    """No chunk of all logits in memory (four times the head's gradient): only tiles."""
+    h, w, t = (x.detach() for x in head(N=64, V=2000, dtype=torch.float32))
+    w.requires_grad_()
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = K.linear_cross_entropy(h, w, t)
+        return loss.detach(), *torch.autograd.grad(loss, w)
+    kept = run()
+    monkeypatch.setattr(K, "TILE", 64 * 100)
+    monkeypatch.setattr(K, "KEEP", 0)
+    close(run(), kept, 1e-4)
+    assert largest_allocation(lambda: run()) == 4 * w.numel()     # the gradient
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -427,6 +447,34 @@ def test_peak_memory_is_flat_in_rows(reduction):
         return largest_allocation(lambda: K.linear_cross_entropy(
             h, w, t, reduction=reduction, chunk_rows=16).sum().backward())
     assert run(64) == run(1024) == 4 * 16 * V < 4 * 64 * V
+
+
+# --- embedding ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", (True, False))
+def test_embedding_equals_torch(tied):
+    """Value and gradient: with and without a head on the same weight, ids that repeat, two lookups
+    in one graph, two backward passes that add up, and autograd.grad."""
+    w, head = (torch.randn(20, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    one, two = torch.tensor([[3, 3, 0], [19, 3, 7]]), torch.tensor([5, 3])
+    def loss(lookup):
+        x = torch.cat((lookup(one).flatten(0, 1), lookup(two))).tanh()
+        return F.cross_entropy(x @ (w if tied else head).T, torch.arange(8))
+    def run(lookup):
+        w.grad = None
+        loss(lookup).backward()
+        (loss(lookup) * 2).backward()
+        return w.grad, *torch.autograd.grad(loss(lookup), w)
+    close(run(lambda ids: K.embedding(w, ids)), run(lambda ids: F.embedding(ids, w)))
+    assert not w._backward_hooks                                  # nothing stays behind
+    with torch.no_grad():
+        assert torch.equal(K.embedding(w, one), w[one])
+
+
+def test_a_tied_embedding_has_one_gradient(monkeypatch):
+    """The head's: none of its size is made for the lookup, and no copy when it is stored."""
+    w, ids = torch.randn(500, 8, requires_grad=True), torch.randint(500, (9,))
+    loss = K.linear_cross_entropy(K.embedding(w, ids), w, ids)
+    assert largest_allocation(loss.backward) < 4 * 500 * 8
 
 
 # --- experts --------------------------------------------------------------------------------------
