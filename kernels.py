@@ -499,7 +499,7 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def walk(h, w, t, lse, g, want_dw, inv_t, rows, keep, compiled):
-        """nll, lse, dh, dw. lse (n,1): known from before, or None; g (n,1): None for no gradient."""
+        """nll, lse, dh, dw. lse (n,1): known already, or None; g (n,1): None for no gradient."""
         dw = torch.zeros_like(w, dtype=g.dtype) if g is not None and want_dw else None
         w = w.to(h.dtype) if keep else w               # else tile by tile, in cache
         cols, parts = max(1, (16 if h.is_cuda else 1) * TILE // rows), []
