@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
-BLOCK = 128          # tokens a side of a tile of fused attention: best of 64 .. 256 on CPU
+BLOCK = 64           # queries at a time of fused attention: best of 32 .. 128 on CPU
 TILE = 2**21         # logits of the head computed at a time: 8 MiB; on CUDA 16 times that
 KEEP = 2**23         # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
 EXPERT = 64          # an expert's rows on a CPU are a multiple of this
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
-_SWITCH = {"impl": "sdpa", "compile": False}
+_SWITCH = {"impl": "auto", "compile": False}
 
 
 def use(impl="auto", compile=False):
@@ -45,7 +45,7 @@ def use(impl="auto", compile=False):
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
     old = _SWITCH["impl"], _SWITCH["compile"]
-    _SWITCH.update(impl="sdpa" if impl == "auto" else impl, compile=bool(compile))
+    _SWITCH.update(impl=impl, compile=bool(compile))
     return old
 
 
@@ -134,10 +134,12 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
         impl = "sdpa" if T == 1 else _SWITCH["impl"]
     scale = D ** -0.5 if scale is None else scale
     q, k, v = _autocast(q, k, v)
+    if impl == "auto":                             # where products reach oneDNN, they beat SDPA
+        fast = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+        impl = "fused" if q.device.type == "cpu" and fast else "sdpa"
     with _no_autocast(q.device.type):
         if impl == "fused":
-            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask,
-                                _SWITCH["compile"] and torch.is_grad_enabled())
+            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask)
         fn = attention_reference if impl == "reference" else _attention_sdpa
         return fn(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
 
@@ -209,115 +211,77 @@ def one_query(q, k, v, keep=None, scale=None):
 
 
 def _fold(x, Hkv):
-    """(B,Hq,T,D) -> (B,Hkv,T*G,D) in fp32: row tG+g is query t of head g of its group. Grouped
-    attention becomes plain attention with more queries; dk and dv sum over heads by themselves."""
-    return _fp32(x).unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
+    """(B,Hq,T,D) -> (B,Hkv,T*G,D): row tG+g is query t of head g of its group. Grouped attention
+    becomes plain attention with more queries; dk and dv sum over heads by themselves."""
+    return x.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
 
 
 def _unfold(x, T):
     return x.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def _tiles(q, k, causal, segment_ids, mask):
-    """For each query tile: its number, and [(number of key tile, keep, whether both sides are a
-    full BLOCK)] of the key tiles that some query of it may see; the others cost nothing."""
+def _blocks(q, k, causal, segment_ids, mask):
+    """For each BLOCK of queries: its folded rows, the keys from the first to the last that one of
+    its queries may see (the others cost nothing), and `_keep` of the last of these keys; all see
+    the ones before."""
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    meet = None
-    if segment_ids is not None:
-        # Tiles whose ranges of ids are disjoint in every row share no document: packed rows cost
-        # about the sum of the documents' squares, not the square of the row. One host sync.
-        parts = segment_ids.split(BLOCK, dim=1)
-        low, high = (torch.stack([f(p, 1) for p in parts], 1) for f in (torch.amin, torch.amax))
-        meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-        meet = meet.any(0).tolist()
     for i0 in range(0, T, BLOCK):
         i1 = min(i0 + BLOCK, T)
-        row = []
-        for j0 in range(0, min(S, i1 + S - T) if causal else S, BLOCK):
-            j1 = min(j0 + BLOCK, S)
-            if meet is None or meet[i0 // BLOCK][j0 // BLOCK]:
-                keep = _keep(q, k, causal, segment_ids, mask, i0, i1, j0, j1)
-                keep = None if keep is None else keep.repeat_interleave(G, dim=2)
-                row.append((j0 // BLOCK, keep, i1 - i0 == j1 - j0 == BLOCK))
-        yield i0 // BLOCK, row
+        j0, j1 = 0, max(1, i1 + S - T) if causal else S
+        plain = segment_ids is None and mask is None
+        keep = _keep(q, k, causal, segment_ids, mask, i0, i1, max(0, i0 + S - T) * plain, j1)
+        if segment_ids is not None:      # packed rows: the documents in sight. One host sync
+            seen = keep.flatten(0, 2).any(0).nonzero().flatten().tolist() or [0]
+            j0, j1 = seen[0], seen[-1] + 1
+            keep = keep[..., j0:j1]
+        yield (slice(i0 * G, i1 * G), slice(j0, j1),
+               None if keep is None else keep.repeat_interleave(G, dim=2))
 
 
-def _cut(x, size):
-    # Tiles with strides of their own: the compiler guards strides, and those of a slice depend on
-    # T. clone, since .contiguous() keeps a slice's stride where a dimension is 1.
-    return [part.clone(memory_format=torch.contiguous_format) for part in x.split(size, dim=2)]
-
-
-def _tile_forward(q, k, v, keep, m, norm, acc):
-    """FlashAttention-2 Alg. 1, lines 8-10: fold one key tile into the running row maximum m and sum
-    of exponentials norm (both B,Hkv,n,1) and the unnormalised output acc (B,Hkv,n,D)."""
+def _probabilities(q, k, keep):
+    """softmax(q k^T) of one block, fp32; a row without a key is 0 (R3.4)."""
     s = q @ k.mT
-    if keep is not None:
-        s = s.masked_fill(~keep, -torch.inf)
-    # m starts at a finite floor, so m_new is finite: -inf - m_new never becomes inf - inf = NaN.
-    m_new = torch.maximum(m, s.amax(-1, keepdim=True))
-    p, rescale = s.sub_(m_new).exp_(), (m - m_new).exp_()
-    return m_new, norm * rescale + p.sum(-1, keepdim=True), acc * rescale + p @ v
-
-
-def _tile_backward(q, k, v, keep, lse, dout, delta):
-    """Alg. 2, lines 11-16: p again, from the saved log-sum-exp. Returns this tile's dq, dk, dv."""
-    s = q @ k.mT
-    if keep is not None:
-        s = s.masked_fill(~keep, -torch.inf)
-    p = s.sub_(lse).exp_()
-    ds = (dout @ v.mT).sub_(delta).mul_(p)         # softmax backward: p (dp - sum of p dp)
-    return ds @ k, ds.mT @ q, p.mT @ dout
+    if keep is None:
+        return s.softmax(-1)
+    s[..., -keep.shape[-1]:].masked_fill_(~keep, torch.finfo(s.dtype).min)
+    p, alive = s.softmax(-1), keep.any(-1, keepdim=True)
+    return p if alive.all() else p * alive
 
 
 class _Fused(torch.autograd.Function):
-    """FlashAttention-2 (Dao 2023, arXiv 2307.08691) in plain torch; saves q, k, v, out and one
-    log-sum-exp a row. Tiles get compiled, not the loops, whose graph would grow as (T/BLOCK)^2."""
+    """A BLOCK of queries at a time against all the keys it sees. The probabilities are computed
+    again in the backward pass instead of kept, which is what makes FlashAttention's memory O(T)
+    (Dao et al. 2022, arXiv 2205.14135); its running softmax over tiles of keys is for memories
+    smaller than a CPU's cache. Scores are fp32; for bf16 inputs the other products are bf16."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, segment_ids, scale, mask, compiled):
-        high = BLOCK * (q.shape[1] // k.shape[1])                     # folded rows a query tile
-        rows = _cut(_fold(q, k.shape[1]) * scale, high)
-        k_, v_ = _cut(_fp32(k), BLOCK), _cut(_fp32(v), BLOCK)
-        step = _compiled(_tile_forward) if compiled else _tile_forward
-        out, lse = [], []
-        for i, tiles in _tiles(q, k, causal, segment_ids, mask):
-            acc, norm = torch.zeros_like(rows[i]), torch.zeros_like(rows[i][..., :1])
-            m = torch.full_like(norm, -1e30)
-            for j, keep, full in tiles:
-                m, norm, acc = (step if full else _tile_forward)(
-                    rows[i], k_[j], v_[j], keep, m, norm, acc)
-            # A row that saw no key has norm 0 (R3.4): output 0, and lse = +inf, with which the
-            # backward pass finds p = exp(-inf - inf) = 0, hence zero gradients.
-            out.append(acc / norm.masked_fill(norm == 0, 1.0))
-            lse.append(torch.where(norm == 0, torch.inf, m + norm.log()))
-        out, lse = _unfold(torch.cat(out, 2), q.shape[2]).to(q.dtype), torch.cat(lse, 2)
-        ctx.save_for_backward(q, k, v, out, lse, segment_ids, mask)
-        ctx.rest = causal, scale, compiled
+    def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
+        rows, keys, out = _fp32(_fold(q, k.shape[1])) * scale, _fp32(k), []
+        for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
+            p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
+            out.append(p.to(v.dtype) @ v[:, :, j])
+        out = _unfold(torch.cat(out, 2), q.shape[2])
+        ctx.save_for_backward(q, k, v, segment_ids, mask)
+        ctx.rest = causal, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (q, k, v, out, lse, segment_ids, mask), (causal, scale, compiled) = \
-            ctx.saved_tensors, ctx.rest
-        step = _compiled(_tile_backward) if compiled else _tile_backward
+        (q, k, v, segment_ids, mask), (causal, scale) = ctx.saved_tensors, ctx.rest
         with torch.autocast(q.device.type, enabled=False):
-            Hkv, high = k.shape[1], BLOCK * (q.shape[1] // k.shape[1])
-            dout, out = _fold(dout, Hkv), _fold(out, Hkv)
-            delta = _cut((dout * out).sum(-1, keepdim=True), high)   # Alg. 2, line 4: = sum of p dp
-            rows, dout, lse = (_cut(x, high) for x in (_fold(q, Hkv) * scale, dout, lse))
-            k_, v_ = _cut(_fp32(k), BLOCK), _cut(_fp32(v), BLOCK)
-            dq, dk, dv = ([torch.zeros_like(tile) for tile in x] for x in (rows, k_, v_))
-            for i, tiles in _tiles(q, k, causal, segment_ids, mask):
-                for j, keep, full in tiles:
-                    grads = (step if full else _tile_backward)(
-                        rows[i], k_[j], v_[j], keep, lse[i], dout[i], delta[i])
-                    for total, part in zip((dq[i], dk[j], dv[j]), grads, strict=True):
-                        total += part
-        dq, dk, dv = (torch.cat(x, 2) for x in (dq, dk, dv))
-        dq = _unfold(dq * scale, q.shape[2])
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+            queries, dout = (_fold(x, k.shape[1]) for x in (q, dout))
+            rows, keys, dq = _fp32(queries) * scale, _fp32(k), []
+            dk, dv = torch.zeros_like(keys), torch.zeros_like(keys)
+            for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
+                p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
+                dp = _fp32(dout[:, :, i] @ v[:, :, j].mT)
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p (dp - sum p dp)
+                dq.append(ds @ k[:, :, j])
+                dk[:, :, j] += ds.mT @ queries[:, :, i]
+                dv[:, :, j] += p.to(q.dtype).mT @ dout[:, :, i]
+        dq = _unfold(torch.cat(dq, 2) * scale, q.shape[2])
+        return dq, (dk * scale).to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 # --- attention beyond the training length ---------------------------------------------------------

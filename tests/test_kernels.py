@@ -175,18 +175,19 @@ def test_changing_one_document_leaves_the_other_bit_equal(impl):
     torch.testing.assert_close(after[:, :, 90:], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_fused_skips_the_tiles_nobody_may_see(monkeypatch, small_tiles):
-    calls = []
-    step = K._tile_forward
-    monkeypatch.setattr(K, "_tile_forward", lambda *a: calls.append(1) or step(*a))
-    def tiles(T, S=None, **options):
-        calls.clear()
+def test_fused_skips_the_keys_nobody_may_see(monkeypatch, small_tiles):
+    widths = []
+    block = K._probabilities
+    monkeypatch.setattr(K, "_probabilities", lambda q, k, keep: widths.append(k.shape[2])
+                        or block(q, k, keep))
+    def keys(T, S=None, **options):
+        widths.clear()
         K.attention(*qkv(T=T, S=S), impl="fused", **options)
-        return len(calls)
-    assert tiles(16, causal=False) == 16
-    assert tiles(16) == 10                                       # 1 + 2 + 3 + 4
-    assert tiles(4, S=16) == 4
-    assert tiles(16, segment_ids=(torch.arange(16) // 4).expand(2, 16)) == 4
+        return widths
+    assert keys(16, causal=False) == [16] * 4
+    assert keys(15) == [4, 8, 12, 15]
+    assert keys(4, S=16) == [16]
+    assert keys(16, segment_ids=(torch.arange(16) // 6).expand(2, 16)) == [4, 8, 6, 4]
 
 
 def largest_allocation(fn):
@@ -214,9 +215,9 @@ def test_fused_memory_is_linear_in_length():
 
 
 def test_the_switch():
-    """Default: sdpa, nothing compiled. Each value is used and undone; others are refused."""
-    assert K.use() == ("sdpa", False)
-    assert K.use("fused", compile=True) == ("sdpa", False)
+    """Default: auto, nothing compiled. Each value is used and undone; others are refused."""
+    assert K.use() == ("auto", False)
+    assert K.use("fused", compile=True) == ("auto", False)
     assert K.use(*("reference", False)) == ("fused", True)
     with pytest.raises(ValueError, match="'flash' is not one of auto, reference, sdpa, fused"):
         K.use("flash")
