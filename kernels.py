@@ -4,6 +4,7 @@
     dual_chunk_attention  the same beyond the training length, with capped distances
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
+    embedding             rows of a weight, without a gradient beside the tied head's
     expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
 
 `*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
@@ -36,11 +37,11 @@ _SWITCH = {"impl": "auto", "compile": False}
 def use(impl="auto", compile=False):
     """The one switch: what `impl="auto"` means from now on, and whether kernels are compiled.
 
-    impl: "auto" (= "sdpa", the default), "sdpa", "fused" or "reference"; else ValueError.
-    compile: the tiles of "fused" and the chunks of linear_cross_entropy and token_logprobs run
-    under torch.compile. Off by default, so a short run never pays for a compilation; when on, it
-    happens at the first call, and only while gradients are enabled: sampling stays uncompiled
-    (R4.8). Returns the previous (impl, compile): `use(*old)` undoes a change.
+    impl: "auto" (the default: see `attention`), "sdpa", "fused" or "reference"; else ValueError.
+    compile: the tiles of linear_cross_entropy and token_logprobs run under torch.compile. Off by
+    default, so a short run never pays for a compilation; when on, it happens at the first call, and
+    only while gradients are enabled: sampling stays uncompiled (R4.8). Returns the previous
+    (impl, compile): `use(*old)` undoes a change.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
@@ -51,8 +52,8 @@ def use(impl="auto", compile=False):
 
 @functools.cache
 def _compiled(fn):
-    # dynamic=False: one graph a shape. So only *full* tiles and chunks come here and the ragged
-    # rest runs eagerly, or every new remainder would compile again (R4.8).
+    # dynamic=False: one graph a shape. So only *full* chunks of rows come here and the ragged rest
+    # runs eagerly, or every new remainder would compile again (R4.8).
     return torch.compile(fn, dynamic=False, fullgraph=True)
 
 
@@ -109,9 +110,10 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     segment_ids (B,T) int, T == S: document ids of a packed row; other documents are invisible.
     mask bool, (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All are ANDed; a query
     left with no key gives 0 and zero gradients, never NaN (R3.4).
-    impl: "reference" materialises the scores; "sdpa" is PyTorch's kernel; "fused" is tiled, O(T)
-    memory, and skips tiles no query may see: for packed documents, a quarter of sdpa's time on
-    CPU; on one causal document sdpa is faster. "auto" is what `use` chose (for T == 1, sdpa).
+    impl: "reference" materialises the scores; "sdpa" is PyTorch's kernel; "fused" has a block of
+    queries' scores at a time, O(T) memory, and skips keys that no query of it may see: for packed
+    documents much faster. "auto" is what `use` chose, by default "fused" on a CPU in bf16, and in
+    fp32 where `choose_products` took oneDNN; else, and for T == 1, "sdpa".
     ValueError for any other impl and for shapes that do not fit.
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or (
@@ -276,7 +278,8 @@ class _Fused(torch.autograd.Function):
             for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
                 p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
                 dp = _fp32(dout[:, :, i] @ v[:, :, j].mT)
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p (dp - sum p dp)
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p (dp - sum of p dp)
+                ds = ds.to(q.dtype)
                 dq.append(ds @ k[:, :, j])
                 dk[:, :, j] += ds.mT @ queries[:, :, i]
                 dv[:, :, j] += p.to(q.dtype).mT @ dout[:, :, i]
@@ -317,7 +320,7 @@ def _dual_chunks(q, k, v, chunk, scale):
         own = start // chunk * chunk               # where the queries' chunk begins
         previous, end = max(0, own - chunk), min(S, own + chunk, start + block)
         at = slice(start - (S - T), end - (S - T))
-        scores = torch.cat([_fold(x[:, :, at], Hkv) @ k[:, :, a:b].mT for x, a, b in zip(
+        scores = torch.cat([_fp32(_fold(x[:, :, at], Hkv)) @ k[:, :, a:b].mT for x, a, b in zip(
             q, (own, previous, 0), (end, own, previous), strict=True)][::-1], dim=-1) * scale
         i = torch.arange(start, end, device=k.device).repeat_interleave(Hq // Hkv)
         scores = scores.masked_fill(i[:, None] < torch.arange(end, device=k.device), -torch.inf)
@@ -540,7 +543,7 @@ class _Embedding(torch.autograd.Function):
         return g.new_zeros(()).expand_as(ctx.weight), None
 
 
-embedding = _Embedding.apply  # (weight, ids): F.embedding's twin, other arguments first
+embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weight)
 
 
 # --- experts --------------------------------------------------------------------------------------

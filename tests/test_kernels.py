@@ -24,7 +24,14 @@ def _fresh():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(K, "BLOCK", 4)   # several tiles and a ragged last one, at gradcheck's sizes
+    monkeypatch.setattr(K, "BLOCK", 4)   # several blocks, the last one ragged, at gradcheck's sizes
+
+
+@pytest.fixture
+def precision():
+    old = torch.get_float32_matmul_precision()
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(old)
 
 
 def qkv(B=2, Hq=4, Hkv=2, T=9, S=None, D=8, dtype=torch.float64):
@@ -225,6 +232,30 @@ def test_the_switch():
     for impl in KERNELS:
         K.use(impl)
         assert torch.equal(K.attention(q, k, v), K.attention(q, k, v, impl=impl))
+
+
+def test_the_default_on_a_cpu(precision, monkeypatch):
+    """fused in bf16 and where products reach oneDNN; one query goes to PyTorch's kernel."""
+    blocks = []
+    block = K._probabilities
+    monkeypatch.setattr(K, "_probabilities", lambda *a: blocks.append(1) or block(*a))
+    def fused(dtype, name, T=9):
+        torch.set_float32_matmul_precision(name)
+        blocks.clear()
+        K.attention(*qkv(T=T, dtype=dtype))
+        return bool(blocks)
+    assert fused(torch.bfloat16, "highest") and fused(torch.float32, "medium")
+    assert not fused(torch.float32, "highest") and not fused(torch.bfloat16, "medium", T=1)
+
+
+def test_fused_gradients_in_bf16():
+    """As near to float64 as PyTorch's bf16 kernel, whose error is 0.003 to 0.005 here too."""
+    leaves = qkv(T=150, dtype=torch.bfloat16)
+    want = values_and_grads(K.attention_reference, [x.detach().double().requires_grad_()
+                                                    for x in leaves])
+    for got, exact in zip(values_and_grads(lambda *x: K.attention(*x, impl="fused"), leaves),
+                          want, strict=True):
+        assert got.dtype == torch.bfloat16 and (got - exact).norm() < 0.007 * exact.norm()
 
 
 @pytest.mark.parametrize("change,message", [
@@ -528,13 +559,11 @@ def test_experts_odd_sizes_no_rows_and_errors():
 # --- the script and the compiler ------------------------------------------------------------------
 @pytest.mark.slow
 def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
-    """R4.8: full tiles and chunks are compiled once; ragged remainders never recompile."""
+    """R4.8: full chunks are compiled once; ragged remainders never recompile."""
     def run():
         torch.manual_seed(0)
         results = []
         for T in (128, 128, 130, 150):
-            leaves = qkv(B=1, Hq=2, Hkv=1, T=T, dtype=torch.float32)
-            results.append(values_and_grads(lambda *x: K.attention(*x, impl="fused"), leaves))
             h, w, t = head(N=T, dtype=torch.float32)
             t[:T - 120] = -100
             for reduction in ("mean", "none"):
@@ -547,13 +576,6 @@ def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
         close(a, b, 1e-4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         run()
-
-
-@pytest.fixture
-def precision():
-    old = torch.get_float32_matmul_precision()
-    yield torch.get_float32_matmul_precision
-    torch.set_float32_matmul_precision(old)
 
 
 def test_when_products_go_to_onednn(precision, monkeypatch):
