@@ -466,6 +466,7 @@ def parse_failed(answer: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------
 # 5. benchmark files -> queries {"prompt", "domain", "check"}
+# and "item", the question without our own words, where the prompt has some (for data.py --evals)
 
 def _query(prompt: str, domain: str, **check) -> dict:
     if not prompt.strip() or not check.get("answer", "-"):
@@ -493,16 +494,18 @@ def _humaneval(row: dict) -> dict:
               f"```python code block.\n\n```python\n{row['prompt'].strip()}\n```")
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
     return _query(prompt, "code", kind="code", language="python", tests=tests,
-                  prefix=row["prompt"])
+                  prefix=row["prompt"]) | {"item": row["prompt"]}
 
 
 def _mbpp(row: dict) -> dict:
     """The first assert is shown: nothing else names the function."""
-    prompt = (f"{row.get('text') or row['prompt']}\nReply with one ```python code block. Your code "
-              f"should pass this test:\n\n```python\n{row['test_list'][0]}\n```")
+    text, shown = row.get("text") or row["prompt"], row["test_list"][0]
+    prompt = (f"{text}\nReply with one ```python code block. Your code "
+              f"should pass this test:\n\n```python\n{shown}\n```")
     setup = [*row.get("test_imports", []), row.get("test_setup_code", "")]
     tests = "\n".join([*filter(None, setup), *row["test_list"]]) + "\n"
-    return _query(prompt, "code", kind="code", language="python", tests=tests)
+    return _query(prompt, "code", kind="code", language="python", tests=tests) | {
+        "item": f"{text}\n{shown}"}
 
 
 def _ifeval(row: dict) -> dict:

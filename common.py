@@ -68,7 +68,8 @@ def parse_value(name: str, text: str, kind: type):
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
     # No flag has a use for less than nothing, for nan, or for more than a machine can count.
-    require(kind is str or 0 <= value < 2**63, f"--{name} wants a number from 0 on, got {text}")
+    most = math.inf if kind is float else 2**63
+    require(kind is str or 0 <= value < most, f"--{name} wants a number from 0 on, got {text}")
     return value
 
 
@@ -97,6 +98,8 @@ def parse_args(Args, argv: list[str] | None = None):
                 raise InputError(f"--{name} wants a value")
             else:
                 text = argv.pop(0)
+                while argv and argv[0][:1] != "-" and "comma" in field_help(Args).get(name, ""):
+                    text += "," + argv.pop(0)  # as a shell leaves --data *.jsonl
         values[name] = parse_value(name, text, kind)
     return Args(**values)
 
@@ -385,6 +388,23 @@ def write_jsonl(path: str | Path, rows) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def checksums(args: dict) -> dict[str, str]:
+    """Of each file that an argument names, as --data a.jsonl,b.txt or --reward my.py:score do, and
+    of the record of each run that one starts from."""
+    out = {}
+    values = [value for key, value in args.items() if isinstance(value, str) and key != "out"]
+    for name in ",".join(values).split(","):
+        paths = (name, name.rpartition(":")[0], f"{name}/run.json")
+        path = next(filter(os.path.isfile, paths), "")
+        if os.access(path, os.R_OK):
+            crc = 0
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    crc = zlib.crc32(block, crc)
+            out[path] = f"{crc:08x}"
+    return out
+
+
 def peak_rss_mb() -> float:
     """Peak resident memory of this process in MB; nan where the OS does not tell (Windows)."""
     try:
@@ -404,7 +424,7 @@ class Run:
 
     A run killed at any moment goes on with the same command and --resume: from its last state, or
     from step 0 where there is none yet; also when the model is written, until run.json, the last
-    file, says finished."""
+    file, says finished. A file given to it that is another by then is told, and noted there."""
 
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
@@ -433,6 +453,8 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
+        # {name: {step after which it was so: checksum}}
+        self.files = record.get("files", {}) if self.resumed else {}
         init = self.args.get("init")
         require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
@@ -472,9 +494,16 @@ class Run:
                 for name in ("eval.json", "eval_samples.jsonl"):  # of the model that was here
                     (self.path / name).unlink(missing_ok=True)
                 self.log_file.write_text("", encoding="utf-8")
-            self.write_record({"finished": False})
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
+        news = not self.resumed
+        for name, new in checksums(self.args).items():
+            known = self.files.setdefault(name, {str(step): new})
+            if [*known.values()][-1] != new:  # no refusal: a --reward with an error gets mended
+                print(f"{name} has changed since this run began: from here on it is another run")
+                known[str(step)], news = new, True
+        if news:
+            self.write_record({"finished": False})
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
@@ -497,7 +526,8 @@ class Run:
         record = {"stage": self.stage, "args": self.args, "parent": self.args.get("init", ""),
                   "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                   "git": git, "python": platform.python_version(),
-                  "torch": torch.__version__, "seed": self.args["seed"], **result}
+                  "torch": torch.__version__, "seed": self.args["seed"], "files": self.files,
+                  **result}
         write_atomic(self.path / "run.json", json.dumps(plain(record), indent=1) + "\n")
 
     def strike(self, strikes: int) -> None:
@@ -514,10 +544,10 @@ class Run:
         numbers, or prompts), and from the second on where the fault began."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
-        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), []
+        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), ""
         if bad:
-            where = sum(gathered(self.found), [])[:1]  # the others may have found nothing
-            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": "".join(where)}
+            where = "".join(sum(gathered(self.found), [])[:1])  # some may have found nothing
+            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": where}
         if RANK == 0:
             with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row)) + "\n")
@@ -531,7 +561,7 @@ class Run:
         self.strike((self.strikes + 1) * bad)
         if self.strikes == STRIKES:
             raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
-                           f"first in the {''.join(where) or 'loss'}; the batches are in "
+                           f"first in the {where or 'loss'}; the batches are in "
                            f"{self.log_file}. Lower --lr, or look at these rows")
         if self.stopping and step < steps:
             self.save_state(step, self.model, self.optimizer)

@@ -671,10 +671,12 @@ def load(args: Args):
 
 
 def load_tests(names: str) -> list[str]:
-    """The test prompts that documents must not hold."""
+    """The test items that documents must not hold, without what our prompts say around them."""
     import tasks
-    return [query["prompt"] for name in names.split(",") if name
-            for query in tasks.load(name, 400 if name in tasks.SPLITS else 10**9)]
+    items = [query.get("item", query["prompt"])
+             for name in names.split(",") if name for query in tasks.load(name)]
+    return [item if isinstance(item, str) else "\n".join(message["content"] for message in item)
+            for item in items]
 
 
 def main(args: Args) -> dict:
@@ -695,7 +697,7 @@ def main(args: Args) -> dict:
                 ("documents", "mb", "kept", "kept_mb"), 0))
             mb = len(doc["text"].encode("utf-8", "replace")) / 1e6
             row["documents"], row["mb"] = row["documents"] + 1, row["mb"] + mb
-            if len(samples[name]) < 20:
+            if len(samples[name]) < 20 or name == "contaminated":  # these are listed in full
                 samples[name].append({"text": doc["text"][:200], "reason": reason})
             if reason:
                 dropped[name] += 1

@@ -9,6 +9,8 @@ gives back what it was given: who never uses torchrun need not read this file.
 import atexit
 import contextlib
 import os
+import pickle
+import re
 import shutil
 
 import torch
@@ -141,13 +143,34 @@ def save_state(path, model, optimizer, **numbers) -> None:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
+class Metadata(pickle.Unpickler):
+    """What lies where, and the numbers, are pickles to the checkpoint library, which could run any
+    code. Looked through before it reads them: nothing but its own classes may be named."""
+
+    def find_class(self, module, name):
+        if re.fullmatch(r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
+                        r"|torch\.(Size|float32|serialization\._get_layout)"
+                        r"|pathlib(\._local)?\.(Posix|Windows)Path", f"{module}.{name}"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
 def load_state(path, model, optimizer) -> dict:
     """Read by any number of processes, each its own part, whatever their number was."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    class Planner(DefaultLoadPlanner):
+        def load_bytes(self, read_item, value):
+            torch.load(value, weights_only=True)
+            value.seek(0)
+            super().load_bytes(read_item, value)
     weights, states = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": states, "step": 0, "seconds": 0.0}
+    with open(path / ".metadata", "rb") as file:
+        Metadata(file).load()
     with reasons():
-        dist.checkpoint.load(state, checkpoint_id=path)
+        dist.checkpoint.load(state, checkpoint_id=path, planner=Planner())
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
     return state
 

@@ -6,7 +6,8 @@ Every stage answers the same held-out queries (split "test": nothing trains or i
 greedily. A chat model gets the chat prompt; a base model, which never saw one
 (--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
 spread of the queries' means: several samples of one query are not independent. With --reward,
-which need not be 0 or 1, pass@1 and greedy are its means, and a pass is what it gives 1.
+which need not be 0 or 1, pass@1 and greedy are its means (the tables say "mean" of the first), and
+a pass is what it gives 1.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -14,7 +15,6 @@ which need not be 0 or 1, pass@1 and greedy are its means, and a pass is what it
 """
 import json
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import kernels
 import tasks
 from answers import extract_answer
 from common import (
-    cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
+    checksums, cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
 from model import Qwen2
 from reward import RewardModel
 from sample import generate, load_policy, rollout
@@ -154,12 +154,12 @@ def cell(value: dict, form: str = ".1f") -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def table(rows: list[tuple[str, dict]]) -> str:
+def table(rows: list[tuple[str, dict]], sampled: str = "pass@1") -> str:
     """Markdown: stages x domains, percent with 95% intervals; one table a metric."""
     out = []
     for metric in ("pass@1", "greedy"):
-        domains = list(rows[0][1][metric])
-        out += [f"| {metric}, % | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+        domains, label = list(rows[0][1][metric]), metric.replace("pass@1", sampled)
+        out += [f"| {label}, % | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
         out += [f"| {name} | " + " | ".join(cell(metrics[metric][d]) for d in domains) + " |"
                 for name, metrics in rows]
         out.append("")
@@ -222,15 +222,15 @@ def main(args: Args) -> dict:
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
          "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    path = args.reward.rpartition(":")[0]  # the same name may be other code by the next evaluation
-    reward = args.reward and f"{args.reward} {zlib.crc32(Path(path).read_bytes()):08x}"
+    # The same name may be other code by the next evaluation.
+    reward = " ".join([args.reward, *checksums({"reward": args.reward}).values()])
     settings = {"queries": args.queries, "n": len(queries), "reward": reward,
                 "samples": args.samples, "few_shot": args.few_shot, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens, "window": args.window, "yarn": args.yarn,
                 "dca": args.dca, "rollout_url": args.rollout_url}
     write_atomic(Path(args.init) / "eval.json", json.dumps(
         {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
-    print(table([(Path(args.init).name, metrics)]))
+    print(table([(Path(args.init).name, metrics)], "mean" if args.reward else "pass@1"))
     if texts:
         print("by quarters of its window:", *(f"{bits:.3f}" for bits in metrics["by_quarter"]))
     return metrics

@@ -45,10 +45,12 @@ import torch
 from tqdm import tqdm
 
 import tasks
-from common import Run, adamw, cli, clip_and_step, lr_at, positive, read_jsonl, require, setup
+from common import (
+    InputError, Run, adamw, cli, clip_and_step, lr_at, positive, read_jsonl, require, setup)
 from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
+from server import Server
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Args:
     group: int = 8                   # responses a query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
-    rollout_url: str = ""            # refused: after a step a server's weights are old ones
+    rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
     micro_batch: int = 32            # responses a forward pass, of similar length: memory only
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
@@ -221,10 +223,12 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
           f"better and worse answers, {truncated:.1%} of responses cut")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "
             "or train longer with sft.py a model that does not stop by itself")
-    advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature" \
-        if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2 else \
-        "easier --queries, more SFT, or a --reward with degrees" if verified.mean() < 0.5 else \
-        "harder --queries"
+    if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2:
+        advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature"
+    elif verified.mean() < 0.5:
+        advice = "easier --queries, more SFT, or a --reward with degrees"
+    else:
+        advice = "harder --queries"
     require(mixed > 0, f"each query's answers all score alike, so all advantages are 0: {advice}")
     if mixed < 0.1:
         print(f"few queries have anything to learn from: {advice}")
@@ -252,11 +256,8 @@ def main(args: Args) -> dict:
         require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
     require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
             " a long right answer could be worth less than a wrong one")
-    # The gradient is an expectation over what this policy says. A server goes on saying what the
-    # first one did: the ratio corrects for a few steps, clipped ones not at all, and soon all are.
-    # To load new weights into it every step, each server and version has its own, unstable way.
-    require(not args.rollout_url, "--rollout_url: GRPO changes the policy at every step, and a "
-            "server would answer with the weights it has loaded; for sft, dpo, reward, evaluate")
+    require(not args.rollout_url or args.temperature == 1, "--rollout_url wants --temperature 1: "
+            "so are a server's log-probabilities, and pi_old is the server's policy")
     require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
     require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
     model, tokenizer = load_policy(args.init, device)
@@ -268,8 +269,15 @@ def main(args: Args) -> dict:
     queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
 
     # data
+    server = Server(args.rollout_url, tokenizer) if args.rollout_url else None
+
+    def sampler(model):
+        """Who answers for the policy. pi_old is then the server's, its rounding included."""
+        if server:
+            server.load(model, run.path / "served")
+        return server or model
     with autocast:
-        queries = order_queries(model, reward_model, tokenizer, queries, args)
+        queries = order_queries(sampler(model), reward_model, tokenizer, queries, args)
     reference = sharded(copy.deepcopy(model), autocast) if args.kl else None
 
     # optimizer, resume
@@ -281,9 +289,15 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
                disable=QUIET)
     for step in bar:
-        with autocast:
-            groups, used = sample_groups(whole(model), tokenizer, queries, args, step)
-            verified, rewards, scores = reward_groups(groups, reward_model, args)
+        try:
+            with autocast:
+                groups, used = sample_groups(sampler(whole(model)), tokenizer, queries, args, step)
+                verified, rewards, scores = reward_groups(groups, reward_model, args)
+        except InputError as error:  # of a --reward of one's own, or of a server
+            if WORLD > 1 or step == 0:  # one of several cannot save
+                raise
+            run.save_state(step, model, optimizer)
+            raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
         answers = [answer for group in groups for answer in group]
         kept = [a.finished or args.overlong != "mask" for a in answers]
         advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)

@@ -73,7 +73,8 @@ def collect(root: Path):
         ended = max(path.stat().st_mtime for path in root.glob("*/*.json"))
         total = ended - float((root / "started").read_text())
     report = {"name": root.name, "stages": stages, "gains": gains(chats), "seed": run["seed"],
-              "total_seconds": round(total)}
+              "total_seconds": round(total),
+              "sampled": "mean" if any(reward for *_, reward in asked) else "pass@1"}
     return report, logs, chats
 
 
@@ -101,12 +102,12 @@ def as_markdown(report: dict, root: Path, chats: dict) -> str:
     rows = [(s["name"], s["metrics"]) for s in report["stages"] if s["metrics"]]
     if rows:
         lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
-                  table(rows)]
+                  table(rows, report["sampled"])]
     else:
         lines.append(f"No stage is evaluated yet; `python evaluate.py --init {root}/…` does it.")
     if report["gains"]:
         lines += ["", "Gains on the same queries, in points:", "",
-                  "| from | to | pass@1 | greedy |", "|---|---|---|---|"]
+                  f"| from | to | {report['sampled']} | greedy |", "|---|---|---|---|"]
         lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
                   f"{cell(g['greedy'], '+.1f')} |" for g in report["gains"]]
     lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
@@ -189,13 +190,14 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
     for metric in ("pass@1", "greedy") if evaluated else ():
         domains = list(evaluated[0]["metrics"][metric])
         n = evaluated[0]["metrics"][metric]["total"]["n"]
-        parts += [f"<h2>{metric} on {n} held-out queries, % [95% interval]</h2>",
+        label = metric.replace("pass@1", report["sampled"])
+        parts += [f"<h2>{label} on {n} held-out queries, % [95% interval]</h2>",
                   html_table(["stage", *domains], [
                       [s["name"], *(cell(s["metrics"][metric][d]) for d in domains)]
                       for s in evaluated])]
     if report["gains"]:
         parts += ["<h2>Gains, query by query, in points</h2>", html_table(
-            ["from", "to", "pass@1", "greedy"],
+            ["from", "to", report["sampled"], "greedy"],
             [[g["from"], g["to"], cell(g["pass@1"], "+.1f"), cell(g["greedy"], "+.1f")]
              for g in report["gains"]])]
     parts += ["<h2>Stages</h2>", html_table(

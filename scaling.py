@@ -468,7 +468,7 @@ def plot(tables: dict[str, dict[str, Law]], folder: Path) -> None:
                                        strict=True):
                     axes.loglog(D, each.predict(N=N, D=D, C=6 * N * D), style, color=color)
             axes.set(xlabel="D, tokens")
-            axes.legend()
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)  # hides no line
         figure.savefig(folder / f"{table}.png", bbox_inches="tight")
         print(f"plot {folder}/{table}.png")
 

@@ -1,7 +1,7 @@
-"""Answers from a server: --rollout_url of sft.py, dpo.py, reward.py and evaluate.py.
+"""Answers from a server: --rollout_url of sft.py, dpo.py, reward.py, grpo.py and evaluate.py.
 
-Any server with OpenAI's protocol and vLLM's token ids: recipes/multi_gpu.md says how to start one,
-and why grpo.py refuses it (a server goes on answering with the weights that it once read).
+Any server with OpenAI's protocol and vLLM's token ids: recipes/multi_gpu.md says how to start one.
+GRPO's must also read new weights at every step, and is checked each time to have done so.
 """
 import http.client
 import json
@@ -9,10 +9,12 @@ import urllib.error
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from common import InputError, require
+from common import InputError, require, writing
+from distributed import RANK, gathered
 from model import Qwen2
 from sample import Completion, completion_logprobs, prompt_ids
 from tokenizer import Tokenizer
@@ -20,30 +22,53 @@ from tokenizer import Tokenizer
 
 class Server:
     """--rollout_url: the same model behind an OpenAI-compatible server, as `vllm serve DIR` of
-    vLLM 0.10.2 or later, which on a GPU answers far more requests a second than the loop above.
+    vLLM 0.10.2 or later, which on a GPU answers far more requests a second than sample.py's loop.
     Ids go out and ids come back: text would be tokenised again, and sometimes otherwise (R12.5)."""
     timeout = 600  # seconds for one prompt's answers, among all the others
 
-    def __init__(self, url: str, model: Qwen2, tokenizer: Tokenizer):
+    def __init__(self, url: str, tokenizer: Tokenizer):
         require(url.startswith(("http://", "https://")),
                 f"--rollout_url wants http://HOST:PORT/v1, got {url!r}")
-        self.url, self.n_vocab = url.rstrip("/"), tokenizer.n_vocab
-        self.name = self.ask("models", None, lambda reply: reply["data"][0]["id"])
-        # Other weights than --init's are seen by what they think of an answer. Rounding to
-        # bfloat16 is some 0.02; a checkpoint a few steps away is not told from it.
-        prompt = prompt_ids(tokenizer, {"prompt": "Who are you?"})
-        (answer,) = self.generate([prompt], 16, 0.0, 0, tokenizer.stop_ids, 1)
+        self.url, self.tokenizer = url.rstrip("/").removesuffix("/v1"), tokenizer
+        self.name = self.ask("v1/models", None, lambda reply: reply["data"][0]["id"])
+
+    def check(self, model: Qwen2) -> None:
+        """Other weights than the model's are seen by what they think of an answer. Rounding to
+        bfloat16 is some 0.02; a checkpoint a few steps away is not told from it."""
+        prompt = prompt_ids(self.tokenizer, {"prompt": "Who are you?"})
+        (answer,) = self.generate([prompt], 16, 0.0, 0, self.tokenizer.stop_ids, 1)
         with torch.no_grad():
             own = completion_logprobs(model, [prompt], [answer.ids])[0].flatten().tolist()
         gap = sum(abs(a - b) for a, b in zip(own, answer.logprobs, strict=True)) / len(own)
-        require(gap < 0.2, f"--rollout_url {url} serves {self.name}, which is not the model here: "
-                f"log-probabilities differ by {gap:.2g} a token")
+        require(gap < 0.2, f"--rollout_url {self.url} serves {self.name}, which is not the model "
+                f"here: log-probabilities differ by {gap:.2g} a token")
+
+    def load(self, model: Qwen2, path: Path) -> None:
+        """From now on answer with this model: its weights are written to `path`, and read there by
+        the server, which keeps no keys and values of the ones before. Both are calls of vLLM's
+        development mode (VLLM_SERVER_DEV_MODE=1)."""
+        if RANK == 0:
+            self.forget()  # without the development mode nothing is written
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                model.save_pretrained(path)
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
+            self.ask("collective_rpc", body, lambda reply: reply["results"])
+            self.forget()
+        gathered(None)  # the other processes wait
+        self.check(model)
+
+    def forget(self) -> None:
+        done = self.ask("reset_prefix_cache", {}, lambda reply: reply["success"])
+        require(done is True, f"--rollout_url {self.url}: it keeps its prefix cache; do others "
+                "ask it as well?")
 
     def ask(self, path: str, body: dict | None, read):
         """read(the answer's JSON); GET without a body."""
         try:
-            request = urllib.request.Request(f"{self.url}/{path}", body and json.dumps(
-                body).encode(), {"Content-Type": "application/json"})
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(f"{self.url}/{path}", data,
+                                             {"Content-Type": "application/json"})
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     return read(json.load(reply))
@@ -71,22 +96,27 @@ class Server:
                 ids = array("q", choice["token_ids"]).tolist()  # of integers, or TypeError
                 logprobs = array("d", choice["logprobs"]["token_logprobs"]).tolist()
                 finished = ids[-1] in stop_ids
-                require(0 <= min(ids) and max(ids) < self.n_vocab and len(ids) == len(logprobs)
-                        and not set(ids[:-1]) & set(stop_ids)
-                        and (finished or len(ids) == max_new_tokens), f"--rollout_url {self.url}: "
-                        f"an answer that cannot be this tokenizer's: {len(ids)} ids, among them "
-                        f"{max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}")
+                require(0 <= min(ids) and max(ids) < self.tokenizer.n_vocab
+                        and len(ids) == len(logprobs) and not set(ids[:-1]) & set(stop_ids)
+                        and (finished or len(ids) == max_new_tokens),
+                        f"--rollout_url {self.url}: an answer that cannot be this "
+                        f"tokenizer's: {len(ids)} ids, among them {max(ids)}, the last {ids[-1]}, "
+                        f"{choice.get('finish_reason')}")
                 out.append(Completion(ids, logprobs, finished))
             require(len(out) == n, f"--rollout_url {self.url}: {len(out)} answers, not {n}")
             return out
 
         def answer(i):  # a seed for each of the n, which vLLM counts up from the request's
             more = {"prompt": prompts[i], "seed": seed + i * n}
-            return self.ask("completions", body | more, read)
+            return self.ask("v1/completions", body | more, read)
         with ThreadPoolExecutor(64) as pool:  # the server batches what comes at the same time
             return [c for answers in pool.map(answer, range(len(prompts))) for c in answers]
 
 
 def served(url: str, model, tokenizer):
     """What samples: the model here or, with a --rollout_url, a server that has the same one."""
-    return Server(url, model, tokenizer) if url else model
+    if not url:
+        return model
+    server = Server(url, tokenizer)
+    server.check(model)
+    return server

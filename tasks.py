@@ -457,12 +457,18 @@ def own_reward(name: str):
     path, _, function = name.rpartition(":")
     require(path != "", f"--reward wants file.py:function, got {name!r}")
     require(Path(path).is_file(), f"--reward {name}: {path}: no such file")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports from beside it
+    # What it imports from beside it may be called as one of our modules: its own data.py, not ours.
+    folder, here = Path(path).resolve().parent, Path(__file__).resolve().parent
+    sys.path.insert(0, str(folder))
+    names = {file.stem for file in folder.glob("*.py") if (here / file.name).exists()}
+    ours = {n: sys.modules.pop(n) for n in names if n in sys.modules and folder != here}
     try:
         found = runpy.run_path(path).get(function)
     except Exception as error:
         raise InputError(f"--reward {name}{line_in(name, error)}: {type(error).__name__}: {error}"
                          ) from None
+    finally:
+        sys.modules.update(ours)
     require(callable(found), f"--reward {name}: {path} defines no function {function}")
     return found
 

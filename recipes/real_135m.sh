@@ -14,8 +14,6 @@ MODEL=$(realpath "$1") SVAMP=$(realpath "$2") OUT=$(realpath -m "${3:-runs/real_
 cd "$(dirname "$0")/.."
 N_SFT=${N_SFT:-336} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-96} STEPS=${STEPS:-8} BATCH=${BATCH:-8}
 N_TEST=${N_TEST:-600} LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
-# glibc hands large blocks back at once and fetches them anew: a quarter of SFT's time on a CPU.
-export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=10000000000
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
 # 1. Data: SVAMP's problems, and those of tasks.py, of which there are as many as one likes. SVAMP

@@ -328,7 +328,7 @@ def table():
               for url, word in (("ftp://h/v1", "http://HOST"), ("http://", "http"),
                                 ("http://127.0.0.1:9/v1", "refused"), ("http://[/v1", "IPv6"))),
             ("sft.py --rollout_url http://127.0.0.1:9/v1", "--queries"),
-            ("grpo.py --rollout_url http://127.0.0.1:9/v1", "at every step"),
+            ("grpo.py --temperature 0.7 --rollout_url http://127.0.0.1:9/v1", "--temperature 1"),
             ("sft.py --max_len 3", "--max_len"), ("sft.py --data @long.jsonl", "--max_len"),
             ("pretrain.py --model huge", "--model"),
             ("pretrain.py --attention magic", "--attention"),

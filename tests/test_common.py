@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -44,11 +45,23 @@ def test_flags_become_typed_fields():
     args = parse_args(Args, "--tokens 3e6 --lr=7e-6 --doc_mask --out a=b --resume false".split())
     assert args == Args(out="a=b", tokens=3_000_000, lr=7e-6, doc_mask=True)
     assert type(args.tokens) is int
-    assert parse_args(Args, []) == Args()
+    assert parse_args(Args, []) == Args() and parse_args(Args, ["--lr", "1e21"]).lr == 1e21
     assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "0", "--lr", ".5"]) == Args(
         doc_mask=True, seed=0, lr=0.5)
     assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
                                                                         overwrite=True)
+
+
+def test_lists_may_come_as_a_shell_expands_them():
+    @dataclass
+    class Lists:
+        data: str = ""       # files, comma-separated
+        weights: str = ""    # shares
+    args = parse_args(Lists, "--data a.jsonl.gz b.txt c.parquet --weights a=1".split())
+    assert args == Lists("a.jsonl.gz,b.txt,c.parquet", "a=1")
+    for argv in ("--data a -weights", "--weights a=1 b=2"):
+        with pytest.raises(InputError, match="unknown argument"):
+            parse_args(Lists, argv.split())
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -443,6 +456,18 @@ def test_git_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     begun(Args(out=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] == ""
+
+
+def test_files_that_arguments_name(tmp_path):
+    """In lists, before a function's name, a run's record; no other directory, number or word."""
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.py"
+    a.write_bytes(bytes(range(256)) * 5000)  # more than one block
+    b.write_text("")
+    args = {"data": f"{a},{tmp_path}", "reward": f"{b}:f", "n": 3, "x": "", "out": str(tmp_path)}
+    want = {str(a): f"{zlib.crc32(a.read_bytes()):08x}", str(b): "00000000"}
+    assert common.checksums(args) == want
+    (tmp_path / "run.json").write_text("")
+    assert common.checksums(args) == want | {f"{tmp_path}/run.json": "00000000"}
 
 
 def test_an_out_that_cannot_be_written_is_refused(tmp_path):

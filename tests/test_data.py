@@ -597,8 +597,8 @@ def fake_tasks(monkeypatch):
             yield f"{domain}: " + " ".join(nonsense(r, 30))
     test = next(documents("logic", 0)).removeprefix("logic: ")
     fake = types.SimpleNamespace(
-        DOMAINS=("mathematics", "code", "instruction", "logic"), SPLITS=("test",),
-        documents=documents, load=lambda name, n: [{"prompt": test}])
+        DOMAINS=("mathematics", "code", "instruction", "logic"),
+        documents=documents, load=lambda name: [{"prompt": test}])
     monkeypatch.setitem(sys.modules, "tasks", fake)
     return fake
 
@@ -635,6 +635,30 @@ def test_run_on_the_builtin_corpus(tmp_path, fake_tasks, capsys):
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["in.jsonl", "report.json"]
 
 
+def test_every_contaminated_document_is_listed(tmp_path, fake_tasks):
+    """R2.4: of other reasons report.json has 20 samples, of this one all, with the test item."""
+    (item,), r = [query["prompt"] for query in fake_tasks.load("test")], random.Random(1)
+    planted = [" ".join([*nonsense(r, 9), item]) for _ in range(25)]
+    texts = planted + [" ".join(nonsense(r, 30))]
+    (tmp_path / "in.jsonl").write_text("".join(
+        json.dumps({"text": text, "kind": "synthetic"}) + "\n" for text in texts))
+    result = data.main(data.Args(out=str(tmp_path / "d"), input=str(tmp_path / "in.jsonl")))
+    listed = result["samples"]["contaminated"]
+    assert [row["text"] for row in listed] == [text[:200] for text in planted]
+    assert all(item[:60] in row["reason"] for row in listed)
+
+
+def test_test_items_come_without_our_words_around_them(tmp_path):
+    """Else 16 words of an instruction count among the 0.6 of a short item that must be found."""
+    rows = [{"prompt": "def f(x):\n", "test": "def check(f): pass", "entry_point": "f"},
+            {"text": "Double it.", "code": "", "test_list": ["assert f(1) == 2", "assert f"]},
+            {"prompt": [{"role": "user", "content": "How many?"}], "domain": "logic",
+             "check": {"kind": "math", "answer": "3"}}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert data.load_tests(f"{tmp_path / 't.jsonl'},") == [
+        "def f(x):\n", "Double it.\nassert f(1) == 2", "How many?"]
+
+
 def test_arguments():
     assert parse_args(data.Args, ["--show_dropped", "3", "--max_mb", "1"]).show_dropped == 3
     assert data.parse_weights("a=0.5, b=2", {}) == {"a": 0.5, "b": 2.0}
@@ -665,7 +689,8 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
     by token ids; the list names each, and no other document."""
     items = [row["question"] for _, row in read_jsonl(shared / "math" / "gsm8k_test.jsonl")]
     items += [row["prompt"] for _, row in read_jsonl(shared / "code" / "humaneval.jsonl")]
-    stage, r = data.Contamination(items), random.Random(1)
+    tests = data.load_tests(f"{shared}/math/gsm8k_test.jsonl,{shared}/code/humaneval.jsonl")
+    stage, r = data.Contamination(tests), random.Random(1)
     documents = list(filler(shared, 20_000_000))
     places = r.sample(range(len(documents)), len(items))
     for item, i in zip(items, places, strict=True):
@@ -678,7 +703,7 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
     assert found.keys() == wanted.keys() and len(wanted) == 1483 - len(short)
     assert sum(found[i] != e for i, e in wanted.items()) <= 3
     print(f"{len(wanted)} of {len(items)} planted, {len(short)} too short")
-    by_token = data.Contamination(items, tokenizer.encode)
+    by_token = data.Contamination(tests, tokenizer.encode)
     some = dict(list(wanted.items())[:100])
     assert all(by_token.find(documents[i])[0] >= 0 for i in some)
     innocent = [i for i in range(0, len(documents), 60) if i not in places]

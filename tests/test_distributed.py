@@ -1,6 +1,7 @@
 """torchrun: a stage on several processes takes the steps that it takes on one."""
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,8 +11,13 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed.checkpoint
 from helpers import log, weights
-from test_faults import STAGES, inputs  # noqa: F401  the same runs of six steps
+from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
+from test_server import Peer
+
+import distributed
+from sample import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,11 +33,11 @@ def start(n: int, job: dict, folder: Path):
 def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values):  # noqa: F811
     """Each stage on n processes, in folder/NAME. One process is this one."""
     folder.mkdir(exist_ok=True)
-    runs = [{"stage": STAGES[name].__name__, "args": inputs[name] | {
+    runs = [{"stage": names[name].__name__, "args": inputs[name] | {
         "out": str(folder / name), "micro_batch": micro_batch,
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
-        (sft,) = [one for one in runs if one["stage"] == "sft"]
+        sft = next(one for one in runs if one["stage"] == "sft")
         nan, bf16, again = ({"out": str(folder / name)} for name in ("nan", "bf16", "recompute"))
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
                  sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
@@ -112,6 +118,20 @@ def test_recomputed_activations_change_nothing(one, two):
     same(one / "recompute", two / "recompute")
 
 
+def test_two_processes_share_a_server(inputs, tmp_path):  # noqa: F811
+    """It is given each step's weights once, and both get answers of these: gap, the largest
+    difference of log-probabilities over all of them, is rounding."""
+    peer = Peer(*load_policy(inputs["grpo"]["init"], "cpu"))
+    args = inputs["grpo"] | {"rollout_url": peer.url, "out": str(tmp_path / "run"),
+                             "inner_steps": 1, "micro_batch": 1}
+    codes, told = start(2, {"runs": [{"stage": "grpo", "args": args}]}, tmp_path)
+    peer.http.shutdown()
+    assert codes == [0, 0], told
+    rows = log(tmp_path / "run")
+    assert peer.loaded == 1 + len(rows) == 7 and all(row["gap"] < 1e-5 for row in rows)
+    assert sum(row["grad_norm"] for row in rows) > 0
+
+
 @pytest.mark.slow
 def test_four_processes_take_the_steps_of_one(inputs, one):  # noqa: F811
     four = run_stages(4, one.parent / "four", inputs, 1)
@@ -126,11 +146,35 @@ def test_four_processes_take_the_steps_of_one(inputs, one):  # noqa: F811
 def test_a_state_is_continued_by_any_number_of_processes(numbers, inputs, tmp_path):  # noqa: F811
     """Stopped with the state of step 2, continued by others and stopped with that of step 4. A
     micro-batch of 4 rows is the whole step on any number, as the MoE's balance loss wants."""
-    whole, parts = run_stages(1, tmp_path / "whole", inputs, 4), tmp_path / "parts"
+    whole, parts, names = tmp_path / "whole", tmp_path / "parts", STAGES | MOE
+    run_stages(1, whole, inputs, 4, names)
     for n, stop in zip(numbers, (2, 4, 0), strict=True):
-        run_stages(n, parts, inputs, 4, stop=stop)
-    for name in STAGES:
+        run_stages(n, parts, inputs, 4, names, stop=stop)
+    for name in names:
         same(whole / name, parts / name)
+
+
+def test_a_planted_state_runs_nothing(tmp_path):
+    """The library's two pickles: the table of contents, and numbers. Both work if it reads them."""
+    model = torch.nn.Linear(2, 3)
+    optimizer, marker, path = torch.optim.AdamW(model.parameters()), tmp_path / "m", tmp_path / "1"
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    distributed.save_state(path, model, optimizer, step=7, seconds=0.5)
+    assert distributed.load_state(path, model, optimizer)["step"] == 7
+    contents = (path / ".metadata").read_bytes()
+    for words in (b"cos\nmkdir\n", b"ctorch.distributed.checkpoint.filesystem\nos.mkdir\n"):
+        (path / ".metadata").write_bytes(words + f"(V{marker}\ntR.".encode())
+        with pytest.raises(pickle.UnpicklingError):
+            distributed.load_state(path, model, optimizer)
+    (path / ".metadata").write_bytes(contents)
+    distributed.save_state(path, model, optimizer, step=Evil(marker), seconds=0.5)
+    with pytest.raises(pickle.UnpicklingError):
+        distributed.load_state(path, model, optimizer)
+    assert not marker.exists()
+    state = {"step": 0}
+    torch.distributed.checkpoint.load(state, checkpoint_id=path)
+    assert marker.exists()
 
 
 @pytest.fixture

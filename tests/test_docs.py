@@ -45,6 +45,8 @@ def test_every_flag_named_exists(document):
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_down(name):
+    """And what may be imported gets installed."""
+    assert f'"{name[:-3]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     floor = next(i for i, names in enumerate(FLOORS) if name[:-3] in names)
     below = {n for names in FLOORS[:floor] for n in names} | {"common"}
     for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):

@@ -203,7 +203,7 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
 
-def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path):
+def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
     """pass@1 and greedy are its means; pass@k counts the queries with an answer that it gives 1."""
     (tmp_path / "mine.py").write_text(
         "def score(query, response):\n    return 1 if query['prompt'] == 'Write 0.' else 0.25\n")
@@ -211,6 +211,7 @@ def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path):
     metrics = run(micro_run, tmp_path, **own)
     rows = [json.loads(line) for line in (micro_run / "eval_samples.jsonl").open(encoding="utf-8")]
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
+    assert "| mean, % | total |" in (said := capsys.readouterr().out) and "pass@1" not in said
     assert metrics["pass@2"]["total"]["mean"] == (rows[0]["pass@1"] > 0) / 6
     before = json.loads((micro_run / "eval.json").read_text())["settings"]["reward"]
     (tmp_path / "mine.py").write_text("def score(query, response):\n    return 0.25\n")

@@ -403,6 +403,31 @@ def test_a_reward_of_ones_own_is_no_pass(policy, tmp_path):
     assert result["own"] == pytest.approx(rows[-1]["own"], rel=1e-6)
 
 
+def test_an_error_in_a_reward_loses_no_step(policy, tmp_path, capsys):
+    """It ends the run in one line, with the state of the last whole step; mended, which is noticed
+    and put down, the run goes on to what one without the error comes to, bit for bit."""
+    good = "def score(query, response):\n    return response.count('A') / (1 + len(response))\n"
+    bad = "calls = []\n" + good.replace("return", "calls.append(1)\n    if len(calls) > 50:\n"
+                                        "        raise KeyError('x')\n    return")
+    mine = tmp_path / "mine.py"
+    values = {"save_every": 99, "reward": f"{mine}:score"}
+    mine.write_text(good)
+    run(policy, tmp_path, "whole", **values)
+    mine.write_text(bad)
+    grpo.tasks.own_reward.cache_clear()
+    said = refuses(lambda: run(policy, tmp_path, "halves", **values), "line 5: KeyError: 'x'")
+    step = said.rpartition("mend it and --resume goes on after step ")[2]
+    assert int(step) == len(log(tmp_path / "halves")) > 0
+    mine.write_text(good)
+    grpo.tasks.own_reward.cache_clear()
+    run(policy, tmp_path, "halves", **values, resume=True)
+    assert f"{mine} has changed since this run began" in capsys.readouterr().out
+    files = json.loads((tmp_path / "halves" / "run.json").read_text())["files"]
+    assert list(files[str(mine)]) == ["0", step]
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert same_weights(tmp_path / "halves", tmp_path / "whole")
+
+
 def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
     """A run never started, one that was no GRPO, and --help: what inspect wants, in one line."""
     refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no such file", "ends")

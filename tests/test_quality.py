@@ -3,6 +3,7 @@ known limits, AUC by counting pairs, what is kept, and generated data that passe
 import importlib.util
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,25 @@ def test_published_labels_are_foretold(shared, tmp_path):
     path = str(shared / "text" / "dclm_quality_labels.jsonl")
     report = quality.main(stage_args(quality, labels=path, out=str(tmp_path)))
     assert report["classifier"]["auc"] > 0.78 and report["classifier"]["agreement"] > 0.68
+
+
+def test_real_domains_are_told_apart(shared, tmp_path):
+    """90 documents each of five collections, without their first thirds, 5 folds; chance is 20%.
+    LOG.md, 2026-11-24, has the number."""
+    found = {domain: [row[field] for _, row in read_jsonl(shared / f"{file}.jsonl")]
+             for domain, file, field in (
+                 ("web", "text/c4_demo", "text"), ("technical", "text/peps", "text"),
+                 ("maths", "math/gsm8k_test", "question"), ("code", "code/mbpp_train", "code"))}
+    wiki = (shared / "text" / "wikitext2_valid.txt").read_text("utf-8")
+    articles = re.split(r"\n = (?!=)[^\n]+ (?<!=)= \n", wiki)
+    articles += (shared / "text" / "wiki_demo.txt").read_text("utf-8").splitlines()
+    found["encyclopedia"] = [text for text in articles if len(text) > 500]
+    rows = [{"domain": domain, "text": text[len(text) // 3:][:1000]}
+            for domain, texts in found.items() for text in texts[:90]]
+    assert len(rows) == 450
+    report = quality.main(stage_args(quality, labels=write_rows(tmp_path / "domains.jsonl", rows),
+                                     label="domain", out=str(tmp_path / "out")))
+    assert report["classifier"]["agreement"] > 0.87
 
 
 @pytest.mark.slow

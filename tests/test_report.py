@@ -139,6 +139,19 @@ def test_evaluations_by_different_rewards_are_not_compared(tmp_path):
     refuses(lambda: report.main(report.Args(run=str(tmp_path))), "sft and grpo", "--reward")
 
 
+def test_of_a_graded_reward_the_mean_is_called_so(tmp_path):
+    """No pass@1 anywhere: tables, gains and titles of both reports."""
+    for name in ("sft", "grpo"):
+        fake_stage(tmp_path, name, [0.25])
+        path = tmp_path / name / "eval.json"
+        path.write_text(path.read_text().replace("{}", '{"reward": "mine.py:score 0a"}'))
+    report.main(report.Args(run=str(tmp_path)))
+    for name, words in (("report.md", ("| mean, % | total", "| from | to | mean | greedy")),
+                        ("report.html", ("<h2>mean on 4 held-out", "<th>mean</th>"))):
+        text = (tmp_path / name).read_text("utf-8")
+        assert "pass@1" not in text and all(word in text for word in words)
+
+
 def test_of_graded_answers_those_that_rose_most_are_shown(tmp_path):
     fake_stage(tmp_path, "sft", [0.2, 0.1, 0.5])
     fake_stage(tmp_path, "grpo", [0.3, 0.9, 0.4])

@@ -563,6 +563,8 @@ def test_commands(tmp_path):
                               capture_output=True, text=True)
     done = run("plan", "--model", "1e8", "--tokens", "5e9", "--data", str(tmp_path / "rows.csv"))
     assert f"lr    {true_lr(1e8, 5e9):.4g}" in done.stdout and done.returncode == 0
+    done = run("plan", "--budget", "1e21")                      # as the docstring has it
+    assert "6 N D = 1e+21 FLOPs" in done.stdout and done.returncode == 0
     done = run("plann", "--model", "1e8")
     assert done.returncode == 2 and "plann" in done.stderr
 
@@ -643,11 +645,11 @@ def test_committed_sweep(capsys):
     """R6.1, R6.2: the rows say what they were measured with, and give the recipe's numbers."""
     path = ROOT / "recipes" / "scaling.csv"
     for row in scaling.read_table(path):
-        assert row["schedule"] == "cosine to 0.1" and row["seed"] == "0" and row["device"] == "cpu"
+        assert row["schedule"] == "cosine to 0.1" and row["seed"] in "01" and row["device"] == "cpu"
         assert int(row["warmup"]) == int(float(row["D"]) / float(row["batch_tokens"]) / 10)
     tables = scaling.fit(scaling.Args(data=str(path), degree=2, within=0.05, bootstrap=20))
     said = (ROOT / "recipes" / "scaling.md").read_text()
-    for table, names in (("dense", ("lr", "batch")), ("moe", ("lr",))):
-        for name in names:
+    for table in ("dense", "moe"):
+        for name in ("lr", "batch"):
             assert all(f" {tables[table][name][axis]:.2f} [" in said for axis in "ND"), name
-    assert "MISSED" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("MISSED") == 1  # the dense batch, as the recipe says

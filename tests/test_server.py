@@ -15,6 +15,8 @@ import grpo
 import reward
 import sft
 import tasks
+import sample
+from model import Qwen2
 from sample import generate, load_policy, prompt_ids
 from server import Server, served
 
@@ -22,10 +24,11 @@ PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choo
 
 
 class Peer:
-    """A server in a thread. `spoil` changes its answers, `asked` is what it was asked."""
+    """A server in a thread. `spoil` changes its answers, `asked` is what it was asked, `loaded` how
+    often it read weights."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.asked = model, tokenizer, []
+        self.model, self.tokenizer, self.asked, self.loaded = model, tokenizer, [], 0
         self.spoil, self.lock = lambda reply: reply, threading.Lock()
         peer = self
 
@@ -35,11 +38,17 @@ class Peer:
                 self.send({"data": [{"id": "the-model"}]})
 
             def do_POST(self):
-                assert self.path == "/v1/completions"
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with peer.lock:
-                    peer.asked.append(body)
-                    self.send(peer.complete(body))
+                    if self.path == "/v1/completions":
+                        peer.asked.append(body)
+                        return self.send(peer.complete(body))
+                    if self.path == "/collective_rpc":
+                        assert body["method"] == "reload_weights" and len(body) == 2
+                        peer.reload(**body["kwargs"])
+                        return self.send({"results": [None]})
+                    assert self.path == "/reset_prefix_cache" and body == {}
+                    self.send({"success": True})
 
             def send(self, reply):
                 reply = peer.spoil(reply)
@@ -56,6 +65,9 @@ class Peer:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def reload(self, weights_path):
+        self.model, self.loaded = Qwen2.from_pretrained(weights_path), self.loaded + 1
 
     def complete(self, body) -> dict:
         assert body["model"] == "the-model" and body["return_token_ids"] and body["logprobs"] == 0
@@ -161,6 +173,63 @@ def test_a_resumed_run_has_the_pairs_that_it_had(stage, few, peer, tmp_path, mon
     assert len(peer.asked) == asked + (0 if stage is dpo else 1 + 2 * 2)
 
 
+def one_by_one(model, prompts, *args, seed, n, **kwargs):
+    """sample.generate with the seeds that a server gets."""
+    return [c for i, p in enumerate(prompts)
+            for c in generate(model, [p], *args, seed=seed + i * n, n=n, **kwargs)]
+
+
+@pytest.fixture
+def online(few, tmp_path):
+    """Flags of a short GRPO run that samples there."""
+    return {"init": few["init"], "queries": few["queries"], "max_new_tokens": 8, "kl": 0.1,
+            "rollout_url": few["rollout_url"], "steps": 4, "batch_queries": 2, "lr": 1e-3,
+            "save_every": 1, "out": str(tmp_path / "run")}
+
+
+def test_grpo_there_is_grpo_here(online, peer, tmp_path, monkeypatch):
+    """Each step is answered by the policy of that step, so all that follows is the same: the logs
+    of a run here, and of one that is stopped and goes on while the server has later weights."""
+    grpo.main(stage_args(grpo, **online))
+    there = log(tmp_path / "run")
+    assert peer.loaded == 1 + 4
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate", one_by_one)
+        grpo.main(stage_args(grpo, **online | {"rollout_url": "", "out": str(tmp_path / "here")}))
+    again = stage_args(grpo, **online | {"out": str(tmp_path / "again")})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, grpo, 3)
+        grpo.main(again)
+    grpo.main(replace(again, resume=True))
+    for other in (log(tmp_path / "here"), log(tmp_path / "again")):
+        assert len(other) == 4 and all(row["gap"] < 1e-5 for row in other)
+        for a, b in zip(there, other, strict=True):
+            assert a["completions"] == b["completions"]
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["grad_norm"]
+
+
+def test_grpo_sees_a_server_that_keeps_old_weights(online, peer, tmp_path):
+    """By how it differs from the policy here, and that it says so itself is not needed."""
+    peer.reload = lambda weights_path: None
+    refuses(lambda: grpo.main(stage_args(grpo, **online | {"lr": 0.1, "warmup": 0, "steps": 20})),
+            "not the model")
+    assert 1 <= len(log(tmp_path / "run")) < 20
+
+
+@pytest.mark.parametrize("spoil, words, written", [
+    (lambda reply: (404, {"detail": "Not Found"}) if "success" in reply else reply,
+     ["reset_prefix_cache", "404"], False),  # no development mode
+    (lambda reply: {"success": False} if "success" in reply else reply, ["prefix cache"], False),
+    (lambda reply: (500, {}) if "results" in reply else reply, ["collective_rpc", "500"], True),
+    (lambda reply: {} if "results" in reply else reply, ["KeyError", "results"], True)])
+def test_a_server_that_cannot_load_is_told_in_one_line(spoil, words, written, online, peer,
+                                                       tmp_path):
+    peer.spoil = spoil
+    refuses(lambda: grpo.main(stage_args(grpo, **online)), "--rollout_url", *words)
+    assert (tmp_path / "run").exists() == written
+    refuses(lambda: grpo.main(stage_args(grpo, **online, temperature=0.7)), "--temperature 1")
+
+
 def edit(change):
     """A reply in which `change` was applied to the first choice."""
     def spoil(reply):
@@ -207,14 +276,14 @@ BROKEN = [
 @pytest.mark.parametrize("name, spoil, words", BROKEN, ids=[name for name, *_ in BROKEN])
 def test_a_broken_server_is_told_in_one_line(name, spoil, words, policy, peer):
     peer.spoil = spoil
-    refuses(lambda: Server(peer.url, *load_policy(policy, "cpu")), "--rollout_url", *words)
+    refuses(lambda: served(peer.url, *load_policy(policy, "cpu")), "--rollout_url", *words)
 
 
 def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path, monkeypatch):
     model, _ = load_policy(policy, "cpu")
     other, _ = load_policy(teach(tokenizer, tmp_path / "other", [("Who are you?", "B. C.")]), "cpu")
-    refuses(lambda: Server(peer.url, other, tokenizer), "the-model", "not the model")
-    there = Server(peer.url, model, tokenizer)
+    refuses(lambda: served(peer.url, other, tokenizer), "the-model", "not the model")
+    there = served(peer.url, model, tokenizer)
     monkeypatch.setattr(Server, "timeout", 0.2)
     peer.spoil = lambda reply: time.sleep(1) or reply
     refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "timed out")
@@ -222,12 +291,11 @@ def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path
     peer.http.server_close()
     refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "refused")
     for url in ("localhost:8000", "file:///etc", ""):
-        refuses(lambda url=url: Server(url, model, tokenizer), "http://HOST:PORT/v1")
+        refuses(lambda url=url: Server(url, tokenizer), "http://HOST:PORT/v1")
 
 
 def test_where_a_server_makes_no_sense_it_is_refused(policy, tmp_path):
     url = {"init": str(policy), "rollout_url": "http://127.0.0.1:9/v1"}
-    refuses(lambda: grpo.main(stage_args(grpo, **url, out=str(tmp_path / "a"))), "every step")
     refuses(lambda: sft.main(stage_args(sft, **url, out=str(tmp_path / "a"))), "--queries")
     refuses(lambda: dpo.main(stage_args(dpo, **url, out=str(tmp_path / "a"), data="x")), "take one")
     refuses(lambda: reward.main(stage_args(reward, **url, out=str(tmp_path / "a"),

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import random
 import re
+import sys
 import zlib
 
 import pytest
@@ -367,6 +368,12 @@ def test_a_reward_of_ones_own(tmp_path):
         refuses(lambda query=query: tasks.score(query, "x"), words)
     (query,) = tasks.load(str(path), reward=f"{mine}:tensor")
     assert tasks.score(query, "x") == 0.5
+    (tmp_path / "ifeval.py").write_text("half = 0.5\n")  # called as a module of ours is
+    mine.write_text("import ifeval, answers\n\n\ndef both(query, response):\n"
+                    "    return ifeval.half * answers.math_equal(response, '2')\n")
+    tasks.own_reward.cache_clear()
+    (query,) = tasks.load(str(path), reward=f"{mine}:both")
+    assert tasks.score(query, "2") == 0.5 and sys.modules["ifeval"] is tasks.ifeval
     mine.write_text("x = (\n")
     refuses(lambda: tasks.load(str(path), reward=f"{mine}:other"), "SyntaxError")
     write_rows(path, [{"prompt": "a"}, {"question": "b"}])
