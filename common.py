@@ -496,18 +496,23 @@ class Run:
                 self.log_file.write_text("", encoding="utf-8")
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
-        news = not self.resumed
-        for name, new in checksums(self.args).items():
-            known = self.files.setdefault(name, {str(step): new})
-            if [*known.values()][-1] != new:  # no refusal: a --reward with an error gets mended
-                print(f"{name} has changed since this run began: from here on it is another run")
-                known[str(step)], news = new, True
-        if news:
-            self.write_record({"finished": False})
+        if RANK == 0:
+            self.note_files(step)
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
         return step
+
+    def note_files(self, step: int) -> None:
+        """No refusal, since a --reward with an error gets mended: a changed file is told."""
+        news = not self.resumed
+        for name, new in checksums(self.args).items():
+            known = self.files.setdefault(name, {str(step): new})
+            if [*known.values()][-1] != new:
+                print(f"{name} has changed since this run began: from here on it is another run")
+                known[str(step)], news = new, True
+        if news:
+            self.write_record({"finished": False})
 
     def interrupt(self, *_) -> None:
         """Ctrl-C, or SIGTERM from a batch system: the step at hand is finished and its state saved.
