@@ -124,7 +124,7 @@ def packed_batch(rows, max_len):
 @pytest.mark.parametrize("impl", ["sdpa", "fused"])
 @pytest.mark.parametrize("max_len", [12, 20, 60])
 def test_packed_is_unpacked(impl, max_len):
-    """R8.6: loss and gradient of packed rows are those of one conversation at a time, in float64 to 1e-12."""
+    """R8.6: loss and gradient of packed rows are those of one conversation at a time, to 1e-12."""
     rows = [(ids, [0, *mask[1:]]) for ids, mask in random_batch()]  # a header is never a target
     count, old = sum(sum(mask) for _, mask in rows), kernels.use(impl)
     try:
