@@ -4,6 +4,7 @@
     dual_chunk_attention  the same beyond the training length, with capped distances
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
+    embedding             rows of a weight, without a gradient beside the tied head's
     expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
 
 `*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
@@ -25,33 +26,34 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
-BLOCK = 128          # tokens a side of a tile of fused attention: best of 64 .. 256 on CPU
-SLICE = 2**13        # rows of the head's gradient made at a time: 16 MiB at C = 512
+BLOCK = 64           # queries at a time of fused attention: best of 32 .. 128 on CPU
+TILE = 2**21         # logits of the head computed at a time: 8 MiB; on CUDA 16 times that
+KEEP = 2**23         # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
 EXPERT = 64          # an expert's rows on a CPU are a multiple of this
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
-_SWITCH = {"impl": "sdpa", "compile": False}
+_SWITCH = {"impl": "auto", "compile": False}
 
 
 def use(impl="auto", compile=False):
     """The one switch: what `impl="auto"` means from now on, and whether kernels are compiled.
 
-    impl: "auto" (= "sdpa", the default), "sdpa", "fused" or "reference"; else ValueError.
-    compile: the tiles of "fused" and the chunks of linear_cross_entropy and token_logprobs run
-    under torch.compile. Off by default, so a short run never pays for a compilation; when on, it
-    happens at the first call, and only while gradients are enabled: sampling stays uncompiled
-    (R4.8). Returns the previous (impl, compile): `use(*old)` undoes a change.
+    impl: "auto" (the default: see `attention`), "sdpa", "fused" or "reference"; else ValueError.
+    compile: the tiles of linear_cross_entropy and token_logprobs run under torch.compile. Off by
+    default, so a short run never pays for a compilation; when on, it happens at the first call, and
+    only while gradients are enabled: sampling stays uncompiled (R4.8). Returns the previous
+    (impl, compile): `use(*old)` undoes a change.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
     old = _SWITCH["impl"], _SWITCH["compile"]
-    _SWITCH.update(impl="sdpa" if impl == "auto" else impl, compile=bool(compile))
+    _SWITCH.update(impl=impl, compile=bool(compile))
     return old
 
 
 @functools.cache
 def _compiled(fn):
-    # dynamic=False: one graph a shape. So only *full* tiles and chunks come here and the ragged
-    # rest runs eagerly, or every new remainder would compile again (R4.8).
+    # dynamic=False: one graph a shape. So only *full* chunks of rows come here and the ragged rest
+    # runs eagerly, or every new remainder would compile again (R4.8).
     return torch.compile(fn, dynamic=False, fullgraph=True)
 
 
@@ -108,9 +110,10 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     segment_ids (B,T) int, T == S: document ids of a packed row; other documents are invisible.
     mask bool, (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All are ANDed; a query
     left with no key gives 0 and zero gradients, never NaN (R3.4).
-    impl: "reference" materialises the scores; "sdpa" is PyTorch's kernel; "fused" is tiled, O(T)
-    memory, and skips tiles no query may see: for packed documents, a quarter of sdpa's time on
-    CPU; on one causal document sdpa is faster. "auto" is what `use` chose (for T == 1, sdpa).
+    impl: "reference" materialises the scores; "sdpa" is PyTorch's kernel; "fused" has a block of
+    queries' scores at a time, O(T) memory, and skips keys that no query of it may see: for packed
+    documents much faster. "auto" is what `use` chose, by default "fused" on a CPU in bf16, and in
+    fp32 where `choose_products` took oneDNN; else, and for T == 1, "sdpa".
     ValueError for any other impl and for shapes that do not fit.
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or (
@@ -133,10 +136,12 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
         impl = "sdpa" if T == 1 else _SWITCH["impl"]
     scale = D ** -0.5 if scale is None else scale
     q, k, v = _autocast(q, k, v)
+    if impl == "auto":                             # where products reach oneDNN, they beat SDPA
+        fast = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+        impl = "fused" if q.device.type == "cpu" and fast else "sdpa"
     with _no_autocast(q.device.type):
         if impl == "fused":
-            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask,
-                                _SWITCH["compile"] and torch.is_grad_enabled())
+            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask)
         fn = attention_reference if impl == "reference" else _attention_sdpa
         return fn(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
 
@@ -208,115 +213,78 @@ def one_query(q, k, v, keep=None, scale=None):
 
 
 def _fold(x, Hkv):
-    """(B,Hq,T,D) -> (B,Hkv,T*G,D) in fp32: row tG+g is query t of head g of its group. Grouped
-    attention becomes plain attention with more queries; dk and dv sum over heads by themselves."""
-    return _fp32(x).unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
+    """(B,Hq,T,D) -> (B,Hkv,T*G,D): row tG+g is query t of head g of its group. Grouped attention
+    becomes plain attention with more queries; dk and dv sum over heads by themselves."""
+    return x.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
 
 
 def _unfold(x, T):
     return x.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def _tiles(q, k, causal, segment_ids, mask):
-    """For each query tile: its number, and [(number of key tile, keep, whether both sides are a
-    full BLOCK)] of the key tiles that some query of it may see; the others cost nothing."""
+def _blocks(q, k, causal, segment_ids, mask):
+    """For each BLOCK of queries: its folded rows, the keys from the first to the last that one of
+    its queries may see (the others cost nothing), and `_keep` of the last of these keys; all see
+    the ones before."""
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    meet = None
-    if segment_ids is not None:
-        # Tiles whose ranges of ids are disjoint in every row share no document: packed rows cost
-        # about the sum of the documents' squares, not the square of the row. One host sync.
-        parts = segment_ids.split(BLOCK, dim=1)
-        low, high = (torch.stack([f(p, 1) for p in parts], 1) for f in (torch.amin, torch.amax))
-        meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-        meet = meet.any(0).tolist()
     for i0 in range(0, T, BLOCK):
         i1 = min(i0 + BLOCK, T)
-        row = []
-        for j0 in range(0, min(S, i1 + S - T) if causal else S, BLOCK):
-            j1 = min(j0 + BLOCK, S)
-            if meet is None or meet[i0 // BLOCK][j0 // BLOCK]:
-                keep = _keep(q, k, causal, segment_ids, mask, i0, i1, j0, j1)
-                keep = None if keep is None else keep.repeat_interleave(G, dim=2)
-                row.append((j0 // BLOCK, keep, i1 - i0 == j1 - j0 == BLOCK))
-        yield i0 // BLOCK, row
+        j0, j1 = 0, max(1, i1 + S - T) if causal else S
+        plain = segment_ids is None and mask is None
+        keep = _keep(q, k, causal, segment_ids, mask, i0, i1, max(0, i0 + S - T) * plain, j1)
+        if segment_ids is not None:      # packed rows: the documents in sight. One host sync
+            seen = keep.flatten(0, 2).any(0).nonzero().flatten().tolist() or [0]
+            j0, j1 = seen[0], seen[-1] + 1
+            keep = keep[..., j0:j1]
+        yield (slice(i0 * G, i1 * G), slice(j0, j1),
+               None if keep is None else keep.repeat_interleave(G, dim=2))
 
 
-def _cut(x, size):
-    # Tiles with strides of their own: the compiler guards strides, and those of a slice depend on
-    # T. clone, since .contiguous() keeps a slice's stride where a dimension is 1.
-    return [part.clone(memory_format=torch.contiguous_format) for part in x.split(size, dim=2)]
-
-
-def _tile_forward(q, k, v, keep, m, norm, acc):
-    """FlashAttention-2 Alg. 1, lines 8-10: fold one key tile into the running row maximum m and sum
-    of exponentials norm (both B,Hkv,n,1) and the unnormalised output acc (B,Hkv,n,D)."""
+def _probabilities(q, k, keep):
+    """softmax(q k^T) of one block, fp32; a row without a key is 0 (R3.4)."""
     s = q @ k.mT
-    if keep is not None:
-        s = s.masked_fill(~keep, -torch.inf)
-    # m starts at a finite floor, so m_new is finite: -inf - m_new never becomes inf - inf = NaN.
-    m_new = torch.maximum(m, s.amax(-1, keepdim=True))
-    p, rescale = s.sub_(m_new).exp_(), (m - m_new).exp_()
-    return m_new, norm * rescale + p.sum(-1, keepdim=True), acc * rescale + p @ v
-
-
-def _tile_backward(q, k, v, keep, lse, dout, delta):
-    """Alg. 2, lines 11-16: p again, from the saved log-sum-exp. Returns this tile's dq, dk, dv."""
-    s = q @ k.mT
-    if keep is not None:
-        s = s.masked_fill(~keep, -torch.inf)
-    p = s.sub_(lse).exp_()
-    ds = (dout @ v.mT).sub_(delta).mul_(p)         # softmax backward: p (dp - sum of p dp)
-    return ds @ k, ds.mT @ q, p.mT @ dout
+    if keep is None:
+        return s.softmax(-1)
+    s[..., -keep.shape[-1]:].masked_fill_(~keep, torch.finfo(s.dtype).min)
+    p, alive = s.softmax(-1), keep.any(-1, keepdim=True)
+    return p if alive.all() else p * alive
 
 
 class _Fused(torch.autograd.Function):
-    """FlashAttention-2 (Dao 2023, arXiv 2307.08691) in plain torch; saves q, k, v, out and one
-    log-sum-exp a row. Tiles get compiled, not the loops, whose graph would grow as (T/BLOCK)^2."""
+    """A BLOCK of queries at a time against all the keys it sees. The probabilities are computed
+    again in the backward pass instead of kept, which is what makes FlashAttention's memory O(T)
+    (Dao et al. 2022, arXiv 2205.14135); its running softmax over tiles of keys is for memories
+    smaller than a CPU's cache. Scores are fp32; for bf16 inputs the other products are bf16."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, segment_ids, scale, mask, compiled):
-        high = BLOCK * (q.shape[1] // k.shape[1])                     # folded rows a query tile
-        rows = _cut(_fold(q, k.shape[1]) * scale, high)
-        k_, v_ = _cut(_fp32(k), BLOCK), _cut(_fp32(v), BLOCK)
-        step = _compiled(_tile_forward) if compiled else _tile_forward
-        out, lse = [], []
-        for i, tiles in _tiles(q, k, causal, segment_ids, mask):
-            acc, norm = torch.zeros_like(rows[i]), torch.zeros_like(rows[i][..., :1])
-            m = torch.full_like(norm, -1e30)
-            for j, keep, full in tiles:
-                m, norm, acc = (step if full else _tile_forward)(
-                    rows[i], k_[j], v_[j], keep, m, norm, acc)
-            # A row that saw no key has norm 0 (R3.4): output 0, and lse = +inf, with which the
-            # backward pass finds p = exp(-inf - inf) = 0, hence zero gradients.
-            out.append(acc / norm.masked_fill(norm == 0, 1.0))
-            lse.append(torch.where(norm == 0, torch.inf, m + norm.log()))
-        out, lse = _unfold(torch.cat(out, 2), q.shape[2]).to(q.dtype), torch.cat(lse, 2)
-        ctx.save_for_backward(q, k, v, out, lse, segment_ids, mask)
-        ctx.rest = causal, scale, compiled
+    def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
+        rows, keys, out = _fp32(_fold(q, k.shape[1])) * scale, _fp32(k), []
+        for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
+            p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
+            out.append(p.to(v.dtype) @ v[:, :, j])
+        out = _unfold(torch.cat(out, 2), q.shape[2])
+        ctx.save_for_backward(q, k, v, segment_ids, mask)
+        ctx.rest = causal, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (q, k, v, out, lse, segment_ids, mask), (causal, scale, compiled) = \
-            ctx.saved_tensors, ctx.rest
-        step = _compiled(_tile_backward) if compiled else _tile_backward
+        (q, k, v, segment_ids, mask), (causal, scale) = ctx.saved_tensors, ctx.rest
         with torch.autocast(q.device.type, enabled=False):
-            Hkv, high = k.shape[1], BLOCK * (q.shape[1] // k.shape[1])
-            dout, out = _fold(dout, Hkv), _fold(out, Hkv)
-            delta = _cut((dout * out).sum(-1, keepdim=True), high)   # Alg. 2, line 4: = sum of p dp
-            rows, dout, lse = (_cut(x, high) for x in (_fold(q, Hkv) * scale, dout, lse))
-            k_, v_ = _cut(_fp32(k), BLOCK), _cut(_fp32(v), BLOCK)
-            dq, dk, dv = ([torch.zeros_like(tile) for tile in x] for x in (rows, k_, v_))
-            for i, tiles in _tiles(q, k, causal, segment_ids, mask):
-                for j, keep, full in tiles:
-                    grads = (step if full else _tile_backward)(
-                        rows[i], k_[j], v_[j], keep, lse[i], dout[i], delta[i])
-                    for total, part in zip((dq[i], dk[j], dv[j]), grads, strict=True):
-                        total += part
-        dq, dk, dv = (torch.cat(x, 2) for x in (dq, dk, dv))
-        dq = _unfold(dq * scale, q.shape[2])
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+            queries, dout = (_fold(x, k.shape[1]) for x in (q, dout))
+            rows, keys, dq = _fp32(queries) * scale, _fp32(k), []
+            dk, dv = torch.zeros_like(keys), torch.zeros_like(keys)
+            for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
+                p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
+                dp = _fp32(dout[:, :, i] @ v[:, :, j].mT)
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p (dp - sum of p dp)
+                ds = ds.to(q.dtype)
+                dq.append(ds @ k[:, :, j])
+                dk[:, :, j] += ds.mT @ queries[:, :, i]
+                dv[:, :, j] += p.to(q.dtype).mT @ dout[:, :, i]
+        dq = _unfold(torch.cat(dq, 2) * scale, q.shape[2])
+        return dq, (dk * scale).to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 # --- attention beyond the training length ---------------------------------------------------------
@@ -352,7 +320,7 @@ def _dual_chunks(q, k, v, chunk, scale):
         own = start // chunk * chunk               # where the queries' chunk begins
         previous, end = max(0, own - chunk), min(S, own + chunk, start + block)
         at = slice(start - (S - T), end - (S - T))
-        scores = torch.cat([_fold(x[:, :, at], Hkv) @ k[:, :, a:b].mT for x, a, b in zip(
+        scores = torch.cat([_fp32(_fold(x[:, :, at], Hkv)) @ k[:, :, a:b].mT for x, a, b in zip(
             q, (own, previous, 0), (end, own, previous), strict=True)][::-1], dim=-1) * scale
         i = torch.arange(start, end, device=k.device).repeat_interleave(Hq // Hkv)
         scores = scores.masked_fill(i[:, None] < torch.arange(end, device=k.device), -torch.inf)
@@ -439,88 +407,143 @@ def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total,
     (h,) = _autocast(h)
     if not (h.is_cuda or total):                   # log-probs: no bf16 x bf16 -> fp32 matmul there
         h = _fp32(h)
-    # CPU: chunks that stay in cache; the best of 64 .. 4096 rows is 512 at V 4096, 128 at V 32,000.
-    # CUDA: 512 MiB of logits, a guess. A chunk is full, for the compiler, at min(that, all rows),
-    # so that pre-training's one fixed shape counts as well.
-    rows = chunk_rows or max(128, 2 ** (27 if h.is_cuda else 21) // len(weight))
-    grad = torch.is_grad_enabled()
-    nll = _ChunkedNLL.apply(h, weight, t[:, None], 1.0 / temperature,
-                            max(1, min(rows, targets.numel())), total, grad,
-                            _SWITCH["compile"] and grad)
+    # Probabilities are kept for the gradient: on a CPU while they stay in cache (of 64 .. 4096 rows
+    # 512 is best at V 4096, 128 at 32,000, and beyond 2^16 none); on CUDA 512 MiB, a guess. A chunk
+    # is full, for the compiler, at min(rows, all rows): so pre-training's one shape counts as well.
+    room, V = KEEP * (64 if h.is_cuda else 1), len(weight)
+    rows = chunk_rows or (max(128, room // 4 // V) if 128 * V <= room else 1024)
+    rows, grad = max(1, min(rows, targets.numel())), torch.is_grad_enabled()
+    nll = _ChunkedNLL.apply(h, weight, t[:, None], 1.0 / temperature, rows, rows * V <= room,
+                            total, grad, _SWITCH["compile"] and grad)
     if not total:
         nll = nll.new_zeros(targets.numel()).index_copy(0, index, nll).view(targets.shape)
     return nll, len(index)
 
 
-def _chunk(h, w, t, g, dw, inv_t):
-    """-log softmax(h w^T inv_t)[t]: h (n,C), w (V,C), t (n,1) -> (n,). With g (n,1) also the
-    gradients of sum(g nll): returns dh (n,C) and adds to dw (V,C), fp32, unless that is None."""
-    def mm(a, b):                                  # sums are fp32; a CPU rounds them to bf16 after
-        if a.is_cuda and a.dtype == torch.bfloat16:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return _fp32(a @ b)
-    p = mm(h, w.mT).mul_(inv_t)                    # one (n,V) buffer: logits, p, then dz
-    p = p.sub_(p.amax(-1, keepdim=True))
-    picked, norm = p.gather(1, t), p.exp_().sum(-1, keepdim=True)
-    nll = norm.log() - picked
-    if g is None:
-        return nll[:, 0], None
-    dz = p.mul_(g * inv_t / norm).scatter_add_(1, t, -g * inv_t).to(h.dtype)
-    if dw is not None:                             # SLICE rows at a time: no second (V,C)
-        for total, part in zip(dw.split(SLICE), dz.split(SLICE, dim=1), strict=True):
-            if h.dtype == dw.dtype:
-                total.addmm_(part.mT, h)
-            else:
-                total.add_(mm(part.mT, h))
-    return nll[:, 0], dz @ w
+def _product(a, b, total=None):
+    """a @ b in fp32 (on a CPU, bf16 sums are rounded before); with `total`, added to that."""
+    if total is not None and a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    wide = a.is_cuda and a.dtype == torch.bfloat16
+    out = torch.mm(a, b, out_dtype=torch.float32) if wide else _fp32(a @ b)
+    return out if total is None else total.add_(out)
+
+
+def _tile_nll(h, w, t, m, norm, picked, inv_t):
+    """Attention's running softmax: folds a tile of logits, h (n,C) by w (v,C), into each row's
+    maximum m, sum of exponentials norm and logit of the target, all (n,1). t (n,1) is the target's
+    column in this tile, or outside of it. Returns these and exp(logits - m)."""
+    p = _product(h, w.to(h.dtype).mT).mul_(inv_t)      # one (n,v) buffer: logits, then p
+    column = t.clamp(0, len(w) - 1)
+    picked = torch.where(column == t, p.gather(1, column), picked)
+    m_new = torch.maximum(m, p.amax(-1, keepdim=True))
+    p = p.sub_(m_new).exp_()
+    return m_new, norm * (m - m_new).exp() + p.sum(-1, keepdim=True), picked, p
+
+
+def _tile_grad(h, w, t, lse, m, p, scaled, dh, dw, inv_t):
+    """With dz = p - (1 at the target), adds dz w to dh, and dz^T `scaled`, that is h times the
+    upstream gradient, to dw unless that is None. m and p: _tile_nll's; None: p anew."""
+    w, column = w.to(h.dtype), t.clamp(0, len(w) - 1)
+    if p is None:
+        p = _product(h, w.mT).mul_(inv_t).sub_(lse).exp_()
+    else:
+        p = p.mul_((m - lse).exp())
+    dz = p.scatter_add_(1, column, -(column == t).to(p.dtype)).to(h.dtype)
+    _product(dz, w, dh)
+    if dw is not None:
+        _product(dz.mT, scaled, dw)
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """h (n,C), w (V,C), t (n,1) -> sum of nll if `total`, else nll (n,); `rows` of logits at once.
+    """h (n,C), w (V,C), t (n,1) -> sum of nll if `total`, else nll (n,): `rows` after `rows`, and
+    of their logits one tile of TILE entries after the other.
 
     Two ways to the gradient. total: the upstream gradient is one factor for all rows and can wait,
-    so the forward pass takes the gradient while the probabilities are at hand: 3 matmuls (Liger
-    Kernel, arXiv 2410.10989). Else one factor a row: backward recomputes the logits, 4 matmuls.
+    so the forward pass takes each chunk's gradient at once: 3 matmuls with `keep` (Liger Kernel,
+    arXiv 2410.10989), else 4. Not total: one factor a row, so backward computes p again, 4 matmuls.
     """
 
     @staticmethod
-    def walk(h, w, t, g, inv_t, rows, want_dw, compiled):
-        step = _compiled(_chunk) if compiled else _chunk
-        dw = torch.zeros_like(w, dtype=g.dtype) if want_dw else None
-        parts = g.split(rows) if g is not None else [None] * len(t.split(rows))
-        nll, dh = zip(*((step if len(b) == rows else _chunk)(a, w, b, c, dw, inv_t)
-                        for a, b, c in zip(h.split(rows), t.split(rows), parts, strict=True)),
-                      strict=True)
-        return torch.cat(nll), None if g is None else torch.cat(dh), dw
+    def walk(h, w, t, lse, g, want_dw, inv_t, rows, keep, compiled):
+        """nll, lse, dh, dw. lse (n,1): known already, or None; g (n,1): None for no gradient."""
+        dw = torch.zeros_like(w, dtype=g.dtype) if g is not None and want_dw else None
+        w = w.to(h.dtype) if keep else w               # else tile by tile, in cache
+        cols, parts = max(1, (16 if h.is_cuda else 1) * TILE // rows), []
+        tiles = [(j, w[j:j + cols], None if dw is None else dw[j:j + cols])
+                 for j in range(0, len(w), cols)]
+        for i in range(0, max(1, len(h)), rows):       # of no rows at all, one empty chunk
+            a, b, kept = h[i:i + rows], t[i:i + rows], {}
+            fold, spread = (_compiled(f) if compiled and len(a) == rows else f
+                            for f in (_tile_nll, _tile_grad))
+            norm = picked = torch.zeros_like(_fp32(a[:, :1]))
+            m, dh = norm - 1e30, None
+            for j, part, _ in tiles if lse is None else ():
+                m, norm, picked, p = fold(a, part, b - j, m, norm, picked, inv_t)
+                if keep and g is not None:
+                    kept[j] = m, p
+            end = m + norm.log() if lse is None else lse[i:i + rows]
+            if g is not None:
+                factor = g[i:i + rows] * inv_t
+                dh, scaled = torch.zeros_like(_fp32(a)), (a * factor).to(a.dtype)
+                for j, part, d in tiles:
+                    spread(a, part, b - j, end, *kept.pop(j, (None, None)), scaled, dh, d, inv_t)
+                dh = dh.mul_(factor).to(a.dtype)
+            parts.append((end - picked, end, dh))
+        nll, lse, dh = zip(*parts, strict=True)
+        return torch.cat(nll), torch.cat(lse), None if g is None else torch.cat(dh), dw
 
     @staticmethod
-    def forward(ctx, h, w, t, inv_t, rows, total, grad, compiled):
-        ctx.rest = inv_t, rows, total, compiled
+    def forward(ctx, h, w, t, inv_t, rows, keep, total, grad, compiled):
+        ctx.rest = inv_t, rows, keep, compiled
         early = total and grad and any(ctx.needs_input_grad)
-        w = w.to(h.dtype)  # here, so that its gradient comes back in fp32
         g = torch.ones_like(_fp32(h[:, :1])) if early else None
         with torch.autocast(h.device.type, enabled=False):
-            nll, dh, dw = _ChunkedNLL.walk(h, w, t, g, inv_t, rows,
-                                           early and ctx.needs_input_grad[1], compiled)
-        ctx.early = (dh, dw) if early else None
+            nll, lse, dh, dw = _ChunkedNLL.walk(h, w, t, None, g, ctx.needs_input_grad[1],
+                                                *ctx.rest)
+        ctx.total, ctx.early = total, (dh, dw) if early else None
         if not total:
-            ctx.save_for_backward(h, w, t)
-        return nll.sum() if total else nll
+            ctx.save_for_backward(h, w, t, lse)
+        return nll.sum() if total else nll[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        inv_t, rows, total, compiled = ctx.rest
-        if total:
+        if ctx.total:
             if ctx.early is None:
                 raise RuntimeError("this loss goes backward once: its gradient is scaled in place")
             (dh, dw), ctx.early = ctx.early, None
-            return dh.mul_(g), None if dw is None else dw.mul_(g), *[None] * 6
-        dh, dw, t = ctx.saved_tensors
-        with torch.autocast(dh.device.type, enabled=False):
-            _, dh, dw = _ChunkedNLL.walk(dh, dw, t, g[:, None].contiguous(), inv_t, rows,
-                                         ctx.needs_input_grad[1], compiled)
-        return dh, dw, None, None, None, None, None, None
+            return dh.mul_(g), None if dw is None else dw.mul_(g), *[None] * 7
+        h, w, t, lse = ctx.saved_tensors
+        with torch.autocast(h.device.type, enabled=False):
+            _, _, dh, dw = _ChunkedNLL.walk(h, w, t, lse, g[:, None].contiguous(),
+                                            ctx.needs_input_grad[1], *ctx.rest)
+        return dh, dw, *[None] * 7
+
+
+# --- embedding ------------------------------------------------------------------------------------
+class _Embedding(torch.autograd.Function):
+    """The gradient of a lookup is as large as the weight and has a few rows that are not zero; that
+    of a tied head comes on top of it. So autograd gets a zero that takes no memory, and the rows
+    are added to the sum of all the weight's gradients, in a hook on its way to weight.grad."""
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.weight, ctx.ids = weight, ids
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        def add(grad):
+            hook.remove()
+            g_ = g.flatten(0, -2).to(grad.dtype)
+            return grad.contiguous().index_add_(0, ctx.ids.flatten(), g_)
+        hook = ctx.weight.register_hook(add)
+        return g.new_zeros(()).expand_as(ctx.weight), None
+
+
+embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weight)
 
 
 # --- experts --------------------------------------------------------------------------------------

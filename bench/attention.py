@@ -1,4 +1,4 @@
-"""Attention forward + backward: ours, and our tiles alone, against PyTorch's.
+"""Attention forward + backward: our fused kernel against PyTorch's.
 
 8 query and 2 key/value heads of 64, one row of T tokens. "causal": one document, where the peer is
 F.scaled_dot_product_attention(is_causal=True, enable_gqa=True); "packed": ten documents of equal
@@ -41,12 +41,11 @@ def measure(case, attend):
 
 
 def ours(case):
-    """Our best by configuration: tiles for packed documents, else PyTorch's by our rules."""
     harness.ours()
     import torch
 
     import kernels
-    kernels.use("fused" if "packed" in case else "sdpa")
+    kernels.use("fused")
     kernels.choose_products(int(case.split()[2]), 1024, torch.device("cpu"))
     return measure(case, kernels.attention)
 
@@ -66,19 +65,8 @@ def torch_sdpa(case):
     return measure(case, attend)
 
 
-def tiles(case):
-    """The tiles for every case, on whose causal rows PyTorch's kernel is faster."""
-    harness.ours()
-    import torch
-
-    import kernels
-    kernels.use("fused")
-    kernels.choose_products(int(case.split()[2]), 1024, torch.device("cpu"))
-    return measure(case, kernels.attention)
-
-
-SYSTEMS = {"ours": (ours, None), "ours, tiles": (tiles, None), "torch SDPA": (torch_sdpa, None)}
-CASES = {f"{dtype} {kind} {T}": [s for s in SYSTEMS if kind == "causal" or s != "ours, tiles"]
+SYSTEMS = {"ours": (ours, None), "torch SDPA": (torch_sdpa, None)}
+CASES = {f"{dtype} {kind} {T}": list(SYSTEMS)
          for dtype in ("fp32", "bf16") for kind in ("causal", "packed") for T in (1024, 2048, 4096)}
 TARGETS = {case: 1.0 if case.startswith("fp32 causal") else 1.3 for case in CASES}
 

@@ -30,6 +30,8 @@ def measure(name, case, model, step):
     (B, T), shape, dtype = BATCH[name], SHAPES[name], case.split()[1]
     ids = torch.randint(shape["vocab_size"], (B, T + 1), generator=torch.Generator().manual_seed(0))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+    for p in model.parameters():
+        p.sum()  # both load weights as maps of the file: resident only once they are touched
     before, parameters = memory(reset=True), sum(p.numel() for p in model.parameters())
     idle = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     matmul = sum(p.numel() for p in model.parameters() if p.ndim >= 2) - idle
