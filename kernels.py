@@ -38,10 +38,10 @@ def use(impl="auto", compile=False):
     """The one switch: what `impl="auto"` means from now on, and whether kernels are compiled.
 
     impl: "auto" (the default: see `attention`), "sdpa", "fused" or "reference"; else ValueError.
-    compile: the tiles of linear_cross_entropy and token_logprobs run under torch.compile. Off by
-    default, so a short run never pays for a compilation; when on, it happens at the first call, and
-    only while gradients are enabled: sampling stays uncompiled (R4.8). Returns the previous
-    (impl, compile): `use(*old)` undoes a change.
+    compile: the blocks of "fused" and the tiles of linear_cross_entropy and token_logprobs run
+    under torch.compile. Off by default, so a short run never pays for a compilation; when on, it
+    happens at the first call, and only while gradients are enabled: sampling stays uncompiled
+    (R4.8). Returns the previous (impl, compile): `use(*old)` undoes a change.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
@@ -51,10 +51,11 @@ def use(impl="auto", compile=False):
 
 
 @functools.cache
-def _compiled(fn):
-    # dynamic=False: one graph a shape. So only *full* chunks of rows come here and the ragged rest
-    # runs eagerly, or every new remainder would compile again (R4.8).
-    return torch.compile(fn, dynamic=False, fullgraph=True)
+def _compiled(fn, dynamic=False):
+    # Not dynamic: one graph a shape. So only *full* chunks of the head's rows come here and the
+    # ragged rest runs eagerly, or every new remainder would compile again (R4.8). Attention's
+    # blocks see ever more keys: theirs is one graph for any number of them.
+    return torch.compile(fn, dynamic=dynamic, fullgraph=True)
 
 
 @functools.cache
@@ -141,7 +142,8 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
         impl = "fused" if q.device.type == "cpu" and fast else "sdpa"
     with _no_autocast(q.device.type):
         if impl == "fused":
-            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask)
+            return _Fused.apply(q, k, v, causal, segment_ids, scale, mask,
+                                _SWITCH["compile"] and torch.is_grad_enabled())
         fn = attention_reference if impl == "reference" else _attention_sdpa
         return fn(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
 
@@ -240,51 +242,63 @@ def _blocks(q, k, causal, segment_ids, mask):
                None if keep is None else keep.repeat_interleave(G, dim=2))
 
 
-def _probabilities(q, k, keep):
-    """softmax(q k^T) of one block, fp32; a row without a key is 0 (R3.4)."""
-    s = q @ k.mT
-    if keep is None:
-        return s.softmax(-1)
-    s[..., -keep.shape[-1]:].masked_fill_(~keep, torch.finfo(s.dtype).min)
-    p, alive = s.softmax(-1), keep.any(-1, keepdim=True)
-    return p if alive.all() else p * alive
+def _probabilities(rows, keys, keep, hollow):
+    """softmax(q k^T) of one block, fp32. hollow: rows without a key, which get 0 (R3.4), may be."""
+    s = rows @ keys.mT
+    if keep is not None:
+        s[..., -keep.shape[-1]:].masked_fill_(~keep, torch.finfo(s.dtype).min)
+    p = s.softmax(-1)
+    return p * keep.any(-1, keepdim=True) if hollow else p
+
+
+def _block_forward(rows, keys, v, keep, hollow):
+    return _probabilities(rows, keys, keep, hollow).to(v.dtype) @ v
+
+
+def _block_backward(rows, keys, q, k, v, dout, keep, hollow):
+    """The block's dq, dk, dv, all for scale = 1."""
+    p = _probabilities(rows, keys, keep, hollow)
+    dp = _fp32(dout @ v.mT)
+    ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p (dp - sum of p dp)
+    return ds @ k, ds.mT @ q, p.to(q.dtype).mT @ dout
 
 
 class _Fused(torch.autograd.Function):
     """A BLOCK of queries at a time against all the keys it sees. The probabilities are computed
     again in the backward pass instead of kept, which is what makes FlashAttention's memory O(T)
     (Dao et al. 2022, arXiv 2205.14135); its running softmax over tiles of keys is for memories
-    smaller than a CPU's cache. Scores are fp32; for bf16 inputs the other products are bf16."""
+    smaller than a CPU's cache. Scores are fp32; for bf16 inputs the other products are bf16. What
+    gets compiled is one block, not the loop, whose graph would grow with T."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
+    def forward(ctx, q, k, v, causal, segment_ids, scale, mask, compiled):
+        hollow = mask is not None or (causal and q.shape[2] > k.shape[2])
+        ctx.save_for_backward(q, k, v, segment_ids, mask)
+        ctx.rest = causal, scale, hollow, compiled
+        step = _compiled(_block_forward, dynamic=True) if compiled else _block_forward
         rows, keys, out = _fp32(_fold(q, k.shape[1])) * scale, _fp32(k), []
         for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
-            p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
-            out.append(p.to(v.dtype) @ v[:, :, j])
-        out = _unfold(torch.cat(out, 2), q.shape[2])
-        ctx.save_for_backward(q, k, v, segment_ids, mask)
-        ctx.rest = causal, scale
-        return out
+            out.append(step(rows[:, :, i], keys[:, :, j], v[:, :, j], keep, hollow))
+        return _unfold(torch.cat(out, 2), q.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (q, k, v, segment_ids, mask), (causal, scale) = ctx.saved_tensors, ctx.rest
+        (q, k, v, segment_ids, mask), (causal, scale, hollow, compiled) = \
+            ctx.saved_tensors, ctx.rest
+        step = _compiled(_block_backward, dynamic=True) if compiled else _block_backward
         with torch.autocast(q.device.type, enabled=False):
             queries, dout = (_fold(x, k.shape[1]) for x in (q, dout))
             rows, keys, dq = _fp32(queries) * scale, _fp32(k), []
             dk, dv = torch.zeros_like(keys), torch.zeros_like(keys)
             for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
-                p = _probabilities(rows[:, :, i], keys[:, :, j], keep)
-                dp = _fp32(dout[:, :, i] @ v[:, :, j].mT)
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p (dp - sum of p dp)
-                ds = ds.to(q.dtype)
-                dq.append(ds @ k[:, :, j])
-                dk[:, :, j] += ds.mT @ queries[:, :, i]
-                dv[:, :, j] += p.to(q.dtype).mT @ dout[:, :, i]
+                part = step(rows[:, :, i], keys[:, :, j], queries[:, :, i], k[:, :, j],
+                            v[:, :, j], dout[:, :, i], keep, hollow)
+                dq.append(part[0])
+                dk[:, :, j] += part[1]
+                dv[:, :, j] += part[2]
         dq = _unfold(torch.cat(dq, 2) * scale, q.shape[2])
-        return dq, (dk * scale).to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq, (dk * scale).to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 # --- attention beyond the training length ---------------------------------------------------------

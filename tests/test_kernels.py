@@ -185,8 +185,8 @@ def test_changing_one_document_leaves_the_other_bit_equal(impl):
 def test_fused_skips_the_keys_nobody_may_see(monkeypatch, small_tiles):
     widths = []
     block = K._probabilities
-    monkeypatch.setattr(K, "_probabilities", lambda q, k, keep: widths.append(k.shape[2])
-                        or block(q, k, keep))
+    monkeypatch.setattr(K, "_probabilities", lambda *a: widths.append(a[1].shape[2])
+                        or block(*a))
     def keys(T, S=None, **options):
         widths.clear()
         K.attention(*qkv(T=T, S=S), impl="fused", **options)
@@ -559,11 +559,15 @@ def test_experts_odd_sizes_no_rows_and_errors():
 # --- the script and the compiler ------------------------------------------------------------------
 @pytest.mark.slow
 def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
-    """R4.8: full chunks are compiled once; ragged remainders never recompile."""
-    def run():
+    """R4.8: full chunks of the head and blocks of attention are compiled once; ragged remainders
+    and other lengths never recompile."""
+    def run(lengths=(128, 128, 130, 150)):
         torch.manual_seed(0)
         results = []
-        for T in (128, 128, 130, 150):
+        for T in lengths:
+            for rest in ({}, {"segment_ids": (torch.arange(T) // 50).expand(2, T)}):
+                results.append(values_and_grads(lambda q, k, v, rest=rest: K.attention(
+                    q, k, v, impl="fused", **rest), qkv(T=T, S=T, dtype=torch.float32)))
             h, w, t = head(N=T, dtype=torch.float32)
             t[:T - 120] = -100
             for reduction in ("mean", "none"):
