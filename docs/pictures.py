@@ -203,28 +203,27 @@ def advantages(groups, scores) -> None:
     save("07-advantages")
 
 
-def tiles() -> None:
+def blocks() -> None:
     lengths, total = [300, 900, 150, 500, 198], 2048
     segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
     q = torch.zeros(1, 1, total, 16)
     _, panels = plt.subplots(1, 2, figsize=(6, 3.1))
     titles = "one document", "five packed"
     for axis, ids, title in zip(panels, (None, segments), titles, strict=True):
-        size, n = kernels.BLOCK, 0
-        for i, row in kernels._tiles(q, q, True, ids, None):
-            for j, keep, *_ in row:
-                n += 1
-                axis.add_patch(plt.Rectangle((j * size, i * size), size, size, ec="white",
-                                             fc=BLUE if keep is None else "#90cdf4"))
-        every = (total // size) ** 2
-        axis.set_title(f"{title}: {n} of {every} tiles", fontsize=8)
+        n = 0
+        for i, j, keep in kernels._blocks(q, q, True, ids, None):
+            high, masked = i.stop - i.start, j.stop - keep.shape[-1]
+            n += high * (j.stop - j.start)
+            for a, b, color in ((j.start, masked, BLUE), (masked, j.stop, "#90cdf4")):
+                axis.add_patch(plt.Rectangle((a, i.start), b - a, high, ec="white", fc=color))
+        axis.set_title(f"{title}: {n / total ** 2:.0%} of the scores", fontsize=8)
         axis.set_xlim(0, total)
         axis.set_ylim(total, 0)
         axis.set_aspect("equal")
         axis.tick_params(labelsize=7)
         axis.set_xlabel("key", fontsize=8)
         axis.set_ylabel("query", fontsize=8)
-    save("08-tiles")
+    save("08-blocks")
 
 
 def main(args: Args) -> None:
@@ -238,7 +237,7 @@ def main(args: Args) -> None:
     margins(root)
     policy, tokenizer = load_policy(root / "sft", "cpu")
     advantages(*rewards(root, policy, tokenizer, RewardModel.from_pretrained(root / "reward")))
-    tiles()
+    blocks()
 
 
 if __name__ == "__main__":
