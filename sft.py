@@ -9,6 +9,7 @@ The report: over a million conversations, 2 epochs, up to 32,768 tokens, learnin
 to 7e-7, weight decay 0.1, gradient norm 1.0. Not disclosed, so our choice: batch size, warm-up,
 cosine decay, packing. The report has one rate for all sizes; a power law through it at 7B and our
 smallest model's best (LOG.md: 2e-4 at N = 0.8M without embeddings) is lr = 7e-6 (6.5e9 / N)^0.37.
+It is no more than a start: at 106M, in 21 steps, its 3.2e-5 was too low and 1e-4 the best of three.
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
