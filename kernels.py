@@ -444,7 +444,7 @@ def _product(a, b, total=None):
 
 
 def _tile_nll(h, w, t, m, norm, picked, inv_t):
-    """Attention's running softmax: folds a tile of logits, h (n,C) by w (v,C), into each row's
+    """FlashAttention's running softmax: folds a tile of logits, h (n,C) by w (v,C), into each row's
     maximum m, sum of exponentials norm and logit of the target, all (n,1). t (n,1) is the target's
     column in this tile, or outside of it. Returns these and exp(logits - m)."""
     p = _product(h, w.to(h.dtype).mT).mul_(inv_t)      # one (n,v) buffer: logits, then p
