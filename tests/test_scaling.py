@@ -475,7 +475,7 @@ train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memor
 before = common.peak_rss_mb()
 train(config, 8, T)
 need = scaling.memory(config, distributed.WORLD, 8, T, bf16, False, recompute)
-print(common.peak_rss_mb() - before, sum(need.values()))
+sys.stdout.write(f"{common.peak_rss_mb() - before} {sum(need.values())}\\n")
 """
 
 
