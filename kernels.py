@@ -561,44 +561,106 @@ embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weig
 
 
 # --- experts --------------------------------------------------------------------------------------
-def expert_mlp(x, gate_up, down, counts, impl="auto"):
-    """SwiGLU experts on rows sorted by expert: down_e(silu(gate_e x) * up_e x).
+def experts(x, weight, expert, gate_up, down, impl="auto"):
+    """The routed half of a mixture-of-experts layer: sum_j weight_j FFN_{expert_j}(x), SwiGLU FFNs.
 
-    x (N,C); gate_up (E,2F,C), gate rows first; down (E,C,F); counts (E,) int: the rows of each
-    expert in turn, 0 allowed. Returns (N,C). impl: "grouped", one matmul over all experts without
-    a host sync; "reference", the loop; "auto": grouped for bf16 on CUDA where torch has it and
-    16-byte row strides allow (on CPU it is a loop too: 1.0x in bf16, 0.7x in fp32 of this one).
-    ValueError for any other impl and for shapes that do not fit.
+    x (N,C); weight (N,k) and expert (N,k) int64, of the k experts of each token; gate_up (E,2F,C),
+    gate rows first; down (E,C,F). Returns (N,C). impl: "reference"; "fused", see `_Experts`;
+    "grouped", one matmul over all experts without a host sync; "auto": fused on a CPU, where
+    F.grouped_mm is a loop too, else grouped for bf16 where torch has it and 16-byte row strides
+    allow. ValueError for any other impl and for shapes that do not fit.
     """
-    E, C, inner = down.shape
-    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or counts.shape != (E,) or (
-            counts.device.type == "cpu" and counts.sum() != len(x)):
-        raise ValueError("need x (N,C), gate_up (E,2F,C), down (E,C,F), counts (E,) with sum N; got"
-                         f" {[tuple(a.shape) for a in (x, gate_up, down, counts)]}")
-    if impl not in ("auto", "reference", "grouped"):
-        raise ValueError(f"impl {impl!r} is not one of auto, reference, grouped")
+    (E, C, inner), k = down.shape, expert.shape[-1]
+    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or not (
+            weight.shape == expert.shape == (len(x), k)):
+        raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
+                         f"got {[tuple(a.shape) for a in (x, weight, expert, gate_up, down)]}")
+    if impl not in ("auto", "reference", "fused", "grouped"):
+        raise ValueError(f"impl {impl!r} is not one of auto, reference, fused, grouped")
     x, gate_up, down = _autocast(x, gate_up, down)
-    fits = x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
-    if impl == "reference" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
-        return expert_mlp_reference(x, gate_up, down, counts)
-    ends = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x, gate_up.mT, offs=ends).chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
-    if out.requires_grad:                 # trap: its backward refuses an expanded gradient (.sum())
-        out.register_hook(lambda g: g.contiguous())
+    if impl == "auto":
+        fits = x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
+        impl = "fused" if not x.is_cuda else "grouped" if fits and hasattr(
+            F, "grouped_mm") else "reference"
+    if impl != "grouped":
+        return (_Experts.apply if impl == "fused" else experts_reference)(
+            x, weight, expert, gate_up, down)
+    # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous block;
+    # no capacity limit, so no token is dropped.
+    order = expert.flatten().argsort(stable=True)
+    ends = torch.bincount(expert.flatten(), minlength=E).cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(x[order // k], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    y = y * weight.flatten()[order, None].to(y.dtype)
+    return torch.zeros_like(x).index_add(0, order // k, y)
+
+
+def experts_reference(x, weight, expert, gate_up, down):
+    """Each expert in turn, on the tokens that chose it. unbind, since the backward pass of
+    gate_up[e] fills a zero (E,2F,C) for every expert: 14x slower at 60 experts."""
+    out = torch.zeros_like(x)
+    for e, (wgu, wd) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
+        token, j = (expert == e).nonzero(as_tuple=True)
+        gate, up = (x[token] @ wgu.mT).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ wd.mT
+        out = out.index_add(0, token, y * weight[token, j, None].to(y.dtype))
     return out
 
 
-def expert_mlp_reference(x, gate_up, down, counts):
-    """expert_mlp as a loop with one host sync. unbind, since the backward pass of gate_up[e] fills
-    a zero (E,2F,C) for every expert: 14x slower at 60 experts. Zero rows fill up each expert's, or
-    oneDNN, to which six products of an expert are new shapes whenever its count is new, prepares
-    them anew in every step: a sixth of the step in bf16."""
-    out = []
-    for xe, wgu, wd in zip(x.split(counts.tolist()), gate_up.unbind(), down.unbind(), strict=True):
-        gate, up = (F.pad(xe, (0, 0, 0, -len(xe) % EXPERT)) @ wgu.mT).chunk(2, dim=-1)
-        out.append(((F.silu(gate) * up) @ wd.mT)[:len(xe)])
-    return torch.cat(out)
+class _Experts(torch.autograd.Function):
+    """Rows sorted by expert, so that each expert has one block of them; no capacity limit, so no
+    token is dropped. A lookup fetches the rows of x, a weighted sum of lookups (an embedding bag)
+    brings the results back, and the gradients travel the same way.
+
+    Blocks are multiples of EXPERT rows, or oneDNN, to which six products of an expert are new
+    shapes whenever its count is new, prepares them anew in every step. What fills a block is row 0
+    of x: never fetched back, and of weight 0 in the backward pass.
+    Inner activations are (2F,rows): gate and up are then contiguous, twice as fast to go through.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, expert, gate_up, down):
+        (N, k), (E, C, inner), chosen = expert.shape, down.shape, expert.flatten()
+        counts = torch.bincount(chosen, minlength=E)
+        fill = -counts % EXPERT
+        order = chosen.argsort(stable=True)
+        place = torch.empty_like(order)                # of each (token, j) among the rows
+        place[order] = torch.arange(N * k) + (fill.cumsum(0) - fill)[chosen[order]]
+        ends = (counts + fill).cumsum(0).tolist()
+        token = place.new_zeros(ends[-1])
+        token[place] = torch.arange(N * k) // k
+        ctx.blocks = [slice(*b) for b in zip([0, *ends], ends, strict=False)]
+        rows, h = x.index_select(0, token), x.new_empty(2 * inner, len(token))
+        for b, w in zip(ctx.blocks, gate_up, strict=True):
+            torch.mm(w, rows[b].mT, out=h[:, b])
+        a = F.silu(h[:inner]).mul_(h[inner:])
+        for b, w in zip(ctx.blocks, down, strict=True):
+            torch.mm(a[:, b].mT, w.mT, out=rows[b])
+        place = place.view(N, k)
+        ctx.save_for_backward(x, weight, gate_up, down, place, token, h)
+        return F.embedding_bag(place, rows, mode="sum", per_sample_weights=weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, gate_up, down, place, token, h = ctx.saved_tensors
+        rows, dy = x.index_select(0, token), g.index_select(0, token)
+        (gate, up), silu = h.chunk(2), F.silu(h[:len(h) // 2])
+        a, da, dh = silu * up, torch.empty_like(silu), torch.empty_like(h)
+        w = x.new_zeros(len(token))
+        w[place] = weight.to(w.dtype)
+        for b, wd in zip(ctx.blocks, down, strict=True):
+            torch.mm(wd.mT, dy[b].mT, out=da[:, b])
+        dweight = (da * a).sum(0, dtype=weight.dtype)[place]
+        a, da = a.mul_(w), da.mul_(w)
+        torch.mul(da, silu, out=dh[len(a):])
+        torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dh[:len(a)])
+        dgate_up, ddown, dx = (torch.empty_like(t) for t in (gate_up, down, rows))
+        for b, wgu, dwgu, dwd in zip(ctx.blocks, gate_up, dgate_up, ddown, strict=True):
+            torch.mm(dy[b].mT, a[:, b].mT, out=dwd)
+            torch.mm(dh[:, b], rows[b], out=dwgu)
+            torch.mm(dh[:, b].mT, wgu, out=dx[b])
+        return F.embedding_bag(place, dx, mode="sum"), dweight, None, dgate_up, ddown
 
 
 # --- python kernels.py ----------------------------------------------------------------------------

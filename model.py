@@ -282,14 +282,7 @@ class MoE(nn.Module):
             weight = weight / weight.sum(-1, keepdim=True)
         if note is not None:
             note((probs, expert))
-        # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous
-        # block; no capacity limit, so no token is dropped.
-        order = expert.flatten().argsort(stable=True)
-        token = order // config.num_experts_per_tok
-        counts = torch.bincount(expert.flatten(), minlength=config.num_experts)
-        y = kernels.expert_mlp(x[token], self.experts.gate_up_proj, self.experts.down_proj, counts)
-        y = y * weight.flatten()[order, None].to(y.dtype)
-        out = torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+        out = kernels.experts(x, weight, expert, self.experts.gate_up_proj, self.experts.down_proj)
         if config.shared_expert_intermediate_size:
             out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
         return out.view(shape)
