@@ -220,6 +220,10 @@ def _fold(x, Hkv):
     return x.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
 
 
+def _transposed(x):
+    return x.mT.contiguous()
+
+
 def _unfold(x, T):
     return x.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
 
@@ -242,23 +246,23 @@ def _blocks(q, k, causal, segment_ids, mask):
                None if keep is None else keep.repeat_interleave(G, dim=2))
 
 
-def _probabilities(rows, keys, keep, hollow):
+def _probabilities(rows, keys_t, keep, hollow):
     """softmax(q k^T) of one block, fp32. hollow: rows without a key, which get 0 (R3.4), may be."""
-    s = rows @ keys.mT
+    s = rows @ keys_t
     if keep is not None:
         s[..., -keep.shape[-1]:].masked_fill_(~keep, torch.finfo(s.dtype).min)
     p = s.softmax(-1)
     return p * keep.any(-1, keepdim=True) if hollow else p
 
 
-def _block_forward(rows, keys, v, keep, hollow):
-    return _probabilities(rows, keys, keep, hollow).to(v.dtype) @ v
+def _block_forward(rows, keys_t, v, keep, hollow):
+    return _probabilities(rows, keys_t, keep, hollow).to(v.dtype) @ v
 
 
-def _block_backward(rows, keys, q, k, v, dout, keep, hollow):
+def _block_backward(rows, keys_t, q, k, v_t, dout, keep, hollow):
     """The block's dq, dk, dv, all for scale = 1."""
-    p = _probabilities(rows, keys, keep, hollow)
-    dp = _fp32(dout @ v.mT)
+    p = _probabilities(rows, keys_t, keep, hollow)
+    dp = _fp32(dout @ v_t)
     ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p (dp - sum of p dp)
     return ds @ k, ds.mT @ q, p.to(q.dtype).mT @ dout
 
@@ -276,9 +280,11 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
         ctx.rest = causal, scale, hollow, compiled
         step = _compiled(_block_forward, dynamic=True) if compiled else _block_forward
-        rows, keys, out = _fp32(_fold(q, k.shape[1])) * scale, _fp32(k), []
+        # Transposed once: bmm would copy a slice of keys, transposed, for every block.
+        rows, keys_t, v = _fp32(_fold(q, k.shape[1])) * scale, _transposed(_fp32(k)), v.contiguous()
+        out = []
         for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
-            out.append(step(rows[:, :, i], keys[:, :, j], v[:, :, j], keep, hollow))
+            out.append(step(rows[:, :, i], keys_t[..., j], v[:, :, j], keep, hollow))
         return _unfold(torch.cat(out, 2), q.shape[2])
 
     @staticmethod
@@ -289,11 +295,12 @@ class _Fused(torch.autograd.Function):
         step = _compiled(_block_backward, dynamic=True) if compiled else _block_backward
         with torch.autocast(q.device.type, enabled=False):
             queries, dout = (_fold(x, k.shape[1]) for x in (q, dout))
-            rows, keys, dq = _fp32(queries) * scale, _fp32(k), []
-            dk, dv = torch.zeros_like(keys), torch.zeros_like(keys)
+            rows, keys_t, v_t = _fp32(queries) * scale, _transposed(_fp32(k)), _transposed(v)
+            dq, dk, dv = [], *torch.zeros((2, *k.shape), dtype=rows.dtype, device=k.device)
+            k = k.contiguous()
             for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
-                part = step(rows[:, :, i], keys[:, :, j], queries[:, :, i], k[:, :, j],
-                            v[:, :, j], dout[:, :, i], keep, hollow)
+                part = step(rows[:, :, i], keys_t[..., j], queries[:, :, i], k[:, :, j],
+                            v_t[..., j], dout[:, :, i], keep, hollow)
                 dq.append(part[0])
                 dk[:, :, j] += part[1]
                 dv[:, :, j] += part[2]

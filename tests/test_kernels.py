@@ -185,7 +185,7 @@ def test_changing_one_document_leaves_the_other_bit_equal(impl):
 def test_fused_skips_the_keys_nobody_may_see(monkeypatch, small_tiles):
     widths = []
     block = K._probabilities
-    monkeypatch.setattr(K, "_probabilities", lambda *a: widths.append(a[1].shape[2])
+    monkeypatch.setattr(K, "_probabilities", lambda *a: widths.append(a[1].shape[3])
                         or block(*a))
     def keys(T, S=None, **options):
         widths.clear()
