@@ -5,7 +5,7 @@
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
     embedding             rows of a weight, without a gradient beside the tied head's
-    expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
+    experts               the SwiGLU experts of a mixture-of-experts layer, and back to the tokens
 
 `*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
 the two equal in float64, and so does `python kernels.py`, which also times them in about 20 s on
@@ -17,6 +17,7 @@ CPU paths are tested and measured; what is particular to CUDA is not yet measure
 """
 import contextlib
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64           # queries at a time of fused attention: best of 32 .. 128 on CPU
 TILE = 2**21         # logits of the head computed at a time: 8 MiB; on CUDA 16 times that
 KEEP = 2**23         # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
-EXPERT = 64          # an expert's rows on a CPU are a multiple of this
+EXPERT = 16          # an expert's rows on a CPU are a multiple of this, at least
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
 _SWITCH = {"impl": "auto", "compile": False}
 
@@ -568,41 +569,41 @@ embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weig
 
 
 # --- experts --------------------------------------------------------------------------------------
-def experts(x, weight, expert, gate_up, down, impl="auto"):
-    """The routed half of a mixture-of-experts layer: sum_j weight_j FFN_{expert_j}(x), SwiGLU FFNs.
+def experts(x, weight, gate_up, down, expert, impl="auto"):
+    """The routed half of a mixture of experts: the sum over j of weight_j FFN_{expert_j}(x), where
+    FFN_e(x) = down_e(silu(gate_e x) * up_e x). No capacity limit, so no token is dropped.
 
-    x (N,C); weight (N,k) and expert (N,k) int64, of the k experts of each token; gate_up (E,2F,C),
-    gate rows first; down (E,C,F). Returns (N,C). impl: "reference"; "fused", see `_Experts`;
-    "grouped", one matmul over all experts without a host sync; "auto": fused on a CPU, where
-    F.grouped_mm is a loop too, else grouped for bf16 where torch has it and 16-byte row strides
-    allow. ValueError for any other impl and for shapes that do not fit.
+    x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
+    Returns (N,C). impl: "reference"; "fused", see `_Experts`; "grouped", one matmul over all
+    experts without a host sync; "auto": fused on a CPU, where F.grouped_mm is a loop too, grouped
+    for bf16 on CUDA where torch has it and 16-byte row strides allow, else the reference.
+    ValueError for any other impl and for shapes that do not fit.
     """
-    (E, C, inner), k = down.shape, expert.shape[-1]
-    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or not (
-            weight.shape == expert.shape == (len(x), k)):
+    E, C, inner = down.shape
+    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or (
+            weight.shape != expert.shape or expert.shape[:-1] != x.shape[:1]):
         raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
                          f"got {[tuple(a.shape) for a in (x, weight, expert, gate_up, down)]}")
     if impl not in ("auto", "reference", "fused", "grouped"):
         raise ValueError(f"impl {impl!r} is not one of auto, reference, fused, grouped")
-    x, gate_up, down = _autocast(x, gate_up, down)
-    if impl == "auto":
-        fits = x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
-        impl = "fused" if not x.is_cuda else "grouped" if fits and hasattr(
-            F, "grouped_mm") else "reference"
-    if impl != "grouped":
-        return (_Experts.apply if impl == "fused" else experts_reference)(
-            x, weight, expert, gate_up, down)
-    # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous block;
-    # no capacity limit, so no token is dropped.
-    order = expert.flatten().argsort(stable=True)
-    ends = torch.bincount(expert.flatten(), minlength=E).cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x[order // k], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    x, = _autocast(x)
+    if impl == "fused" or (impl == "auto" and not x.is_cuda):
+        return _Experts.apply(x, weight, gate_up, down, expert)
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    fits = x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
+    if impl == "reference" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
+        return experts_reference(x, weight, gate_up, down, expert)
+    order = expert.flatten().argsort(stable=True)      # (token, j) pairs, by expert
+    token = order // expert.shape[1]
+    ends = torch.searchsorted(expert.flatten()[order], torch.arange(E, device=x.device),
+                              right=True, out_int32=True)
+    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
     y = y * weight.flatten()[order, None].to(y.dtype)
-    return torch.zeros_like(x).index_add(0, order // k, y)
+    return torch.zeros_like(x).index_add(0, token, y)
 
 
-def experts_reference(x, weight, expert, gate_up, down):
+def experts_reference(x, weight, gate_up, down, expert):
     """Each expert in turn, on the tokens that chose it. unbind, since the backward pass of
     gate_up[e] fills a zero (E,2F,C) for every expert: 14x slower at 60 experts."""
     out = torch.zeros_like(x)
@@ -615,59 +616,61 @@ def experts_reference(x, weight, expert, gate_up, down):
 
 
 class _Experts(torch.autograd.Function):
-    """Rows sorted by expert, so that each expert has one block of them; no capacity limit, so no
-    token is dropped. A lookup fetches the rows of x, a weighted sum of lookups (an embedding bag)
-    brings the results back, and the gradients travel the same way.
+    """The loop again: a lookup fetches an expert's rows, an embedding bag, a weighted sum of
+    lookups, brings all results back, and the gradients travel the same way. Of an expert's weights
+    there is a cast copy at a time; of its activations the products h with gate and up are kept, as
+    (2F,rows): silu goes through a contiguous gate twice as fast.
 
-    Blocks are multiples of EXPERT rows, or oneDNN, to which six products of an expert are new
-    shapes whenever its count is new, prepares them anew in every step. What fills a block is row 0
-    of x: never fetched back, and of weight 0 in the backward pass.
-    Inner activations are (2F,rows): gate and up are then contiguous, twice as fast to go through.
+    Blocks are multiples of 16 rows, or of a 16th to an eighth of an even share: oneDNN, to which
+    six products of an expert are new shapes whenever its count is new, would prepare them anew in
+    every step. What a block has too much are rows of the next experts, which overwrite the results.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, expert, gate_up, down):
-        (N, k), (E, C, inner), chosen = expert.shape, down.shape, expert.flatten()
-        counts = torch.bincount(chosen, minlength=E)
-        fill = -counts % EXPERT
-        order = chosen.argsort(stable=True)
-        place = torch.empty_like(order)                # of each (token, j) among the rows
-        place[order] = torch.arange(N * k) + (fill.cumsum(0) - fill)[chosen[order]]
-        ends = (counts + fill).cumsum(0).tolist()
-        token = place.new_zeros(ends[-1])
-        token[place] = torch.arange(N * k) // k
-        ctx.blocks = [slice(*b) for b in zip([0, *ends], ends, strict=False)]
-        rows, h = x.index_select(0, token), x.new_empty(2 * inner, len(token))
-        for b, w in zip(ctx.blocks, gate_up, strict=True):
-            torch.mm(w, rows[b].mT, out=h[:, b])
-        a = F.silu(h[:inner]).mul_(h[inner:])
-        for b, w in zip(ctx.blocks, down, strict=True):
-            torch.mm(a[:, b].mT, w.mT, out=rows[b])
-        place = place.view(N, k)
-        ctx.save_for_backward(x, weight, gate_up, down, place, token, h)
-        return F.embedding_bag(place, rows, mode="sum", per_sample_weights=weight.to(x.dtype))
+    def forward(ctx, x, weight, gate_up, down, expert):
+        order = expert.flatten().argsort(stable=True)      # (token, j) pairs, by expert
+        place = torch.empty_like(order)                    # and where each pair is now
+        place[order] = torch.arange(len(order), device=x.device)
+        size = EXPERT << max(0, (len(order) // len(down)).bit_length() - 8)
+        counts = torch.bincount(expert.flatten(), minlength=len(down)).tolist()
+        ctx.blocks = [(n, slice(end - n, end + -n % size))
+                      for n, end in zip(counts, itertools.accumulate(counts), strict=True)]
+        token = F.pad(order // expert.shape[1], (0, size))
+        y, inner = x.new_empty(len(token), x.shape[1]), []
+        for (_, b), wgu, wd in zip(ctx.blocks, gate_up, down, strict=True):
+            h = wgu.to(x.dtype) @ x.index_select(0, token[b]).mT
+            gate, up = h.chunk(2)
+            torch.mm(F.silu(gate).mul_(up).mT, wd.to(x.dtype).mT, out=y[b])
+            inner.append(h)
+        ctx.save_for_backward(x, weight, gate_up, down, order, place, token, *inner)
+        return F.embedding_bag(place.view(expert.shape), y, mode="sum",
+                               per_sample_weights=weight.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, weight, gate_up, down, place, token, h = ctx.saved_tensors
-        rows, dy = x.index_select(0, token), g.index_select(0, token)
-        (gate, up), silu = h.chunk(2), F.silu(h[:len(h) // 2])
-        a, da, dh = silu * up, torch.empty_like(silu), torch.empty_like(h)
-        w = x.new_zeros(len(token))
-        w[place] = weight.to(w.dtype)
-        for b, wd in zip(ctx.blocks, down, strict=True):
-            torch.mm(wd.mT, dy[b].mT, out=da[:, b])
-        dweight = (da * a).sum(0, dtype=weight.dtype)[place]
-        a, da = a.mul_(w), da.mul_(w)
-        torch.mul(da, silu, out=dh[len(a):])
-        torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dh[:len(a)])
-        dgate_up, ddown, dx = (torch.empty_like(t) for t in (gate_up, down, rows))
-        for b, wgu, dwgu, dwd in zip(ctx.blocks, gate_up, dgate_up, ddown, strict=True):
-            torch.mm(dy[b].mT, a[:, b].mT, out=dwd)
-            torch.mm(dh[:, b], rows[b], out=dwgu)
-            torch.mm(dh[:, b].mT, wgu, out=dx[b])
-        return F.embedding_bag(place, dx, mode="sum"), dweight, None, dgate_up, ddown
+        x, weight, gate_up, down, order, place, token, *inner = ctx.saved_tensors
+        w = F.pad(weight.flatten()[order], (0, len(token) - len(order))).to(x.dtype)
+        dx = x.new_empty(len(token), x.shape[1])
+        dw, dgate_up, ddown = (torch.empty_like(t) for t in (w, gate_up, down))
+        for e, ((n, b), h, wgu, wd) in enumerate(zip(ctx.blocks, inner, gate_up, down,
+                                                     strict=True)):
+            dy = g.index_select(0, token[b])
+            dy[n:] = 0
+            (gate, up), dh = h.chunk(2), torch.empty_like(h)
+            dgate, dup = dh.chunk(2)
+            silu = F.silu(gate)
+            a = silu * up
+            da = wd.to(x.dtype).mT @ dy.mT                 # but for the weight
+            torch.sum(da * a, 0, out=dw[b])
+            ddown[e] = dy.mT @ a.mul_(w[b]).mT
+            torch.mul(da.mul_(w[b]), silu, out=dup)
+            torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
+            dgate_up[e] = dh @ x.index_select(0, token[b])
+            torch.mm(dh.mT, wgu.to(x.dtype), out=dx[b])
+        place = place.view(weight.shape)
+        dx = F.embedding_bag(place, dx, mode="sum")
+        return dx, dw[place].to(weight.dtype), dgate_up, ddown, None
 
 
 # --- python kernels.py ----------------------------------------------------------------------------
@@ -680,9 +683,8 @@ def main(compiled=False):
     packed = (torch.arange(T) // 90).expand(B, T)
     h, w, t = torch.randn(B, T, 128), torch.randn(V, 128) / 8, torch.randint(V, (B, T))
     sft = torch.where(torch.rand(B, T) < 0.3, t, -100)
-    counts = torch.bincount(torch.randint(1, E, (B * T,)), minlength=E)
-    x, gate_up = torch.randn(B * T, 128), torch.randn(E, 256, 128) / 8
-    down = torch.randn(E, 128, 128) / 8
+    x, weight, expert = torch.randn(B * T, 128), *torch.rand(B * T, E - 1).topk(2)
+    gate_up, down = torch.randn(E, 256, 128) / 8, torch.randn(E, 128, 128) / 8
     ce, ce_ref = linear_cross_entropy, linear_cross_entropy_reference
     rows = [(f"attention {i}{n}", attention_reference, functools.partial(attention, impl=i),
              (q, k, v), {"segment_ids": s})
@@ -693,8 +695,8 @@ def main(compiled=False):
              ("linear_cross_entropy", ce_ref, ce, (h, w), {"targets": t}),
              ("  30% supervised", ce_ref, ce, (h, w), {"targets": sft}),
              ("token_logprobs", token_logprobs_reference, token_logprobs, (h, w), {"targets": t}),
-             ("expert_mlp", expert_mlp_reference, expert_mlp, (x, gate_up, down),
-              {"counts": counts})]
+             ("experts", experts_reference, experts, (x, weight, gate_up, down),
+              {"expert": expert})]
 
     def run(fn, tensors, rest, dtype):
         leaves = [a.to(dtype).requires_grad_() for a in tensors]
@@ -707,11 +709,10 @@ def main(compiled=False):
     print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
     worst = 0.0
     for name, twin, fn, tensors, rest in rows:
-        dtype = torch.float32 if fn is expert_mlp else torch.float64   # no float64 grouped matmul
-        truth, mine = run(twin, tensors, rest, torch.float64)[1], run(fn, tensors, rest, dtype)[1]
+        truth, mine = (run(f, tensors, rest, torch.float64)[1] for f in (twin, fn))
         error = max(((a - b).abs().max() / a.abs().max()).item()
                     for a, b in zip(truth, mine, strict=True))
-        worst = max(worst, error if dtype == torch.float64 else error * 1e-6)
+        worst = max(worst, error)
         pairs = [[run(f, tensors, rest, torch.float32)[0] for f in (twin, fn)] for _ in range(6)]
         a, b = (1e3 * statistics.median(column) for column in zip(*pairs[1:], strict=True))
         print(f"{name:28}{error:9.0e}{a:9.1f}{b:11.1f}{a / b:9.1f}x")
