@@ -5,7 +5,8 @@
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
     embedding             rows of a weight, without a gradient beside the tied head's
-    experts               the SwiGLU experts of a mixture-of-experts layer, and back to the tokens
+    rms_norm, swiglu      a block's other functions, with less kept for the gradient
+    experts               each token through the few experts it chose, and their weighted sum
 
 `*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
 the two equal in float64, and so does `python kernels.py`, which also times them in about 20 s on
@@ -568,6 +569,76 @@ class _Embedding(torch.autograd.Function):
 embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weight)
 
 
+# --- norm and SwiGLU ------------------------------------------------------------------------------
+class _RMSNorm(torch.autograd.Function):
+    """y = w n with n = x r, r = (mean x^2 + eps)^-1/2. Autograd would keep n and y, both fp32, and
+    y once more in bf16 for each product that reads it. Here only x is kept, y is cast once, and
+        dw = sum over rows of dy n,    dx = r (w dy - n mean(w dy n))."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _autocast(rms_norm_reference(x, weight, eps))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, weight), C = ctx.saved_tensors, dy.shape[-1]
+        x, dy = _fp32(x), _fp32(dy)
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(C).add_(ctx.eps)
+        n = x * r.rsqrt_()
+        product = (n * dy).flatten(0, -2)
+        mean = (product @ _fp32(weight) / C).view(r.shape)
+        dx = (dy * weight).sub_(n.mul_(mean)).mul_(r)
+        return dx.to(ctx.saved_tensors[0].dtype), product.sum(0).to(weight.dtype), None
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm (arXiv 1910.07467) in the published order: normalise in fp32, cast back, and only
+    then multiply. x (...,C), weight (C,). Returns (...,C), under autocast in its dtype."""
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _autocast(rms_norm_reference(x, weight, eps))[0]
+
+
+def rms_norm_reference(x, weight, eps):
+    """rms_norm as it reads."""
+    return weight * F.rms_norm(_fp32(x), x.shape[-1:], None, eps).to(x.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up. Autograd would keep silu(gate), the product, and under autocast a copy of
+    the weight, too: twice the memory, for a hundredth of a step's time."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return swiglu_reference(gate, up, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up, weight = ctx.saved_tensors
+        silu, inner = F.silu(gate), dy @ weight.to(dy.dtype)          # inner: of silu(gate) * up
+        dgate = torch.ops.aten.silu_backward(inner * up, gate)
+        dup, product = inner.mul_(silu), silu.mul_(up)
+        dweight = dy.flatten(0, -2).mT @ product.flatten(0, -2)
+        return dgate, dup, dweight.to(weight.dtype)
+
+
+def swiglu(gate, up, weight):
+    """The second half of an MLP, (silu(gate) * up) weight^T. gate, up (...,F), weight (C,F);
+    returns (...,C)."""
+    fn = _SwiGLU.apply if torch.is_grad_enabled() else swiglu_reference
+    return fn(*_autocast(gate, up), weight)
+
+
+def swiglu_reference(gate, up, weight):
+    """swiglu as it reads (GLU Variants, arXiv 2002.05202)."""
+    return F.linear(F.silu(gate) * up, weight)
+
+
 # --- experts --------------------------------------------------------------------------------------
 def experts(x, weight, gate_up, down, expert, impl="auto"):
     """The routed half of a mixture of experts: the sum over j of weight_j FFN_{expert_j}(x), where
@@ -695,6 +766,8 @@ def main(compiled=False):
              ("linear_cross_entropy", ce_ref, ce, (h, w), {"targets": t}),
              ("  30% supervised", ce_ref, ce, (h, w), {"targets": sft}),
              ("token_logprobs", token_logprobs_reference, token_logprobs, (h, w), {"targets": t}),
+             ("rms_norm", rms_norm_reference, rms_norm, (h, w[0]), {"eps": 1e-6}),
+             ("swiglu", swiglu_reference, swiglu, (h, h.flip(0), w[:256]), {}),
              ("experts", experts_reference, experts, (x, weight, gate_up, down),
               {"expert": expert})]
 
