@@ -646,9 +646,9 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
 
     x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
     Returns (N,C). impl: "reference"; "fused", see `_Experts`; "grouped", one matmul over all
-    experts without a host sync; "auto": fused on a CPU, where F.grouped_mm is a loop too, grouped
-    for bf16 on CUDA where torch has it and 16-byte row strides allow, else the reference.
-    ValueError for any other impl and for shapes that do not fit.
+    experts without a host sync; "auto": grouped for bf16 on CUDA where torch has it and 16-byte row
+    strides allow (on a CPU it is a loop too), else fused. ValueError for any other impl and for
+    shapes that do not fit.
     """
     E, C, inner = down.shape
     if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or (
@@ -658,11 +658,11 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
     if impl not in ("auto", "reference", "fused", "grouped"):
         raise ValueError(f"impl {impl!r} is not one of auto, reference, fused, grouped")
     x, = _autocast(x)
-    if impl == "fused" or (impl == "auto" and not x.is_cuda):
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
+    if impl == "fused" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
         return _Experts.apply(x, weight, gate_up, down, expert)
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
-    fits = x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
-    if impl == "reference" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
+    if impl == "reference":
         return experts_reference(x, weight, gate_up, down, expert)
     order = expert.flatten().argsort(stable=True)      # (token, j) pairs, by expert
     token = order // expert.shape[1]
@@ -706,7 +706,7 @@ class _Experts(torch.autograd.Function):
         counts = torch.bincount(expert.flatten(), minlength=len(down)).tolist()
         ctx.blocks = [(n, slice(end - n, end + -n % size))
                       for n, end in zip(counts, itertools.accumulate(counts), strict=True)]
-        token = F.pad(order // expert.shape[1], (0, size))
+        token = F.pad(order // expert.shape[1], (0, size))  # for the last block's surplus
         y, inner = x.new_empty(len(token), x.shape[1]), []
         for (_, b), wgu, wd in zip(ctx.blocks, gate_up, down, strict=True):
             h = wgu.to(x.dtype) @ x.index_select(0, token[b]).mT
@@ -726,18 +726,18 @@ class _Experts(torch.autograd.Function):
         dw, dgate_up, ddown = (torch.empty_like(t) for t in (w, gate_up, down))
         for e, ((n, b), h, wgu, wd) in enumerate(zip(ctx.blocks, inner, gate_up, down,
                                                      strict=True)):
-            dy = g.index_select(0, token[b])
-            dy[n:] = 0
-            (gate, up), dh = h.chunk(2), torch.empty_like(h)
-            dgate, dup = dh.chunk(2)
+            t, wb, dh = token[b], w[b], torch.empty_like(h)
+            dy = g.index_select(0, t)
+            dy[n:] = 0                                     # rows of the next experts
+            (gate, up), (dgate, dup) = h.chunk(2), dh.chunk(2)
             silu = F.silu(gate)
             a = silu * up
             da = wd.to(x.dtype).mT @ dy.mT                 # but for the weight
             torch.sum(da * a, 0, out=dw[b])
-            ddown[e] = dy.mT @ a.mul_(w[b]).mT
-            torch.mul(da.mul_(w[b]), silu, out=dup)
+            ddown[e] = dy.mT @ a.mul_(wb).mT
+            torch.mul(da.mul_(wb), silu, out=dup)
             torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
-            dgate_up[e] = dh @ x.index_select(0, token[b])
+            dgate_up[e] = dh @ x.index_select(0, t)
             torch.mm(dh.mT, wgu.to(x.dtype), out=dx[b])
         place = place.view(weight.shape)
         dx = F.embedding_bag(place, dx, mode="sum")
