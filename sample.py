@@ -68,23 +68,28 @@ def left_pad(prompts, device):
 
 class Step:
     """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
-    and what the tests compare with. q, k and v come from one product, gate and up from another (a
-    second copy of these weights while a batch lasts); all positions' rotations are made once.
-    Dual chunk attention takes the plain way."""
+    and what the tests compare with. q, k and v come from one product, gate and up from another; all
+    positions' rotations are made once. The weights are copies that last as long as a batch, laid
+    out by columns: a product with few rows then streams through them 1.1 to 1.5 times as fast on a
+    CPU. Dual chunk attention takes the plain way."""
 
     def __init__(self, model, cache):
         self.model, self.cache, self.layers = model, cache, []
-        dtype, device = cache.data.dtype, cache.data.device
-        positions = torch.arange(cache.data.shape[-2], device=device)[None]
+        keys, _ = cache.layers[0]
+        dtype, device = keys.dtype, keys.device
+        positions = torch.arange(keys.shape[-2], device=device)[None]
         self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions, model.config))
 
-        def joined(kind, *linears):
-            return torch.cat([getattr(linear, kind) for linear in linears]).to(dtype)
+        def joined(*weights):
+            return torch.cat(weights).to(dtype).mT.contiguous().mT
         for block in model.model.layers:
             a, mlp = block.self_attn, block.mlp
-            qkv = a.q_proj, a.k_proj, a.v_proj
-            gate_up = None if isinstance(mlp, MoE) else joined("weight", mlp.gate_proj, mlp.up_proj)
-            self.layers.append((block, joined("weight", *qkv), joined("bias", *qkv), gate_up))
+            q, k, v = a.q_proj, a.k_proj, a.v_proj
+            self.layers.append((
+                block, joined(q.weight, k.weight, v.weight), torch.cat((q.bias, k.bias, v.bias)).to(dtype),
+                joined(a.o_proj.weight), None if isinstance(mlp, MoE) else
+                (joined(mlp.gate_proj.weight, mlp.up_proj.weight), joined(mlp.down_proj.weight))))
+        self.head = joined(model.head_weight)
 
     def __call__(self, token):
         """token (B,) -> (B, C), normalised; the cache grows by one column."""
@@ -92,25 +97,25 @@ class Step:
         if config.chunk_size:
             return model.hidden(token[:, None], cache=cache)[:, -1]
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kernels.choose_products(len(token), config.hidden_size, token.device, least=2**20)
+        kernels.choose_products(len(token), config.hidden_size, token.device, least=2**18)
         cos, sin, mask = self.cos[now], self.sin[now], None
         if cache.pads is not None:
             cos, sin = (x[now - cache.pads][:, None, None] for x in (self.cos, self.sin))
             columns = torch.arange(now + 1, device=token.device)
             mask = (columns >= cache.pads[:, None])[:, None, None]                # (B, 1, 1, S)
         x = model.model.embed_tokens(token)
-        for layer, (block, qkv, bias, gate_up) in enumerate(self.layers):
+        for layer, (block, qkv, bias, out, mlp) in enumerate(self.layers):
             heads = F.linear(block.input_layernorm(x).to(qkv.dtype), qkv, bias)
             qk, v = heads.view(-1, H + 2 * K, 1, D).split((H + K, K), dim=1)
             q, k = rotate(qk, cos, sin).split((H, K), dim=1)
             y = kernels.one_query(q, *cache.append(layer, k, v), mask)            # (B, H, 1, D)
-            x = x + block.self_attn.o_proj(y.flatten(1))
+            x = x + F.linear(y.flatten(1), out)
             h = block.post_attention_layernorm(x)
-            if gate_up is None:
+            if mlp is None:
                 x = x + block.mlp(h)
             else:
-                gate, up = F.linear(h.to(gate_up.dtype), gate_up).chunk(2, dim=-1)
-                x = x + block.mlp.down_proj(F.silu(gate) * up)
+                gate, up = F.linear(h.to(out.dtype), mlp[0]).chunk(2, dim=-1)
+                x = x + F.linear(F.silu(gate) * up, mlp[1])
         cache.length = now + 1
         return model.model.norm(x)
 
@@ -130,21 +135,18 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
     B, advance = len(hidden), Step(model, cache)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.full((B,), max_new_tokens, device=device)
     alive = torch.arange(B, device=device)               # which row each line of the cache is
     running = torch.ones(B, dtype=torch.bool, device=device)  # of the lines in `alive`
     stop = torch.tensor(sorted(stop_ids), device=device)
     for step in range(max_new_tokens):
-        logits = (hidden @ model.head_weight.T).float()  # (lines, V)
+        logits = F.linear(hidden, advance.head).float()  # (lines, V)
         if valid_vocab is not None:
             logits[:, valid_vocab:] = -torch.inf
         token, logprob = draw(logits, temperature, top_k, top_p, generator)
         tokens[alive, step], logprobs[alive, step] = token, logprob
         if watch is not None:
             watch(token.tolist())
-        ended = running & torch.isin(token, stop)
-        lengths[alive[ended]] = step + 1
-        running &= ~ended
+        running &= ~torch.isin(token, stop)
         left = int(running.sum())  # the one host sync of a step
         if left == 0 or step + 1 == max_new_tokens:
             break
@@ -156,17 +158,18 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
             cache.select(keep)
             alive, token, running = alive[keep], token[keep], running[keep]
         hidden = advance(token)
-    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).flatten(), stop).tolist()
-    lengths = lengths.tolist()
+    stops = torch.isin(tokens, stop).int()               # what follows a row's first one is chance
+    finished = stops.any(1)
+    lengths = torch.where(finished, stops.argmax(1) + 1, max_new_tokens).tolist()
     return [Completion(t[:k], p[:k], f) for t, p, k, f in
-            zip(tokens.tolist(), logprobs.tolist(), lengths, finished, strict=True)]
+            zip(tokens.tolist(), logprobs.tolist(), lengths, finished.tolist(), strict=True)]
 
 
 def draw(logits, temperature: float, top_k: int, top_p: float, generator):
     """logits (B, V) float32 -> token (B,), its log-probability (B,)."""
     if temperature == 0:
         logprobs = logits.log_softmax(-1)
-        token = logits.argmax(-1)
+        token = logprobs.argmax(-1)
     else:
         logits = logits / temperature
         if top_k:
