@@ -66,49 +66,88 @@ def left_pad(prompts, device):
             torch.tensor([longest - len(p) for p in prompts], device=device))
 
 
+WINDOW = 256  # on CUDA attention reads a multiple of so many columns of the cache
+
+
 class Step:
     """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
     and what the tests compare with. q, k and v come from one product, gate and up from another; all
-    positions' rotations are made once. The weights are copies that last as long as a batch, laid
-    out by columns: a product with few rows then streams through them 1.1 to 1.5 times as fast on a
-    CPU. Dual chunk attention takes the plain way."""
+    positions' rotations are made once. On a CPU the weights are copies laid out by columns while a
+    batch lasts: products of few rows stream through them 1.1 to 1.5 times as fast.
 
-    def __init__(self, model, cache):
-        self.model, self.cache, self.layers = model, cache, []
-        keys, _ = cache.layers[0]
+    On CUDA launching 20 kernels a layer takes longer than running them. A step is therefore
+    captured once as a graph and replayed with one call. A graph fixes shapes and addresses, so its
+    position is a tensor and it attends to whole WINDOWs, the columns beyond masked; it is captured
+    anew when these are outgrown or rows have left. Experts, which the host counts, and dual chunk
+    attention take the plain way. Capture and replay are not yet measured on a GPU."""
+
+    def __init__(self, model, cache, static=None):
+        self.model, self.cache, self.layers, self.shape = model, cache, [], None
+        config, (keys, _) = model.config, cache.layers[0]
         dtype, device = keys.dtype, keys.device
+        self.static = device.type == "cuda" and not config.num_experts if static is None else static
         positions = torch.arange(keys.shape[-2], device=device)[None]
-        self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions, model.config))
+        self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions, config))
 
         def joined(*weights):
-            return torch.cat(weights).to(dtype).mT.contiguous().mT
+            weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
+            return weight.mT.contiguous().mT if device.type == "cpu" else weight
         for block in model.model.layers:
             a, mlp = block.self_attn, block.mlp
             q, k, v = a.q_proj, a.k_proj, a.v_proj
             self.layers.append((
-                block, joined(q.weight, k.weight, v.weight), torch.cat((q.bias, k.bias, v.bias)).to(dtype),
-                joined(a.o_proj.weight), None if isinstance(mlp, MoE) else
+                block, joined(q.weight, k.weight, v.weight),
+                torch.cat((q.bias, k.bias, v.bias)).to(dtype), joined(a.o_proj.weight),
+                None if isinstance(mlp, MoE) else
                 (joined(mlp.gate_proj.weight, mlp.up_proj.weight), joined(mlp.down_proj.weight))))
         self.head = joined(model.head_weight)
 
     def __call__(self, token):
-        """token (B,) -> (B, C), normalised; the cache grows by one column."""
-        model, config, cache, now = self.model, self.model.config, self.cache, self.cache.length
-        if config.chunk_size:
-            return model.hidden(token[:, None], cache=cache)[:, -1]
+        """token (B,) -> (B, C), normalised; the cache grows by one column. A graph writes its
+        result to the same memory again in the next step."""
+        cache, now = self.cache, self.cache.length
+        if self.model.config.chunk_size:
+            return self.model.hidden(token[:, None], cache=cache)[:, -1]
+        if self.static:
+            hidden = self.replayed(token, now)
+        else:
+            hidden = self.forward(token, now, now + 1)
+        cache.length = now + 1
+        return hidden
+
+    def replayed(self, token, now):
+        shape = len(token), min(now // WINDOW * WINDOW + WINDOW, len(self.cos))
+        if shape != self.shape:
+            self.shape, self.token, self.now = shape, token.clone(), token.new_tensor([now])
+            for layer in self.cache.layers:
+                layer[..., now:, :] = 0  # never written so far; a masked NaN would be NaN still
+            self.replay = recorded(lambda: self.forward(self.token, self.now, shape[1]),
+                                   token.device)
+        self.token.copy_(token)
+        self.now.fill_(now)
+        return self.replay()
+
+    def forward(self, token, now, S):
+        """now: the new column, an int or a tensor (1,); S: the columns to read, now + 1 or more."""
+        model, config, cache = self.model, self.model.config, self.cache
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kernels.choose_products(len(token), config.hidden_size, token.device, least=2**18)
-        cos, sin, mask = self.cos[now], self.sin[now], None
-        if cache.pads is not None:
-            cos, sin = (x[now - cache.pads][:, None, None] for x in (self.cos, self.sin))
-            columns = torch.arange(now + 1, device=token.device)
-            mask = (columns >= cache.pads[:, None])[:, None, None]                # (B, 1, 1, S)
+        if self.static or cache.pads is not None:
+            pads = token.new_zeros(1) if cache.pads is None else cache.pads       # (B or 1,)
+            cos, sin = (x[now - pads][:, None, None] for x in (self.cos, self.sin))
+            columns = torch.arange(S, device=token.device)
+            mask = ((columns <= now) & (columns >= pads[:, None]))[:, None, None]
+        else:
+            cos, sin, mask = self.cos[now], self.sin[now], None
+        new = now if self.static else slice(now, now + 1)
         x = model.model.embed_tokens(token)
-        for layer, (block, qkv, bias, out, mlp) in enumerate(self.layers):
+        for (block, qkv, bias, out, mlp), (keys, values) in zip(
+                self.layers, cache.layers, strict=True):
             heads = F.linear(block.input_layernorm(x).to(qkv.dtype), qkv, bias)
             qk, v = heads.view(-1, H + 2 * K, 1, D).split((H + K, K), dim=1)
             q, k = rotate(qk, cos, sin).split((H, K), dim=1)
-            y = kernels.one_query(q, *cache.append(layer, k, v), mask)            # (B, H, 1, D)
+            keys[:, :, new], values[:, :, new] = k, v
+            y = kernels.one_query(q, keys[:, :, :S], values[:, :, :S], mask)      # (B, H, 1, D)
             x = x + F.linear(y.flatten(1), out)
             h = block.post_attention_layernorm(x)
             if mlp is None:
@@ -116,8 +155,29 @@ class Step:
             else:
                 gate, up = F.linear(h.to(out.dtype), mlp[0]).chunk(2, dim=-1)
                 x = x + F.linear(F.silu(gate) * up, mlp[1])
-        cache.length = now + 1
         return model.model.norm(x)
+
+
+def recorded(fn, device):
+    """-> a function that repeats the kernels of fn() on CUDA; its result lies where it lay. fn runs
+    once before, on a side stream, as torch's documentation asks, since libraries set themselves up
+    in their first call. On a CPU, for the tests, fn itself."""
+    if device.type == "cpu":
+        return fn
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            fn()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = fn()
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 
 def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
@@ -151,9 +211,9 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         if left == 0 or step + 1 == max_new_tokens:
             break
         # Whole sixteens, since every new shape costs oneDNN some 2 ms; and only when it pays, since
-        # repacking copies the cache.
+        # repacking copies the cache, and a graph is captured anew.
         size = left + -left % 16 if left > 16 else left
-        if size <= 0.8 * len(running):
+        if size <= (0.5 if advance.static else 0.8) * len(running):
             keep = running.int().argsort(descending=True, stable=True)[:size]
             cache.select(keep)
             alive, token, running = alive[keep], token[keep], running[keep]
