@@ -73,13 +73,13 @@ class Step:
     """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
     and what the tests compare with. q, k and v come from one product, gate and up from another; all
     positions' rotations are made once. On a CPU the weights are copies laid out by columns while a
-    batch lasts: products of few rows stream through them 1.1 to 1.5 times as fast.
+    batch lasts: products of few rows stream through them up to 1.5 times as fast.
 
-    On CUDA launching 20 kernels a layer takes longer than running them. A step is therefore
-    captured once as a graph and replayed with one call. A graph fixes shapes and addresses, so its
-    position is a tensor and it attends to whole WINDOWs, the columns beyond masked; it is captured
-    anew when these are outgrown or rows have left. Experts, which the host counts, and dual chunk
-    attention take the plain way. Capture and replay are not yet measured on a GPU."""
+    On CUDA, where launching 20 kernels a layer takes longer than running them, a step is `static`:
+    captured once as a graph, replayed with one call. A graph fixes shapes and addresses, so its
+    position is a tensor, and it attends to whole WINDOWs with the columns beyond masked; it is
+    captured anew when these are outgrown or rows have left. Not for experts, which the host counts,
+    nor dual chunk attention. Capture and replay are not yet measured on a GPU."""
 
     def __init__(self, model, cache, static=None):
         self.model, self.cache, self.layers, self.shape = model, cache, [], None
@@ -103,29 +103,25 @@ class Step:
         self.head = joined(model.head_weight)
 
     def __call__(self, token):
-        """token (B,) -> (B, C), normalised; the cache grows by one column. A graph writes its
-        result to the same memory again in the next step."""
+        """token (B,) -> (B, C), normalised; the cache grows by one column."""
         cache, now = self.cache, self.cache.length
         if self.model.config.chunk_size:
             return self.model.hidden(token[:, None], cache=cache)[:, -1]
         if self.static:
-            hidden = self.replayed(token, now)
+            shape = len(token), min(now // WINDOW * WINDOW + WINDOW, len(self.cos))
+            if shape != self.shape:
+                self.shape, self.token, self.now = shape, token.clone(), token.new_tensor([now])
+                for layer in cache.layers:
+                    layer[..., now:, :] = 0  # nobody wrote there, and NaN stays NaN under a mask
+                self.replay = captured(lambda: self.forward(self.token, self.now, shape[1]),
+                                       token.device)
+            self.token.copy_(token)
+            self.now.fill_(now)
+            hidden = self.replay()
         else:
             hidden = self.forward(token, now, now + 1)
         cache.length = now + 1
         return hidden
-
-    def replayed(self, token, now):
-        shape = len(token), min(now // WINDOW * WINDOW + WINDOW, len(self.cos))
-        if shape != self.shape:
-            self.shape, self.token, self.now = shape, token.clone(), token.new_tensor([now])
-            for layer in self.cache.layers:
-                layer[..., now:, :] = 0  # never written so far; a masked NaN would be NaN still
-            self.replay = recorded(lambda: self.forward(self.token, self.now, shape[1]),
-                                   token.device)
-        self.token.copy_(token)
-        self.now.fill_(now)
-        return self.replay()
 
     def forward(self, token, now, S):
         """now: the new column, an int or a tensor (1,); S: the columns to read, now + 1 or more."""
@@ -158,10 +154,10 @@ class Step:
         return model.model.norm(x)
 
 
-def recorded(fn, device):
-    """-> a function that repeats the kernels of fn() on CUDA; its result lies where it lay. fn runs
-    once before, on a side stream, as torch's documentation asks, since libraries set themselves up
-    in their first call. On a CPU, for the tests, fn itself."""
+def captured(fn, device):
+    """-> a function that repeats on CUDA the kernels of fn() and returns its result, at the same
+    address each time. fn runs once before the capture, on a side stream, as torch's documentation
+    asks, for libraries set themselves up in their first call. On a CPU (in tests) fn itself."""
     if device.type == "cpu":
         return fn
     with torch.cuda.device(device):

@@ -153,7 +153,7 @@ def test_a_captured_step_generates_the_same(model, prompts, bf16, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         want = greedy(model, prompts, 60, stop_ids=STOPS, n=2)
         monkeypatch.setattr(sample, "WINDOW", 16)
-        monkeypatch.setattr(sample, "recorded", record)
+        monkeypatch.setattr(sample, "captured", record)
         monkeypatch.setattr(sample, "Step", functools.partial(Step, static=True))
         got = greedy(model, prompts, 60, stop_ids=STOPS, n=2)
     assert [c.ids for c in got] == [c.ids for c in want]
