@@ -224,8 +224,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
 def draw(logits, temperature: float, top_k: int, top_p: float, generator):
     """logits (B, V) float32 -> token (B,), its log-probability (B,)."""
     if temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        token = logprobs.argmax(-1)
+        probs, token = logits.softmax(-1), logits.argmax(-1, keepdim=True)
     else:
         logits = logits / temperature
         if top_k:
@@ -233,18 +232,18 @@ def draw(logits, temperature: float, top_k: int, top_p: float, generator):
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if top_p < 1:
             sorted_, index = logits.sort(-1, descending=True)
-            probs = sorted_.softmax(-1)
+            mass = sorted_.softmax(-1)
             # Drop what lies beyond the first p of the mass; the token that crosses p stays.
-            drop = probs.cumsum(-1) - probs > top_p
+            drop = mass.cumsum(-1) - mass > top_p
             logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
-        logprobs = logits.log_softmax(-1)
+        probs = logits.softmax(-1)
         # Inverse of the distribution function: one random number a row, where torch.multinomial
         # draws one a token (a quarter of all the time at 384 rows). In float64, so that u < 1 stays
         # below the last value and a token of probability 0 is never drawn.
-        cdf = logprobs.exp().double().cumsum(-1)
+        cdf = probs.double().cumsum(-1)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
-        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).flatten()
-    return token, logprobs.gather(-1, token[:, None]).flatten()
+        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    return token.flatten(), probs.gather(-1, token).log().flatten()
 
 
 def read_prompts(model: Qwen2, prompts: list):
