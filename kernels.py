@@ -5,6 +5,7 @@
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
     embedding             rows of a weight, without a gradient beside the tied head's
+    rms_norm, swiglu      a block's other functions, with less kept for the gradient
     expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
 
 `*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
@@ -221,6 +222,10 @@ def _fold(x, Hkv):
     return x.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
 
 
+def _transposed(x):
+    return x.mT.contiguous()
+
+
 def _unfold(x, T):
     return x.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
 
@@ -243,23 +248,23 @@ def _blocks(q, k, causal, segment_ids, mask):
                None if keep is None else keep.repeat_interleave(G, dim=2))
 
 
-def _probabilities(rows, keys, keep, hollow):
+def _probabilities(rows, keys_t, keep, hollow):
     """softmax(q k^T) of one block, fp32. hollow: rows without a key, which get 0 (R3.4), may be."""
-    s = rows @ keys.mT
+    s = rows @ keys_t
     if keep is not None:
         s[..., -keep.shape[-1]:].masked_fill_(~keep, torch.finfo(s.dtype).min)
     p = s.softmax(-1)
     return p * keep.any(-1, keepdim=True) if hollow else p
 
 
-def _block_forward(rows, keys, v, keep, hollow):
-    return _probabilities(rows, keys, keep, hollow).to(v.dtype) @ v
+def _block_forward(rows, keys_t, v, keep, hollow):
+    return _probabilities(rows, keys_t, keep, hollow).to(v.dtype) @ v
 
 
-def _block_backward(rows, keys, q, k, v, dout, keep, hollow):
+def _block_backward(rows, keys_t, q, k, v_t, dout, keep, hollow):
     """The block's dq, dk, dv, all for scale = 1."""
-    p = _probabilities(rows, keys, keep, hollow)
-    dp = _fp32(dout @ v.mT)
+    p = _probabilities(rows, keys_t, keep, hollow)
+    dp = _fp32(dout @ v_t)
     ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p (dp - sum of p dp)
     return ds @ k, ds.mT @ q, p.to(q.dtype).mT @ dout
 
@@ -277,9 +282,11 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
         ctx.rest = causal, scale, hollow, compiled
         step = _compiled(_block_forward, dynamic=True) if compiled else _block_forward
-        rows, keys, out = _fp32(_fold(q, k.shape[1])) * scale, _fp32(k), []
+        # Transposed once: bmm would copy a slice of keys, transposed, for every block.
+        rows, keys_t, v = _fp32(_fold(q, k.shape[1])) * scale, _transposed(_fp32(k)), v.contiguous()
+        out = []
         for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
-            out.append(step(rows[:, :, i], keys[:, :, j], v[:, :, j], keep, hollow))
+            out.append(step(rows[:, :, i], keys_t[..., j], v[:, :, j], keep, hollow))
         return _unfold(torch.cat(out, 2), q.shape[2])
 
     @staticmethod
@@ -290,11 +297,12 @@ class _Fused(torch.autograd.Function):
         step = _compiled(_block_backward, dynamic=True) if compiled else _block_backward
         with torch.autocast(q.device.type, enabled=False):
             queries, dout = (_fold(x, k.shape[1]) for x in (q, dout))
-            rows, keys, dq = _fp32(queries) * scale, _fp32(k), []
-            dk, dv = torch.zeros_like(keys), torch.zeros_like(keys)
+            rows, keys_t, v_t = _fp32(queries) * scale, _transposed(_fp32(k)), _transposed(v)
+            dq, dk, dv = [], *torch.zeros((2, *k.shape), dtype=rows.dtype, device=k.device)
+            k = k.contiguous()
             for i, j, keep in _blocks(q, k, causal, segment_ids, mask):
-                part = step(rows[:, :, i], keys[:, :, j], queries[:, :, i], k[:, :, j],
-                            v[:, :, j], dout[:, :, i], keep, hollow)
+                part = step(rows[:, :, i], keys_t[..., j], queries[:, :, i], k[:, :, j],
+                            v_t[..., j], dout[:, :, i], keep, hollow)
                 dq.append(part[0])
                 dk[:, :, j] += part[1]
                 dv[:, :, j] += part[2]
@@ -561,6 +569,76 @@ class _Embedding(torch.autograd.Function):
 embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weight)
 
 
+# --- norm and SwiGLU ------------------------------------------------------------------------------
+class _RMSNorm(torch.autograd.Function):
+    """y = w n with n = x r, r = (mean x^2 + eps)^-1/2. Autograd would keep n and y, both fp32, and
+    y once more in bf16 for each product that reads it. Here only x is kept, y is cast once, and
+        dw = sum over rows of dy n,    dx = r (w dy - n mean(w dy n))."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _autocast(rms_norm_reference(x, weight, eps))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, weight), C = ctx.saved_tensors, dy.shape[-1]
+        x, dy = _fp32(x), _fp32(dy)
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(C).add_(ctx.eps)
+        n = x * r.rsqrt_()
+        product = (n * dy).flatten(0, -2)
+        mean = (product @ _fp32(weight) / C).view(r.shape)
+        dx = (dy * weight).sub_(n.mul_(mean)).mul_(r)
+        return dx.to(ctx.saved_tensors[0].dtype), product.sum(0).to(weight.dtype), None
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm (arXiv 1910.07467) in the published order: normalise in fp32, cast back, and only
+    then multiply. x (...,C), weight (C,). Returns (...,C), under autocast in its dtype."""
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _autocast(rms_norm_reference(x, weight, eps))[0]
+
+
+def rms_norm_reference(x, weight, eps):
+    """rms_norm as it reads."""
+    return weight * F.rms_norm(_fp32(x), x.shape[-1:], None, eps).to(x.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up. Autograd would keep silu(gate), the product, and under autocast a copy of
+    the weight, too: twice the memory, for a hundredth of a step's time."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return swiglu_reference(gate, up, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up, weight = ctx.saved_tensors
+        silu, inner = F.silu(gate), dy @ weight.to(dy.dtype)          # inner: of silu(gate) * up
+        dgate = torch.ops.aten.silu_backward(inner * up, gate)
+        dup, product = inner.mul_(silu), silu.mul_(up)
+        dweight = dy.flatten(0, -2).mT @ product.flatten(0, -2)
+        return dgate, dup, dweight.to(weight.dtype)
+
+
+def swiglu(gate, up, weight):
+    """The second half of an MLP, (silu(gate) * up) weight^T. gate, up (...,F), weight (C,F);
+    returns (...,C)."""
+    fn = _SwiGLU.apply if torch.is_grad_enabled() else swiglu_reference
+    return fn(*_autocast(gate, up), weight)
+
+
+def swiglu_reference(gate, up, weight):
+    """swiglu as it reads (GLU Variants, arXiv 2002.05202)."""
+    return F.linear(F.silu(gate) * up, weight)
+
+
 # --- experts --------------------------------------------------------------------------------------
 def expert_mlp(x, gate_up, down, counts, impl="auto"):
     """SwiGLU experts on rows sorted by expert: down_e(silu(gate_e x) * up_e x).
@@ -625,6 +703,8 @@ def main(compiled=False):
              ("linear_cross_entropy", ce_ref, ce, (h, w), {"targets": t}),
              ("  30% supervised", ce_ref, ce, (h, w), {"targets": sft}),
              ("token_logprobs", token_logprobs_reference, token_logprobs, (h, w), {"targets": t}),
+             ("rms_norm", rms_norm_reference, rms_norm, (h, w[0]), {"eps": 1e-6}),
+             ("swiglu", swiglu_reference, swiglu, (h, h.flip(0), w[:256]), {}),
              ("expert_mlp", expert_mlp_reference, expert_mlp, (x, gate_up, down),
               {"counts": counts})]
 

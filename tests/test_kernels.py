@@ -185,7 +185,7 @@ def test_changing_one_document_leaves_the_other_bit_equal(impl):
 def test_fused_skips_the_keys_nobody_may_see(monkeypatch, small_tiles):
     widths = []
     block = K._probabilities
-    monkeypatch.setattr(K, "_probabilities", lambda *a: widths.append(a[1].shape[2])
+    monkeypatch.setattr(K, "_probabilities", lambda *a: widths.append(a[1].shape[3])
                         or block(*a))
     def keys(T, S=None, **options):
         widths.clear()
@@ -479,6 +479,54 @@ def test_peak_memory_is_flat_in_rows(reduction):
         return largest_allocation(lambda: K.linear_cross_entropy(
             h, w, t, reduction=reduction, chunk_rows=16).sum().backward())
     assert run(64) == run(1024) == 4 * 16 * V < 4 * 64 * V
+
+
+# --- norm and SwiGLU ------------------------------------------------------------------------------
+def norm_and_swiglu(shape, C=6, dtype=torch.float64):
+    """(kernel, twin, tensors) of both, the tensors of `shape` not contiguous."""
+    x, gate, up = (torch.randn(*shape, 2 * C, dtype=dtype)[..., ::2].detach().requires_grad_()
+                   for _ in range(3))
+    weight, down = (torch.randn(*size, dtype=dtype, requires_grad=True) for size in ((C,), (5, C)))
+    norm, twin = ((lambda x, w, f=f: f(x, w, 1e-6)) for f in (K.rms_norm, K.rms_norm_reference))
+    return (norm, twin, [x, weight]), (K.swiglu, K.swiglu_reference, [gate, up, down])
+
+
+@pytest.mark.parametrize("shape", ((3, 7), (1,), (0,), (2, 1, 3)))
+def test_norm_and_swiglu_equal_their_twins(shape):
+    for kernel, twin, leaves in norm_and_swiglu(shape):
+        close(values_and_grads(kernel, leaves), values_and_grads(twin, leaves))
+        if shape == (3, 7):
+            assert torch.autograd.gradcheck(kernel, leaves)
+
+
+def test_norm_and_swiglu_in_bf16():
+    """As exact as what autograd makes of the twin in bf16: error in gradients against float64."""
+    for exact, rounded in zip(norm_and_swiglu((64,), 32), norm_and_swiglu(
+            (64,), 32, torch.bfloat16), strict=True):
+        (_, twin, exact), (kernel, twin16, leaves) = exact, rounded
+        with torch.no_grad():
+            for a, b in zip(exact, leaves, strict=True):
+                a.copy_(b)
+        truth, mine, torchs = (values_and_grads(f, x) for f, x in (
+            (twin, exact), (kernel, leaves), (twin16, leaves)))
+        assert torch.equal(mine[0], torchs[0])
+        for t, a, b in zip(truth, mine, torchs, strict=True):
+            assert a.dtype == torch.bfloat16 and (a - t).norm() <= 1.05 * (b - t).norm()
+
+
+def test_norm_and_swiglu_keep_their_inputs_only():
+    for dtype in (torch.float32, torch.bfloat16):
+        autocast = torch.autocast("cpu", enabled=dtype == torch.bfloat16)
+        for i, (kernel, _, leaves) in enumerate(norm_and_swiglu((16,), dtype=torch.float32)):
+            if i:                                    # gate and up come from autocast's products
+                leaves[:2] = [x.detach().to(dtype).requires_grad_() for x in leaves[:2]]
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x), autocast:
+                out = kernel(*leaves)
+            assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in leaves]
+            assert out.dtype == dtype
+            with torch.no_grad(), autocast:
+                assert torch.equal(kernel(*leaves), out)   # sampling and training agree
 
 
 # --- embedding ------------------------------------------------------------------------------------
