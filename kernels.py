@@ -585,13 +585,13 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x, weight), C = ctx.saved_tensors, dy.shape[-1]
-        x, dy = _fp32(x), _fp32(dy)
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(C).add_(ctx.eps)
-        n = x * r.rsqrt_()
-        product = (n * dy).flatten(0, -2)
+        wide, dy = _fp32(x), _fp32(dy)
+        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(C).add_(ctx.eps)
+        n = wide * r.rsqrt_()
+        product = (n * dy).view(-1, C)
         mean = (product @ _fp32(weight) / C).view(r.shape)
         dx = (dy * weight).sub_(n.mul_(mean)).mul_(r)
-        return dx.to(ctx.saved_tensors[0].dtype), product.sum(0).to(weight.dtype), None
+        return dx.to(x.dtype), product.sum(0).to(weight.dtype), None
 
 
 def rms_norm(x, weight, eps):
@@ -625,7 +625,7 @@ class _SwiGLU(torch.autograd.Function):
         silu, inner = F.silu(gate), dy @ weight.to(dy.dtype)          # inner: of silu(gate) * up
         dgate = torch.ops.aten.silu_backward(inner * up, gate)
         dup, product = inner.mul_(silu), silu.mul_(up)
-        dweight = dy.flatten(0, -2).mT @ product.flatten(0, -2)
+        dweight = dy.reshape(-1, len(weight)).mT @ product.reshape(-1, weight.shape[1])
         return dgate, dup, dweight.to(weight.dtype)
 
 
