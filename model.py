@@ -344,10 +344,9 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k, v):
-        keys, values = self.layers[layer]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
+        kept, end = self.layers[layer], self.length + k.shape[2]
+        kept[0, :, :, self.length:end], kept[1, :, :, self.length:end] = k, v
+        return kept[0, :, :, :end], kept[1, :, :, :end]
 
     def select(self, rows) -> None:
         """Keep (or repeat) rows of the batch: finished responses leave, a prompt is shared by n."""
