@@ -6,7 +6,7 @@
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
     embedding             rows of a weight, without a gradient beside the tied head's
     rms_norm, swiglu      a block's other functions, with less kept for the gradient
-    expert_mlp            the SwiGLU experts of a mixture-of-experts layer, as grouped matmuls
+    experts               each token through the few experts it chose, and their weighted sum
 
 `*_reference` says *what* is computed, in the fewest lines; the kernel says *how*. The tests hold
 the two equal in float64, and so does `python kernels.py`, which also times them in about 20 s on
@@ -18,6 +18,7 @@ CPU paths are tested and measured; what is particular to CUDA is not yet measure
 """
 import contextlib
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -30,7 +31,7 @@ IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64           # queries at a time of fused attention: best of 32 .. 128 on CPU
 TILE = 2**21         # logits of the head computed at a time: 8 MiB; on CUDA 16 times that
 KEEP = 2**23         # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
-EXPERT = 64          # an expert's rows on a CPU are a multiple of this
+EXPERT = 16          # an expert's rows on a CPU are a multiple of this, at least
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
 _SWITCH = {"impl": "auto", "compile": False}
 
@@ -642,44 +643,108 @@ def swiglu_reference(gate, up, weight):
 
 
 # --- experts --------------------------------------------------------------------------------------
-def expert_mlp(x, gate_up, down, counts, impl="auto"):
-    """SwiGLU experts on rows sorted by expert: down_e(silu(gate_e x) * up_e x).
+def experts(x, weight, gate_up, down, expert, impl="auto"):
+    """The routed half of a mixture of experts: the sum over j of weight_j FFN_{expert_j}(x), where
+    FFN_e(x) = down_e(silu(gate_e x) * up_e x). No capacity limit, so no token is dropped.
 
-    x (N,C); gate_up (E,2F,C), gate rows first; down (E,C,F); counts (E,) int: the rows of each
-    expert in turn, 0 allowed. Returns (N,C). impl: "grouped", one matmul over all experts without
-    a host sync; "reference", the loop; "auto": grouped for bf16 on CUDA where torch has it and
-    16-byte row strides allow (on CPU it is a loop too: 1.0x in bf16, 0.7x in fp32 of this one).
-    ValueError for any other impl and for shapes that do not fit.
+    x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
+    Returns (N,C). impl: "reference"; "fused", see `_Experts`; "grouped", one matmul over all
+    experts without a host sync; "auto": grouped for bf16 on CUDA where torch has it and 16-byte row
+    strides allow (on a CPU it is a loop too), else fused. ValueError for any other impl and for
+    shapes that do not fit.
     """
     E, C, inner = down.shape
-    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or counts.shape != (E,) or (
-            counts.device.type == "cpu" and counts.sum() != len(x)):
-        raise ValueError("need x (N,C), gate_up (E,2F,C), down (E,C,F), counts (E,) with sum N; got"
-                         f" {[tuple(a.shape) for a in (x, gate_up, down, counts)]}")
-    if impl not in ("auto", "reference", "grouped"):
-        raise ValueError(f"impl {impl!r} is not one of auto, reference, grouped")
-    x, gate_up, down = _autocast(x, gate_up, down)
+    if x.shape[1:] != (C,) or gate_up.shape != (E, 2 * inner, C) or (
+            weight.shape != expert.shape or expert.shape[:-1] != x.shape[:1]):
+        raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
+                         f"got {[tuple(a.shape) for a in (x, weight, expert, gate_up, down)]}")
+    if impl not in ("auto", "reference", "fused", "grouped"):
+        raise ValueError(f"impl {impl!r} is not one of auto, reference, fused, grouped")
+    x, = _autocast(x)
     fits = x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and C % 8 == inner % 8 == 0
-    if impl == "reference" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
-        return expert_mlp_reference(x, gate_up, down, counts)
-    ends = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x, gate_up.mT, offs=ends).chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
-    if out.requires_grad:                 # trap: its backward refuses an expanded gradient (.sum())
-        out.register_hook(lambda g: g.contiguous())
+    if impl == "fused" or (impl == "auto" and not (fits and hasattr(F, "grouped_mm"))):
+        return _Experts.apply(x, weight, gate_up, down, expert)
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    if impl == "reference":
+        return experts_reference(x, weight, gate_up, down, expert)
+    order = expert.flatten().argsort(stable=True)      # (token, j) pairs, by expert
+    token = order // expert.shape[1]
+    ends = torch.searchsorted(expert.flatten()[order], torch.arange(E, device=x.device),
+                              right=True, out_int32=True)
+    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    y = y * weight.flatten()[order, None].to(y.dtype)
+    return torch.zeros_like(x).index_add(0, token, y)
+
+
+def experts_reference(x, weight, gate_up, down, expert):
+    """Each expert in turn, on the tokens that chose it. unbind, since the backward pass of
+    gate_up[e] fills a zero (E,2F,C) for every expert: 14x slower at 60 experts."""
+    out = torch.zeros_like(x)
+    for e, (wgu, wd) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
+        token, j = (expert == e).nonzero(as_tuple=True)
+        gate, up = (x[token] @ wgu.mT).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ wd.mT
+        out = out.index_add(0, token, y * weight[token, j, None].to(y.dtype))
     return out
 
 
-def expert_mlp_reference(x, gate_up, down, counts):
-    """expert_mlp as a loop with one host sync. unbind, since the backward pass of gate_up[e] fills
-    a zero (E,2F,C) for every expert: 14x slower at 60 experts. Zero rows fill up each expert's, or
-    oneDNN, to which six products of an expert are new shapes whenever its count is new, prepares
-    them anew in every step: a sixth of the step in bf16."""
-    out = []
-    for xe, wgu, wd in zip(x.split(counts.tolist()), gate_up.unbind(), down.unbind(), strict=True):
-        gate, up = (F.pad(xe, (0, 0, 0, -len(xe) % EXPERT)) @ wgu.mT).chunk(2, dim=-1)
-        out.append(((F.silu(gate) * up) @ wd.mT)[:len(xe)])
-    return torch.cat(out)
+class _Experts(torch.autograd.Function):
+    """The loop again: a lookup fetches an expert's rows, an embedding bag, a weighted sum of
+    lookups, brings all results back, and the gradients travel the same way. Of an expert's weights
+    there is a cast copy at a time; of its activations the products h with gate and up are kept, as
+    (2F,rows): silu goes through a contiguous gate twice as fast.
+
+    Blocks are multiples of 16 rows, or of a 16th to an eighth of an even share: oneDNN, to which
+    six products of an expert are new shapes whenever its count is new, would prepare them anew in
+    every step. What a block has too much are rows of the next experts, which overwrite the results.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, gate_up, down, expert):
+        order = expert.flatten().argsort(stable=True)      # (token, j) pairs, by expert
+        place = torch.empty_like(order)                    # and where each pair is now
+        place[order] = torch.arange(len(order), device=x.device)
+        size = EXPERT << max(0, (len(order) // len(down)).bit_length() - 8)
+        counts = torch.bincount(expert.flatten(), minlength=len(down)).tolist()
+        ctx.blocks = [(n, slice(end - n, end + -n % size))
+                      for n, end in zip(counts, itertools.accumulate(counts), strict=True)]
+        token = F.pad(order // expert.shape[1], (0, size))  # for the last block's surplus
+        y, inner = x.new_empty(len(token), x.shape[1]), []
+        for (_, b), wgu, wd in zip(ctx.blocks, gate_up, down, strict=True):
+            h = wgu.to(x.dtype) @ x.index_select(0, token[b]).mT
+            gate, up = h.chunk(2)
+            torch.mm(F.silu(gate).mul_(up).mT, wd.to(x.dtype).mT, out=y[b])
+            inner.append(h)
+        ctx.save_for_backward(x, weight, gate_up, down, order, place, token, *inner)
+        return F.embedding_bag(place.view(expert.shape), y, mode="sum",
+                               per_sample_weights=weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, gate_up, down, order, place, token, *inner = ctx.saved_tensors
+        w = F.pad(weight.flatten()[order], (0, len(token) - len(order))).to(x.dtype)
+        dx = x.new_empty(len(token), x.shape[1])
+        dw, dgate_up, ddown = (torch.empty_like(t) for t in (w, gate_up, down))
+        for e, ((n, b), h, wgu, wd) in enumerate(zip(ctx.blocks, inner, gate_up, down,
+                                                     strict=True)):
+            t, wb, dh = token[b], w[b], torch.empty_like(h)
+            dy = g.index_select(0, t)
+            dy[n:] = 0                                     # rows of the next experts
+            (gate, up), (dgate, dup) = h.chunk(2), dh.chunk(2)
+            silu = F.silu(gate)
+            a = silu * up
+            da = wd.to(x.dtype).mT @ dy.mT                 # but for the weight
+            torch.sum(da * a, 0, out=dw[b])
+            ddown[e] = dy.mT @ a.mul_(wb).mT
+            torch.mul(da.mul_(wb), silu, out=dup)
+            torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
+            dgate_up[e] = dh @ x.index_select(0, t)
+            torch.mm(dh.mT, wgu.to(x.dtype), out=dx[b])
+        place = place.view(weight.shape)
+        dx = F.embedding_bag(place, dx, mode="sum")
+        return dx, dw[place].to(weight.dtype), dgate_up, ddown, None
 
 
 # --- python kernels.py ----------------------------------------------------------------------------
@@ -692,9 +757,8 @@ def main(compiled=False):
     packed = (torch.arange(T) // 90).expand(B, T)
     h, w, t = torch.randn(B, T, 128), torch.randn(V, 128) / 8, torch.randint(V, (B, T))
     sft = torch.where(torch.rand(B, T) < 0.3, t, -100)
-    counts = torch.bincount(torch.randint(1, E, (B * T,)), minlength=E)
-    x, gate_up = torch.randn(B * T, 128), torch.randn(E, 256, 128) / 8
-    down = torch.randn(E, 128, 128) / 8
+    x, weight, expert = torch.randn(B * T, 128), *torch.rand(B * T, E - 1).topk(2)
+    gate_up, down = torch.randn(E, 256, 128) / 8, torch.randn(E, 128, 128) / 8
     ce, ce_ref = linear_cross_entropy, linear_cross_entropy_reference
     rows = [(f"attention {i}{n}", attention_reference, functools.partial(attention, impl=i),
              (q, k, v), {"segment_ids": s})
@@ -707,8 +771,8 @@ def main(compiled=False):
              ("token_logprobs", token_logprobs_reference, token_logprobs, (h, w), {"targets": t}),
              ("rms_norm", rms_norm_reference, rms_norm, (h, w[0]), {"eps": 1e-6}),
              ("swiglu", swiglu_reference, swiglu, (h, h.flip(0), w[:256]), {}),
-             ("expert_mlp", expert_mlp_reference, expert_mlp, (x, gate_up, down),
-              {"counts": counts})]
+             ("experts", experts_reference, experts, (x, weight, gate_up, down),
+              {"expert": expert})]
 
     def run(fn, tensors, rest, dtype):
         leaves = [a.to(dtype).requires_grad_() for a in tensors]
@@ -721,11 +785,10 @@ def main(compiled=False):
     print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
     worst = 0.0
     for name, twin, fn, tensors, rest in rows:
-        dtype = torch.float32 if fn is expert_mlp else torch.float64   # no float64 grouped matmul
-        truth, mine = run(twin, tensors, rest, torch.float64)[1], run(fn, tensors, rest, dtype)[1]
+        truth, mine = (run(f, tensors, rest, torch.float64)[1] for f in (twin, fn))
         error = max(((a - b).abs().max() / a.abs().max()).item()
                     for a, b in zip(truth, mine, strict=True))
-        worst = max(worst, error if dtype == torch.float64 else error * 1e-6)
+        worst = max(worst, error)
         pairs = [[run(f, tensors, rest, torch.float32)[0] for f in (twin, fn)] for _ in range(6)]
         a, b = (1e3 * statistics.median(column) for column in zip(*pairs[1:], strict=True))
         print(f"{name:28}{error:9.0e}{a:9.1f}{b:11.1f}{a / b:9.1f}x")

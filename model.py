@@ -274,20 +274,14 @@ class MoE(nn.Module):
         """note: is called with (probs, expert)."""
         config, shape = self.config, x.shape
         x = x.reshape(-1, shape[-1])                                     # (N, C)
-        probs = self.gate(x).softmax(-1, dtype=torch.float32)            # (N, E)
+        # softmax along columns: along rows as short as E, it took 10 times as long on a CPU
+        probs = self.gate(x).mT.softmax(0, dtype=torch.float32).mT       # (N, E)
         weight, expert = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
         if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)
         if note is not None:
             note((probs, expert))
-        # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous
-        # block; no capacity limit, so no token is dropped.
-        order = expert.flatten().argsort(stable=True)
-        token = order // config.num_experts_per_tok
-        counts = torch.bincount(expert.flatten(), minlength=config.num_experts)
-        y = kernels.expert_mlp(x[token], self.experts.gate_up_proj, self.experts.down_proj, counts)
-        y = y * weight.flatten()[order, None].to(y.dtype)
-        out = torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+        out = kernels.experts(x, weight, self.experts.gate_up_proj, self.experts.down_proj, expert)
         if config.shared_expert_intermediate_size:
             out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
         return out.view(shape)

@@ -537,33 +537,34 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
            recompute=False) -> dict:
     """Bytes a GPU at the peak of pretrain.py's step under full sharding (FSDP): when the forward of
     a micro-batch ends and gradients of an earlier one exist. Activations: what autograd keeps of
-    model.py, counted tensor by tensor: in a block 4 C of float32 (two norms, before and after), and
-    in bf16, where autocast copies the input of each matrix, 7 C (float32: 4 C), keys and values and
-    4 inner activations; an MoE block 3 C more an expert and 3 C (1 C) for router and shared expert.
-    Gathered: autocast's bf16 copies of all weights on one GPU; on several a block at a time, twice,
-    and its gradient. Recomputed: what goes into each block, and all of one block, with the
-    gradients of two inner activations, but not while the head's logits exist. Not counted: CUDA's
-    context, communication buffers, fragmentation."""
+    model.py, counted tensor by tensor: in a block 2 C of float32 (what the norms read), and in the
+    products' dtype 4 C (norms' output, queries, attention's output), keys, values, gate and up; an
+    MoE block 3 C and twice the inner activations more an expert, and 1 C for the shared one.
+    Gathered: autocast's bf16 copies of all weights on one GPU, but for an MLP's last; on several a
+    block at a time, twice, and its gradient. Recomputed: what goes into each block, and all of one
+    block, with the gradients of three inner activations, but not while the head's logits exist. Not
+    counted: CUDA's context, communication buffers, fragmentation."""
     sizes, C, V, tokens = count(config), config.hidden_size, config.vocab_size, rows * seq_len
     size, k, H = 2 if bf16 else 4, config.num_experts_per_tok, config.num_attention_heads
-    kept, one = 3 * 4 * C, 0                               # final norm, gradient of the hidden
+    kept, one = 2 * 4 * C, 0                    # final norm, gradient of the hidden
+    cast = sizes["total"] - (0 if config.tie_word_embeddings else V * C)
     for sparse in map(config.is_sparse, range(config.num_hidden_layers)):
-        inner = k * config.moe_intermediate_size + config.shared_expert_intermediate_size \
-            if sparse else config.intermediate_size
-        wide = (7 if bf16 else 4) + sparse * (3 * k + (3 if bf16 else 1))
-        full = 4 * (4 * C + H + 2 + sparse * config.num_experts) + size * (
-            wide * C + 2 * config.num_key_value_heads * config.head_dim + 4 * inner)
+        routed = sparse * k * config.moe_intermediate_size
+        inner = config.shared_expert_intermediate_size if sparse else config.intermediate_size
+        full = 4 * (2 * C + H + sparse * config.num_experts) + size * (
+            (4 + sparse * (3 * k + 1)) * C + 2 * config.num_key_value_heads * config.head_dim
+            + 4 * routed + 2 * inner)
         kept += 4 * C if recompute else full
-        one = max(one, full + 2 * size * inner)
+        one = max(one, full + 3 * size * (routed + inner))
+        cast -= C * inner
     activations, logits = tokens * kept, 3 * 4 * (2 ** 27 if cuda else 2 ** 21)
     if recompute:
         activations += max(0, tokens * one - logits)
     rest, block = sizes["total"] - sizes["non_embedding"], \
         sizes["non_embedding"] // config.num_hidden_layers
-    copies = 2 * (sizes["total"] - (0 if config.tie_word_embeddings else V * C)) * bf16
     return {"weights": 4 * sizes["total"] / gpus, "gradients": 4 * sizes["total"] / gpus,
             "AdamW": 8 * sizes["total"] / gpus, "activations": activations,
-            "gathered": copies if gpus == 1 else 4 * rest + block * (2 * size + 4),
+            "gathered": 2 * cast * bf16 if gpus == 1 else 4 * rest + block * (2 * size + 4),
             "head": 4 * V * C + logits}
 
 

@@ -499,3 +499,12 @@ def test_freed_memory_is_kept():
                                      env=env, capture_output=True, check=True).stdout)
                   for flag in ([], ["keep"]))
     assert kept < 1000 < 20 * 2048 <= back
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not inherit it")
+def test_peak_memory_is_not_that_of_the_program_that_started_this_one():
+    ballast = b"x" * 600_000_000
+    out = subprocess.run([sys.executable, "-c", "import common; print(common.peak_rss_mb())"],
+                         cwd=Path(common.__file__).parent,
+                         capture_output=True, text=True, check=True).stdout
+    assert 10 < float(out) < 550 < len(ballast) / 1e6

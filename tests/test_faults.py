@@ -658,7 +658,7 @@ def test_nothing_needs_what_macos_and_windows_lack(tmp_path):
         "del signal.SIGALRM, signal.SIGKILL, signal.alarm, signal.setitimer\n"
         f"for name in {names}: __import__(name)\n"
         "import types, sandbox, tasks, common\n"
-        "sandbox.os = types.SimpleNamespace(name='nt')\n"
+        "sandbox.os, sys.platform = types.SimpleNamespace(name='nt'), 'win32'\n"
         "assert not common.peak_rss_mb() > 0\n"
         "try: tasks.load(sys.argv[1])\n"
         "except common.InputError as error: print(error)\n")

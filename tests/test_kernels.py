@@ -1,4 +1,5 @@
 """kernels.py against its float64 twins, PyTorch's own kernels, gradcheck and invariances."""
+import functools
 import pathlib
 import subprocess
 import sys
@@ -560,48 +561,71 @@ def test_a_tied_embedding_has_one_gradient():
 
 
 # --- experts --------------------------------------------------------------------------------------
-def experts(E=5, C=8, inner=12, dtype=torch.float64):
-    counts = torch.tensor([3, 0, 5, 1, 0])
-    shapes = (9, C), (E, 2 * inner, C), (E, C, inner)
-    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes], counts
+def experts(N=9, C=8, inner=12, dtype=torch.float64):
+    """Of five experts 1 and 4 have no token, 3 has one."""
+    expert = torch.tensor([[0, 3]] + [[0, 2], [2, 0]] * 4)[:N]
+    shapes = (N, C), (N, 2), (5, 2 * inner, C), (5, C, inner)
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes], expert
 
 
-def per_token(x, gate_up, down, counts):
-    out = []
-    for row, e in zip(x, torch.arange(5).repeat_interleave(counts), strict=True):
-        inner = down.shape[2]
-        out.append(down[e] @ (F.silu(gate_up[e, :inner] @ row) * (gate_up[e, inner:] @ row)))
-    return torch.stack(out)
+def per_token(x, weight, gate_up, down, expert):
+    def ffn(row, e):
+        gate, up = gate_up[e].split(down.shape[2])
+        return down[e] @ (F.silu(gate @ row) * (up @ row))
+    return torch.stack([sum(w * ffn(row, e) for w, e in zip(*pair, strict=True))
+                        for row, *pair in zip(x, weight, expert, strict=True)])
 
 
 @pytest.mark.parametrize("impl,dtype,tol", [
     ("reference", torch.float64, 1e-12), ("auto", torch.float64, 1e-12),
     ("auto", torch.float32, 1e-4), ("grouped", torch.float32, 1e-4)])
-def test_experts_equal_a_loop_over_tokens(impl, dtype, tol):
-    """R5.5: forward and backward, experts 1 and 4 without a token."""
+@pytest.mark.parametrize("unit", [1, 4, 16])
+def test_experts_equal_a_loop_over_tokens(impl, dtype, tol, unit, monkeypatch):
+    """R5.5: forward and backward, blocks that end with the expert's rows, reach into the next
+    expert's, over all of them, beyond the last."""
     if impl == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    leaves, counts = experts(dtype=dtype)
-    a = values_and_grads(lambda *x: K.expert_mlp(*x, counts, impl=impl), leaves)
-    close(a, values_and_grads(lambda *x: per_token(*x, counts), leaves), tol)
-    assert (a[2][[1, 4]] == 0).all() and (a[3][[1, 4]] == 0).all()
-    K.expert_mlp(*leaves, counts, impl=impl).sum().backward()      # an expanded upstream gradient
+    monkeypatch.setattr(K, "EXPERT", unit)
+    leaves, expert = experts(dtype=dtype)
+    a = values_and_grads(lambda *x: K.experts(*x, expert, impl=impl), leaves)
+    close(a, values_and_grads(lambda *x: per_token(*x, expert), leaves), tol)
+    assert (a[3][[1, 4]] == 0).all() and (a[4][[1, 4]] == 0).all()
+    K.experts(*leaves, expert, impl=impl).sum().backward()         # an expanded upstream gradient
 
 
 def test_experts_odd_sizes_no_rows_and_errors():
-    for C, inner in ((7, 12), (8, 5)):                             # strides no grouped matmul takes
-        leaves, counts = experts(C=C, inner=inner, dtype=torch.float32)
-        torch.testing.assert_close(K.expert_mlp(*leaves, counts), per_token(*leaves, counts))
-    (x, gate_up, down), counts = experts(dtype=torch.float32)
-    none = K.expert_mlp(x[:0], gate_up, down, 0 * counts)
+    for N, C, inner in ((9, 7, 12), (9, 8, 5), (1, 8, 12)):        # strides no grouped matmul takes
+        leaves, expert = experts(N, C, inner, torch.float32)
+        torch.testing.assert_close(K.experts(*leaves, expert), per_token(*leaves, expert))
+    (x, weight, gate_up, down), expert = experts(dtype=torch.float32)
+    none = K.experts(x[:0], weight[:0], gate_up, down, expert[:0])
     none.sum().backward()
     assert none.shape == (0, 8) and (gate_up.grad == 0).all()
-    for bad in ((x, gate_up, down, counts + 1), (x, gate_up[:, :-1], down, counts),
-                (x[:, :4], gate_up, down, counts), (x, gate_up, down, counts[:-1])):
+    for bad in ((x, weight, gate_up, down, expert[:, :1]), (x[1:], weight, gate_up, down, expert),
+                (x[:, :4], weight, gate_up, down, expert),
+                (x, weight, gate_up[:, :-1], down, expert)):
         with pytest.raises(ValueError, match="need x"):
-            K.expert_mlp(*bad)
+            K.experts(*bad)
     with pytest.raises(ValueError, match="not one of auto"):
-        K.expert_mlp(x, gate_up, down, counts, impl="triton")
+        K.experts(x, weight, gate_up, down, expert, impl="triton")
+
+
+@pytest.mark.parametrize("N", [300, 3000])
+def test_experts_of_many_tokens(N):
+    """Against the twin, with strides: float64 to rounding, under autocast no further from it than
+    the twin's own bf16. 3000 tokens: blocks of more than EXPERT rows."""
+    shapes = (16, N), (N, 6), (24, 5, 16), (5, 12, 16)
+    x, weight, gate_up, down = (torch.randn(s, dtype=torch.float64) / 4 for s in shapes)
+    leaves = [a.requires_grad_() for a in (x.mT, weight[:, ::2], gate_up.transpose(0, 1), down.mT)]
+    expert = torch.randn(N, 5).topk(3).indices.mT.contiguous().mT
+    truth = values_and_grads(lambda *x: K.experts_reference(*x, expert), leaves)
+    close(values_and_grads(lambda *x: K.experts(*x, expert), leaves), truth, 1e-12)
+    errors, single = [], [a.detach().float().requires_grad_() for a in leaves]
+    for impl in ("fused", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = values_and_grads(functools.partial(K.experts, expert=expert, impl=impl), single)
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(half, truth, strict=True)])
+    assert all(a < 1.1 * b for a, b in zip(*errors, strict=True)), errors
 
 
 # --- the script and the compiler ------------------------------------------------------------------
@@ -672,5 +696,5 @@ def test_the_script_checks_itself():
     assert out.returncode == 0, out.stderr
     for name in ("attention sdpa", "attention fused", "dual_chunk_attention",
                  "linear_cross_entropy", "token_logprobs",
-                 "expert_mlp"):
+                 "experts"):
         assert name in out.stdout

@@ -1,6 +1,7 @@
 """scaling.py: laws recovered from rows made by known laws, published numbers and refits, the edges
 of grids, the arithmetic of a plan against counters and measured memory, and a sweep in small.
 The published tables are not in the repository: their tests skip without ../shared/data."""
+import functools
 import json
 import math
 import os
@@ -398,8 +399,7 @@ def test_plan_of_a_preset(capsys):
 def test_flops_against_a_counter(name, monkeypatch):
     """R6.1: within 1%; what is left are norms and biases, in N but in no matrix product. torch's
     counter knows neither a CPU's fused attention nor grouped matmuls: the reference kernels."""
-    monkeypatch.setattr(kernels, "expert_mlp", kernels.expert_mlp_reference)
-    monkeypatch.setattr(kernels, "EXPERT", 1)  # no zero rows
+    monkeypatch.setattr(kernels, "experts", functools.partial(kernels.experts, impl="reference"))
     config, T = PRESETS[name], 128
     model, old = Qwen2(config), kernels.use("reference")
     kernels.choose_products(2**27, 1, torch.device("cpu"))  # the trial is no part of the model
@@ -422,7 +422,7 @@ def test_activations_are_what_autograd_keeps(moe, bf16, monkeypatch):
     """Every tensor saved for the backward pass, counted once a storage; with attention in bf16, as
     on a GPU."""
     monkeypatch.setattr(kernels, "choose_products", lambda *args: None)
-    monkeypatch.setattr(kernels, "EXPERT", 1)  # no zero rows
+    monkeypatch.setattr(kernels, "experts", functools.partial(kernels.experts, impl="reference"))
     torch.set_float32_matmul_precision("highest")
     config, B, T, kept = small(moe), 4, 256, {}
     model = Qwen2(config)
@@ -475,7 +475,7 @@ train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memor
 before = common.peak_rss_mb()
 train(config, 8, T)
 need = scaling.memory(config, distributed.WORLD, 8, T, bf16, False, recompute)
-print(common.peak_rss_mb() - before, sum(need.values()))
+sys.stdout.write(f"{common.peak_rss_mb() - before} {sum(need.values())}\\n")
 """
 
 
