@@ -70,19 +70,20 @@ def _medium_is_exact():
     return exact
 
 
-def choose_products(rows, width, device, least=2**27):
+def choose_products(rows, width, device, least=2**23):
     """Which library multiplies fp32 matrices (rows, width) on a CPU from now on.
 
     torch's default, MKL, leaves AVX-512 unused on AMD: half of what a Zen 5 can do. oneDNN uses it,
     and torch asks oneDNN where "medium" precision allows it to compute in bf16. It does so only
     with AMX units, so "medium" is taken where a trial shows that fp32 stays fp32; and only for work
-    that repays oneDNN's 10-20 us a call and 500 us for each new shape: at width 128, GRPO's
-    micro-batches, all of other lengths, took 1.5 times as long with it (LOG.md, "oneDNN"). Where
-    shapes recur, as in decoding, `least` (of rows x width^2) may be smaller.
+    that repays oneDNN's 10-20 us a call and 500 us for each new shape: from 128 rows at width 256,
+    512 at 128, GRPO's micro-batches, all of other lengths, take 0.6 to 0.85 times as long (LOG.md,
+    "oneDNN" and "captured"). Where shapes recur, as in decoding, `least` (of rows x width^2) may be
+    smaller.
 
     It stays chosen until the next forward pass chooses: the backward pass comes in between."""
     if device.type == "cpu":
-        large = rows * width * width >= least      # the default: 2,048 rows at width 256
+        large = rows * width * width >= least
         torch.set_float32_matmul_precision("medium" if large and _medium_is_exact() else "highest")
 
 
@@ -603,7 +604,9 @@ def rms_norm(x, weight, eps):
 
 
 def rms_norm_reference(x, weight, eps):
-    """rms_norm as it reads."""
+    """rms_norm as it reads. Where there is nothing to cast, torch has it in one call."""
+    if x.dtype == weight.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     return weight * F.rms_norm(_fp32(x), x.shape[-1:], None, eps).to(x.dtype)
 
 

@@ -326,28 +326,28 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, allocated once for `max_len`: (B, K, S, D) a
-    layer. `pads` (B,) counts the padding at the *left* of each row, which nothing attends to."""
+    """Keys and values of the positions seen so far, (2, B, K, S, D) a layer, allocated once for
+    `max_len`; a block a layer, so that most are small enough for common.keep_freed_memory. `pads`
+    (B,) counts the padding at the *left* of each row, which nothing attends to."""
 
     def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
-        K, D = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, 2, B, K, max_len, D)
-        self.data = torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, B, config.num_key_value_heads, max_len, config.head_dim)
+        self.layers = [torch.empty(shape, device=device, dtype=dtype)
+                       for _ in range(config.num_hidden_layers)]
         self.pads = pads if pads is not None and pads.any() else None
         self.length = 0
 
     def append(self, layer: int, k, v):
-        end = self.length + k.shape[2]
-        self.data[layer, 0, :, :, self.length:end] = k
-        self.data[layer, 1, :, :, self.length:end] = v
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+        kept, end = self.layers[layer], self.length + k.shape[2]
+        kept[0, :, :, self.length:end], kept[1, :, :, self.length:end] = k, v
+        return kept[0, :, :, :end], kept[1, :, :, :end]
 
     def select(self, rows) -> None:
         """Keep (or repeat) rows of the batch: finished responses leave, a prompt is shared by n."""
-        old, shape = self.data, self.data.shape
-        self.data = old.new_empty((*shape[:2], len(rows), *shape[3:]))
         filled = slice(0, self.length)  # what lies beyond is not worth copying
-        self.data[..., filled, :] = old[..., filled, :].index_select(2, rows)
+        for layer, old in enumerate(self.layers):
+            self.layers[layer] = new = old.new_empty((2, len(rows), *old.shape[2:]))
+            new[..., filled, :] = old[..., filled, :].index_select(1, rows)
         self.pads = None if self.pads is None else self.pads[rows]
 
 

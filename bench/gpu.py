@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import harness
 
@@ -102,8 +104,10 @@ def rollouts(config, batch, prompt, new):
     with tempfile.TemporaryDirectory() as path:
         Qwen2(config).save_pretrained(path)
         model = Qwen2.from_pretrained(path, torch.bfloat16, DEVICE)
-        t = seconds(lambda: sample.generate(model, prompts, new), 1)
-        show(f"rollouts, batch {batch}, ours", batch * new / t, "tokens/s")
+        for name, static in ("captured steps", True), ("plain steps", False):
+            with mock.patch.object(sample, "Step", partial(sample.Step, static=static)):
+                t = seconds(lambda: sample.generate(model, prompts, new), 1)
+            show(f"rollouts, batch {batch}, ours, {name}", batch * new / t, "tokens/s")
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:

@@ -660,8 +660,8 @@ def test_when_products_go_to_onednn(precision, monkeypatch):
     cpu, exact = torch.device("cpu"), K._medium_is_exact()
     for fits in (True, False):
         monkeypatch.setattr(K, "_medium_is_exact", lambda fits=fits: fits)
-        for rows, width, least, large in ((2**11, 256, {}, True), (2**11 - 1, 256, {}, False),
-                                          (2**13, 128, {}, True), (16, 256, {"least": 2**20}, True),
+        for rows, width, least, large in ((2**7, 256, {}, True), (2**7 - 1, 256, {}, False),
+                                          (2**9, 128, {}, True), (16, 256, {"least": 2**20}, True),
                                           (15, 256, {"least": 2**20}, False)):
             K.choose_products(rows, width, cpu, **least)
             assert precision() == ("medium" if large and fits else "highest")
