@@ -53,6 +53,7 @@ def ours(case):
     import sft
     from sample import completion_logprobs, generate, load_policy
     algorithm, dtype, batch, texts = parse(case)
+    common.keep_freed_memory()
     model, tokenizer = load_policy("small", "cpu")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
     optimizer, end = common.adamw(model, LR, 0.0), [tokenizer.im_end_id]
