@@ -407,14 +407,16 @@ def checksums(args: dict) -> dict[str, str]:
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process in MB; nan where the OS does not tell (Windows)."""
-    if sys.platform == "linux":  # there ru_maxrss counts the program that started this one, too
-        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        return int(peak) * 1024 / 1e6
+    try:  # Linux, where ru_maxrss also counts the program that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:
         return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 # ---------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def choose_products(rows, width, device, least=2**23):
     with AMX units, so "medium" is taken where a trial shows that fp32 stays fp32; and only for work
     that repays oneDNN's 10-20 us a call and 500 us for each new shape: from 128 rows at width 256,
     512 at 128, GRPO's micro-batches, all of other lengths, take 0.6 to 0.85 times as long (LOG.md,
-    "oneDNN" and "captured"). Where shapes recur, as in decoding, `least` (of rows x width^2) may be
-    smaller.
+    "oneDNN" and "captured"; `attention` then takes "fused"). Where shapes recur, as in decoding,
+    `least` (of rows x width^2) may be smaller.
 
     It stays chosen until the next forward pass chooses: the backward pass comes in between."""
     if device.type == "cpu":
@@ -217,14 +217,14 @@ def one_query(q, k, v, keep=None, scale=None):
     return out.view(q.shape)
 
 
+def _transposed(x):
+    return x.mT.contiguous()
+
+
 def _fold(x, Hkv):
     """(B,Hq,T,D) -> (B,Hkv,T*G,D): row tG+g is query t of head g of its group. Grouped attention
     becomes plain attention with more queries; dk and dv sum over heads by themselves."""
     return x.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
-
-
-def _transposed(x):
-    return x.mT.contiguous()
 
 
 def _unfold(x, T):
@@ -573,8 +573,9 @@ embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weig
 # --- norm and SwiGLU ------------------------------------------------------------------------------
 class _RMSNorm(torch.autograd.Function):
     """y = w n with n = x r, r = (mean x^2 + eps)^-1/2. Autograd would keep n and y, both fp32, and
-    y once more in bf16 for each product that reads it. Here only x is kept, y is cast once, and
-        dw = sum over rows of dy n,    dx = r (w dy - n mean(w dy n))."""
+    y once more in bf16 for each product that reads it. Here only x is kept, and
+        dw = sum over rows of dy n,    dx = r (w dy - n mean(w dy n)).
+    y is cast once, so the gradients of its readers are summed in bf16, no longer in fp32."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -589,8 +590,9 @@ class _RMSNorm(torch.autograd.Function):
         wide, dy = _fp32(x), _fp32(dy)
         r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(C).add_(ctx.eps)
         n = wide * r.rsqrt_()
-        product = (n * dy).view(-1, C)
-        mean = (product @ _fp32(weight) / C).view(r.shape)
+        product = (n * dy).reshape(-1, C)
+        with _no_autocast(dy.device.type):
+            mean = (product @ _fp32(weight) / C).view(r.shape)
         dx = (dy * weight).sub_(n.mul_(mean)).mul_(r)
         return dx.to(x.dtype), product.sum(0).to(weight.dtype), None
 
@@ -715,7 +717,8 @@ class _Experts(torch.autograd.Function):
             h = wgu.to(x.dtype) @ x.index_select(0, token[b]).mT
             gate, up = h.chunk(2)
             torch.mm(F.silu(gate).mul_(up).mT, wd.to(x.dtype).mT, out=y[b])
-            inner.append(h)
+            if any(ctx.needs_input_grad):
+                inner.append(h)
         ctx.save_for_backward(x, weight, gate_up, down, order, place, token, *inner)
         return F.embedding_bag(place.view(expert.shape), y, mode="sum",
                                per_sample_weights=weight.to(x.dtype))

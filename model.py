@@ -327,8 +327,8 @@ class Block(nn.Module):
 
 class KVCache:
     """Keys and values of the positions seen so far, (2, B, K, S, D) a layer, allocated once for
-    `max_len`; a block a layer, so that most are small enough for common.keep_freed_memory. `pads`
-    (B,) counts the padding at the *left* of each row, which nothing attends to."""
+    `max_len`; a block a layer, to stay below the 32 MB of common.keep_freed_memory. `pads` (B,)
+    counts the padding at the *left* of each row, which nothing attends to."""
 
     def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
         shape = (2, B, config.num_key_value_heads, max_len, config.head_dim)

@@ -8,6 +8,7 @@ serves them; the model masks the padding and counts positions from each row's fi
 (KVCache.pads), which makes a batched row equal to the row alone (R3.3). A prompt that wants n
 responses is read once and its cache rows repeated. Rows that finish leave the batch.
 """
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -72,14 +73,15 @@ WINDOW = 256  # on CUDA attention reads a multiple of so many columns of the cac
 class Step:
     """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
     and what the tests compare with. q, k and v come from one product, gate and up from another; all
-    positions' rotations are made once. On a CPU the weights are copies laid out by columns while a
-    batch lasts: products of few rows stream through them up to 1.5 times as fast.
+    positions' rotations are made once. On a CPU all weights are copies laid out by columns while a
+    batch lasts, so they take twice the memory: products of few rows are up to 1.5 times as fast.
 
     On CUDA, where launching 20 kernels a layer takes longer than running them, a step is `static`:
     captured once as a graph, replayed with one call. A graph fixes shapes and addresses, so its
     position is a tensor, and it attends to whole WINDOWs with the columns beyond masked; it is
-    captured anew when these are outgrown or rows have left. Not for experts, which the host counts,
-    nor dual chunk attention. Capture and replay are not yet measured on a GPU."""
+    captured anew when these are outgrown or rows have left. Not for experts, which the host counts
+    unless they are one grouped product, nor dual chunk attention. Capture and replay are not yet
+    measured on a GPU."""
 
     def __init__(self, model, cache, static=None):
         self.model, self.cache, self.layers, self.shape = model, cache, [], None
@@ -109,8 +111,9 @@ class Step:
             return self.model.hidden(token[:, None], cache=cache)[:, -1]
         if self.static:
             shape = len(token), min(now // WINDOW * WINDOW + WINDOW, len(self.cos))
-            if shape != self.shape:
-                self.shape, self.token, self.now = shape, token.clone(), token.new_tensor([now])
+            if shape != self.shape or self.block is not cache.layers[0]:
+                self.shape, self.block, self.replay = shape, cache.layers[0], None  # the old graph
+                self.token, self.now = token.clone(), token.new_tensor([now])
                 for layer in cache.layers:
                     layer[..., now:, :] = 0  # nobody wrote there, and NaN stays NaN under a mask
                 self.replay = captured(lambda: self.forward(self.token, self.now, shape[1]),
@@ -154,6 +157,11 @@ class Step:
         return model.model.norm(x)
 
 
+@functools.cache
+def side_stream(device):
+    return torch.cuda.Stream(device)  # one for all captures: cuBLAS keeps a workspace for each
+
+
 def captured(fn, device):
     """-> a function that repeats on CUDA the kernels of fn() and returns its result, at the same
     address each time. fn runs once before the capture, on a side stream, as torch's documentation
@@ -161,13 +169,12 @@ def captured(fn, device):
     if device.type == "cpu":
         return fn
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
+        side, graph = side_stream(device), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             fn()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             result = fn()
 
     def replay():

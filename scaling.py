@@ -539,7 +539,8 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
     a micro-batch ends and gradients of an earlier one exist. Activations: what autograd keeps of
     model.py, counted tensor by tensor: in a block 2 C of float32 (what the norms read), and in the
     products' dtype 4 C (norms' output, queries, attention's output), keys, values, gate and up; an
-    MoE block 3 C and twice the inner activations more an expert, and 1 C for the shared one.
+    MoE block 3 C and twice the inner activations more an expert, and 1 C for the shared one, as
+    experts in one grouped product keep them (one after the other, on a CPU, less).
     Gathered: autocast's bf16 copies of all weights on one GPU, but for an MLP's last; on several a
     block at a time, twice, and its gradient. Recomputed: what goes into each block, and all of one
     block, with the gradients of three inner activations, but not while the head's logits exist. Not

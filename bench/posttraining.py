@@ -5,7 +5,7 @@ The small model. The peers' record gives tokens a sample, not how they divide; h
 GRPO 64 + 64 sampled ones, eight responses a query, rewarded at random. In both systems DPO's
 reference is computed in the step, GRPO has no KL term, AdamW, clipping and learning rate are the
 same, and so are the rows of every step: the losses of the first two steps are compared. TRL runs
-without gradient checkpointing.
+without gradient checkpointing; ours keeps freed memory, as the stages do.
 """
 import random
 import statistics

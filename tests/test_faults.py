@@ -658,7 +658,8 @@ def test_nothing_needs_what_macos_and_windows_lack(tmp_path):
         "del signal.SIGALRM, signal.SIGKILL, signal.alarm, signal.setitimer\n"
         f"for name in {names}: __import__(name)\n"
         "import types, sandbox, tasks, common\n"
-        "sandbox.os, sys.platform = types.SimpleNamespace(name='nt'), 'win32'\n"
+        "sandbox.os = types.SimpleNamespace(name='nt')\n"
+        "common.Path = lambda path: (_ for _ in ()).throw(FileNotFoundError(path))\n"
         "assert not common.peak_rss_mb() > 0\n"
         "try: tasks.load(sys.argv[1])\n"
         "except common.InputError as error: print(error)\n")
