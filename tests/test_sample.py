@@ -105,7 +105,8 @@ def test_a_decoding_step_equals_the_plain_forward_pass(config, pads, bf16, monke
             step, rows = Step(model, cache, static), []
             for token in range(5):
                 new = torch.arange(cache.layers[0].shape[1]) * 7 % V + token
-                rows.append(step(new) if fast else model.hidden(new[:, None], cache=cache)[:, -1])
+                rows.append(step(new).clone() if fast else
+                            model.hidden(new[:, None], cache=cache)[:, -1])
                 if token in (2, 3):
                     cache.select(torch.tensor([5, 0, 2] if token == 2 else [2, 0, 0]))
             hidden.append(rows)
