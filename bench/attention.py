@@ -4,8 +4,8 @@
 F.scaled_dot_product_attention(is_causal=True, enable_gqa=True); "packed": ten documents of equal
 length, which it needs as a boolean mask. bf16: q, k and v are bf16. FLOPs: 4 T^2 D a head forward,
 2.5 times that backward, half of it (a tenth of the half, packed) for what a mask hides. Memory: the
-peak above the inputs; ours keeps freed memory, as the stages do. `first s` is the first call, in wall time. Check: mean squares of output and
-gradients.
+peak above the inputs; ours keeps freed memory, as the stages do. `first s` is the first call, in
+wall time. Check: mean squares of output and gradients.
 """
 import time
 
