@@ -539,12 +539,12 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
     a micro-batch ends and gradients of an earlier one exist. Activations: what autograd keeps of
     model.py, counted tensor by tensor: in a block 2 C of float32 (what the norms read), and in the
     products' dtype 4 C (norms' output, queries, attention's output), keys, values, gate and up; an
-    MoE block 3 C and twice the inner activations more an expert, and 1 C for the shared one, as
-    experts in one grouped product keep them (one after the other, on a CPU, less).
+    MoE block 1 C for the shared expert, and as experts in one grouped product keep them, on CUDA,
+    3 C and twice the inner activations more an expert.
     Gathered: autocast's bf16 copies of all weights on one GPU, but for an MLP's last; on several a
     block at a time, twice, and its gradient. Recomputed: what goes into each block, and all of one
     block, with the gradients of three inner activations, but not while the head's logits exist. Not
-    counted: CUDA's context, communication buffers, fragmentation."""
+    counted: CUDA's context, oneDNN's buffers, communication, fragmentation."""
     sizes, C, V, tokens = count(config), config.hidden_size, config.vocab_size, rows * seq_len
     size, k, H = 2 if bf16 else 4, config.num_experts_per_tok, config.num_attention_heads
     kept, one = 2 * 4 * C, 0                    # final norm, gradient of the hidden
@@ -553,8 +553,8 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
         routed = sparse * k * config.moe_intermediate_size
         inner = config.shared_expert_intermediate_size if sparse else config.intermediate_size
         full = 4 * (2 * C + H + sparse * config.num_experts) + size * (
-            (4 + sparse * (3 * k + 1)) * C + 2 * config.num_key_value_heads * config.head_dim
-            + 4 * routed + 2 * inner)
+            (4 + sparse * (1 + 3 * k * cuda)) * C + 2 * config.num_key_value_heads * config.head_dim
+            + (2 + 2 * cuda) * routed + 2 * inner)
         kept += 4 * C if recompute else full
         one = max(one, full + 3 * size * (routed + inner))
         cast -= C * inner
