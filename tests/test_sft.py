@@ -85,8 +85,9 @@ def test_loss_is_cross_entropy_on_the_masked_positions():
 
 @pytest.mark.parametrize("sizes", [(7,), (4, 3), (3, 3, 1), (1,) * 7])
 @pytest.mark.parametrize("extra", [0, 5])
-def test_gradient_does_not_depend_on_split_or_padding(sizes, extra):
-    """R4.1: any micro-batches, ragged, with any padding id: the same gradient."""
+def test_gradient_does_not_depend_on_split_or_padding(sizes, extra, monkeypatch):
+    """R4.1: any micro-batches, ragged, with any padding id: the same gradient. In float64 with the
+    kernels, in float32 with their twins and one library for products: kernels round to 5.1e-6."""
     rows = random_batch()
     count = sum(sum(m[1:]) for _, m in rows)
 
@@ -99,7 +100,11 @@ def test_gradient_does_not_depend_on_split_or_padding(sizes, extra):
             sft.sft_loss(model, ids, mask, count).backward()
             start += size
         return gradients(model)
-    for dtype, tol in (torch.float64, 1e-12), (torch.float32, 2e-5):
+    for dtype, tol in (torch.float64, 1e-12), (torch.float32, 1e-6 * 5):
+        if dtype == torch.float32:
+            monkeypatch.setattr(kernels, "rms_norm", kernels.rms_norm_reference)
+            monkeypatch.setattr(kernels, "choose_products", lambda *args: None)
+            torch.set_float32_matmul_precision("highest")
         expected = gradient((7,), 0, 0, dtype)
         error = (gradient(sizes, extra, 11, dtype) - expected).abs().max() / expected.abs().max()
         assert error < tol
