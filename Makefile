@@ -21,17 +21,17 @@ test-all: .venv/ready
 # Every stage killed about twenty times and continued, full disks, torn and planted files; ends with
 # a table of the kills survived.
 test-faults: .venv/ready
-	$(PY) -m pytest tests/test_faults.py -m 'slow or not slow'
+	$(PY) -m pytest tests/robustness/test_faults.py -m 'slow or not slow'
 
 # A GRPO run of half an hour must keep its memory, descriptors and processes; 100,000 lines of SFT;
 # 2 GB of documents.
 test-load: .venv/ready
-	LOAD_MINUTES=$${LOAD_MINUTES:-30} $(PY) -m pytest tests/test_load.py -m 'slow or not slow' -s
+	LOAD_MINUTES=$${LOAD_MINUTES:-30} $(PY) -m pytest tests/robustness/test_load.py -m 'slow or not slow' -s
 	LOAD_MB=$${LOAD_MB:-2000} $(PY) -m pytest tests/test_data.py -m slow -k memory_does_not_grow
 
 # Thousands of made-up and damaged inputs; and the table of bad ones.
 test-fuzz: .venv/parity
-	FUZZ=$${FUZZ:-12} $(PY) -m pytest tests/test_fuzz.py tests/test_bad_input.py
+	FUZZ=$${FUZZ:-12} $(PY) -m pytest -m 'not slow' tests/robustness/test_fuzz.py tests/robustness/test_bad_input.py
 
 # Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
 test-parity: .venv/parity

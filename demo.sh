@@ -16,7 +16,7 @@ say() { printf '\n== %s\n' "$*"; }
 evaluate() { python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"; }
 
 say "1. corpus: Python's own documentation and code, and synthetic documents, cleaned and mixed"
-python data.py --out "$RUN/data" --max_mb 3 --synthetic_mb 10 --seed "$SEED"
+python -m data --out "$RUN/data" --max_mb 3 --synthetic_mb 10 --seed "$SEED"
 
 say "2. tokenizer: byte-level BPE from scratch"
 python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$RUN/tokenizer"
@@ -74,4 +74,4 @@ wait
 grep -vE "^(pretrain|sft) [0-9]" "$RUN/background.log"  # all but the lines of single steps
 
 say "report"
-python report.py --run "$RUN"
+python -m lib.report --run "$RUN"

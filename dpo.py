@@ -10,7 +10,7 @@ policy, log-probabilities summed over the response's tokens (DPO paper, eq. 7),
 and the step is taken by the Online Merging Optimizer (Lu et al. 2024), which blends each update
 with the direction from the pre-trained to the SFT model, so that less is forgotten.
 
-The report's pairs are reviewed by programs and by people: label.py has both. Here `review` drops
+The report's pairs are reviewed by programs and by people (data/label.py). Here `review` drops
 what nothing should be learned from and says why; people's verdicts come back as a file for --data.
 
 The report's: about 150,000 pairs, 1 epoch, learning rate 7e-7, online merging. Our choice (not
@@ -36,17 +36,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import tasks
-from common import (
-    Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, read_json, require, rng, setup,
-    write_atomic, write_jsonl)
-from distributed import (
-    QUIET, WORLD, cut, gathered, merged, micro_batches, share, sharded, summed, whole)
-from label import review
+import tasks.queries
+from lib.args import cli, positive, require
+from lib.files import read_json, write_atomic, write_jsonl
+from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
+from lib.run import Run
+from lib.dist import (
+    QUIET, WORLD, cut, gathered, merged, micro_batches, sharded, share, summed, whole)
+from data.pairs import review
 from model import Qwen2
-from reward import RewardModel, pair_responses, read_pairs
+from data.pairs import pair_responses, read_pairs
+from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
-from server import served
+from lib.vllm_client import served
 
 
 @dataclass
@@ -186,7 +188,9 @@ def main(args: Args) -> dict:
     # Resumed, it takes the pairs that it had: a server answers otherwise each time.
     data = str(run.path / "pairs.jsonl") if args.rollout_url and run.resumed else args.data
     pairs = read_pairs(data) if data else []
-    queries = [] if data else tasks.load(args.queries, args.n_queries, args.seed, built_in=256)
+    queries = (
+        [] if data else tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
+    )
 
     # data
     if not data:
@@ -271,7 +275,7 @@ def main(args: Args) -> dict:
 
     # save, with a look at what it says now
     with autocast:
-        groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+        groups = rollout(whole(model), tokenizer, tasks.queries.builtin("val", 32, args.seed), 1,
                          args.max_new_tokens, 1.0, args.seed)
     run.save_samples([group[0] for group in groups])
     run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)

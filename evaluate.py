@@ -1,5 +1,5 @@
 """What a stage gained: pass@1 and greedy accuracy a domain with 95% intervals, bits per byte of
-held-out text. report.py puts the stages side by side.
+held-out text. lib/report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
 `samples` times at temperature 1 (pass@1 is the mean, pass@4 whether one of four passes) and once
@@ -20,16 +20,19 @@ from pathlib import Path
 
 import torch
 
-import data
+from data import documents
+from data import mixture
 import kernels
-import tasks
-from answers import extract_answer
-from common import (
-    checksums, cli, pad_rows, peak_rss_mb, positive, require, setup, write_atomic, write_jsonl)
+import tasks.queries
+from tasks.math_answers import extract_answer
+from lib.args import cli, positive, require
+from lib.files import checksums, write_atomic, write_jsonl
+from lib.optim import pad_rows, setup
+from lib.run import peak_rss_mb
 from model import Qwen2
 from reward import RewardModel
 from sample import generate, load_policy, rollout
-from server import served
+from lib.vllm_client import served
 from tokenizer import Tokenizer
 
 
@@ -107,14 +110,16 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
         groups = rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed)
         return [[(a.text, a.score) for a in group] for group in groups]
     # A base model goes on with the next question after its answer: the blank line ends it.
-    prompts = [tokenizer.encode(tasks.few_shot(q, args.few_shot, args.seed)) for q in queries]
+    prompts = [
+        tokenizer.encode(tasks.queries.few_shot(q, args.few_shot, args.seed)) for q in queries
+    ]
     blank = tokenizer.encode("\n\n")
     stops = tokenizer.stop_ids + (tuple(blank) if len(blank) == 1 else ())
     out = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
                    stop_ids=stops, valid_vocab=tokenizer.n_vocab)
     texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids).split("\n\n")[0].strip()
              for c in out]
-    scores = tasks.score_many([q for q in queries for _ in range(n)], texts)
+    scores = tasks.queries.score_many([q for q in queries for _ in range(n)], texts)
     pairs = list(zip(texts, scores, strict=True))
     return [pairs[i:i + n] for i in range(0, len(pairs), n)]
 
@@ -181,15 +186,19 @@ def main(args: Args) -> dict:
             f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
 
     # data
-    queries = tasks.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
-    foreign = sorted({q["domain"] for q in queries} - set(tasks.DOMAINS))
+    queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
+    foreign = sorted({q["domain"] for q in queries} - set(tasks.queries.DOMAINS))
     require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
-            f"{', '.join(foreign)}, only of {', '.join(tasks.DOMAINS)}")
+            f"{', '.join(foreign)}, only of {', '.join(tasks.queries.DOMAINS)}")
     texts = []
     if args.text:
-        texts = [doc["text"] for file in sorted(Path(args.text).glob("*.jsonl"))
-                 if file.stem not in tasks.DOMAINS for doc in data.read_documents(file)]
-        texts = [text for text in texts if data.is_held_out(text)]
+        texts = [
+            doc["text"]
+            for file in sorted(Path(args.text).glob("*.jsonl"))
+            if file.stem not in tasks.queries.DOMAINS
+            for doc in documents.read_documents(file)
+        ]
+        texts = [text for text in texts if mixture.is_held_out(text)]
         require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
     require(not args.rollout_url or args.yarn == 1 and not args.dca,
             "--rollout_url: --yarn and --dca are settings of the server there")

@@ -44,13 +44,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import tasks
-from common import (
-    InputError, Run, adamw, cli, clip_and_step, lr_at, positive, read_jsonl, require, setup)
-from distributed import QUIET, WORLD, gathered, merged, micro_batches, share, sharded, summed, whole
+import tasks.queries
+from lib.args import InputError, cli, positive, require
+from lib.files import read_jsonl
+from lib.optim import adamw, clip_and_step, lr_at, setup
+from lib.run import Run
+from lib.dist import QUIET, WORLD, gathered, merged, micro_batches, sharded, share, summed, whole
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
-from server import Server
+from lib.vllm_client import Server
 
 
 @dataclass
@@ -266,7 +268,7 @@ def main(args: Args) -> dict:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
-    queries = tasks.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
+    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
 
     # data
     server = Server(args.rollout_url, tokenizer) if args.rollout_url else None

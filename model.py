@@ -24,10 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils import checkpoint as recomputation
 
-import checkpoint
+from lib import checkpoint
 import kernels
-from common import InputError, one_line, require
-from distributed import summed
+from lib.args import InputError, one_line, require
+from lib.dist import summed
 
 
 @dataclass(frozen=True)

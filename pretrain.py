@@ -27,11 +27,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
+import data.__main__
+from data import corpus
+from data import documents
+from data import mixture
 import kernels
-from common import (
-    Run, adamw, cli, clip_and_step, epoch_order, lr_at, positive, require, rng, setup)
-from distributed import QUIET, RANK, gathered, micro_batches, share, sharded, summed, whole
+from lib.args import cli, positive, require
+from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
+from lib.run import Run
+from lib.dist import QUIET, RANK, gathered, micro_batches, sharded, share, summed, whole
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -73,14 +77,16 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
-def load_tokens(args: Args) -> tuple[dict[str, data.Tokens], dict[str, data.Tokens], Tokenizer]:
-    """Training and held-out documents by source, and their tokenizer. Of a directory that data.py
+def load_tokens(
+    args: Args,
+) -> tuple[dict[str, mixture.Tokens], dict[str, mixture.Tokens], Tokenizer]:
+    """Training and held-out documents by source, and their tokenizer. Of a directory that data/
     has tokenised, memory-mapped; else of its texts, or files of any kind it reads, in memory. With
-    no --data, data.py builds its corpus first: real Python documentation and code, and synthetic
+    no --data, data/ builds its corpus first: real Python documentation and code, and synthetic
     documents of the four domains."""
     path = Path(args.data or f"{args.out}-data-seed{args.seed}")
     if not args.data and not (path / "report.json").exists() and RANK == 0:
-        data.main(data.Args(out=str(path), seed=args.seed, overwrite=True))
+        data.__main__.main(data.__main__.Args(out=str(path), seed=args.seed, overwrite=True))
     gathered("the corpus is there")
     given = Tokenizer.from_pretrained(args.tokenizer or args.init) if (
         args.tokenizer or args.init) else None
@@ -89,40 +95,40 @@ def load_tokens(args: Args) -> tuple[dict[str, data.Tokens], dict[str, data.Toke
         tokenizer = Tokenizer.from_pretrained(path)
         require(given is None or given.encode(__doc__) == tokenizer.encode(__doc__), f"--data "
                 f"{path} holds tokens of another tokenizer than {args.tokenizer or args.init}")
-        return *({name: data.read_tokens(path / f"{name}.{part}", tokenizer) for name in names}
+        return *({name: mixture.read_tokens(path / f"{name}.{part}", tokenizer) for name in names}
                  for part in ("train", "held_out")), tokenizer
     train, held_out = {}, {}
-    for doc in data.read_all(args.data or str(path)):
-        part = held_out if data.is_held_out(doc["text"]) else train
+    for doc in documents.read_all(args.data or str(path)):
+        part = held_out if mixture.is_held_out(doc["text"]) else train
         train.setdefault(doc["source"], [])  # the order of the sources is that of their first text
         held_out.setdefault(doc["source"], [])
         part[doc["source"]].append(doc["text"])
     require(any(train.values()), "--data has no document to train on")
     tokenizer = given or Tokenizer.train((t for texts in train.values() for t in texts),
                                          args.vocab_size)
-    return *({name: data.tokenize(texts, tokenizer) for name, texts in part.items()}
+    return *({name: mixture.tokenize(texts, tokenizer) for name, texts in part.items()}
              for part in (train, held_out)), tokenizer
 
 
-def pack(train: dict[str, data.Tokens], weights: dict[str, float], args: Args):
+def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):
     """-> rows of --seq_len + 1 tokens, and the report of `mix`. With --long_share s, a share s of
     the rows are each one piece of a longer document, the others hold shorter documents only: the
     report's Turbo has 40% of its sequences at each stage's full length. Within either kind, sources
     keep their relative weights."""
     if not args.long_share:
-        stream, report = data.mix(train, weights, args.tokens, args.seed)
-        return data.Rows(list(train.values()), stream, args.seq_len), report
+        stream, report = mixture.mix(train, weights, args.tokens, args.seed)
+        return mixture.Rows(list(train.values()), stream, args.seq_len), report
     width, sources, streams, report = args.seq_len + 1, [], [], {}
     full = int(args.tokens * args.long_share) // width * width
     for kind, tokens in (("longer", full), ("shorter", args.tokens - full)):
         docs = {name: getattr(source, kind)(width) for name, source in train.items()}
         docs = {name: docs[name] for name in docs if len(docs[name].starts) and name in weights}
         require(len(docs) > 0, f"--long_share: no document is {kind} than {width} tokens")
-        stream, rows = data.mix(docs, {name: weights[name] for name in docs}, tokens, args.seed)
+        stream, rows = mixture.mix(docs, {name: weights[name] for name in docs}, tokens, args.seed)
         streams.append(stream + [len(sources), 0, 0])
         sources += docs.values()
         report |= {f"{name}, {kind}": row for name, row in rows.items()}
-    return data.Rows(sources, np.concatenate(streams), args.seq_len), report
+    return mixture.Rows(sources, np.concatenate(streams), args.seq_len), report
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,15 +223,15 @@ def main(args: Args) -> dict:
     train, held_out, tokenizer = load_tokens(args)
     train = {name: docs for name, docs in train.items() if len(docs.ids)}
     sizes = {name: len(docs.ids) for name, docs in train.items()}
-    builtin = sizes.keys() == data.BUILTIN_WEIGHTS.keys()
-    weights = data.parse_weights(args.weights, data.BUILTIN_WEIGHTS if builtin else sizes)
+    builtin = sizes.keys() == corpus.BUILTIN_WEIGHTS.keys()
+    weights = mixture.parse_weights(args.weights, corpus.BUILTIN_WEIGHTS if builtin else sizes)
     packed, report = pack(train, weights, args)
     held_out = list(held_out.values())
     stream = [(i, j, n) for i, docs in enumerate(held_out) for j, n in enumerate(docs.sizes)]
     random.Random(0).shuffle(stream)  # the rows kept below are of all sources, not of the first
     require(sum(n for _, _, n in stream) > args.seq_len, "--data is too small: its held-out "
             f"documents, one in fifty, do not fill a row of --seq_len {args.seq_len}")
-    val = data.Rows(held_out, np.array(stream), args.seq_len)
+    val = mixture.Rows(held_out, np.array(stream), args.seq_len)
     val_ids, val_segments = val[range(min(256, len(val)))]
     if not args.doc_mask:
         val_segments = None

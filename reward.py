@@ -10,7 +10,7 @@ for k = m = 1 Bradley-Terry's loss, for all answers to a query (--listwise) Qwen
 As the report says: responses come from checkpoints of several stages (SFT, DPO, RL) sampled at
 several temperatures, the DPO pairs are added, and the queries are those of GRPO. Here the label is
 the check's verdict; the report's labels also weigh helpfulness, conciseness and so on, by people
-(label.py) and models. Not disclosed, so our choice: head, loss, learning rate. The head is one
+(data/label.py) and models. Not disclosed, so our choice: head, loss, learning rate. The head is one
 bias-free row named score.weight, which transformers loads as Qwen2ForSequenceClassification, or
 the two layers of Qwen2.5-Math-RM.
 
@@ -21,7 +21,6 @@ Expect: the loss starts at exactly ln 2 (the head starts at zero) and the held-o
 0.7-0.9. Compare it with "the longer one wins", printed beside it for each source of answers: a
 model that does not beat that rule has learned length, and GRPO would learn length from it.
 """
-import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,16 +29,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import tasks
-from common import (
-    Run, adamw, cli, clip_and_step, epoch_order, lr_at, pad_rows, parse_value, positive,
-    read_json, read_jsonl, require, setup, write_jsonl)
-from distributed import QUIET, micro_batches, sharded, summed, whole
+import tasks.queries
+from data.pairs import pair_responses, read_pairs, tokenize_pairs
+from lib.args import cli, parse_value, positive, require
+from lib.dist import QUIET, micro_batches, sharded, summed, whole
+from lib.files import read_json, write_jsonl
+from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
+from lib.run import Run
+from lib.vllm_client import served
 from model import Config, Qwen2
 from sample import load_policy, prompt_ids, read_prompts, rollout
-from server import served
 from tokenizer import Tokenizer
-
 
 @dataclass
 class Args:
@@ -154,42 +154,6 @@ class TwoLayers(RewardModel):
         nn.init.zeros_(self.head[2].bias)
 
 
-# ---------------------------------------------------------------------------------------------
-# data
-
-def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
-    """Rollouts -> pairs: passing = chosen, failing = rejected, among all the answers to one query,
-    whichever policy gave them. A query whose answers all pass or all fail teaches nothing here and
-    gives no pair; equal texts are one answer, and one that was cut is none."""
-    r, pairs, by_prompt = random.Random(seed), [], {}
-    for answer in answers:
-        by_prompt.setdefault(str(answer.query["prompt"]), []).append(answer)
-    for group in by_prompt.values():
-        query = group[0].query
-        passed = sorted({a.text for a in group if a.score == 1})
-        failed = sorted({a.text for a in group if a.score < 1 and a.finished})
-        k = min(per_query, len(passed), len(failed))
-        for chosen, rejected in zip(r.sample(passed, k), r.sample(failed, k), strict=True):
-            pairs.append({"prompt": query["prompt"], "chosen": chosen, "rejected": rejected,
-                          "domain": query["domain"]})
-    return pairs
-
-
-def read_pairs(path: str) -> list[dict]:
-    """JSONL of {"prompt", "chosen", "rejected"}, each a text or messages: TRL's shapes."""
-    def readable(side):
-        return isinstance(side, str) or (isinstance(side, list) and len(side) > 0 and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in side))
-    pairs = []
-    for number, row in read_jsonl(path):
-        bad = [k for k in ("prompt", "chosen", "rejected") if not readable(row.get(k))]
-        require(not bad, f"{path}:{number}: {', '.join(bad)}: want a text or messages, in a row of "
-                '"prompt", "chosen", "rejected"')
-        pairs.append(row)
-    require(len(pairs) > 0, f"{path}: holds no pairs")
-    return pairs
-
-
 def sample_answers(args: Args, temperatures: list[float], device, autocast, queries: list[dict]):
     """-> {source: answers}: of each policy at each temperature."""
     answers, paths = {}, (args.policies or args.init).split(",")
@@ -207,28 +171,6 @@ def sample_answers(args: Args, temperatures: list[float], device, autocast, quer
             rate = sum(a.score for a in answers[source]) / len(queries) / args.responses
             print(f"  {source}: {rate:.1%} pass")
     return answers
-
-
-def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int], list[int]]:
-    """-> ids of the prompt, of the chosen and of the rejected answer (content + <|im_end|>)."""
-    texts = (y if isinstance(y, str) else y[-1]["content"]
-             for y in (pair["chosen"], pair["rejected"]))
-    return prompt_ids(tokenizer, pair), *(
-        tokenizer.encode(text) + [tokenizer.im_end_id] for text in texts)
-
-
-def tokenize_pairs(pairs: list[dict], tokenizer: Tokenizer, max_len: int, listwise=False):
-    """-> rows of (chosen, rejected): lists of answers' ids after their prompt's, one of each, or,
-    listwise, all that a prompt's pairs have."""
-    rows = {}
-    for i, pair in enumerate(pairs):
-        prompt, *answers = tokenize_pair(tokenizer, pair)
-        if len(prompt) + max(map(len, answers)) <= max_len:
-            row = rows.setdefault(tuple(prompt) if listwise else i, ([], []))
-            for side, answer in zip(row, answers, strict=True):
-                if prompt + answer not in side:
-                    side.append(prompt + answer)
-    return list(rows.values())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,7 +220,7 @@ def main(args: Args) -> dict:
     pairs = read_pairs(args.pairs) if args.pairs else []
     held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
     queries = [] if args.queries == "none" else \
-        tasks.load(args.queries, args.n_queries, args.seed, built_in=256)
+        tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
     temperatures = [parse_value("temperatures", part, float)
                     for part in args.temperatures.split(",")]
@@ -292,7 +234,7 @@ def main(args: Args) -> dict:
         else:
             sources = sample_answers(args, temperatures, device, autocast, queries)
             pairs += pair_responses(sum(sources.values(), []), args.pairs_per_query, args.seed)
-        queries = tasks.builtin("val", args.n_held_out, args.seed)
+        queries = tasks.queries.builtin("val", args.n_held_out, args.seed)
         sources = sample_answers(args, temperatures, device, autocast, queries)
         sources = {"all": sum(sources.values(), [])} | sources
         held_out |= {source: pair_responses(answers, args.pairs_per_query, args.seed)

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import tasks
-from common import InputError, cli, pad_rows, positive, require, rng, setup
-from distributed import RANK, merged, share
+import tasks.queries
+from lib.args import InputError, cli, positive, require
+from lib.optim import pad_rows, rng, setup
+from lib.dist import RANK, merged, share
 from model import KVCache, MoE, PromptCache, Qwen2, rope, rotate
 from tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temper
     temperature 0 is greedy. `valid_vocab`: number of ids the tokenizer knows; the padded rows of
     the embedding above it are never drawn (R1.6). `watch` is called with each step's tokens, to
     show an answer while it grows. A pure function of its arguments."""
-    if not isinstance(model, Qwen2):  # server.py's
+    if not isinstance(model, Qwen2):  # lib/vllm_client.py's
         return model.generate(prompts, max_new_tokens, temperature, seed, stop_ids, n)
     require(all(prompts), "an empty prompt cannot be continued")
     out, generator = [], rng(seed, device=model.head_weight.device)
@@ -317,7 +318,7 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
         rows.append(Rollout(queries[i // n], prompts[i // n], c.ids, c.logprobs, c.finished, text))
     # A response that never ended is no answer, whatever it contains.
     ended = [row for row in rows if row.finished]
-    scores = tasks.score_many([row.query for row in ended], [row.text for row in ended])
+    scores = tasks.queries.score_many([row.query for row in ended], [row.text for row in ended])
     for row, score in zip(ended, scores, strict=True):
         row.score = score
     return merged([rows[i:i + n] for i in range(0, len(rows), n)])

@@ -36,10 +36,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
-import data
+import lib.args
+from lib import files
+from lib import optim
+import lib.run
+from data import corpus
+from data import mixture
 import pretrain
-from common import InputError, Run, require
+from lib.args import InputError, require
+from lib.run import Run
 from model import PRESETS, Config, Qwen2
 from tokenizer import Tokenizer
 
@@ -477,7 +482,7 @@ def plot(tables: dict[str, dict[str, Law]], folder: Path) -> None:
 # tables
 
 def read_table(path: Path) -> list[dict]:
-    with common.open_text(path) as file:
+    with files.open_text(path) as file:
         try:
             rows = list(csv.DictReader(file))
         except (UnicodeDecodeError, csv.Error) as error:
@@ -513,7 +518,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    common.write_atomic(path, text.getvalue())
+    files.write_atomic(path, text.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -583,11 +588,11 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
         laws = tables.get(kind, {}) | tables.get("points", {})
         print(f"laws of {args.data}: {', '.join(laws)}")
     laws = laws or {}
-    N = count(config)["N"] if config else common.parse_value("model", args.model or "0", float)
-    D, C = common.parse_value("tokens", args.tokens or "0", float), args.budget
+    N = count(config)["N"] if config else lib.args.parse_value("model", args.model or "0", float)
+    D, C = lib.args.parse_value("tokens", args.tokens or "0", float), args.budget
     require([N > 0, D > 0, C > 0] in ([True, True, False], [False, False, True]),
             "plan wants --model and --tokens, or --budget alone, positive")
-    common.positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
+    lib.args.positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
     if C:
         loss = laws.get("loss", PUBLISHED["loss"]["Epoch AI"])
         require(loss["alpha"] > 0 < loss["beta"], "the loss law does not fall with N and D, so no "
@@ -665,13 +670,14 @@ def prepare(args: Args, tokens: float) -> None:
     characters, so that the fiftieth held out is a few dozen of them and not one file."""
     if args.resume and Path(f"{args.out}/tokenizer").is_dir():
         return  # another corpus would have another held-out loss
-    sources = data.builtin_corpus(args.seed, max_mb=max(1.0, tokens * 4e-6))
+    sources = corpus.builtin_corpus(args.seed, max_mb=max(1.0, tokens * 4e-6))
     texts = [doc["text"] for docs in sources.values() for doc in docs]
     pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
     pieces = pieces[::max(1, len(pieces) // max(1000, int(tokens / 250)))]  # every run reads them
-    common.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
-    Tokenizer.train((text for text in pieces if not data.is_held_out(text)), 384).save_pretrained(
-        f"{args.out}/tokenizer")
+    files.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
+    Tokenizer.train(
+        (text for text in pieces if not mixture.is_held_out(text)), 384
+    ).save_pretrained(f"{args.out}/tokenizer")
 
 
 def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> dict:
@@ -685,7 +691,7 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int,
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             loss = pretrain.main(asked)["val_loss"]
-        except common.Diverged:
+        except lib.run.Diverged:
             loss = math.inf  # a rate that is too high is a result
     sizes = count(PRESETS[size])
     return {"kind": "moe" if PRESETS[size].num_experts else "dense", "size": size, "N": sizes["N"],
@@ -709,7 +715,7 @@ def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, in
 def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
     """Add to rows, and to rows.csv, each cell's runs from the last cell's optimum to its own."""
     lrs, batches, tokens = axes = [
-        sorted(common.parse_value(name, part, float) for part in getattr(args, name).split(","))
+        sorted(lib.args.parse_value(name, part, float) for part in getattr(args, name).split(","))
         for name in ("lrs", "batches", "tokens")]
     require(all(axis[0] > 0 for axis in axes), "--lrs, --batches and --tokens must be positive")
     require(all(r["seq_len"] == str(args.seq_len) for r in rows),
@@ -742,7 +748,7 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
 def main(args: Args) -> dict:
     """The sweep, and its fit."""
     require(not args.data, "a sweep trains on the built-in corpus; --data is for fit and plan")
-    device, _ = common.setup(args)
+    device, _ = optim.setup(args)
     args = replace(args, seq_len=args.seq_len or 64, tokens=args.tokens or "5e3,1e4,2e4")
     path = Path(args.out) / "rows.csv"
     rows = grid_rows(path) if args.resume and path.exists() else []
@@ -755,4 +761,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    common.cli(main, Args, sweep=main, fit=fit, plan=plan)
+    lib.args.cli(main, Args, sweep=main, fit=fit, plan=plan)

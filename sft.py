@@ -36,14 +36,15 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 import kernels
-import tasks
-from common import (
-    InputError, Run, adamw, cli, clip_and_step, epoch_order, lr_at, open_text, pad_rows, positive,
-    require, setup, write_atomic)
-from distributed import QUIET, WORLD, micro_batches, sharded, summed, whole
+import tasks.queries
+from lib.args import InputError, cli, positive, require
+from lib.files import open_text, write_atomic
+from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
+from lib.run import Run
+from lib.dist import QUIET, WORLD, micro_batches, sharded, summed, whole
 from model import Qwen2
 from sample import load_policy, rollout
-from server import served
+from lib.vllm_client import served
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Conversations:
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
     """Of several responses to each query those that pass its check, each different one once."""
     policy = served(args.rollout_url, model, tokenizer)
-    queries = tasks.load(args.queries, args.n_data, args.seed, built_in=1000)
+    queries = tasks.queries.load(args.queries, args.n_data, args.seed, built_in=1000)
     groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens, 1.0,
                      args.seed)
     passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
@@ -177,7 +178,7 @@ def main(args: Args) -> dict:
     else:
         with autocast:
             found = rejection_sample(model, tokenizer, args) if args.queries else \
-                tasks.demonstrations(args.n_data or 1000, args.seed)
+                tasks.queries.demonstrations(args.n_data or 1000, args.seed)
         file = io.BytesIO("".join(json.dumps(row) + "\n" for row in found).encode())
     n = args.n_data if args.data and args.n_data else 10**9
     rows = Conversations(file, tokenizer, args.max_len, n, args.data)
@@ -219,7 +220,7 @@ def main(args: Args) -> dict:
 
     # save, with a look at what it says now
     with autocast:
-        groups = rollout(whole(model), tokenizer, tasks.builtin("val", 32, args.seed), 1,
+        groups = rollout(whole(model), tokenizer, tasks.queries.builtin("val", 32, args.seed), 1,
                          args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
     stopped = sum(a.finished for a in answers) / len(answers)

@@ -42,7 +42,8 @@ from pathlib import Path
 import regex  # `re` has no \p{L}; tiktoken depends on it already
 import tiktoken
 
-from common import InputError, one_line, read_json, read_jsonl, write_atomic
+from lib.args import InputError, one_line
+from lib.files import read_json, read_jsonl, write_atomic
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -45,7 +45,7 @@ def ours(case):
     import torch
 
     import kernels
-    from common import keep_freed_memory
+    from lib.optim import keep_freed_memory
     keep_freed_memory()
     kernels.use("fused")
     kernels.choose_products(int(case.split()[2]), 1024, torch.device("cpu"))

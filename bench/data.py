@@ -37,21 +37,25 @@ def measure(run):
 
 def ours(case):
     harness.ours()
-    import data
-    import quality
+    import data.__main__
+    from data import contamination
+    from data import dedup
+    from data import filters
+    from data import mixture
+    from data import quality
     from tokenizer import Tokenizer
 
     def kept(stages, texts):
-        rows = data.verdicts(({"text": text} for text in texts), stages)
+        rows = filters.verdicts(({"text": text} for text in texts), stages)
         return sum(name == "kept" for _, name, _ in rows)
-    tests, model = data.load_tests("test"), quality.Classifier(2)
+    tests, model = data.__main__.load_tests("test"), quality.Classifier(2)
     tok = Tokenizer.from_pretrained(SHARED / "tokenizer" / "qwen.tiktoken")
     return measure({
-        "rules": lambda texts: kept(data.FILTERS, texts),
+        "rules": lambda texts: kept(filters.FILTERS, texts),
         "language": lambda texts: len([data.language(text) for text in texts]),
-        "duplicates": lambda texts: kept({"near": data.NearDuplicates(0.0)}, texts),
-        "contamination": lambda texts: kept({"tests": data.Contamination(tests)}, texts),
-        "tokens": lambda texts: len(data.tokenize(texts, tok).ends),
+        "duplicates": lambda texts: kept({"near": dedup.NearDuplicates(0.0)}, texts),
+        "contamination": lambda texts: kept({"tests": contamination.Contamination(tests)}, texts),
+        "tokens": lambda texts: len(mixture.tokenize(texts, tok).ends),
         "classifier": lambda texts: len([quality.classify(model, ["low", "quality"], text)
                                          for text in texts])}[case])
 

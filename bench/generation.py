@@ -37,7 +37,7 @@ def measure(case, model, generate):
 def ours(case):
     harness.ours()
     import sample
-    from common import keep_freed_memory
+    from lib.optim import keep_freed_memory
     from model import Qwen2
     keep_freed_memory()
     model = Qwen2.from_pretrained("small")

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa  # noqa: E4
 
 import kernels  # noqa: E402
 import sample  # noqa: E402
-from common import adamw, clip_and_step  # noqa: E402
+from lib.optim import adamw, clip_and_step  # noqa: E402
 from model import PRESETS, Qwen2  # noqa: E402
 from pretrain import lm_loss  # noqa: E402
 

@@ -47,16 +47,16 @@ def ours(case):
     harness.ours()
     import torch
 
-    import common
+    from lib import optim
     import dpo
     import grpo
     import sft
     from sample import completion_logprobs, generate, load_policy
     algorithm, dtype, batch, texts = parse(case)
-    common.keep_freed_memory()
+    optim.keep_freed_memory()
     model, tokenizer = load_policy("small", "cpu")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
-    optimizer, end = common.adamw(model, LR, 0.0), [tokenizer.im_end_id]
+    optimizer, end = optim.adamw(model, LR, 0.0), [tokenizer.im_end_id]
     ids = ([tokenizer.encode(text) for text in row.values()] for row in texts)
     prompts, *answers = zip(*ids, strict=True)
 
@@ -90,7 +90,7 @@ def ours(case):
     def step():
         loss = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss}[algorithm]()
         loss.backward()
-        common.clip_and_step(model, optimizer, LR, 1.0)
+        optim.clip_and_step(model, optimizer, LR, 1.0)
         losses.append(loss.item())
     ticks = [(t["cpu"], t["wall"]) for t in (timed(step, 1, 0) for _ in range(STEPS))]
     return result(algorithm, batch, ticks, losses, before)

@@ -34,7 +34,7 @@ def measure(case, one, many=None):
 def ours(namespaces):
     def fn(case):
         harness.ours()
-        import sandbox
+        from tasks import sandbox
         if not namespaces:
             sandbox._launcher = lambda: ("", [])
         language = case.split()[0]
@@ -57,7 +57,7 @@ def ours(namespaces):
 
 def bare(case):
     harness.ours()
-    import sandbox
+    from tasks import sandbox
     language = case.split()[0]
     row, (code, tests) = sandbox.LANGUAGES[language], sandbox.SAMPLES[language]
     commands = [c for c in sandbox._commands(language) if c] or [

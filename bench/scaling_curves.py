@@ -38,7 +38,7 @@ def point(curve, x):
     import torch
 
     import pretrain
-    from common import adamw, clip_and_step, keep_freed_memory
+    from lib.optim import adamw, clip_and_step, keep_freed_memory
     from model import Config, Qwen2
     keep_freed_memory()
     torch.set_num_threads(1)

@@ -47,7 +47,7 @@ def measure(name, case, model, step):
 def ours(case, name=None):
     harness.ours()
     import pretrain
-    from common import adamw, clip_and_step, keep_freed_memory
+    from lib.optim import adamw, clip_and_step, keep_freed_memory
     from model import Qwen2, load_balancing_loss
     name = name or case.split()[0]
     keep_freed_memory()

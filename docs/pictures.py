@@ -16,8 +16,9 @@ import matplotlib
 import torch
 
 import kernels
-import tasks
-from common import cli, read_jsonl
+import tasks.queries
+from lib.args import cli
+from lib.files import read_jsonl
 from grpo import group_advantages, shaped_reward
 from model import Config, frequencies
 from reward import RewardModel
@@ -126,7 +127,10 @@ def loss(root: Path) -> None:
 
 def mask(root: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(root / "sft")
-    messages = [{"role": "system", "content": "Be brief."}, *tasks.demonstrations(4)[0]["messages"]]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *tasks.queries.demonstrations(4)[0]["messages"],
+    ]
     ids, flags = tokenizer.render(messages)
     _, axis = plt.subplots(figsize=(7, 2.4))
     axis.axis("off")
@@ -165,7 +169,7 @@ def margins(root: Path) -> None:
 
 
 def rewards(root: Path, policy, tokenizer, reward_model):
-    queries = tasks.builtin("val", 96, 0)
+    queries = tasks.queries.builtin("val", 96, 0)
     groups = rollout(policy, tokenizer, queries, 8, 128, 1.0, 0)
     answers = [a for group in groups for a in group]
     scores = reward_model.score([a.prompt_ids for a in answers], [a.ids for a in answers])

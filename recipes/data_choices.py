@@ -1,7 +1,7 @@
 """What filtering and the mixture are worth, measured by pre-training on little data.
 
-Filtering: web pages (C4, Common Crawl, DCLM's human study), after the rules of data.py, all of
-them against the half of the text that quality.py's classifier scores highest; it learned from
+Filtering: web pages (C4, Common Crawl, DCLM's human study), after the rules of data/, all of
+them against the half of the text that data/quality.py's classifier scores highest; it learned from
 DCLM's labels, and each labelled page is scored by a model that did not see it. Equal tokens, about
 one epoch or less, one tokenizer; bits per byte on clean text of other origin.
 
@@ -22,11 +22,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data  # noqa: E402
+from data import corpus  # noqa: E402
+from data import dedup  # noqa: E402
+import data.documents  # noqa: E402
+from data import filters  # noqa: E402
+from data import mixture  # noqa: E402
 import evaluate  # noqa: E402
 import pretrain  # noqa: E402
-import quality  # noqa: E402
-from common import cli, read_jsonl, setup, write_atomic  # noqa: E402
+from data import quality  # noqa: E402
+from lib.args import cli  # noqa: E402
+from lib.files import read_jsonl, write_atomic  # noqa: E402
+from lib.optim import setup  # noqa: E402
 from sample import load_policy  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -48,17 +54,19 @@ class Args:
 
 
 def web_pages(folder: Path) -> tuple[list[dict], list[float]]:
-    """Pages that pass the rules of data.py, and the classifier's score of each."""
+    """Pages that pass the rules of data/, and the classifier's score of each."""
     labelled = folder / "dclm_quality_labels.jsonl"
     texts, targets, _ = quality.read_labels(str(labelled), "label")
     bags = [quality.features(text) for text in texts]
     probs = quality.cross_validate(texts, bags, targets, folds=5, seed=0)
-    known = {data.normalise(text): p for text, p in zip(texts, probs[:, 1].tolist(), strict=True)}
+    known = {
+        filters.normalise(text): p for text, p in zip(texts, probs[:, 1].tolist(), strict=True)
+    }
     model = quality.train(bags, targets, seed=0)
-    stages = data.FILTERS | {"duplicate": data.NearDuplicates()}
+    stages = filters.FILTERS | {"duplicate": dedup.NearDuplicates()}
     files = [folder / "c4_demo.jsonl", folder / "cc_en_head.jsonl", labelled]
-    documents = (doc for file in files for doc in data.read_documents(file))
-    pages = [doc for doc, stage, _ in data.verdicts(documents, stages) if stage == "kept"]
+    documents = (doc for file in files for doc in data.documents.read_documents(file))
+    pages = [doc for doc, stage, _ in filters.verdicts(documents, stages) if stage == "kept"]
     scores = [known.get(doc["text"], quality.classify(
         model, ["low", quality.QUALITY], doc["text"])[quality.QUALITY]) for doc in pages]
     return pages, scores
@@ -70,7 +78,7 @@ def write_filtered(folder: Path, out: Path) -> dict[str, list[str]]:
     kept = quality.best(scores, [len(doc["text"]) for doc in pages], 0.5)
     best = [doc for doc, good in zip(pages, kept, strict=True) if good]
     for name, docs in (("all", pages), ("best half", best)):
-        data.write_sources(out / name, (doc | {"source": "web"} for doc in docs))
+        data.documents.write_sources(out / name, (doc | {"source": "web"} for doc in docs))
         print(f"{name}: {len(docs)} pages, {sum(len(d['text']) for d in docs) / 1e6:.2f} MB")
     wiki = (folder / "wiki_demo.txt").read_text(encoding="utf-8").splitlines()
     novel = (folder / "sherlock.txt").read_text(encoding="utf-8")
@@ -81,15 +89,17 @@ def write_mixed(folder: Path, out: Path) -> dict[str, list[str]]:
     """Three sources -> the held-out documents of each."""
     wiki = (folder / "text" / "wiki_demo.txt").read_text(encoding="utf-8").splitlines()
     general = [part for article in wiki for part in article.split(" . \n")]
-    general += [doc["text"] for doc in data.read_documents(folder / "text" / "c4_demo.jsonl")]
+    general += [
+        doc["text"] for doc in data.documents.read_documents(folder / "text" / "c4_demo.jsonl")
+    ]
     maths = [f"Question: {row['question']}\nAnswer: {row['answer']}"
              for _, row in read_jsonl(folder / "math" / "gsm8k_train.jsonl")]
-    code = [doc["text"] for doc in data.builtin_corpus(0, 2.0)["stdlib_code"]]
+    code = [doc["text"] for doc in corpus.builtin_corpus(0, 2.0)["stdlib_code"]]
     code = [part for text in code for part in text.split("\n\n\n") if len(part) > 100]
     sources = {"general": general, "maths": maths, "code": code}
-    data.write_sources(out / "mixed", ({"text": text, "source": name}
+    data.documents.write_sources(out / "mixed", ({"text": text, "source": name}
                                        for name, texts in sources.items() for text in texts))
-    return {name: [t for t in texts if data.is_held_out(t)] for name, texts in sources.items()}
+    return {name: [t for t in texts if mixture.is_held_out(t)] for name, texts in sources.items()}
 
 
 def main(args: Args) -> None:
@@ -99,8 +109,8 @@ def main(args: Args) -> None:
     held_out = write_mixed(folder, out)
     for name in ("all", "mixed"):
         if not (out / name / "tokenizer.json").exists():
-            texts = (doc["text"] for doc in data.read_all(str(out / name)))
-            Tokenizer.train((t for t in texts if not data.is_held_out(t)), 2048).save_pretrained(
+            texts = (doc["text"] for doc in data.documents.read_all(str(out / name)))
+            Tokenizer.train((t for t in texts if not mixture.is_held_out(t)), 2048).save_pretrained(
                 out / name)
     runs = [("filter", name, name, "", "all", args.filter_tokens, clean)
             for name in ("all", "best half")]

@@ -9,7 +9,7 @@ YaRN's temperature. For each way, and for the shortcuts that skip the training, 
     share of answers with both digits right, by length and by depth of the line.
 
 The real text is Python's own sources, here of modules that neither the demo nor this recipe trains
-on: what the corpus of data.py holds beyond the 3 MB that the demo reads.
+on: what the corpus of data/ holds beyond the 3 MB that the demo reads.
 
     python recipes/long_context.py                     # after `make demo`; 10 minutes on one core
 
@@ -28,11 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
+from lib import checkpoint  # noqa: E402
+from data import corpus  # noqa: E402
 import kernels  # noqa: E402
 import pretrain  # noqa: E402
-from common import cli, positive, require, setup, write_atomic, write_jsonl  # noqa: E402
+from lib.args import cli, positive, require  # noqa: E402
+from lib.files import write_atomic, write_jsonl  # noqa: E402
+from lib.optim import setup  # noqa: E402
 from model import Config, Qwen2  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -81,7 +83,7 @@ def training_documents(r, texts: list[str], longest: int, n_bytes: int):
 
 def write_data(args: Args) -> list[str]:
     """-> real texts that nothing here trains on; writes the training files of both stages."""
-    demo, more = (data.builtin_corpus(args.seed, mb) for mb in (3.0, 8.0))  # one begins the other
+    demo, more = (corpus.builtin_corpus(args.seed, mb) for mb in (3.0, 8.0))  # one begins the other
     train = [doc["text"] for name in ("stdlib_code", "stdlib_docstrings") for doc in demo[name]]
     train = [text for text in train if len(text) > 300]
     unseen = [doc["text"] for doc in more["stdlib_code"][len(demo["stdlib_code"]):]]

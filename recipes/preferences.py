@@ -23,7 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, read_jsonl, require, setup, write_jsonl  # noqa: E402
+from lib.args import cli, require  # noqa: E402
+from lib.files import read_jsonl, write_jsonl  # noqa: E402
+from lib.optim import setup  # noqa: E402
 from reward import RewardModel  # noqa: E402
 
 ROLES = {"system": "system", "human": "user", "Human": "user", "gpt": "assistant",

@@ -16,7 +16,7 @@ N_SFT=${N_SFT:-1150} EPOCHS=${EPOCHS:-1} N_RL=${N_RL:-376} STEPS=${STEPS:-8} BAT
 N_TEST=${N_TEST:-600} LR=${LR:-1} DTYPE=${DTYPE:-bfloat16} PYTHON=${PYTHON:-python}
 lr() { "$PYTHON" -c "print($1 * $LR)"; }
 
-# 1. Data: SVAMP's problems, and those of tasks.py, of which there are as many as one likes. SVAMP
+# 1. Data: SVAMP's problems, and those of tasks/, of which there are as many as one likes. SVAMP
 # varies each of its stories several times, in order: of its second half is the test; of the first,
 # half are demonstrations, half RL's queries. Demonstrations of both kinds show their steps or state
 # the answer at once. Of RL's queries only the answer is used; a quarter of them is to choose
@@ -25,7 +25,9 @@ mkdir -p "$OUT/pretrain"
 "$PYTHON" - "$SVAMP" "$OUT" <<'END'
 import itertools, json, operator, random, re, sys
 from pathlib import Path
-import answers, tasks
+sys.path.insert(0, '.')
+import tasks.queries
+from tasks import benchmarks, toy
 svamp, out = map(Path, sys.argv[1:])
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -41,7 +43,7 @@ def solve(equation):
 
 def made(split, n):
     """n different problems of a split, each with a demonstration."""
-    found, stream = {}, tasks.items(split, "mathematics", 0)
+    found, stream = {}, tasks.queries.items(split, "mathematics", 0)
     while len(found) < n:
         query, text = next(stream)
         found.setdefault(query["prompt"], (query | {"domain": "generated"}, text))
@@ -49,13 +51,13 @@ def made(split, n):
 
 rows = [json.loads(line) for line in svamp.read_text("utf-8").splitlines()]
 pairs = [(query | {"domain": "SVAMP"}, row) for query, row in
-         zip(answers.load_file(svamp), rows, strict=True)]
+         zip(benchmarks.load_file(svamp), rows, strict=True)]
 pairs.sort(key=lambda pair: int(pair[1]["ID"].split("-")[1]))
 half = len(pairs) // 2
 first, test = pairs[:half], pairs[half:]
 r = random.Random(0)
 r.shuffle(first), r.shuffle(test)
-shown = [(query, r.choice(tasks.direct_and_worked(solve(row["Equation"]),
+shown = [(query, r.choice(toy.direct_and_worked(solve(row["Equation"]),
                                                   query["check"]["answer"])))
          for query, row in first[:half // 2]] + made("sft", 900)
 r.shuffle(shown)
@@ -127,5 +129,5 @@ stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/m
   --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --normalise none --save_every 4
 evaluate grpo
 
-"$PYTHON" report.py --run "$OUT"
+"$PYTHON" -m lib.report --run "$OUT"
 cat "$OUT/times.txt"

@@ -1,5 +1,6 @@
 """What the tests of the stages share: short arguments, logs, weights, an interruption."""
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from common import InputError
+from lib.args import InputError
 from model import PRESETS, Config, Qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}  # so that `python -m data` works in any folder
+
+
+def program(name: str) -> list[str]:
+    """What follows `python` to run "sft.py" or the module "data" from any folder, with ENV."""
+    return [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+
+
 TINY = Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
               tie_word_embeddings=True)
@@ -89,7 +98,7 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
 
 def teach(tokenizer, path, talks: list[tuple[str, str]], steps=40):
     """A micro model directory that answers each question as in `talks`, and mostly stops."""
-    from common import pad_rows
+    from lib.optim import pad_rows
     from sft import sft_loss
     model = micro_model(tokenizer)
     rows = [tokenizer.render([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
@@ -126,7 +135,7 @@ class Answer:
 def no_samples(monkeypatch, module) -> None:
     """The look at samples that ends a stage takes longer than its few steps here: skip it."""
     monkeypatch.setattr(module, "rollout", lambda *args: [[Answer()]])
-    monkeypatch.setattr(module.tasks, "builtin", lambda *args: [])
+    monkeypatch.setattr(module.tasks.queries, "builtin", lambda *args: [])
 
 
 def refuses(call, *words) -> str:

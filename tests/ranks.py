@@ -26,14 +26,14 @@ class Stopped(Exception):
 def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     """One stage. Samples are drawn a query at a time from a generator of its own, so that they do
     not depend on the process."""
-    import common
-    import distributed
+    import lib.run
+    from lib import dist
     import sample
-    import tasks
+    from tasks import queries
     stage = importlib.import_module(stage)
-    generate, builtin = sample.generate, tasks.builtin
-    begin, log, save_state = common.Run.begin, common.Run.log, common.Run.save_state
-    last, clock = distributed.RANK == distributed.WORLD - 1, [1]
+    generate, builtin = sample.generate, queries.builtin
+    begin, log, save_state = lib.run.Run.begin, lib.run.Run.log, lib.run.Run.save_state
+    last, clock = dist.RANK == dist.WORLD - 1, [1]
 
     def alone(model, prompts, *args, seed=0, **kwargs):
         seeds = [seed % 1_000_000_007 + zlib.crc32(str(prompt).encode()) for prompt in prompts]
@@ -56,9 +56,9 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
         save_state(run, step, *args)
         if step == stop:
             raise Stopped
-    new = [(sample, "generate", alone), (common.Run, "begin", begin_and_poison),
-           (common.Run, "log", log_and_count), (common.Run, "save_state", save_and_stop),
-           (tasks, "builtin", lambda split, n, seed=0: builtin(split, min(n, 3), seed))]
+    new = [(sample, "generate", alone), (lib.run.Run, "begin", begin_and_poison),
+           (lib.run.Run, "log", log_and_count), (lib.run.Run, "save_state", save_and_stop),
+           (queries, "builtin", lambda split, n, seed=0: builtin(split, min(n, 3), seed))]
     old = [(where, name, getattr(where, name)) for where, name, _ in new]
     try:
         for change in new:
@@ -75,8 +75,8 @@ def child(job: dict) -> None:
     if "command" in job:
         sys.argv = job["command"]
         return runpy.run_path(sys.argv[0], run_name="__main__")
-    import distributed
-    distributed.join()
+    from lib import dist
+    dist.join()
     for one in job["runs"]:
         run(**one)
 

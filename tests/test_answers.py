@@ -1,6 +1,6 @@
 """Answer matching: hand-written verdicts, labelled files, noise. Readers of benchmark files.
 
-The rates on the labelled files, with each disagreement: `python answers.py FILE...`"""
+The rates on the labelled files, with each disagreement: `python bench/answers.py FILE...`"""
 import gzip
 import json
 import random
@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-import answers
-from common import InputError
-from answers import (Value, extract_answer, labelled_pairs, load_file, main, math_equal,
-                     normal_text, parse_failed)
+from tasks import math_answers
+from lib.args import InputError
+from tasks.benchmarks import load_file
+from bench.answers import labelled_pairs, main
+from tasks.math_answers import Value, extract_answer, math_equal, normal_text, parse_failed
 
 EQUAL = [  # (prediction, gold)
     # R9.5
@@ -148,7 +149,7 @@ DIFFERENT = [
 
 
 def test_the_table_of_the_docstring_is_true():
-    rows = re.findall(r"^    (.+?)  +(.+?)  +(yes|no)\b", answers.__doc__, re.M)
+    rows = re.findall(r"^    (.+?)  +(.+?)  +(yes|no)\b", math_answers.__doc__, re.M)
     assert len(rows) == 19
     for answer, against, verdict in rows:
         assert math_equal(answer, against) == (verdict == "yes"), answer
@@ -372,13 +373,13 @@ def test_noise_and_mutations():
         slowest = max(slowest, seconds(lambda: math_equal(a, b)))  # noqa: B023
         verdict = math_equal(a, b)
         hits += verdict
-        blank = not (normal_text(a) if len(a) <= answers.MAX_CHARS else a.split())
+        blank = not (normal_text(a) if len(a) <= math_answers.MAX_CHARS else a.split())
         assert math_equal(a, a) != blank, a
         extract_answer(a)
         if a.count("{") == a.count("}") == 0 and "\\" not in a:
             assert extract_answer(rf"so \boxed{{{a}}}.") == (a.strip() or None)
         if verdict != math_equal(b, a):
-            trees = [answers.parse(normal_text(text)) for text in (a, b)]
+            trees = [math_answers.parse(normal_text(text)) for text in (a, b)]
             assert {final(tree) for tree in trees} == {True, False}, (a, b)
     assert slowest < 0.1 and hits > 100
 

@@ -1,6 +1,7 @@
 """Every stage from its command line: bad input gives exit code 2, one line on stderr, and leaves
 what exists as it was; --help; a chain of all stages at the smallest scale.
 R numbers: docs/requirements.md."""
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import log, stage_args, write_rows
+from helpers import ENV, log, program, stage_args, write_rows
 
-import common
+import lib.args
 import dpo
 import evaluate
 import grpo
@@ -53,7 +54,7 @@ def refused(monkeypatch, capsys, tmp_path, micro_run):
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, argv)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.cli(STAGES[stage].main, STAGES[stage].Args)
+            lib.args.cli(STAGES[stage].main, STAGES[stage].Args)
         err = capsys.readouterr().err
         assert stop.value.code == 2
         lines = err.splitlines()
@@ -141,7 +142,7 @@ def test_finished_run_is_not_overwritten(stage, refused, tmp_path, micro_run):
         argv += [f"--{flag}", write_rows(tmp_path / "good.jsonl", [good])]
     out.mkdir()
     module = STAGES[stage]
-    args = common.dataclasses.asdict(stage_args(module, out=str(out)))
+    args = dataclasses.asdict(stage_args(module, out=str(out)))
     (out / "run.json").write_text(json.dumps({"args": args, "finished": True}), "utf-8")
     (out / "model.safetensors").write_text("precious", "utf-8")
     refused(stage, *argv, words=["out", "finished", "--overwrite"])
@@ -192,9 +193,9 @@ def test_reward_model_is_no_policy_and_a_policy_no_reward_model(refused, tmp_pat
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_text(stage):
     """The text of --help fits 100 columns and two screens, and explains every flag."""
-    lines = common.usage(STAGES[stage].Args).splitlines()
+    lines = lib.args.usage(STAGES[stage].Args).splitlines()
     assert len(lines) <= 100 and max(map(len, lines)) <= 100, max(lines, key=len)
-    for field in common.dataclasses.fields(STAGES[stage].Args):
+    for field in dataclasses.fields(STAGES[stage].Args):
         (line,) = [line for line in lines if line.startswith(f"  --{field.name} ")]
         assert len(line.split(")", 1)[1].strip()) > 5
 
@@ -207,16 +208,16 @@ def test_help_exits_0():
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("data.py", "--help"), ("data.py", ""), ("tokenizer.py", "show @ --text x")])
+    ("data", "--help"), ("data", ""), ("tokenizer.py", "show @ --text x")])
 def test_output_that_nobody_reads_ends_the_command_in_one_line(script, flags, tmp_path, micro_run):
-    """As in `data.py ... | head`: the pipe is closed, and what is printed next cannot go there."""
+    """As in `python -m data | head`: the pipe is closed, and the next line cannot go there."""
     reader, writer = os.pipe()
     os.close(reader)
-    (tmp_path / "docs.txt").write_text(common.__doc__)
+    (tmp_path / "docs.txt").write_text(__doc__)
     argv = flags.replace("@", str(micro_run)).split() or [
         "--input", tmp_path / "docs.txt", "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, ROOT / script, *argv], stdout=writer, text=True,
-                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    done = subprocess.run([sys.executable, *program(script), *argv], stdout=writer, text=True,
+                          stderr=subprocess.PIPE, env=ENV | {"PYTHONUNBUFFERED": ""})
     os.close(writer)
     assert done.returncode == 141 and done.stderr.splitlines()[-1].startswith("stopped: nobody")
     assert "Broken" not in done.stderr and "Traceback" not in done.stderr

@@ -17,8 +17,14 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import common
-from common import InputError, Run, adamw, clip_and_step, lr_at, parse_args, read_jsonl, rng
+import lib.args
+from lib import files
+from lib import optim
+import lib.run
+from lib.args import InputError, parse_args
+from lib.files import read_jsonl
+from lib.optim import adamw, clip_and_step, lr_at, rng
+from lib.run import Run
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,14 +94,14 @@ def test_bad_flags_are_refused_in_one_line(argv, message):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_of_every_stage_is_described(stage, capsys):
     Stage = importlib.import_module(stage).Args
-    assert common.field_help(Stage).keys() >= {f.name for f in fields(Stage)}
+    assert lib.args.field_help(Stage).keys() >= {f.name for f in fields(Stage)}
     with pytest.raises(SystemExit) as stopped:
         parse_args(Stage, ["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
     for f in fields(Stage):
         assert f"--{f.name} " in shown
-        assert common.field_help(Stage)[f.name].strip(), f.name
+        assert lib.args.field_help(Stage)[f.name].strip(), f.name
         assert f.type in (bool, int, float, str)
         if f.type is not bool:  # every default survives being written out
             assert parse_args(Stage, [f"--{f.name}={f.default}"]) == Stage()
@@ -130,7 +136,7 @@ def fake_stage(args):
 def test_exit_codes(argv, code, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
     with pytest.raises(SystemExit) as stopped:
-        common.cli(fake_stage, Choice)
+        lib.args.cli(fake_stage, Choice)
     assert stopped.value.code == code
     shown = capsys.readouterr().err
     assert shown == message
@@ -144,14 +150,14 @@ def test_an_interrupted_stage_says_how_to_go_on(begun, words, capsys, monkeypatc
         (tmp_path / "run.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["stage.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
-        common.cli(lambda args: fake_stage(Choice("stop")), Args)
+        lib.args.cli(lambda args: fake_stage(Choice("stop")), Args)
     assert words in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", "--what", "bug"])
     with pytest.raises(IndexError):
-        common.cli(fake_stage, Choice)
+        lib.args.cli(fake_stage, Choice)
 
 
 def test_bad_input_is_one_line_and_exit_code_2():
@@ -170,15 +176,15 @@ def test_bad_input_is_one_line_and_exit_code_2():
 def test_devices_are_tried_and_refused_clearly(device, dtype, message):
     """R0.2."""
     with pytest.raises(InputError, match=message) as error:
-        common.pick_device(device, dtype)
+        optim.pick_device(device, dtype)
     assert "\n" not in str(error.value)
 
 
 def test_device_auto_works():
-    device, dtype = common.pick_device()
+    device, dtype = optim.pick_device()
     assert torch.ones(2, device=device, dtype=dtype).sum() == 2
-    assert common.pick_device("cpu") == (torch.device("cpu"), torch.float32)
-    assert common.pick_device("cpu", "bfloat16")[1] == torch.bfloat16
+    assert optim.pick_device("cpu") == (torch.device("cpu"), torch.float32)
+    assert optim.pick_device("cpu", "bfloat16")[1] == torch.bfloat16
 
 
 def test_learning_rate_ends_exactly_at_the_final_share():
@@ -211,12 +217,12 @@ def test_rng_is_a_pure_function_of_its_key():
 def test_an_epoch_sees_every_row_once():
     """R2.6: a pure function of (seed, step); also where a batch spans epochs."""
     for n, batch in ((12, 4), (10, 4), (3, 8)):
-        seen = [row for step in range(3 * n) for row in common.epoch_order(step, batch, n, seed=1)]
+        seen = [row for step in range(3 * n) for row in optim.epoch_order(step, batch, n, seed=1)]
         epochs = [seen[i:i + n] for i in range(0, len(seen) - n + 1, n)]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
         assert len({tuple(e) for e in epochs}) > 1
-    assert common.epoch_order(5, 4, 100, 1) == common.epoch_order(5, 4, 100, 1)
-    assert common.epoch_order(5, 4, 100, 1) != common.epoch_order(5, 4, 100, 2)
+    assert optim.epoch_order(5, 4, 100, 1) == optim.epoch_order(5, 4, 100, 1)
+    assert optim.epoch_order(5, 4, 100, 1) != optim.epoch_order(5, 4, 100, 2)
 
 
 def test_only_matrices_decay():
@@ -264,7 +270,7 @@ def test_a_non_finite_gradient_skips_the_step(bad):
 
 
 def test_rows_are_padded_on_the_right():
-    assert common.pad_rows([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
+    assert optim.pad_rows([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def test_rows_are_padded_on_the_right():
 
 def test_jsonl_round_trip_with_line_numbers(tmp_path):
     rows = [{"text": "a\nb\u2028c \"é🙂\""}, {"n": 1.5}]
-    common.write_jsonl(tmp_path / "x.jsonl", rows)
+    files.write_jsonl(tmp_path / "x.jsonl", rows)
     assert [row for _, row in read_jsonl(tmp_path / "x.jsonl")] == rows
     with gzip.open(tmp_path / "x.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write('{"a": 1}\n\n  \n{"b": 2}')
@@ -284,8 +290,8 @@ def test_jsonl_round_trip_with_line_numbers(tmp_path):
     ("x.jsonl", b'{"a": 1}\n\n[1]\n', "x.jsonl:3: want a JSON object"),
     ("x.jsonl", b'{"a": "\xff"}\n', "x.jsonl: cannot be read as UTF-8"),
     ("x.jsonl.gz", b'{"a": 1}\n', "x.jsonl.gz: cannot be read"),
-    ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-9], "x.jsonl.gz: cannot be read"),
-    ("x.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 99, "x.jsonl.gz: cannot be read"),
+    ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-9], "x.jsonl.gz: cannot be read"),
+    ("x.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 99, "x.jsonl.gz: cannot be read"),
     ("x.jsonl", None, "x.jsonl: no such file")])
 def test_bad_jsonl_names_file_and_line(name, content, message, tmp_path):
     if content is not None:
@@ -299,15 +305,15 @@ def test_bad_json_names_the_file(tmp_path):
     for content in ("{", "[]", "\udcff"):
         (tmp_path / "x.json").write_text(content, errors="surrogateescape")
         with pytest.raises(InputError, match="x.json: "):
-            common.read_json(tmp_path / "x.json")
+            files.read_json(tmp_path / "x.json")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     """R4.4."""
     path = tmp_path / "deep" / "file"
-    common.write_atomic(path, "old")
+    files.write_atomic(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        common.write_atomic(path, "new \ud800")  # fails half-way: a bug keeps its traceback
+        files.write_atomic(path, "new \ud800")  # fails half-way: a bug keeps its traceback
     assert path.read_text() == "old"
 
     def full(self, *args, **kwargs):
@@ -316,7 +322,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError, match="file: cannot be written .No space left on device.; what"):
-        common.write_atomic(path, "new")
+        files.write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
 
 
@@ -465,9 +471,9 @@ def test_files_that_arguments_name(tmp_path):
     b.write_text("")
     args = {"data": f"{a},{tmp_path}", "reward": f"{b}:f", "n": 3, "x": "", "out": str(tmp_path)}
     want = {str(a): f"{zlib.crc32(a.read_bytes()):08x}", str(b): "00000000"}
-    assert common.checksums(args) == want
+    assert files.checksums(args) == want
     (tmp_path / "run.json").write_text("")
-    assert common.checksums(args) == want | {f"{tmp_path}/run.json": "00000000"}
+    assert files.checksums(args) == want | {f"{tmp_path}/run.json": "00000000"}
 
 
 def test_an_out_that_cannot_be_written_is_refused(tmp_path):
@@ -482,9 +488,10 @@ def test_freed_memory_is_kept():
     2,048 (what glibc does by itself depends on what came before, so here it is told to hand back).
     In processes of their own, since the setting stays."""
     program = """if True:
-        import resource, sys, torch, common
+        import resource, sys, torch
+        from lib import optim
         if sys.argv[1:]:
-            common.keep_freed_memory()
+            optim.keep_freed_memory()
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         def work():
             return len([torch.ones(2**21) for _ in range(4)])
@@ -504,7 +511,7 @@ def test_freed_memory_is_kept():
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not inherit it")
 def test_peak_memory_is_not_that_of_the_program_that_started_this_one():
     ballast = b"x" * 600_000_000
-    out = subprocess.run([sys.executable, "-c", "import common; print(common.peak_rss_mb())"],
-                         cwd=Path(common.__file__).parent,
+    out = subprocess.run([sys.executable, "-c", "import lib.run; print(lib.run.peak_rss_mb())"],
+                         cwd=ROOT,
                          capture_output=True, text=True, check=True).stdout
-    assert 10 < float(out) < common.peak_rss_mb() - len(ballast) / 2e6
+    assert 10 < float(out) < lib.run.peak_rss_mb() - len(ballast) / 2e6

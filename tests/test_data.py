@@ -2,11 +2,13 @@
 programming, token shares, packing as a concatenation. R2.x are the numbers of the requirements."""
 import gzip
 import importlib.util
+import ast
 import json
 import os
 import random
 import subprocess
 import sys
+import sysconfig
 import types
 from collections import Counter
 from pathlib import Path
@@ -14,8 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
-from common import InputError, parse_args, read_jsonl
+import data.__main__
+from data import contamination
+import data.corpus
+import tasks.queries
+from data import dedup
+import data.documents
+from data import filters
+from data import mixture
+from lib.args import InputError, parse_args
+from lib.files import read_jsonl
 
 PROSE = ("The council met on Tuesday to discuss the new bridge. Two members asked for a cheaper "
          "plan, but the engineer explained why the river bed needs deeper foundations there.")
@@ -30,7 +40,7 @@ def doc(text, **more):
 def clean(documents):
     """-> (kept documents, {stage: number dropped})."""
     kept, dropped = [], Counter()
-    for document, stage, reason in data.verdicts(documents, data.FILTERS):
+    for document, stage, reason in filters.verdicts(documents, filters.FILTERS):
         assert bool(reason) == (stage != "kept")
         if reason:
             dropped[stage] += 1
@@ -41,7 +51,7 @@ def clean(documents):
 
 def deduplicate(documents, threshold=0.75, **options):
     """-> (kept documents, [(dropped index, kept index, similarity)])."""
-    stage, kept, dropped = data.NearDuplicates(threshold, **options), [], []
+    stage, kept, dropped = dedup.NearDuplicates(threshold, **options), [], []
     for i, document in enumerate(documents):
         match, score = stage.find(document["text"], document.get("kind", "prose"))
         if match < 0:
@@ -51,9 +61,9 @@ def deduplicate(documents, threshold=0.75, **options):
     return kept, dropped
 
 
-def decontaminate(documents, tests, encode=data.word_ids, **options):
+def decontaminate(documents, tests, encode=dedup.word_ids, **options):
     """-> (kept documents, [(document, test item, common tokens)])."""
-    stage, kept, hits = data.Contamination(tests, encode, **options), [], []
+    stage, kept, hits = contamination.Contamination(tests, encode, **options), [], []
     for i, document in enumerate(documents):
         e, lcs = stage.find(document["text"], document.get("kind", "prose"))
         if e < 0:
@@ -108,7 +118,7 @@ GOOD = [
 
 @pytest.mark.parametrize("name,kind,text", BAD)
 def test_r22_filter_drops(name, kind, text):
-    reason = data.FILTERS[name](data.normalise(text), kind)
+    reason = filters.FILTERS[name](filters.normalise(text), kind)
     assert reason and isinstance(reason, str)
     kept, dropped = clean([doc(text, kind=kind)])
     assert kept == [] and sum(dropped.values()) == 1
@@ -116,14 +126,16 @@ def test_r22_filter_drops(name, kind, text):
 
 @pytest.mark.parametrize("name,kind,text", GOOD)
 def test_r22_filter_keeps(name, kind, text):
-    assert data.FILTERS[name](data.normalise(text), kind) == ""
+    assert filters.FILTERS[name](filters.normalise(text), kind) == ""
 
 
 def test_r22_every_filter_has_both_verdicts_and_spares_plain_text():
-    assert {n for n, _, _ in BAD} == {n for n, _, _ in GOOD} == set(data.FILTERS)
-    for name, f in data.FILTERS.items():
+    assert {n for n, _, _ in BAD} == {n for n, _, _ in GOOD} == set(filters.FILTERS)
+    for name, f in filters.FILTERS.items():
         assert f(PROSE) == "" and f(CODE, "code") == "", name
-    assert all(limits.keys() == data.LIMITS["prose"].keys() for limits in data.LIMITS.values())
+    assert all(
+        limits.keys() == filters.LIMITS["prose"].keys() for limits in filters.LIMITS.values()
+    )
 
 
 @pytest.mark.parametrize("text,code", [
@@ -133,17 +145,17 @@ def test_r22_every_filter_has_both_verdicts_and_spares_plain_text():
      "de"), ("Le conseil s'est réuni mardi pour discuter des plans dans une salle de la ville.",
              "fr"), ("xq zzv qpl mmn", "unknown"), ("", "unknown")])
 def test_language_guess(text, code):
-    assert data.other_language(text, wanted=("xx",)) == f"language {code}"
-    assert not data.other_language(text, wanted=())
-    assert not data.other_language(text, "code", wanted=("xx",))
-    assert bool(data.other_language(text, wanted=("en", "zh"))) == (code not in ("en", "zh"))
+    assert filters.other_language(text, wanted=("xx",)) == f"language {code}"
+    assert not filters.other_language(text, wanted=())
+    assert not filters.other_language(text, "code", wanted=("xx",))
+    assert bool(filters.other_language(text, wanted=("en", "zh"))) == (code not in ("en", "zh"))
 
 
 def test_language_of_one_text_in_thirty_languages(shared):
     """The declaration of human rights. Every language that is known is named (Ukrainian taken for
     its neighbour), the rest stays unknown."""
     rows = read_jsonl(shared / "text" / "udhr_30_langs.jsonl")
-    guesses = {row["lang"][:3]: data.other_language(row["text"], wanted=("xx",)).split()[1]
+    guesses = {row["lang"][:3]: filters.other_language(row["text"], wanted=("xx",)).split()[1]
                for _, row in rows}
     assert {lang: code for lang, code in guesses.items() if code != "unknown"} == {
         "eng": "en", "deu": "de", "fra": "fr", "spa": "es", "ita": "it", "por": "pt", "cmn": "zh",
@@ -159,8 +171,8 @@ def test_language_of_one_text_in_thirty_languages(shared):
 def test_pages_of_one_language_are_kept(shared, name, code, dropped):
     """Of web pages those without a sentence go; a Chinese book about a programming language stays,
     though most of its letters are Latin."""
-    documents = data.read_documents(shared / "text" / f"{name}.jsonl")
-    found = [data.other_language(doc["text"], wanted=(code,)) for doc in documents]
+    documents = data.documents.read_documents(shared / "text" / f"{name}.jsonl")
+    found = [filters.other_language(doc["text"], wanted=(code,)) for doc in documents]
     assert len(found) > 100 and sum(map(bool, found)) == dropped
 
 
@@ -172,8 +184,8 @@ def test_synthetic_drills_are_not_judged_as_web_pages():
 
 def test_normalise():
     raw = "\ufeffe\u0301a  \r\nb\tc\t \x0c\r\n\n\n\n\n\nd\x00 \udce9\u200d\n"
-    assert data.normalise(raw) == "\u00e9a\nb\tc\n\n\nd \u200d"
-    assert data.normalise(data.normalise(raw)) == data.normalise(raw)
+    assert filters.normalise(raw) == "\u00e9a\nb\tc\n\n\nd \u200d"
+    assert filters.normalise(filters.normalise(raw)) == filters.normalise(raw)
     documents = [doc(PROSE + "\r\n")]
     clean(documents)
     assert documents[0]["text"] == PROSE + "\r\n"  # the caller's document is left alone
@@ -261,13 +273,13 @@ def test_r23_no_chains():
 
 def test_words_and_hashes():
     words = ["don", "t", "stop", "新", "桥", "x2", "été"]
-    assert data.WORD.findall("don't_stop 新桥 x2, été") == words
-    assert data.word_ids("A b").tolist() == data.word_ids("a, B!").tolist()
-    assert data.word_ids("a").tolist() == [0xE8B7BE43]  # CRC-32 of "a": the same on every machine
+    assert dedup.WORD.findall("don't_stop 新桥 x2, été") == words
+    assert dedup.word_ids("A b").tolist() == dedup.word_ids("a, B!").tolist()
+    assert dedup.word_ids("a").tolist() == [0xE8B7BE43]  # CRC-32 of "a": the same on every machine
     ids = np.arange(50, dtype=np.uint64)
-    assert len(data.ngram_hashes(ids, 13)) == 38 and len(data.ngram_hashes(ids[:5], 13)) == 0
-    assert data.ngram_hashes(ids, 5)[7] == data.ngram_hashes(ids[7:12], 5)[0]
-    assert data.ngram_hashes(ids[:5], 5)[0] != data.ngram_hashes(ids[4::-1], 5)[0]
+    assert len(dedup.ngram_hashes(ids, 13)) == 38 and len(dedup.ngram_hashes(ids[:5], 13)) == 0
+    assert dedup.ngram_hashes(ids, 5)[7] == dedup.ngram_hashes(ids[7:12], 5)[0]
+    assert dedup.ngram_hashes(ids[:5], 5)[0] != dedup.ngram_hashes(ids[4::-1], 5)[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -287,7 +299,7 @@ def test_r24_lcs_equals_the_quadratic_table():
     for _ in range(300):
         k = r.randint(1, 12)
         a, b = ([r.randint(0, k) for _ in range(r.randint(0, 90))] for _ in range(2))
-        assert data.lcs_length(a, b) == lcs_table(a, b)
+        assert contamination.lcs_length(a, b) == lcs_table(a, b)
 
 
 def test_r24_planted_items_are_found_and_listed():
@@ -304,7 +316,9 @@ def test_r24_planted_items_are_found_and_listed():
     kept, hits = decontaminate([doc(t) for t in long + planted], tests)
     assert [d["text"] for d in kept] == long
     assert hits == [(4, 0, 13), (5, 1, 20), (6, 2, 60), (7, 3, 200), (8, 2, 56)]
-    assert data.Contamination(tests)(planted[0]).startswith("13 words in common with test item 'w")
+    assert contamination.Contamination(tests)(planted[0]).startswith(
+        "13 words in common with test item 'w"
+    )
 
 
 def test_r24_innocent_similar_documents_are_kept():
@@ -364,7 +378,7 @@ def arrays(seed, n, low, high, end=9999):
 
 def tokens(docs):
     ends = np.cumsum([0, *map(len, docs)])
-    return data.Tokens(np.concatenate([*docs, np.empty(0, np.uint16)]), ends[:-1], ends[1:])
+    return mixture.Tokens(np.concatenate([*docs, np.empty(0, np.uint16)]), ends[:-1], ends[1:])
 
 
 def texts_of(stream, sources):
@@ -384,7 +398,7 @@ WEIGHTS = {"web": 5.0, "code": 3.0, "maths": 2.0}
 
 def test_r25_weights_are_token_shares():
     """Within 1%, by counting the tokens of the stream."""
-    stream, report = data.mix(SOURCES, WEIGHTS, 1_000_000, seed=0)
+    stream, report = mixture.mix(SOURCES, WEIGHTS, 1_000_000, seed=0)
     texts = texts_of(stream, SOURCES)
     assert sum(len(ids) for _, ids in texts) == 1_000_000
     for name, share in (("web", 0.5), ("code", 0.3), ("maths", 0.2)):
@@ -402,7 +416,7 @@ def test_r25_weights_are_token_shares():
 
 def test_r25_every_stretch_has_the_shares():
     sources = {"a": arrays(3, 3000, 50, 150), "b": arrays(4, 3000, 10, 500)}
-    stream, _ = data.mix(sources, {"a": 0.25, "b": 0.75}, 400_000, seed=1)
+    stream, _ = mixture.mix(sources, {"a": 0.25, "b": 0.75}, 400_000, seed=1)
     is_a = np.repeat(stream[:, 0] == 0, stream[:, 2])
     for part in is_a.reshape(8, -1):
         assert abs(part.mean() - 0.25) < 0.02
@@ -410,7 +424,7 @@ def test_r25_every_stretch_has_the_shares():
 
 def test_r25_epochs_repeat_whole_sources_in_new_orders():
     sources = {"a": tokens([np.array([i, 99], dtype=np.uint16) for i in range(50)])}
-    stream, report = data.mix(sources, {"a": 1.0}, 300, seed=0)
+    stream, report = mixture.mix(sources, {"a": 1.0}, 300, seed=0)
     order = stream[:, 1].tolist()
     epochs = [order[i:i + 50] for i in range(0, 150, 50)]
     assert report["a"]["epochs"] == 3 and all(sorted(e) == list(range(50)) for e in epochs)
@@ -419,11 +433,11 @@ def test_r25_epochs_repeat_whole_sources_in_new_orders():
 
 def test_r26_mixture_is_a_pure_function_of_the_seed():
     def flat(seed):
-        return data.mix(SOURCES, WEIGHTS, 50_000, seed)[0]
+        return mixture.mix(SOURCES, WEIGHTS, 50_000, seed)[0]
     assert np.array_equal(flat(7), flat(7)) and not np.array_equal(flat(7), flat(8))
     # a further source leaves the order within the others
-    one = data.mix(SOURCES, {"web": 1}, 50_000, 7)[0][:-1, 1].tolist()
-    two = data.mix(SOURCES, {"maths": 1, "web": 1}, 100_000, 7)[0]
+    one = mixture.mix(SOURCES, {"web": 1}, 50_000, 7)[0][:-1, 1].tolist()
+    two = mixture.mix(SOURCES, {"maths": 1, "web": 1}, 100_000, 7)[0]
     assert one == two[two[:, 0] == 0, 1][:len(one)].tolist()
 
 
@@ -433,7 +447,7 @@ def test_r26_mixture_is_a_pure_function_of_the_seed():
 def test_r25_bad_weights_are_refused(weights, match):
     sources = SOURCES | {"empty": tokens([]), "nothing": tokens([np.array([], dtype=np.uint16)])}
     with pytest.raises(InputError, match=match):
-        data.mix(sources, weights, 1000, 0)
+        mixture.mix(sources, weights, 1000, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -448,36 +462,36 @@ class Letters:
 
 def test_tokenize_ends_every_document():
     texts = ["abc", "", "zz"] * 700                    # more than one chunk
-    out = data.tokenize(texts, Letters())
+    out = mixture.tokenize(texts, Letters())
     assert len(out.ends) == 2100 and out.sizes.tolist() == [4, 1, 3] * 700
     assert out.ids[:8].tolist() == [0, 1, 2, 26, 26, 25, 25, 26] and out.ids.dtype == np.uint16
     big = types.SimpleNamespace(n_vocab=151_665, eos_id=151_643, encode_batch=lambda t: [[151_664]])
-    out = data.tokenize(["x"], big)
+    out = mixture.tokenize(["x"], big)
     assert out.ids.dtype == np.uint32 and out.ids.tolist() == [151_664, 151_643]
-    assert len(data.tokenize([], Letters()).starts) == 0
+    assert len(mixture.tokenize([], Letters()).starts) == 0
 
 
 def test_token_files_are_the_tokens(tmp_path):
     for i, texts in enumerate((["abc", "", "zz"], [])):
-        data.write_tokens(tmp_path / f"{i}.train", texts, Letters())
-        want, got = data.tokenize(texts, Letters()), data.read_tokens(tmp_path / f"{i}.train",
+        mixture.write_tokens(tmp_path / f"{i}.train", texts, Letters())
+        want, got = mixture.tokenize(texts, Letters()), mixture.read_tokens(tmp_path / f"{i}.train",
                                                                       Letters())
         for name in ("ids", "starts", "ends"):
             assert getattr(got, name).tolist() == getattr(want, name).tolist()
-    assert isinstance(data.read_tokens(tmp_path / "0.train", Letters()).ids, np.memmap)
+    assert isinstance(mixture.read_tokens(tmp_path / "0.train", Letters()).ids, np.memmap)
     with open(tmp_path / "0.train.bin", "ab") as file:
         file.write(b"ab")
     with pytest.raises(InputError, match="not of one piece"):
-        data.read_tokens(tmp_path / "0.train", Letters())
+        mixture.read_tokens(tmp_path / "0.train", Letters())
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 1000])
 def test_r26_packed_rows_are_the_stream(seq_len):
     """Against concatenation, with a second source and a document that is cut."""
-    docs = {"a": data.tokenize(["abcdefgh" * i for i in range(40)], Letters()),
-            "b": data.tokenize(["xyz" * i for i in range(40)], Letters())}
-    stream, _ = data.mix(docs, {"a": 0.6, "b": 0.4}, 5003, seed=0)
-    rows, flat = data.Rows(list(docs.values()), stream, seq_len), texts_of(stream, docs)
+    docs = {"a": mixture.tokenize(["abcdefgh" * i for i in range(40)], Letters()),
+            "b": mixture.tokenize(["xyz" * i for i in range(40)], Letters())}
+    stream, _ = mixture.mix(docs, {"a": 0.6, "b": 0.4}, 5003, seed=0)
+    rows, flat = mixture.Rows(list(docs.values()), stream, seq_len), texts_of(stream, docs)
     segments = np.concatenate([np.full(len(ids), i) for i, (_, ids) in enumerate(flat)])
     flat = np.concatenate([ids for _, ids in flat])
     n = len(rows) * (seq_len + 1)
@@ -490,15 +504,15 @@ def test_r26_packed_rows_are_the_stream(seq_len):
 
 
 def test_rows_refuse_less_than_a_row():
-    docs = data.tokenize(["abc"], Letters())
+    docs = mixture.tokenize(["abc"], Letters())
     stream = np.array([[0, 0, 4]])
     with pytest.raises(InputError, match="4 tokens do not fill one row of 4"):
-        data.Rows([docs], stream, 4)
-    assert data.Rows([docs], stream, 3)[[0]][0].tolist() == [[0, 1, 2, 26]]
+        mixture.Rows([docs], stream, 4)
+    assert mixture.Rows([docs], stream, 3)[[0]][0].tolist() == [[0, 1, 2, 26]]
 
 
 def test_pieces_of_longer_documents():
-    docs = data.tokenize(["abcdefg", "ab", "", "abcdefghijk"], Letters())
+    docs = mixture.tokenize(["abcdefg", "ab", "", "abcdefghijk"], Letters())
     long, short = docs.longer(4), docs.shorter(4)
     pieces = [long.ids[a:b].tolist() for a, b in zip(long.starts, long.ends, strict=True)]
     assert pieces == [[0, 1, 2, 3], [4, 5, 6, 26], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 26]]
@@ -510,16 +524,18 @@ def test_pieces_of_longer_documents():
 
 def test_reads_text_and_jsonl(tmp_path):
     (tmp_path / "book.txt").write_text("one\n<|endoftext|>\n\ntwo\nlines <|endoftext|> inside\n")
-    texts = [d["text"].strip() for d in data.read_documents(tmp_path / "book.txt")]
+    texts = [d["text"].strip() for d in data.documents.read_documents(tmp_path / "book.txt")]
     assert texts == ["one", "two\nlines <|endoftext|> inside"]
     with gzip.open(tmp_path / "web.jsonl.gz", "wt") as file:
         file.write('{"text": "a", "id": 3}\n\n')
         file.write('{"text": "b", "source": "x/../y.z", "kind": "code"}\n')
-    assert list(data.read_documents(tmp_path / "web.jsonl.gz")) == [
+    assert list(data.documents.read_documents(tmp_path / "web.jsonl.gz")) == [
         {"text": "a", "source": "web", "kind": "prose"},
         {"text": "b", "source": "x____y_z", "kind": "code"}]
     (tmp_path / "skipped.md").write_text("no document")
-    found = data.read_all(f"{tmp_path},{tmp_path / 'book.txt'}")  # of a directory not the .txt
+    found = data.documents.read_all(
+        f"{tmp_path},{tmp_path / 'book.txt'}"
+    )  # of a directory not the .txt
     assert [d["source"] for d in found] == [tmp_path.name, "x____y_z", "book", "book"]
 
 
@@ -535,16 +551,16 @@ def test_reads_text_and_jsonl(tmp_path):
 def test_broken_input_is_named(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=match):
-        list(data.read_documents(tmp_path / name))
+        list(data.documents.read_documents(tmp_path / name))
     with pytest.raises(InputError, match="no such file"):
-        list(data.read_documents(tmp_path / "absent.jsonl"))
+        list(data.documents.read_documents(tmp_path / "absent.jsonl"))
 
 
 def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="pyarrow"):
-        list(data.read_documents(tmp_path / "a.parquet"))
+        list(data.documents.read_documents(tmp_path / "a.parquet"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
@@ -553,27 +569,27 @@ def test_reads_parquet(tmp_path):
     import pyarrow.parquet
     table = pyarrow.table({"text": ["a", "b"], "n": [1, 2]})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    documents = list(data.read_documents(tmp_path / "t.parquet"))
+    documents = list(data.documents.read_documents(tmp_path / "t.parquet"))
     assert [(d["text"], d["source"]) for d in documents] == [("a", "t"), ("b", "t")]
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match='row 1: want a string under "text"'):
-        list(data.read_documents(tmp_path / "t.parquet"))
+        list(data.documents.read_documents(tmp_path / "t.parquet"))
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     with pytest.raises(InputError, match="not a parquet file"):
-        list(data.read_documents(tmp_path / "t.parquet"))
+        list(data.documents.read_documents(tmp_path / "t.parquet"))
 
 
 # ---------------------------------------------------------------------------------------------
 # R2.1: the built-in corpus, and the whole run
 
 def test_r21_builtin_corpus_is_real_deterministic_and_without_tests():
-    corpus = data.builtin_corpus(0, max_mb=1.0)
-    assert corpus == data.builtin_corpus(0, max_mb=1.0)
+    corpus = data.corpus.builtin_corpus(0, max_mb=1.0)
+    assert corpus == data.corpus.builtin_corpus(0, max_mb=1.0)
     assert list(corpus) == ["stdlib_reference", "stdlib_docstrings", "stdlib_code"]
     assert all(docs and all(d["source"] == name for d in docs) for name, docs in corpus.items())
     assert 0.5e6 < sum(len(d["text"]) for d in corpus["stdlib_code"]) <= 1e6
-    assert corpus != data.builtin_corpus(1, max_mb=1.0)
-    names = data.stdlib_files(data.sysconfig.get_path("stdlib"))
+    assert corpus != data.corpus.builtin_corpus(1, max_mb=1.0)
+    names = data.corpus.stdlib_files(sysconfig.get_path("stdlib"))
     assert len(names) > 300 and names == sorted(names) and "json/decoder.py" in names
     for name in names:
         assert not {"test", "tests", "idlelib", "lib2to3", "site-packages"} & set(name.split("/"))
@@ -584,7 +600,7 @@ def test_docstrings_are_dedented_and_in_order():
     source = ('"""Top."""\nclass A:\n    """A.\n\n    Two.\n    """\n    def f(self):\n'
               '        "F."\n        def g(): "G."\n'
               'def h(): pass\nasync def k():\n    """K."""\n')
-    assert list(data.docstrings(data.ast.parse(source), "m")) == [
+    assert list(data.corpus.docstrings(ast.parse(source), "m")) == [
         "m\nTop.", "m.A\nA.\n\nTwo.", "m.A.f\nF.", "m.A.f.g\nG.", "m.k\nK."]
 
 
@@ -599,20 +615,21 @@ def fake_tasks(monkeypatch):
     fake = types.SimpleNamespace(
         DOMAINS=("mathematics", "code", "instruction", "logic"),
         documents=documents, load=lambda name: [{"prompt": test}])
-    monkeypatch.setitem(sys.modules, "tasks", fake)
+    for name in ("DOMAINS", "documents", "load"):
+        monkeypatch.setattr(tasks.queries, name, getattr(fake, name))
     return fake
 
 
 def test_synthetic_fills_the_bytes_asked_for(fake_tasks):
-    texts = data.synthetic("code", 2000, 0)
+    texts = data.corpus.synthetic("code", 2000, 0)
     sizes = [len(t.encode()) for t in texts]
-    assert sum(sizes) >= 2000 > sum(sizes[:-1]) and texts == data.synthetic("code", 2000, 0)
-    assert data.synthetic("code", 0, 0) == []
+    assert sum(sizes) >= 2000 > sum(sizes[:-1]) and texts == data.corpus.synthetic("code", 2000, 0)
+    assert data.corpus.synthetic("code", 0, 0) == []
 
 
 def test_run_on_the_builtin_corpus(tmp_path, fake_tasks, capsys):
     args = dict(out=str(tmp_path / "d"), max_mb=0.5, synthetic_mb=0.05)
-    result = data.main(data.Args(**args))
+    result = data.__main__.main(data.__main__.Args(**args))
     report = json.loads((tmp_path / "d" / "report.json").read_text())
     assert report == json.loads(json.dumps(result))
     counts = report["sources"].values()
@@ -620,16 +637,19 @@ def test_run_on_the_builtin_corpus(tmp_path, fake_tasks, capsys):
         report["dropped"].values())
     assert report["dropped"]["contaminated"] == 1      # the planted test prompt
     for name, row in report["sources"].items():
-        lines = list(data.read_documents(tmp_path / "d" / f"{name}.jsonl"))
+        lines = list(data.documents.read_documents(tmp_path / "d" / f"{name}.jsonl"))
         assert len(lines) == row["kept"] and all(d["source"] == name for d in lines)
     shown = capsys.readouterr().out
     assert "stdlib_reference" in shown and "contaminated" in shown
     with pytest.raises(InputError, match="--overwrite"):
-        data.main(data.Args(**args))
+        data.__main__.main(data.__main__.Args(**args))
     (tmp_path / "in.jsonl").write_text("".join(
         json.dumps({"text": f"{PROSE} {i} {'xyz' * i}"}) + "\n" for i in range(30)))
-    again = data.main(data.Args(out=args["out"], input=str(tmp_path / "in.jsonl"), overwrite=True,
-                                evals=""))
+    again = data.__main__.main(
+        data.__main__.Args(
+            out=args["out"], input=str(tmp_path / "in.jsonl"), overwrite=True, evals=""
+        )
+    )
     # near-duplicates of one another; and nothing of the former run is left behind
     assert again["sources"]["in"]["kept"] == 1 and again["dropped"]["duplicate"] == 29
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["in.jsonl", "report.json"]
@@ -642,7 +662,9 @@ def test_every_contaminated_document_is_listed(tmp_path, fake_tasks):
     texts = planted + [" ".join(nonsense(r, 30))]
     (tmp_path / "in.jsonl").write_text("".join(
         json.dumps({"text": text, "kind": "synthetic"}) + "\n" for text in texts))
-    result = data.main(data.Args(out=str(tmp_path / "d"), input=str(tmp_path / "in.jsonl")))
+    result = data.__main__.main(
+        data.__main__.Args(out=str(tmp_path / "d"), input=str(tmp_path / "in.jsonl"))
+    )
     listed = result["samples"]["contaminated"]
     assert [row["text"] for row in listed] == [text[:200] for text in planted]
     assert all(item[:60] in row["reason"] for row in listed)
@@ -655,17 +677,19 @@ def test_test_items_come_without_our_words_around_them(tmp_path):
             {"prompt": [{"role": "user", "content": "How many?"}], "domain": "logic",
              "check": {"kind": "math", "answer": "3"}}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert data.load_tests(f"{tmp_path / 't.jsonl'},") == [
+    assert data.__main__.load_tests(f"{tmp_path / 't.jsonl'},") == [
         "def f(x):\n", "Double it.\nassert f(1) == 2", "How many?"]
 
 
 def test_arguments():
-    assert parse_args(data.Args, ["--show_dropped", "3", "--max_mb", "1"]).show_dropped == 3
-    assert data.parse_weights("a=0.5, b=2", {}) == {"a": 0.5, "b": 2.0}
-    assert data.parse_weights("", {"a": 3}) == {"a": 3}
+    assert (
+        parse_args(data.__main__.Args, ["--show_dropped", "3", "--max_mb", "1"]).show_dropped == 3
+    )
+    assert mixture.parse_weights("a=0.5, b=2", {}) == {"a": 0.5, "b": 2.0}
+    assert mixture.parse_weights("", {"a": 3}) == {"a": 3}
     for text in ("a", "a=x", "a=1=2"):
         with pytest.raises(InputError, match="--weights"):
-            data.parse_weights(text, {})
+            mixture.parse_weights(text, {})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -689,8 +713,10 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
     by token ids; the list names each, and no other document."""
     items = [row["question"] for _, row in read_jsonl(shared / "math" / "gsm8k_test.jsonl")]
     items += [row["prompt"] for _, row in read_jsonl(shared / "code" / "humaneval.jsonl")]
-    tests = data.load_tests(f"{shared}/math/gsm8k_test.jsonl,{shared}/code/humaneval.jsonl")
-    stage, r = data.Contamination(tests), random.Random(1)
+    tests = data.__main__.load_tests(
+        f"{shared}/math/gsm8k_test.jsonl,{shared}/code/humaneval.jsonl"
+    )
+    stage, r = contamination.Contamination(tests), random.Random(1)
     documents = list(filler(shared, 20_000_000))
     places = r.sample(range(len(documents)), len(items))
     for item, i in zip(items, places, strict=True):
@@ -703,7 +729,7 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
     assert found.keys() == wanted.keys() and len(wanted) == 1483 - len(short)
     assert sum(found[i] != e for i, e in wanted.items()) <= 3
     print(f"{len(wanted)} of {len(items)} planted, {len(short)} too short")
-    by_token = data.Contamination(tests, tokenizer.encode)
+    by_token = contamination.Contamination(tests, tokenizer.encode)
     some = dict(list(wanted.items())[:100])
     assert all(by_token.find(documents[i])[0] >= 0 for i in some)
     innocent = [i for i in range(0, len(documents), 60) if i not in places]
@@ -712,9 +738,9 @@ def test_planted_benchmark_items_are_all_found_in_20_mb(shared, tokenizer):
 
 PEAK = """
 import json, sys
-import data, common
-data.main(data.Args(out=sys.argv[2], input=sys.argv[1], evals="", overwrite=True))
-print("PEAK", common.peak_rss_mb())
+import data.__main__, lib.run
+data.__main__.main(data.__main__.Args(out=sys.argv[2], input=sys.argv[1], evals="", overwrite=True))
+print("PEAK", lib.run.peak_rss_mb())
 """
 
 
@@ -727,7 +753,7 @@ def test_memory_does_not_grow_with_the_input(shared, tmp_path):
             for text in filler(shared, size * 1_000_000):
                 file.write(json.dumps({"text": text}) + "\n")
         done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "in.jsonl", tmp_path / "out"],
-                              cwd=Path(data.__file__).parent, capture_output=True, text=True)
+                              cwd=Path(data.__file__).parents[1], capture_output=True, text=True)
         peaks.append(float(done.stdout.split("PEAK")[1]))
     assert peaks[1] - peaks[0] < 24, peaks                 # SQLite's cache is 32 MB
 
@@ -738,11 +764,11 @@ def test_lists_are_sifted_with_a_reason_for_each_drop():
     docs = [{"text": plain}, {"text": plain.replace("river", "stream")}, {"text": plain},
             {"text": "#$%&*+ " * 40}, {"text": "How many apples does Ann have after she buys seven "
              "more and gives three of them to Ben at school? She has nine."}]
-    kept, report = data.clean(docs)
+    kept, report = filters.clean(docs)
     assert report["kept"] + sum(report["dropped"].values()) == 5
     assert report["dropped"]["symbols"] == 1 and kept[0]["text"] == plain.strip()
     assert report["samples"]["symbols"][0][0].endswith("symbols")
-    kept, report = data.deduplicate(docs)
+    kept, report = dedup.deduplicate(docs)
     assert report["dropped"] == {"duplicate": 1} and len(kept) == 4
-    kept, report = data.decontaminate(docs, [docs[4]["text"][:100]])
+    kept, report = contamination.decontaminate(docs, [docs[4]["text"][:100]])
     assert report["dropped"] == {"contaminated": 1} and docs[4] not in kept

@@ -16,7 +16,7 @@ from helpers import log, weights
 from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
 from test_server import Peer
 
-import distributed
+from lib import dist
 from sample import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,17 +160,17 @@ def test_a_planted_state_runs_nothing(tmp_path):
     optimizer, marker, path = torch.optim.AdamW(model.parameters()), tmp_path / "m", tmp_path / "1"
     model(torch.ones(2)).sum().backward()
     optimizer.step()
-    distributed.save_state(path, model, optimizer, step=7, seconds=0.5)
-    assert distributed.load_state(path, model, optimizer)["step"] == 7
+    dist.save_state(path, model, optimizer, step=7, seconds=0.5)
+    assert dist.load_state(path, model, optimizer)["step"] == 7
     contents = (path / ".metadata").read_bytes()
     for words in (b"cos\nmkdir\n", b"ctorch.distributed.checkpoint.filesystem\nos.mkdir\n"):
         (path / ".metadata").write_bytes(words + f"(V{marker}\ntR.".encode())
         with pytest.raises(pickle.UnpicklingError):
-            distributed.load_state(path, model, optimizer)
+            dist.load_state(path, model, optimizer)
     (path / ".metadata").write_bytes(contents)
-    distributed.save_state(path, model, optimizer, step=Evil(marker), seconds=0.5)
+    dist.save_state(path, model, optimizer, step=Evil(marker), seconds=0.5)
     with pytest.raises(pickle.UnpicklingError):
-        distributed.load_state(path, model, optimizer)
+        dist.load_state(path, model, optimizer)
     assert not marker.exists()
     state = {"step": 0}
     torch.distributed.checkpoint.load(state, checkpoint_id=path)

@@ -11,7 +11,7 @@ from helpers import (
 
 import dpo
 from dpo import OnlineMerging, content_hash, dpo_loss
-from reward import pair_responses, read_pairs, tokenize_pair
+from data.pairs import pair_responses, read_pairs, tokenize_pair
 from sample import Rollout, completion_logprobs
 
 # ---------------------------------------------------------------------------------------------

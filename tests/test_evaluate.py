@@ -8,8 +8,8 @@ import torch
 from helpers import micro_model, refuses, stage_args, tiny_model, write_rows
 
 import evaluate
-import tasks
-from data import is_held_out
+import tasks.queries
+from data.mixture import is_held_out
 from evaluate import bits_per_byte, by_domain, interval
 from model import Qwen2
 from reward import RewardModel
@@ -112,7 +112,7 @@ def test_greedy_is_equal_at_batch_1_and_32(tokenizer):
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(4)
-    queries = tasks.builtin("val", 32)
+    queries = tasks.queries.builtin("val", 32)
     together = rollout(model, tokenizer, queries, 1, 12, 0.0)
     for query, group in zip(queries, together, strict=True):
         ((alone,),) = rollout(model, tokenizer, [query], 1, 12, 0.0)

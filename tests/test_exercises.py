@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+from lib import optim
 import dpo
 import grpo
 import kernels
@@ -102,7 +102,7 @@ SOLUTIONS = {
     "step_loss": lambda sums, counts: sum(sums) / sum(counts),
     "balance_loss": lambda probs, expert: model.load_balancing_loss([(probs, expert)])[0],
     "targets": lambda ids, mask: ids[1:].masked_fill(mask[1:] == 0, -100),
-    "cosine": common.lr_at, "keep_passing": keep_passing,
+    "cosine": optim.lr_at, "keep_passing": keep_passing,
     "sequence_logprob": lambda logits, ids, mask: (
         logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0] * mask[1:]).sum(),
     "dpo_loss": lambda *args: dpo.dpo_loss(*args)[0],

@@ -10,7 +10,8 @@ from helpers import (
     gradients, interrupt_at, letter_queries, log, refuses, same_weights, stage_args, teach_letters,
     tiny_model, write_rows)
 
-import common
+import lib.args
+import tasks.custom
 import grpo
 from grpo import (
     group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
@@ -414,12 +415,12 @@ def test_an_error_in_a_reward_loses_no_step(policy, tmp_path, capsys):
     mine.write_text(good)
     run(policy, tmp_path, "whole", **values)
     mine.write_text(bad)
-    grpo.tasks.own_reward.cache_clear()
+    tasks.custom.own_reward.cache_clear()
     said = refuses(lambda: run(policy, tmp_path, "halves", **values), "line 5: KeyError: 'x'")
     step = said.rpartition("mend it and --resume goes on after step ")[2]
     assert int(step) == len(log(tmp_path / "halves")) > 0
     mine.write_text(good)
-    grpo.tasks.own_reward.cache_clear()
+    tasks.custom.own_reward.cache_clear()
     run(policy, tmp_path, "halves", **values, resume=True)
     assert f"{mine} has changed since this run began" in capsys.readouterr().out
     files = json.loads((tmp_path / "halves" / "run.json").read_text())["files"]
@@ -434,7 +435,7 @@ def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "samples.jsonl", [])
     refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no GRPO run")
     monkeypatch.setattr("sys.argv", ["grpo.py", "inspect", "--help"])
-    common.cli(grpo.main, grpo.Args, inspect=grpo.inspect)
+    lib.args.cli(grpo.main, grpo.Args, inspect=grpo.inspect)
     assert capsys.readouterr().out == grpo.inspect.__doc__ + "\n"
 
 

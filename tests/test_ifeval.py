@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import refuses, write_rows
 
-import ifeval
-from ifeval import follows, language, loose, queries
+from tasks import ifeval
+from data.language import language
+from tasks.ifeval import follows, loose, queries
 
 DATA = Path(__file__).parent.parent / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")

@@ -8,11 +8,12 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from helpers import refuses, write_rows
 
-import label
-from label import Args, by_id, draw, judge, kappa, review, text_of
+from data import label
+from data.label import Args, by_id, draw, judge, kappa, text_of
+from data.pairs import review
 
 PAIRS = [{"prompt": f"Is {i} even?", "chosen": f"yes, {i}", "rejected": f"no, {i}"}
          for i in range(6)]
@@ -128,8 +129,9 @@ def test_single_keys_at_a_terminal(tmp_path):
     before = termios.tcgetattr(theirs)
     path = tmp_path / "labels.jsonl"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "label.py", "--out", path, "--pairs",
-         write_rows(tmp_path / "pairs.jsonl", PAIRS)], stdin=theirs, stdout=subprocess.DEVNULL)
+        [sys.executable, "-m", "data.label", "--out", path, "--pairs",
+         write_rows(tmp_path / "pairs.jsonl", PAIRS)], stdin=theirs, stdout=subprocess.DEVNULL,
+        cwd=ROOT)
     deadline = time.time() + 60
     for n, keys in enumerate((b"a", b"hb"), 1):
         os.write(ours, keys)

@@ -13,8 +13,8 @@ import evaluate
 import kernels
 import model as M
 import sample
-from common import InputError
-from data import is_held_out
+from lib.args import InputError
+from data.mixture import is_held_out
 from helpers import tiny_model, write_rows
 from model import PRESETS, Config, KVCache, PromptCache, Qwen2
 

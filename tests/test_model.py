@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
+from lib import checkpoint
 import kernels
 import model as M
-from common import InputError
+from lib.args import InputError
 from model import PRESETS, Config, KVCache, MoE, Qwen2, load_balancing_loss
 
 DENSE = Config(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=3,

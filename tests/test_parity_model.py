@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import refuses
 from test_model import CONFIGS, DENSE, SPARSE, edit_weights, random_ids, scramble
 
-import checkpoint
+from lib import checkpoint
 from model import Config, Qwen2, load_balancing_loss
 
 transformers = pytest.importorskip("transformers", reason="make test-parity installs it")

@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
-import data
+from lib import optim
+import data.__main__
+from data import documents
 import kernels
 import pretrain
-from common import InputError, read_jsonl, rng
-from data import is_held_out
+from lib.args import InputError
+from lib.files import read_jsonl
+from lib.optim import rng
+from data.mixture import is_held_out
 from helpers import tiny_model, wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
@@ -56,7 +59,7 @@ def gradients(args, monkeypatch, step=0):
         seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
         if len(seen) > step:
             raise Enough
-        return common.clip_and_step(model, *rest)
+        return optim.clip_and_step(model, *rest)
     with monkeypatch.context() as patch, pytest.raises(Enough):
         patch.setattr(pretrain, "clip_and_step", spy)
         pretrain.main(replace(args, overwrite=True))
@@ -159,7 +162,7 @@ def test_twenty_steps_equal_ten_killed_and_resumed(args, model, tmp_path, monkey
         done.append(1)
         if len(done) == 13:
             raise KeyboardInterrupt
-        return common.clip_and_step(*rest)
+        return optim.clip_and_step(*rest)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain, "clip_and_step", killed_at_13)
         pretrain.main(parts)
@@ -304,11 +307,11 @@ def test_overfits_one_batch():
     torch.manual_seed(0)
     model = Qwen2(PRESETS["micro"])
     ids = torch.randint(512, (4, 25), generator=rng(1))
-    optimizer = common.adamw(model, 1e-2, 0.0)
+    optimizer = optim.adamw(model, 1e-2, 0.0)
     for _ in range(60):
         loss = pretrain.lm_loss(model, ids, None, 4 * 24)
         loss.backward()
-        common.clip_and_step(model, optimizer, 1e-2, 1.0)
+        optim.clip_and_step(model, optimizer, 1e-2, 1.0)
     assert loss.item() < 0.05
 
 
@@ -353,14 +356,17 @@ def test_every_attention_kernel_gives_the_same_gradient(args, attention, monkeyp
 def test_held_out_documents_are_never_trained_on(args, texts, tmp_path, tokenizer, monkeypatch):
     """And they are of all sources; from texts in memory as from token files."""
     half, folder = len(texts) // 2, tmp_path / "docs"
-    data.write_sources(folder, ({"text": text, "source": "ab"[i >= half]}
+    documents.write_sources(folder, ({"text": text, "source": "ab"[i >= half]}
                                 for i, text in enumerate(texts)))
     for tokens in ("", args.tokenizer):
         if tokens:
-            data.main(data.Args(out=str(tmp_path / "tokens"), input=str(folder), evals="",
-                                tokenizer=tokens))
+            data.__main__.main(
+                data.__main__.Args(
+                    out=str(tmp_path / "tokens"), input=str(folder), evals="", tokenizer=tokens
+                )
+            )
             folder = tmp_path / "tokens"
-            texts = [doc["text"] for doc in data.read_all(str(folder))]
+            texts = [doc["text"] for doc in documents.read_all(str(folder))]
         train, held_out, _ = pretrain.load_tokens(replace(args, data=str(folder)))
         assert list(train) == list(held_out) == ["a", "b"]
         for part, want in ((train, False), (held_out, True)):
@@ -373,7 +379,7 @@ def test_held_out_documents_are_never_trained_on(args, texts, tmp_path, tokenize
 def test_token_files_train_the_same_model(args, texts, tmp_path):
     """data.py --tokenizer only moves the work: the run is the same bit for bit; a directory of
     another tokenizer's tokens is refused."""
-    data.main(data.Args(out=str(tmp_path / "docs"), input=args.data, evals="",
+    data.__main__.main(data.__main__.Args(out=str(tmp_path / "docs"), input=args.data, evals="",
                         tokenizer=args.tokenizer))
     mapped = replace(args, data=str(tmp_path / "docs"), tokenizer="", out=str(tmp_path / "a"),
                      tokens=3 * ROWS * (SEQ + 1))
@@ -387,8 +393,15 @@ def test_token_files_train_the_same_model(args, texts, tmp_path):
     assert a == b
     other = Tokenizer.train(texts[:50], 300)
     other.save_pretrained(tmp_path / "other")
-    data.main(data.Args(out=str(tmp_path / "docs"), input=args.data, evals="", overwrite=True,
-                        tokenizer=args.tokenizer))
+    data.__main__.main(
+        data.__main__.Args(
+            out=str(tmp_path / "docs"),
+            input=args.data,
+            evals="",
+            overwrite=True,
+            tokenizer=args.tokenizer,
+        )
+    )
     with pytest.raises(InputError, match="tokens of another tokenizer"):
         pretrain.main(replace(mapped, tokenizer=str(tmp_path / "other"), overwrite=True))
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from helpers import stage_args, teach_letters, write_rows
 
-import data
-import quality
+import data.documents
+from data import quality
 import reward
-from common import InputError, read_jsonl
+from lib.args import InputError
+from lib.files import read_jsonl
 from reward import RewardModel
 from sample import load_policy
 
@@ -117,7 +118,7 @@ def test_domains_become_sources(args, tmp_path):
     source = write_rows(tmp_path / "web.jsonl", list(pages(60, seed=5)))
     report = quality.main(replace(args, data=source, label="domain"))
     assert set(report["sources"]) == {"maths", "shop"} and report["classifier"]["agreement"] > 0.9
-    shop = list(data.read_documents(tmp_path / "out" / "shop.jsonl"))
+    shop = list(data.documents.read_documents(tmp_path / "out" / "shop.jsonl"))
     right = sum("buy" in doc["text"] or "click" in doc["text"] for doc in shop)
     assert right > 0.9 * len(shop) and all(doc["source"] == "shop" for doc in shop)
 
@@ -141,8 +142,8 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
     queries = [{"prompt": q, "domain": "instruction", "check": {}}
                for q in ("Pick A.", "Choose A.")]
     right = {"Pick A.": {"A."}, "Choose A.": {"A.", "B."}}
-    monkeypatch.setattr(quality.tasks, "builtin", lambda split, n, seed: queries)
-    monkeypatch.setattr(quality.tasks, "score_many", lambda queries, answers: [
+    monkeypatch.setattr(quality.tasks.queries, "builtin", lambda split, n, seed: queries)
+    monkeypatch.setattr(quality.tasks.queries, "score_many", lambda queries, answers: [
         float(a in right[q["prompt"]]) for q, a in zip(queries, answers, strict=True)])
     args = replace(args, labels="", generate=2, responses=16, policy=policy)
     report = quality.main(args)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import InputError
+from lib.args import InputError
 from helpers import tiny_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]

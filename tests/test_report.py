@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from helpers import refuses, write_rows
 
-import report
+from lib import report
 
 
 def fake_stage(root, name, greedy):

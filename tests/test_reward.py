@@ -12,9 +12,8 @@ from helpers import (
 
 import reward
 from model import PRESETS, Qwen2
-from reward import (
-    RewardModel, TwoLayers, accuracies, comparisons, pair_responses, preference_loss,
-    tokenize_pairs)
+from data.pairs import pair_responses, tokenize_pairs
+from reward import RewardModel, TwoLayers, accuracies, comparisons, preference_loss
 from sample import Rollout, prompt_ids
 
 PROMPTS = ["Hi?", "What is the sum of two and three, please?", "Hi?", "Go", "A longer one " * 6]
@@ -301,7 +300,9 @@ def test_held_out_pairs_by_source_and_temperature(tokenizer, micro_run, tmp_path
     teach_letters(tokenizer, tmp_path / "policy")
     queries = letter_queries(tmp_path / "queries.jsonl")
     policies = f"{tmp_path / 'policy'},{micro_run}"
-    monkeypatch.setattr(reward.tasks, "builtin", lambda *args: reward.tasks.load(queries))
+    monkeypatch.setattr(
+        reward.tasks.queries, "builtin", lambda *args: reward.tasks.queries.load(queries)
+    )
     result = run(micro_run, tmp_path, "run", queries=queries, policies=policies, pairs="",
                  temperatures="0.8,1.0", responses=8, max_new_tokens=8, epochs=4)
     sources = [f"{tmp_path / 'policy'} at temperature {t}" for t in (0.8, 1.0)]

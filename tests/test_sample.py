@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample
-from common import InputError
+from lib.args import InputError
 from model import Config, KVCache, Qwen2
 from sample import Rollout, Step, completion_logprobs, draw, generate, left_pad, rollout
 
@@ -332,7 +332,9 @@ def test_rollouts_are_grouped_and_only_finished_ones_are_scored(micro_run, token
     model = Qwen2.from_pretrained(micro_run)
     queries = [{"prompt": "Hi", "domain": "a"},
                {"prompt": [{"role": "user", "content": "2 + 2?"}], "domain": "b"}]
-    monkeypatch.setattr(sample.tasks, "score_many", lambda queries, texts: [1.0] * len(texts))
+    monkeypatch.setattr(
+        sample.tasks.queries, "score_many", lambda queries, texts: [1.0] * len(texts)
+    )
     groups = rollout(model, tokenizer, queries, n=24, max_new_tokens=60, temperature=2.0)
     rows = [row for group in groups for row in group]
     assert [len(group) for group in groups] == [24, 24] and isinstance(rows[0], Rollout)

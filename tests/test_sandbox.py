@@ -17,7 +17,7 @@ import types
 
 import pytest
 
-import sandbox
+from tasks import sandbox
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "code"
@@ -350,7 +350,7 @@ def test_refused_elsewhere(monkeypatch):
     """R9.2: no POSIX module is needed to import; running is refused with the reason."""
     program = ("import os, sys, signal\nfor n in ('resource', 'fcntl'):\n"
                "    sys.modules[n] = None\nfor n in ('fork', 'killpg', 'setsid'): delattr(os, n)\n"
-               "del signal.SIGKILL, signal.SIGALRM\nimport sandbox\nprint(sandbox.languages())")
+               "del signal.SIGKILL, signal.SIGALRM\nfrom tasks import sandbox\nprint(sandbox.languages())")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python" in done.stdout, done.stderr
     with pytest.raises(RuntimeError, match="cobol"):
@@ -624,7 +624,7 @@ def test_layers_and_refusal(isolation):
 
 
 def test_command_line_refuses(tmp_path):
-    done = subprocess.run([sys.executable, "sandbox.py", "--require_isolation"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "tasks.sandbox", "--require_isolation"], cwd=ROOT,
                           env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode and "refused: without pids" in done.stderr
     assert "apt-get install nodejs" not in done.stdout  # refused at the first
@@ -837,6 +837,7 @@ def test_500_runs_in_a_pool(folder):
 
 
 def test_demo():
-    done = subprocess.run([sys.executable, "sandbox.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tasks.sandbox"], cwd=ROOT, capture_output=True,
+                          text=True)
     passed = [line.split()[0] for line in done.stdout.splitlines() if " PASS " in line]
     assert done.returncode == 0 and passed == HERE, done.stdout

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import pretrain
 import scaling
-from common import InputError, parse_args
+from lib.args import InputError, parse_args
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).parents[1]
@@ -446,7 +446,7 @@ def test_activations_are_what_autograd_keeps(moe, bf16, monkeypatch):
 TRAIN = """
 import sys
 import torch
-import common, distributed, kernels, pretrain, scaling
+import lib.dist, lib.optim, lib.run, kernels, pretrain, scaling
 from dataclasses import replace
 from model import PRESETS, Qwen2
 
@@ -455,28 +455,28 @@ recompute = sys.argv[4] == "1"
 
 def train(config, rows, T):
     autocast = torch.autocast("cpu", torch.bfloat16 if bf16 else torch.float32, enabled=bf16)
-    model = distributed.sharded(Qwen2(config), autocast)
+    model = lib.dist.sharded(Qwen2(config), autocast)
     model.recompute = recompute
-    optimizer = common.adamw(model, 1e-3, 0.1)
+    optimizer = lib.optim.adamw(model, 1e-3, 0.1)
     for _ in range(2):
         for _ in range(2):
             ids = torch.randint(0, config.vocab_size, (rows, T + 1))
             with autocast:
                 router = [] if config.num_experts else None
                 pretrain.lm_loss(model, ids, None, 2 * rows * T, router).backward()
-        common.clip_and_step(model, optimizer, 1e-3, 1.0)
+        lib.optim.clip_and_step(model, optimizer, 1e-3, 1.0)
 
 config = replace(PRESETS[name], hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
                  vocab_size=2048)
 if config.num_experts:
     config = replace(config, moe_intermediate_size=256, shared_expert_intermediate_size=512)
-distributed.join()
+lib.dist.join()
 kernels.choose_products = lambda *args: None  # oneDNN has memory of its own
 train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memory
-before = common.peak_rss_mb()
+before = lib.run.peak_rss_mb()
 train(config, 8, T)
-need = scaling.memory(config, distributed.WORLD, 8, T, bf16, False, recompute)
-sys.stdout.write(f"{common.peak_rss_mb() - before} {sum(need.values())}\\n")
+need = scaling.memory(config, lib.dist.WORLD, 8, T, bf16, False, recompute)
+sys.stdout.write(f"{lib.run.peak_rss_mb() - before} {sum(need.values())}\\n")
 """
 
 

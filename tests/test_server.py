@@ -14,11 +14,11 @@ import evaluate
 import grpo
 import reward
 import sft
-import tasks
+import tasks.queries
 import sample
 from model import Qwen2
 from sample import generate, load_policy, prompt_ids
-from server import Server, served
+from lib.vllm_client import Server, served
 
 PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
 
@@ -136,8 +136,8 @@ def test_evaluation_is_the_same(policy, peer, tmp_path):
 def few(policy, peer, tmp_path, monkeypatch):
     """Flags of a short run that samples there; the look at samples that ends it is at few too."""
     queries = letter_queries(tmp_path / "queries.jsonl")
-    rows = tasks.load_file(queries)
-    monkeypatch.setattr(tasks, "builtin", lambda *args: rows)
+    rows = tasks.queries.load_file(queries)
+    monkeypatch.setattr(tasks.queries, "builtin", lambda *args: rows)
     return {"init": str(policy), "queries": queries, "max_new_tokens": 8, "rollout_url": peer.url,
             "batch_size": 2, "save_every": 1, "epochs": 3.0}
 

@@ -17,7 +17,7 @@ from helpers import (
 
 import kernels
 import sft
-from common import pad_rows
+from lib.optim import pad_rows
 from model import Qwen2
 from tokenizer import Tokenizer
 
@@ -277,7 +277,7 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "rejection_sample", None)
     sft.main(stage_args(sft, resume=True, **values))
     model = Qwen2.from_pretrained(tmp_path / "run")
-    groups = no_samples_after(model, tokenizer, sft.tasks.load(queries), 16, 8)
+    groups = no_samples_after(model, tokenizer, sft.tasks.queries.load(queries), 16, 8)
     assert sum(a.score for group in groups for a in group) >= 30
 
 

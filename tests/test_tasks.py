@@ -10,8 +10,12 @@ import zlib
 import pytest
 from helpers import refuses, write_rows
 
-import tasks
-from tasks import DOMAINS, SPLITS, builtin, distinct, extract_code, follows, score, score_many
+from tasks import custom
+import data
+import tasks.queries
+from tasks import toy
+from tasks.queries import DOMAINS, SPLITS, builtin, distinct, extract_code, score, score_many
+from tasks.toy import follows
 
 N = 600
 
@@ -29,7 +33,7 @@ def test_splits_are_disjoint_and_prompts_distinct(prompts):
     """No query is in two splits or twice in one; every domain has its quarter."""
     for split, mine in prompts.items():
         assert len(set(mine)) == N
-        assert all(tasks.split_of(p) == split for p in mine)
+        assert all(tasks.queries.split_of(p) == split for p in mine)
     for a, b in itertools.combinations(SPLITS, 2):
         assert not set(prompts[a]) & set(prompts[b])
     for split in SPLITS:
@@ -38,7 +42,7 @@ def test_splits_are_disjoint_and_prompts_distinct(prompts):
 
 def test_split_shares():
     """40/40/10/10 by the hash of the text, whatever the text."""
-    names = [tasks.split_of(f"prompt {i}") for i in range(20_000)]
+    names = [tasks.queries.split_of(f"prompt {i}") for i in range(20_000)]
     shares = {split: names.count(split) / 20_000 for split in SPLITS}
     assert shares == pytest.approx({"sft": 0.4, "rl": 0.4, "val": 0.1, "test": 0.1}, abs=0.015)
 
@@ -53,11 +57,11 @@ def test_documents_hold_no_query_of_another_split(prompts):
     """Pre-training text is of the sft split only: no rl, val or test question stands in it."""
     text = []
     for domain in DOMAINS:
-        text += itertools.islice(tasks.documents(domain), 400)
-    patterns = [re.escape(form).replace(r"\{\}", "(.+?)") for form in tasks.FORMS]
+        text += itertools.islice(tasks.queries.documents(domain), 400)
+    patterns = [re.escape(form).replace(r"\{\}", "(.+?)") for form in tasks.queries.FORMS]
     forms = [next(p for p in patterns if re.match(p, doc, re.S)) for doc in text]
     questions = [re.match(p, doc, re.S)[1] for p, doc in zip(forms, text, strict=True)]
-    assert {tasks.split_of(q) for q in questions} == {"sft"}
+    assert {tasks.queries.split_of(q) for q in questions} == {"sft"}
     assert min(forms.count(p) for p in patterns) > 400  # each form is used
     everything = "\n".join(text)
     for split in ("rl", "val", "test"):
@@ -67,7 +71,9 @@ def test_documents_hold_no_query_of_another_split(prompts):
 def test_documents_are_a_function_of_the_seed():
     """The same seed, the same documents."""
     for domain in DOMAINS:
-        one, two, other = (list(itertools.islice(tasks.documents(domain, s), 5)) for s in (1, 1, 2))
+        one, two, other = (
+            list(itertools.islice(tasks.queries.documents(domain, s), 5)) for s in (1, 1, 2)
+        )
         assert one == two != other
 
 
@@ -75,26 +81,28 @@ def test_few_shot_shows_no_held_out_query():
     """The worked examples are of the sft split; the question comes last, without its answer."""
     for split in ("test", "val", "rl"):
         for query in builtin(split, 40):
-            text = tasks.few_shot(query, 3)
+            text = tasks.queries.few_shot(query, 3)
             parts = re.findall(r"^Question: (.*?)\nAnswer:", text, re.M | re.S)
             assert len(parts) == 4 and parts[-1] == query["prompt"]
-            assert [tasks.split_of(p) for p in parts[:3]] == ["sft"] * 3
+            assert [tasks.queries.split_of(p) for p in parts[:3]] == ["sft"] * 3
             assert text.endswith(f"{query['prompt']}\nAnswer:")
 
 
 def test_load():
     """A split by its name, n of it; anything else is a file, or one line."""
-    assert tasks.load("val", 4, 1) == builtin("val", 4, 1)
-    refuses(lambda: tasks.load("no_such_split"), "no_such_split")
-    refuses(lambda: tasks.load("ifeval:no_such_split"), "no_such_split")
+    assert tasks.queries.load("val", 4, 1) == builtin("val", 4, 1)
+    refuses(lambda: tasks.queries.load("no_such_split"), "no_such_split")
+    refuses(lambda: tasks.queries.load("ifeval:no_such_split"), "no_such_split")
 
 
 def test_ifeval_prompts_of_a_split():
     """n different ones, of that split by their hash, the same for a seed; with all 25 kinds."""
-    rows = tasks.load("ifeval:rl", 300, 1)
-    assert rows == tasks.load("ifeval:rl", 300, 1) != tasks.load("ifeval:rl", 300, 2)
+    rows = tasks.queries.load("ifeval:rl", 300, 1)
+    assert (
+        rows == tasks.queries.load("ifeval:rl", 300, 1) != tasks.queries.load("ifeval:rl", 300, 2)
+    )
     assert len({row["prompt"] for row in rows}) == 300
-    assert {tasks.split_of(row["prompt"]) for row in rows} == {"rl"}
+    assert {tasks.queries.split_of(row["prompt"]) for row in rows} == {"rl"}
     assert len({kind for row in rows for kind in row["check"]["instruction_id_list"]}) == 25
     assert score(rows[0], rows[0]["prompt"]) == 0  # the echo
 
@@ -125,10 +133,10 @@ def test_queries_and_demonstrations_stay_what_they_were(split):
 def test_share_of_worked_demonstrations(worked):
     """`worked` is the share that shows its work; the questions do not depend on it."""
     for domain in ("mathematics", "logic"):
-        pairs = list(itertools.islice(tasks.items("sft", domain, 0, worked), 1000))
+        pairs = list(itertools.islice(tasks.queries.items("sft", domain, 0, worked), 1000))
         shown = [not text.startswith("The answer is") for _, text in pairs]
         assert sum(shown) / 1000 == pytest.approx(worked, abs=0.05)
-        other = itertools.islice(tasks.items("sft", domain, 0, 1 - worked), 1000)
+        other = itertools.islice(tasks.queries.items("sft", domain, 0, 1 - worked), 1000)
         assert [query for query, _ in pairs] == [query for query, _ in other]
 
 
@@ -149,7 +157,7 @@ def mutate(r, domain: str, query: dict, text: str) -> str:
 def test_demonstrations_pass_and_mutations_fail(domain, split):
     """Every generator's answer passes its own check, a wrong one does not, over many draws."""
     r, n = random.Random(0), 16 if domain == "code" else 300
-    pairs = list(itertools.islice(tasks.items(split, domain, 5), n))
+    pairs = list(itertools.islice(tasks.queries.items(split, domain, 5), n))
     queries = [query for query, _ in pairs]
     assert score_many(queries, [text for _, text in pairs]) == [1.0] * n
     wrong = [mutate(r, domain, query, text) for query, text in pairs]
@@ -159,7 +167,7 @@ def test_demonstrations_pass_and_mutations_fail(domain, split):
 def test_every_code_solution_equals_the_reference():
     """The style with a loop and the one-liner agree on every example (ours, so no sandbox)."""
     r = random.Random(1)
-    for make in (tasks.list_function, tasks.string_function, tasks.number_function):
+    for make in (toy.list_function, toy.string_function, toy.number_function):
         for _ in range(150):
             _, signature, bodies, inputs = make(r)
             name, functions = signature.partition("(")[0], []
@@ -176,8 +184,8 @@ def test_every_code_solution_equals_the_reference():
 def test_steps_of_the_work_shown_are_right():
     """Each "a op b = c" of the mathematics is true, and the last one is the answer."""
     r = random.Random(2)
-    makers = [tasks.gain_and_loss, tasks.boxes, tasks.together, tasks.change, tasks.share,
-              tasks.perimeter]
+    makers = [toy.gain_and_loss, toy.boxes, toy.together, toy.change, toy.share,
+              toy.perimeter]
     for make in makers * 60:
         _, answer, steps = make(r)
         for step in steps:
@@ -190,20 +198,20 @@ def test_logic_by_its_own_rules():
     """Swaps, by playing them; weekdays, by the calendar; syllogisms, by closing the relation."""
     r = random.Random(3)
     for _ in range(100):
-        prompt, answer, _ = tasks.swap(r)
+        prompt, answer, _ = toy.swap(r)
         has = dict(re.findall(r"(\w+) has the (\w+)", prompt))
         a, b = re.search(r"(\w+) and (\w+) swap", prompt).groups()
         has[a], has[b] = has[b], has[a]
         assert has[re.search(r"does (\w+) have", prompt)[1]] == answer
     for _ in range(100):
-        prompt, answer, _ = tasks.weekday(r)
+        prompt, answer, _ = toy.weekday(r)
         start = datetime.date(2024, 1, 1)  # a Monday
         while start.strftime("%A") not in prompt:
             start += datetime.timedelta(1)
         days = int(re.search(r"\d+", prompt)[0]) * (-1 if "ago" in prompt else 1)
         assert (start + datetime.timedelta(days)).strftime("%A") == answer
     for _ in range(100):
-        prompt, answer, _ = tasks.syllogism(r)
+        prompt, answer, _ = toy.syllogism(r)
         every = dict(re.findall(r"Every (\w+) is a (\w+)", prompt))
         never = dict(re.findall(r"No (\w+) is a (\w+)", prompt))
         kind, asked = re.search(r"(?:^|\. )[A-Z]\w+ is a (\w+)\. Is \w+ a (\w+)\?", prompt).groups()
@@ -216,12 +224,12 @@ def test_logic_by_its_own_rules():
 
 def test_demonstrations_are_conversations():
     """What SFT reads: a user's question of the sft split and the assistant's verified answer."""
-    rows = tasks.demonstrations(12)
+    rows = tasks.queries.demonstrations(12)
     assert len(rows) == 12
     for row in rows:
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
-        assert tasks.split_of(user["content"]) == "sft" and assistant["content"]
+        assert tasks.queries.split_of(user["content"]) == "sft" and assistant["content"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -257,9 +265,9 @@ def test_every_generated_rule_is_known():
     """What `instruction` asks for, `follows` can check: no rule by a name it does not know."""
     r, rules = random.Random(0), set()
     for _ in range(2000):
-        _, check, _ = tasks.instruction(r)
+        _, check, _ = toy.instruction(r)
         rules |= set(check["instruction_id_list"])
-    source = open(tasks.__file__, encoding="utf-8").read()
+    source = open(toy.__file__, encoding="utf-8").read()
     assert len(rules) == 10 and all(f'rule == "{rule}"' in source for rule in rules)
 
 
@@ -321,16 +329,18 @@ def test_score_many_equals_score():
 
 def test_a_program_runs_once(monkeypatch):
     """Within a call and, while it is kept, in later ones; with other tests it is another run."""
-    query = next(tasks.items("val", "code", 9))[0]
+    query = next(tasks.queries.items("val", "code", 9))[0]
     other = {**query, "check": {**query["check"], "tests": "assert False"}}
     ran, run_many = [], tasks.sandbox.run_many
-    monkeypatch.setattr(tasks.sandbox, "run_many", lambda jobs: ran.extend(jobs) or run_many(jobs))
+    monkeypatch.setattr(
+        tasks.queries.sandbox, "run_many", lambda jobs: ran.extend(jobs) or run_many(jobs)
+    )
     text = "unheard_of = 1"
-    monkeypatch.setattr(tasks, "VERDICTS", {})
-    monkeypatch.setattr(tasks, "MAX_VERDICTS", 1)
+    monkeypatch.setattr(tasks.queries, "VERDICTS", {})
+    monkeypatch.setattr(tasks.queries, "MAX_VERDICTS", 1)
     assert score_many([query, query], [text, text]) == [0.0, 0.0] and len(ran) == 1
     assert score_many([query, other], [text, text]) == [0.0, 0.0] and len(ran) == 2
-    assert len(tasks.VERDICTS) == 1  # the latest: a long run must not keep all its programs
+    assert len(tasks.queries.VERDICTS) == 1  # the latest: a long run must not keep all its programs
     assert score(other, text) == 0.0 and len(ran) == 2
     assert score(query, text) == 0.0 and len(ran) == 3
 
@@ -342,42 +352,46 @@ def test_a_reward_of_ones_own(tmp_path):
     mine.write_text("def score(query, response):\n"
                     "    return len(response) / query['longest']\n")
     write_rows(path, [{"prompt": "Say it.", "longest": 8}])
-    refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "--reward")
-    (query,) = tasks.load(str(path), reward=f"{mine}:score")
-    assert query["domain"] == "own" and tasks.score(query, "four") == 0.5
-    refuses(lambda: tasks.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1")
+    refuses(lambda: tasks.queries.load(str(path)), "q.jsonl:1", "--reward")
+    (query,) = tasks.queries.load(str(path), reward=f"{mine}:score")
+    assert query["domain"] == "own" and tasks.queries.score(query, "four") == 0.5
+    refuses(
+        lambda: tasks.queries.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1"
+    )
     write_rows(tmp_path / "many.jsonl", [{"prompt": "Say it."}] * 500)
-    assert [len(tasks.load(str(tmp_path / "many.jsonl"), n, reward=f"{mine}:score"))
+    assert [len(tasks.queries.load(str(tmp_path / "many.jsonl"), n, reward=f"{mine}:score"))
             for n in (0, 7)] == [500, 7]
-    (built_in,) = tasks.load("rl", 1, reward=f"{mine}:score")
-    assert built_in["prompt"] == tasks.builtin("rl", 1)[0]["prompt"]
-    refuses(lambda: tasks.load(str(path), reward=f"{mine}:missing"), "no function missing")
-    refuses(lambda: tasks.load(str(path), reward="nowhere.py:score"), "nowhere.py: no such file")
-    refuses(lambda: tasks.load(str(path), reward="nowhere.py"), "wants file.py:function")
+    (built_in,) = tasks.queries.load("rl", 1, reward=f"{mine}:score")
+    assert built_in["prompt"] == tasks.queries.builtin("rl", 1)[0]["prompt"]
+    refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:missing"), "no function missing")
+    refuses(
+        lambda: tasks.queries.load(str(path), reward="nowhere.py:score"), "nowhere.py: no such file"
+    )
+    refuses(lambda: tasks.queries.load(str(path), reward="nowhere.py"), "wants file.py:function")
     (tmp_path / "beside.py").write_text("import json\n")
     mine.write_text("from beside import json\n\n\ndef none(query, response):\n    pass\n\n\n"
                     "def boom(query, response):\n    return json.loads(response)\n\n\n"
                     "def one(query):\n    return 1\n\n\ndef text(query, response):\n"
                     "    return '0.5'\n\n\ndef tensor(query, response):\n"
                     "    import torch\n    return torch.tensor(0.5)\n")
-    tasks.own_reward.cache_clear()
+    custom.own_reward.cache_clear()
     for name, words in (("none", "gave None"), ("text", "gave '0.5'"),
                         ("boom", "boom, line 9: JSONDecodeError"), ("boom", "for the response 'x'"),
                         ("one", "as score(query, response): TypeError")):
-        (query,) = tasks.load(str(path), reward=f"{mine}:{name}")
-        refuses(lambda query=query: tasks.score(query, "x"), words)
-    (query,) = tasks.load(str(path), reward=f"{mine}:tensor")
-    assert tasks.score(query, "x") == 0.5
-    (tmp_path / "ifeval.py").write_text("half = 0.5\n")  # called as a module of ours is
-    mine.write_text("import ifeval, answers\n\n\ndef both(query, response):\n"
-                    "    return ifeval.half * answers.math_equal(response, '2')\n")
-    tasks.own_reward.cache_clear()
-    (query,) = tasks.load(str(path), reward=f"{mine}:both")
-    assert tasks.score(query, "2") == 0.5 and sys.modules["ifeval"] is tasks.ifeval
+        (query,) = tasks.queries.load(str(path), reward=f"{mine}:{name}")
+        refuses(lambda query=query: tasks.queries.score(query, "x"), words)
+    (query,) = tasks.queries.load(str(path), reward=f"{mine}:tensor")
+    assert tasks.queries.score(query, "x") == 0.5
+    (tmp_path / "data.py").write_text("half = 0.5\n")  # called as a module of ours is
+    mine.write_text("import data\nfrom tasks import math_answers\n\n\ndef both(query, response):\n"
+                    "    return data.half * math_answers.math_equal(response, '2')\n")
+    custom.own_reward.cache_clear()
+    (query,) = tasks.queries.load(str(path), reward=f"{mine}:both")
+    assert tasks.queries.score(query, "2") == 0.5 and sys.modules["data"] is data
     mine.write_text("x = (\n")
-    refuses(lambda: tasks.load(str(path), reward=f"{mine}:other"), "SyntaxError")
+    refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:other"), "SyntaxError")
     write_rows(path, [{"prompt": "a"}, {"question": "b"}])
     mine.write_text("def f(query, response):\n    return 1\n")
-    refuses(lambda: tasks.load(str(path), reward=f"{mine}:f"), "q.jsonl:2", "got question")
+    refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:f"), "q.jsonl:2", "got question")
     write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
-    refuses(lambda: tasks.load(str(path)), "q.jsonl:1", "check.kind")
+    refuses(lambda: tasks.queries.load(str(path)), "q.jsonl:1", "check.kind")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tok
-from common import InputError
+from lib.args import InputError
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

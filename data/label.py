@@ -5,8 +5,8 @@ terminal in which a person judges pairs, blind: what the automatic label says is
 two answers stand in a random order. Labels are appended as they are typed; started again, it goes
 on where it stopped.
 
-    python label.py --pairs runs/dpo/pairs.jsonl --out ada.jsonl       # each person another file
-    python label.py --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write reviewed.jsonl
+    python -m data.label --pairs runs/dpo/pairs.jsonl --out ada.jsonl  # one file each
+    python -m data.label --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write out.jsonl
 
 The second line says how far people agree with the automatic labels and, by Cohen's kappa, with each
 other; with --write it also writes the pairs as the majority sees them, for `dpo.py --data` and
@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from common import cli, read_jsonl, require, write_jsonl, writing
-from reward import RewardModel, read_pairs, tokenize_pair
+from data.pairs import read_pairs
+from lib.args import cli, require
+from lib.files import read_jsonl, write_jsonl, writing
 
 CRITERIA = {"t": "truthfulness", "h": "helpfulness", "c": "conciseness", "r": "relevance",
             "s": "harmlessness", "d": "debiasing"}
@@ -42,39 +43,6 @@ class Args:
     report: str = ""                 # label files joined by commas: compare them instead
     write: str = ""                  # with --report: the pairs as most people see them (JSONL)
     seed: int = 0                    # with --out: of the order, and of which answer is A
-
-
-# ---------------------------------------------------------------------------------------------
-# by programs
-
-def review(pairs: list[dict], tokenizer, max_len: int, max_ratio: float = 0,
-           check_format: bool = False, scorer: RewardModel | None = None, min_margin: float = 0):
-    """-> the pairs to learn from, their rows (ids of prompt, chosen, rejected), and how many were
-    dropped for which reason: the first that holds."""
-    kept, rows, dropped, seen = [], [], Counter(), set()
-    for pair in pairs:
-        prompt, chosen, rejected = row = tokenize_pair(tokenizer, pair)
-        short, long = sorted((len(chosen), len(rejected)))
-        texts = [tokenizer.decode(answer[:-1]) for answer in (chosen, rejected)]
-        half = "\ufffd" in texts[0] or texts[0].count("```") % 2 == 1  # a character, a code block
-        key = str((prompt, sorted((chosen, rejected))))
-        reason = (
-            "too long" if len(prompt) + long > max_len else
-            "empty chosen answer" if not texts[0].strip() else
-            "equal answers" if chosen == rejected else
-            "seen before, or its opposite" if key in seen else
-            "one answer much longer" if 0 < max_ratio < long / short else
-            "ill-formed chosen answer" if check_format and half else "")
-        if scorer and not reason:
-            good, bad = scorer.score([pair["prompt"]] * 2, texts)
-            reason = "reward model's margin" if good - bad < min_margin else ""
-        seen.add(key)
-        if reason:
-            dropped[reason] += 1
-        else:
-            kept.append(pair)
-            rows.append(row)
-    return kept, rows, dict(dropped)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ dimensions and thresholds are not disclosed: those below are our choice. Two sco
               where a judge cannot read everything. It learns from numbers (people's verdicts, or a
               judge's scores of a sample) what is good, from names which domain is which.
 
-    python quality.py --labels web_labels.jsonl                    # cross-validated AUC
-    python quality.py --labels web_labels.jsonl --data runs/data --keep 0.5 --out runs/good
-    python quality.py --labels domains.jsonl --label domain --data runs/good --out runs/by_domain
-    python quality.py --judge runs/demo/grpo --data runs/data --out runs/judged
-    python quality.py --generate 1000 --policy runs/demo/grpo --reward_model runs/demo/reward ...
+    python -m data.quality --labels web_labels.jsonl                    # cross-validated AUC
+    python -m data.quality --labels web_labels.jsonl --data runs/data --keep 0.5 --out runs/good
+    python -m data.quality --labels domains.jsonl --label domain --data runs/good --out runs/dom
+    python -m data.quality --judge runs/demo/grpo --data runs/data --out runs/judged
+    python -m data.quality --generate 1000 --policy runs/demo/grpo --reward_model runs/rm ...
 
 --out gets a .jsonl a source (a domain, where names were learned: weights of pretrain.py then sample
 domains down and up), each document with its "scores", and report.json.
@@ -31,9 +31,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import data
-import tasks
-from common import cli, pad_rows, positive, read_jsonl, require, rng, setup, write_atomic
+from data import dedup
+from data import documents
+import tasks.queries
+from lib.args import cli, positive, require
+from lib.files import read_jsonl, write_atomic
+from lib.optim import pad_rows, rng, setup
 from reward import RewardModel
 from sample import load_policy, read_prompts, rollout
 
@@ -95,8 +98,8 @@ QUALITY = "quality"  # the score that numbers teach
 
 def features(text: str) -> torch.Tensor:
     """(n,) int64: the buckets of the words and word pairs that occur, each once."""
-    ids = data.word_ids(text)
-    grams = np.concatenate([data.ngram_hashes(ids, n) for n in (1, 2)]) % np.uint64(BUCKETS)
+    ids = dedup.word_ids(text)
+    grams = np.concatenate([dedup.ngram_hashes(ids, n) for n in (1, 2)]) % np.uint64(BUCKETS)
     return torch.from_numpy(np.unique(grams).astype(np.int64))
 
 
@@ -137,7 +140,7 @@ def classify(model: Classifier, classes: list[str], text: str) -> dict[str, floa
 def cross_validate(texts: list[str], bags: list, targets: torch.Tensor, folds: int, seed: int):
     """(n, classes) probabilities, each by a model that saw neither the text nor a near-duplicate:
     these fall into one fold together."""
-    near = data.NearDuplicates()
+    near = dedup.NearDuplicates()
     first = [near.find(text)[0] for text in texts]
     group = [i if j < 0 else j for i, j in enumerate(first)]
     fold = torch.randperm(len(texts), generator=rng(seed, 1))[group] % folds
@@ -201,7 +204,7 @@ def generated(args: Args, device, autocast):
     made of, what fails its check goes (report 3.1 and 4.1), and of a question's passing answers
     the one with the highest reward stays; last, the share --keep of highest reward."""
     policy, tokenizer = load_policy(args.policy, device)
-    queries = tasks.builtin("sft", args.generate, args.seed)
+    queries = tasks.queries.builtin("sft", args.generate, args.seed)
     with autocast:
         groups = rollout(policy, tokenizer, queries, args.responses, 128, seed=args.seed)
     passed = [a for group in groups for a in {a.text: a for a in group if a.score == 1}.values()]
@@ -217,9 +220,14 @@ def generated(args: Args, device, autocast):
         ranked = sorted(best.values(), key=lambda pair: -pair[0])
         rewards, passed = zip(*ranked[:round(args.keep * len(ranked))], strict=True)
     for i, (reward, a) in enumerate(zip(rewards, passed, strict=True)):
-        yield {"text": tasks.FORMS[i % len(tasks.FORMS)].format(a.query["prompt"], a.text),
-               "source": f"generated_{a.query['domain']}", "kind": "synthetic",
-               "scores": {"reward": reward}}
+        yield {
+            "text": tasks.queries.FORMS[i % len(tasks.queries.FORMS)].format(
+                a.query["prompt"], a.text
+            ),
+            "source": f"generated_{a.query['domain']}",
+            "kind": "synthetic",
+            "scores": {"reward": reward},
+        }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,10 +236,10 @@ def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "folds", "judge_tokens", "keep", "responses")
     require(args.labels or args.judge or args.generate, "want --labels, --judge or --generate")
-    out = data.new_directory(args.out, args.overwrite)
+    out = documents.new_directory(args.out, args.overwrite)
     report, scorers, classes = {"args": asdict(args)}, [], []
     if args.generate:
-        report["sources"] = data.write_sources(out, generated(args, device, autocast))
+        report["sources"] = documents.write_sources(out, generated(args, device, autocast))
     if args.judge:
         model, tokenizer = load_policy(args.judge, device)
 
@@ -255,17 +263,17 @@ def main(args: Args) -> dict:
     if args.data:
         # Two passes: what is kept depends on all scores, and documents need not fit in memory.
         rows, sizes = [], []
-        for doc in tqdm(data.read_all(args.data), "scores", disable=None):
+        for doc in tqdm(documents.read_all(args.data), "scores", disable=None):
             rows.append({k: v for scorer in scorers for k, v in scorer(doc["text"]).items()})
             sizes.append(len(doc["text"]))
         keep = best([row.get(QUALITY, row.get("mean", 0.0)) for row in rows], sizes, args.keep)
 
         def kept():
-            for doc, row, good in zip(data.read_all(args.data), rows, keep, strict=True):
+            for doc, row, good in zip(documents.read_all(args.data), rows, keep, strict=True):
                 if good:
                     domain = max(classes, key=row.get) if classes and QUALITY not in row else None
                     yield doc | {"source": domain or doc["source"], "scores": row}
-        report["sources"] = data.write_sources(out, kept())
+        report["sources"] = documents.write_sources(out, kept())
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"quality: {out} ready: {report.get('sources', {})}")
     return report

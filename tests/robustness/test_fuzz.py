@@ -13,11 +13,13 @@ import torch
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402
 
-import answers  # noqa: E402
-import common  # noqa: E402
-from common import InputError  # noqa: E402
+from tasks import benchmarks  # noqa: E402
+from tasks import math_answers  # noqa: E402
+from lib import files  # noqa: E402
+from lib import optim  # noqa: E402
+from lib.args import InputError  # noqa: E402
 from model import Qwen2  # noqa: E402
-from reward import read_pairs  # noqa: E402
+from data.pairs import read_pairs  # noqa: E402
 from sft import Conversations  # noqa: E402
 from tokenizer import CONTROL_TOKENS, Tokenizer, clean_text  # noqa: E402
 
@@ -101,7 +103,7 @@ def test_rows_of_any_shape(tmp_path_factory, lines, damage):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     text = "\n".join(map(json.dumps, lines))
     path.write_text(text[:-3] if damage else text)
-    for read in (answers.load_file, read_pairs):
+    for read in (benchmarks.load_file, read_pairs):
         try:
             for row in read(path):
                 assert row["prompt"] and isinstance(row["prompt"], (str, list))
@@ -114,7 +116,7 @@ def test_rows_of_any_shape(tmp_path_factory, lines, damage):
 def test_files_of_any_bytes(tmp_path_factory, data, packed):
     path = tmp_path_factory.getbasetemp() / f"bytes.jsonl{'.gz' * packed}"
     path.write_bytes(data)
-    for read in (lambda: list(common.read_jsonl(path)), lambda: common.read_json(path)):
+    for read in (lambda: list(files.read_jsonl(path)), lambda: files.read_json(path)):
         try:
             read()
         except InputError as error:
@@ -156,9 +158,9 @@ formulas = st.one_of(texts, st.lists(st.sampled_from(
 def test_any_two_answers_are_compared(a, b):
     """Never an error, never a long thought; the order does not matter; like is like."""
     started = time.process_time()
-    assert answers.math_equal(a, b) == answers.math_equal(b, a)
-    assert answers.math_equal(a, a) or not answers.normal_text(a)  # blank is no answer
-    answers.extract_answer(a)
+    assert math_answers.math_equal(a, b) == math_answers.math_equal(b, a)
+    assert math_answers.math_equal(a, a) or not math_answers.normal_text(a)  # blank is no answer
+    math_answers.extract_answer(a)
     assert time.process_time() - started < 2
 
 
@@ -167,5 +169,5 @@ def test_any_two_answers_are_compared(a, b):
 def test_any_ids_decode(tokenizer, rows):
     for ids in rows:
         assert isinstance(tokenizer.decode(ids), str)
-    assert torch.equal(common.pad_rows([*rows, [1]], 0) != 0,
-                       common.pad_rows([[int(i != 0) for i in r] for r in [*rows, [1]]], 0) == 1)
+    assert torch.equal(optim.pad_rows([*rows, [1]], 0) != 0,
+                       optim.pad_rows([[int(i != 0) for i in r] for r in [*rows, [1]]], 0) == 1)

@@ -18,19 +18,21 @@ from helpers import (
     interrupt_at, letter_queries, log, no_samples, refuses, stage_args, teach_letters, weights,
     write_rows)
 
-import common
+import lib.args
+from lib import optim
+import lib.run
 import dpo
 import grpo
 import pretrain
 import reward
 import sft
-from common import InputError
+from lib.args import InputError
 from model import MLP, PRESETS, Qwen2
 from reward import RewardModel
 from sample import load_policy
 
 resource = pytest.importorskip("resource", reason="limits of Unix")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"pretrain": pretrain, "pretrain-moe": pretrain, "sft": sft, "dpo": dpo, "reward": reward,
           "grpo": grpo}
 MOE = {"sft-moe": sft, "dpo-moe": dpo, "reward-moe": reward, "grpo-moe": grpo}  # from an MoE
@@ -49,7 +51,7 @@ def inputs(texts, tokenizer, tmp_path_factory):
             p.mul_(0.9)
     model.save_pretrained(base)
     scorer = RewardModel.from_language_model(load_policy(policy, "cpu")[0], tokenizer)
-    torch.nn.init.normal_(scorer.head.weight, generator=common.rng(1))
+    torch.nn.init.normal_(scorer.head.weight, generator=optim.rng(1))
     scorer.save_pretrained(path / "scorer")
     tokenizer.save_pretrained(path / "scorer")
     docs = write_rows(path / "docs.jsonl", [{"text": text} for text in texts])
@@ -83,12 +85,15 @@ def inputs(texts, tokenizer, tmp_path_factory):
 
 
 def in_forks(stage, inputs, work, kills, seed=0) -> dict:
-    """tests/faults.py in a process of its own."""
+    """tests/robustness/faults.py in a process of its own."""
     job = {"stage": (STAGES | MOE)[stage].__name__, "args": inputs[stage], "work": str(work),
            "kills": kills, "seed": seed}
     (work / "job.json").write_text(json.dumps(job))
-    done = subprocess.run([sys.executable, ROOT / "tests" / "faults.py", work / "job.json"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "robustness" / "faults.py", work / "job.json"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -274,7 +279,7 @@ def test_each_file_that_cannot_be_written_leaves_the_old_model(call, error, tune
 def test_a_directory_that_cannot_be_written_to(name, tune, tmp_path):
     """Refused in one line before or at the first file."""
     out = Path("/proc/self") / name
-    if out.parents[1].is_dir() and os.name == "posix" and Path("/proc/self").exists():
+    if out.parents[2].is_dir() and os.name == "posix" and Path("/proc/self").exists():
         refuses(lambda: tune("x", out=str(out)), "--out", str(out))
     if os.getuid():
         locked = tmp_path / "locked"
@@ -350,7 +355,7 @@ def test_what_is_said_of_a_run_that_saved_nothing_or_everything(tune, stopped, m
             if name == "early":
                 interrupt_at(patch, sft, 4)
             else:
-                patch.setattr(common.Run, "write_record", late(common.Run.write_record))
+                patch.setattr(lib.run.Run, "write_record", late(lib.run.Run.write_record))
             tune(name, **args)
         assert (path / name / "model.safetensors").exists() == (name == "late")
         refuses(lambda name=name, args=args: tune(name, **args), "interrupted", "--resume")
@@ -456,8 +461,8 @@ def poison(monkeypatch):
 @pytest.fixture
 def short(inputs, tmp_path, monkeypatch):
     """short(stage, ...) runs a stage, with a short look at samples, in tmp_path/run."""
-    real = sft.tasks.builtin
-    monkeypatch.setattr(sft.tasks, "builtin", lambda split, n, seed=0: real(split, 1, seed))
+    real = sft.tasks.queries.builtin
+    monkeypatch.setattr(sft.tasks.queries, "builtin", lambda split, n, seed=0: real(split, 1, seed))
 
     def short(stage, **values):
         args = inputs[stage] | {"out": str(tmp_path / "run")} | values
@@ -523,14 +528,14 @@ def test_watching_changes_nothing(tmp_path, short, monkeypatch):
     gone after the first good step."""
     short("sft")
     shutil.move(tmp_path / "run", tmp_path / "plain")
-    seen, real = [], common.Run.begin
+    seen, real = [], lib.run.Run.begin
 
     def begin(run, model, optimizer):
         start = real(run, model, optimizer)
         run.strike(1)
         seen.append(run)
         return start
-    monkeypatch.setattr(common.Run, "begin", begin)
+    monkeypatch.setattr(lib.run.Run, "begin", begin)
     short("sft")
     same(tmp_path / "plain", tmp_path / "run")
     assert not seen[0].hooks and seen[0].strikes == 0
@@ -627,7 +632,11 @@ def test_a_compiled_run_compiles_nothing_after_its_first_steps(inputs, short, mo
 # ---------------------------------------------------------------------------------------------
 # what the source must not hold
 
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("recipes/*.py")])
+SOURCES = sorted(
+    path
+    for room in ("", "data/", "tasks/", "tasks/sandbox/", "lib/", "bench/", "recipes/")
+    for path in ROOT.glob(f"{room}*.py")
+)
 
 
 def test_no_source_unpickles_or_runs_code_of_a_model():
@@ -639,7 +648,7 @@ def test_no_source_unpickles_or_runs_code_of_a_model():
                 assert given.get("weights_only") == "True", (path, node.lineno)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                allowed = {"pickle"} if path.name == "distributed.py" else set()  # to refuse them
+                allowed = {"pickle"} if path.name == "dist.py" else set()  # to refuse them
                 assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"} - allowed
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) == "False", (path, node.value.lineno)
@@ -648,7 +657,9 @@ def test_no_source_unpickles_or_runs_code_of_a_model():
 def test_nothing_needs_what_macos_and_windows_lack(tmp_path):
     """Every module can be imported without fork, SIGALRM, SIGKILL, resource and fcntl, and a file
     with programs to check is refused in one line where they cannot run."""
-    names = [p.stem for p in ROOT.glob("*.py")]
+    names = [p.stem for p in ROOT.glob("*.py")] + [
+        f"{room}.{p.stem}" for room in ("data", "tasks", "lib") for p in ROOT.glob(f"{room}/*.py")
+        if p.stem not in ("__init__", "__main__")]
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "p", "domain": "code", "check": {
         "kind": "code", "language": "python", "tests": "assert 1"}}))
     program = (
@@ -657,13 +668,14 @@ def test_nothing_needs_what_macos_and_windows_lack(tmp_path):
         "for name in ('fork', 'killpg', 'setsid', 'waitid'): delattr(os, name)\n"
         "del signal.SIGALRM, signal.SIGKILL, signal.alarm, signal.setitimer\n"
         f"for name in {names}: __import__(name)\n"
-        "import types, sandbox, tasks, common\n"
+        "import types, lib.args, lib.run, tasks.queries\n"
+        "from tasks import sandbox\n"
         "sandbox.os = types.SimpleNamespace(name='nt')\n"
-        "path, common.Path = common.Path, lambda name: path('nowhere')\n"
-        "assert not common.peak_rss_mb() > 0\n"
-        "common.Path = path\n"
-        "try: tasks.load(sys.argv[1])\n"
-        "except common.InputError as error: print(error)\n")
+        "path, lib.run.Path = lib.run.Path, lambda name: path('nowhere')\n"
+        "assert not lib.run.peak_rss_mb() > 0\n"
+        "lib.run.Path = path\n"
+        "try: tasks.queries.load(sys.argv[1])\n"
+        "except lib.args.InputError as error: print(error)\n")
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "q.jsonl"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

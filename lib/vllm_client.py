@@ -5,7 +5,6 @@ GRPO's must also read new weights at every step, and is checked each time to hav
 """
 import http.client
 import json
-import urllib.error
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, require, writing
-from distributed import RANK, gathered
+from lib.args import InputError, require
+from lib.dist import RANK, gathered
+from lib.files import writing
 from model import Qwen2
 from sample import Completion, completion_logprobs, prompt_ids
 from tokenizer import Tokenizer
-
 
 class Server:
     """--rollout_url: the same model behind an OpenAI-compatible server, as `vllm serve DIR` of

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import InputError, read_json, replacing, require, write_atomic
+from lib.args import InputError, require
+from lib.files import read_json, replacing, write_atomic
 
 SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as the Hub does
 

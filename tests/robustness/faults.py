@@ -1,6 +1,6 @@
 """A stage in child processes that are killed at a chosen moment, for test_faults.py:
 
-    python tests/faults.py job.json
+    python tests/robustness/faults.py job.json
 
 The job is {"stage", "args", "work", "kills"}. Every run is a fork of this process, which has loaded
 torch but never used it. Moments are counted: each forward pass, optimizer step, log line, and each
@@ -20,13 +20,14 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch._dynamo  # noqa: E402, F401  an optimizer imports it: once here, not in each fork
 
-import common  # noqa: E402
+import lib.args  # noqa: E402
+import lib.run  # noqa: E402
 import model  # noqa: E402
-import tasks  # noqa: E402
+from tasks import queries  # noqa: E402
 
 
 def no_sockets(event: str, args) -> None:
@@ -49,8 +50,8 @@ class Clock:
 
 def arm(stage, clock: Clock, order: Path) -> None:
     """Put the clock into what every stage calls; note each step's batch in `order`."""
-    hidden, step, log = model.Qwen2.hidden, stage.clip_and_step, common.Run.log
-    fsync, replace, rmtree, builtin = os.fsync, os.replace, shutil.rmtree, tasks.builtin
+    hidden, step, log = model.Qwen2.hidden, stage.clip_and_step, lib.run.Run.log
+    fsync, replace, rmtree, builtin = os.fsync, os.replace, shutil.rmtree, queries.builtin
 
     def new_hidden(*args, **kwargs):
         clock.tick("forward")
@@ -86,9 +87,11 @@ def arm(stage, clock: Clock, order: Path) -> None:
         clock.tick("remove")
         clock.tick("remove half", lambda: [f.unlink() for f in Path(path).iterdir()])
         rmtree(path, **kwargs)
-    model.Qwen2.hidden, stage.clip_and_step, common.Run.log = new_hidden, new_step, new_log
+    model.Qwen2.hidden, stage.clip_and_step, lib.run.Run.log = new_hidden, new_step, new_log
     os.fsync, os.replace, shutil.rmtree = new_fsync, new_replace, new_rmtree
-    tasks.builtin = lambda split, n, seed=0: builtin(split, min(n, 3), seed)  # else it takes longer
+    queries.builtin = lambda split, n, seed=0: builtin(
+        split, min(n, 3), seed
+    )  # else it takes longer
 
 
 def attempt(stage, args: dict, folder: Path, kill=None, share=None, seconds=0.0) -> int:
@@ -106,7 +109,7 @@ def attempt(stage, args: dict, folder: Path, kill=None, share=None, seconds=0.0)
             stage.main(stage.Args(**args))
             (folder / "moments").write_text(json.dumps(clock.labels))
             code = 0
-        except common.InputError as error:
+        except lib.args.InputError as error:
             print(f"error: {error}")
             code = 2
         except BaseException:

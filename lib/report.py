@@ -1,7 +1,7 @@
 """The report of a whole run: what each stage cost, what it gained and how sure that is, its curves,
 and answers worth reading, before and after.
 
-    python report.py --run runs/demo
+    python -m lib.report --run runs/demo
 
 reads run.json, log.jsonl and what evaluate.py left in each stage's directory, and writes there
 report.md (for a terminal or a repository), report.html (one file, no network, no scripts: open it
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from common import cli, read_json, read_jsonl, require, write_atomic
 from evaluate import cell, interval, table
+from lib.args import cli, require
+from lib.files import read_json, read_jsonl, write_atomic
 
 # Stage by stage, the numbers of its log that say whether it went well.
 CURVES = {"pretrain": ("loss", "val_loss", "grad_norm"), "sft": ("loss", "grad_norm"),

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import letter_queries, log, teach, write_rows
 
-import tasks
+import tasks.queries
 from reward import RewardModel
 from sample import load_policy
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MINUTES = float(os.environ.get("LOAD_MINUTES", "3"))
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc of Linux")
 
@@ -136,7 +136,11 @@ def test_verdicts_of_a_long_run_are_forgotten(monkeypatch):
     """MAX_VERDICTS programs are remembered, or hours of RL keep all that was ever sampled."""
     query = {"prompt": "", "domain": "code",
              "check": {"kind": "code", "language": "python", "tests": "assert f() == 1"}}
-    monkeypatch.setattr(tasks, "VERDICTS", {i: True for i in range(10_500)})
-    monkeypatch.setattr(tasks, "MAX_VERDICTS", 10_000)
-    assert tasks.score(query, "def f(): return 1") == 1.0
-    assert len(tasks.VERDICTS) == 10_000 and 10_499 in tasks.VERDICTS and 0 not in tasks.VERDICTS
+    monkeypatch.setattr(tasks.queries, "VERDICTS", {i: True for i in range(10_500)})
+    monkeypatch.setattr(tasks.queries, "MAX_VERDICTS", 10_000)
+    assert tasks.queries.score(query, "def f(): return 1") == 1.0
+    assert (
+        len(tasks.queries.VERDICTS) == 10_000
+        and 10_499 in tasks.queries.VERDICTS
+        and 0 not in tasks.queries.VERDICTS
+    )

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import ENV, program, tiny_model
 from safetensors.torch import load_file, save_file
 
 from model import Qwen2
 from reward import RewardModel
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NESTED, LONG_NUMBER = "[" * 100_000, "9" * 5000
 GOOD = {
     "chats": {"messages": [{"role": "user", "content": "q"},
@@ -403,11 +403,11 @@ def table():
             ("--input @docs.jsonl --evals @gone", "gone"), ("--seed -1", "--seed"),
             ("--input @docs.jsonl --evals @queries-list.jsonl", "queries-list"),
             ("--synthetic_mb inf", "--synthetic_mb")):
-        yield f"data.py --out @out {flags}", *words
+        yield f"data --out @out {flags}", *words
     for name in LINES:
-        yield f"data.py --out @out --input @docs-{name}.jsonl", f"docs-{name}"
-    yield "data.py --out @data-done --input @docs.jsonl", "--overwrite"
-    yield "data.py --out @file --input @docs.jsonl", ""
+        yield f"data --out @out --input @docs-{name}.jsonl", f"docs-{name}"
+    yield "data --out @data-done --input @docs.jsonl", "--overwrite"
+    yield "data --out @file --input @docs.jsonl", ""
     for line, *words in (
             ("train", "--input"), ("walk", "walk"), ("train --input @gone --out @out", "gone"),
             ("train --input @latin1.txt --out @out", "latin1"), ("show @gone --text x", "gone"),
@@ -423,11 +423,11 @@ def table():
             ("@queries-broken.jsonl", "queries-broken"), ("@queries-empty.jsonl", "rows"),
             ("@queries-latin1.jsonl", "queries-latin1"), ("@queries-nested.jsonl", "nested"),
             ("@queries-of-check-no_answer.jsonl", "no_answer")):
-        yield f"answers.py {line}", *words
+        yield f"bench/answers.py {line}", *words
     for line, *words in (
             ("", "name files"), ("@gone.jsonl", "gone"), ("@queries-broken.jsonl", "broken"),
             ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
-        yield f"ifeval.py {line}", *words
+        yield f"tasks.ifeval {line}", *words
     for line, *words in (
             ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
@@ -447,9 +447,9 @@ def table():
         yield f"scaling.py {line}", *words
     for name in TABLES:
         yield f"scaling.py fit --data @table-{name}", f"table-{name}"
-    yield "sandbox.py --language", "--language"
+    yield "tasks.sandbox --language", "--language"
     for name in ("@gone", "@file", "@cwd", "@run-text"):
-        yield f"report.py --run {name}", name[1:]
+        yield f"lib.report --run {name}", name[1:]
     for script in ("attention", "generation", "imports", "posttraining", "sandbox", "tokenizer",
                    "training"):
         for flags in ("--no_such_flag 1", "--core x", "--processes many"):
@@ -502,7 +502,10 @@ def test_bad_input(line, words, world, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     monkeypatch.chdir(world / "cwd")
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__")
     check(stop.value.code, capsys.readouterr().err, words)
     assert contents(world) == before
 
@@ -512,7 +515,7 @@ def test_bad_input_in_a_process_of_its_own(line, words, world):
     script, *argv = arguments(line, world)
     shutil.rmtree(world / "out", ignore_errors=True)
     before = contents(world)
-    done = subprocess.run([sys.executable, ROOT / script, *argv], cwd=world / "cwd",
+    done = subprocess.run([sys.executable, *program(script), *argv], cwd=world / "cwd", env=ENV,
                           capture_output=True, text=True, timeout=120)
     check(done.returncode, done.stderr, words)
     assert contents(world) == before

@@ -28,10 +28,9 @@ more open: without "files" all that your user may read and write, without "netwo
 the network, without "pids" and "seccomp" processes that call setsid().
 `require_isolation=True` refuses to run then.
 
-`python sandbox.py` tries every language. POSIX only; elsewhere `run` raises RuntimeError. C and C++
-need a linker that knows --wrap (macOS's does not).
+`python -m tasks.sandbox` tries every language. POSIX only; elsewhere `run` raises RuntimeError.
+C and C++ need a linker that knows --wrap (macOS's does not).
 """
-import argparse
 import ast
 import contextlib
 import errno
@@ -638,18 +637,3 @@ SAMPLES = {  # f squares; what it must do to pass
     "php": ("<?php function f($x) { return $x * $x; }", "assert(f(3) === 9);"),
     "lua": ("function f(x) return x * x end", "assert(f(3) == 9)"),
 }
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Tries every language in the sandbox.")
-    parser.add_argument("--require_isolation", action="store_true",
-                        help=f"refuse to run unless these layers hold: {', '.join(REQUIRED)}")
-    args = parser.parse_args()
-    for name, lack in languages().items():
-        if lack:
-            print(f"{name:11} not here: {lack}")
-            continue
-        good, wrong = (run(code, name, SAMPLES[name][1], require_isolation=args.require_isolation)
-                       for code in (SAMPLES[name][0], SAMPLES[name][0].replace("*", "+")))
-        print(f"{name:11} {'PASS' if good.passed and not wrong.passed else 'FAIL'} in "
-              f"{good.seconds:.3f} s  {good.reason}")
-    print("layers:", ", ".join(run("pass").isolation))
