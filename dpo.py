@@ -42,13 +42,23 @@ from lib.files import read_json, write_atomic, write_jsonl
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
 from lib.run import Run
 from lib.dist import (
-    QUIET, WORLD, cut, gathered, merged, micro_batches, sharded, share, summed, whole)
+    QUIET,
+    WORLD,
+    shard_like,
+    all_gather,
+    gather_rows,
+    micro_batches,
+    apply_fsdp,
+    rank_slice,
+    all_reduce_sum,
+    full_model,
+)
 from data.pairs import review
 from model import Qwen2
 from data.pairs import pair_responses, read_pairs
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
-from lib.vllm_client import served
+from lib.vllm_client import rollout_backend
 
 
 @dataclass
@@ -81,7 +91,7 @@ class Args:
     merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest
     merge_alpha: float = 1e-7        # share of the SFT direction in each update
     reserve: float = 0.5             # share of entries that are kept
-    clip: float = 1.0                # largest gradient norm
+    max_grad_norm: float = 1.0       # largest gradient norm
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -131,7 +141,7 @@ class OnlineMerging(torch.optim.Optimizer):
             return x * (x.abs() >= sizes.kthvalue(x.numel() - kept + 1).values.item())
         generator = rng(self.seed, step + 1, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
-        return x * cut(keep, x) / self.reserve
+        return x * shard_like(keep, x) / self.reserve
 
     def merge(self, delta, tau):
         delta, tau = (1 - self.alpha) * delta, self.alpha * tau
@@ -194,10 +204,10 @@ def main(args: Args) -> dict:
 
     # data
     if not data:
-        policy = served(args.rollout_url, model, tokenizer)
+        policy = rollout_backend(args.rollout_url, model, tokenizer)
         with autocast:
             groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
-                             args.temperature, args.seed)
+                             args.temperature, args.seed, tasks.queries.score_many)
         answers = [answer for group in groups for answer in group]
         pairs = pair_responses(answers, args.pairs_per_query, args.seed)
         rate = sum(a.score for a in answers) / len(answers)
@@ -221,29 +231,29 @@ def main(args: Args) -> dict:
     # reference: the policy before its first step, so one model is enough
     key = content_hash(model, rows, device.type, autocast.fast_dtype, args.micro_batch, WORLD)
     cache = Path(args.cache or Path(args.out).parent / "cache") / f"reference-{key}.json"
-    if all(gathered(cache.exists())):
+    if all(all_gather(cache.exists())):
         reference = read_json(cache)["logprobs"]
     else:
-        reference, mine = [], share(rows)
+        reference, mine = [], rank_slice(rows)
         with torch.no_grad(), autocast:
             for i in range(0, len(mine), args.micro_batch):
                 (chosen, rejected), _ = sequence_logprobs(mine[i:i + args.micro_batch])
                 reference += zip(chosen.tolist(), rejected.tolist(), strict=True)
-        reference = merged(reference)
+        reference = gather_rows(reference)
 
     # optimizer, resume
-    model = sharded(model, autocast)
+    model = apply_fsdp(model, autocast)
     if args.base:
         params = dict(model.named_parameters())
         base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
         require({k: p.shape for k, p in base.items()} == {k: p.shape for k, p in params.items()},
                 f"--base {args.base} and --init {args.init} differ in size or architecture")
-        taus = [(p - cut(base[name], p)).detach() for name, p in params.items()]
+        taus = [(p - shard_like(base[name], p)).detach() for name, p in params.items()]
         optimizer = OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve,
                                   args.seed, args.merge)
     else:
         optimizer = adamw(model, args.lr, weight_decay=0.0)
-    start = run.begin(model, optimizer)
+    start = run.start_or_resume(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
     write_atomic(cache, json.dumps({"logprobs": reference}))
 
@@ -265,9 +275,9 @@ def main(args: Args) -> dict:
                                 ("reward_chosen", reward_chosen),
                                 ("reward_rejected", reward_rejected)):
                 sums[name] += value.sum().item() / len(batch)
-        sums = summed(sums)
+        sums = all_reduce_sum(sums)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip, sums["loss"])
+        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, sums["loss"])
         run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=norm,
                 margin=sums["reward_chosen"] - sums["reward_rejected"])
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
@@ -275,8 +285,16 @@ def main(args: Args) -> dict:
 
     # save, with a look at what it says now
     with autocast:
-        groups = rollout(whole(model), tokenizer, tasks.queries.builtin("val", 32, args.seed), 1,
-                         args.max_new_tokens, 1.0, args.seed)
+        groups = rollout(
+            full_model(model),
+            tokenizer,
+            tasks.queries.builtin("val", 32, args.seed),
+            1,
+            args.max_new_tokens,
+            1.0,
+            args.seed,
+            tasks.queries.score_many,
+        )
     run.save_samples([group[0] for group in groups])
     run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)
     return sums

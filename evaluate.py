@@ -32,7 +32,7 @@ from lib.run import peak_rss_mb
 from model import Qwen2
 from reward import RewardModel
 from sample import generate, load_policy, rollout
-from lib.vllm_client import served
+from lib.vllm_client import rollout_backend
 from tokenizer import Tokenizer
 
 
@@ -107,7 +107,16 @@ def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len:
 def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
     """-> one list of n (text, score) a query."""
     if not args.few_shot:
-        groups = rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed)
+        groups = rollout(
+            model,
+            tokenizer,
+            queries,
+            n,
+            args.max_new_tokens,
+            temperature,
+            args.seed,
+            tasks.queries.score_many,
+        )
         return [[(a.text, a.score) for a in group] for group in groups]
     # A base model goes on with the next question after its answer: the blank line ends it.
     prompts = [
@@ -204,7 +213,7 @@ def main(args: Args) -> dict:
             "--rollout_url: --yarn and --dca are settings of the server there")
 
     # answers
-    policy = served(args.rollout_url, model, tokenizer)
+    policy = rollout_backend(args.rollout_url, model, tokenizer)
     with autocast:
         sampled = answer(policy, tokenizer, queries, args, args.samples, 1.0)
         greedy = answer(policy, tokenizer, queries, args, 1, 0.0)

@@ -49,10 +49,20 @@ from lib.args import InputError, cli, positive, require
 from lib.files import read_jsonl
 from lib.optim import adamw, clip_and_step, lr_at, setup
 from lib.run import Run
-from lib.dist import QUIET, WORLD, gathered, merged, micro_batches, sharded, share, summed, whole
+from lib.dist import (
+    QUIET,
+    WORLD,
+    all_gather,
+    gather_rows,
+    micro_batches,
+    apply_fsdp,
+    rank_slice,
+    all_reduce_sum,
+    full_model,
+)
 from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
-from lib.vllm_client import Server
+from lib.vllm_client import VLLMClient
 
 
 @dataclass
@@ -83,7 +93,7 @@ class Args:
     lr: float = 3e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
-    clip: float = 1.0                # largest gradient norm
+    max_grad_norm: float = 1.0       # largest gradient norm
     save_every: int = 10             # steps between resumable states
     seed: int = 0                    # of queries and samples
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -186,7 +196,7 @@ def sample_groups(model, tokenizer, queries, args: Args, step: int):
         batch = [queries[(first + i) % len(queries)] for i in range(B)]
         seed = args.seed * 100_003 + step + 1 + 1_000_003 * (len(groups) // B)
         groups += rollout(model, tokenizer, batch, args.group, args.max_new_tokens,
-                          args.temperature, seed)
+                          args.temperature, seed, tasks.queries.score_many)
     best = sorted(range(len(groups)), key=lambda i: not is_mixed(groups[i]))[:B]
     return [groups[i] for i in sorted(best)], B / len(groups)
 
@@ -195,9 +205,9 @@ def reward_groups(groups, reward_model, args: Args):
     """-> verdicts (Q, G), rewards (Q, G), the reward model's scores (Q, G) or None."""
     verified, scores = torch.tensor([[a.score for a in group] for group in groups]), None
     if reward_model is not None:
-        mine = [a for group in share(groups) for a in group]
+        mine = [a for group in rank_slice(groups) for a in group]
         scores = reward_model.score([a.prompt_ids for a in mine], [a.ids for a in mine])
-        scores = merged([scores[i:i + args.group] for i in range(0, len(scores), args.group)])
+        scores = gather_rows([scores[i:i + args.group] for i in range(0, len(scores), args.group)])
         scores = torch.tensor(scores).view_as(verified)
     rewards = shaped_reward(verified, scores)
     if args.overlong == "soft":
@@ -214,9 +224,16 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
     learn from (R12.7)."""
     if args.order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
-    groups = rollout(model, tokenizer,
-                     queries if args.order == "variance" else queries[:2 * args.batch_queries],
-                     args.group, args.max_new_tokens, args.temperature, args.seed)
+    groups = rollout(
+        model,
+        tokenizer,
+        queries if args.order == "variance" else queries[: 2 * args.batch_queries],
+        args.group,
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+        tasks.queries.score_many,
+    )
     verified, rewards, scores = reward_groups(groups, reward_model, args)
     truncated = sum(not a.finished for group in groups for a in group) / verified.numel()
     mixed = sum(map(is_mixed, groups)) / len(groups)
@@ -271,7 +288,7 @@ def main(args: Args) -> dict:
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
 
     # data
-    server = Server(args.rollout_url, tokenizer) if args.rollout_url else None
+    server = VLLMClient(args.rollout_url, tokenizer) if args.rollout_url else None
 
     def sampler(model):
         """Who answers for the policy. pi_old is then the server's, its rounding included."""
@@ -280,12 +297,12 @@ def main(args: Args) -> dict:
         return server or model
     with autocast:
         queries = order_queries(sampler(model), reward_model, tokenizer, queries, args)
-    reference = sharded(copy.deepcopy(model), autocast) if args.kl else None
+    reference = apply_fsdp(copy.deepcopy(model), autocast) if args.kl else None
 
     # optimizer, resume
-    model = sharded(model, autocast)
+    model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, weight_decay=0.0)
-    start = run.begin(model, optimizer)
+    start = run.start_or_resume(model, optimizer)
 
     # loop
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
@@ -293,7 +310,9 @@ def main(args: Args) -> dict:
     for step in bar:
         try:
             with autocast:
-                groups, used = sample_groups(sampler(whole(model)), tokenizer, queries, args, step)
+                groups, used = sample_groups(
+                    sampler(full_model(model)), tokenizer, queries, args, step
+                )
                 verified, rewards, scores = reward_groups(groups, reward_model, args)
         except InputError as error:  # of a --reward of one's own, or of a server
             if WORLD > 1 or step == 0:  # one of several cannot save
@@ -333,10 +352,10 @@ def main(args: Args) -> dict:
                 micro_loss.backward()
                 loss += micro_loss.item()
                 sums = {k: max(sums[k], v) if k == "gap" else sums[k] + v for k, v in logs.items()}
-            gap = max(gathered(sums["gap"]))
-            loss, sums = summed(loss), summed(sums) | {"gap": gap}
+            gap = max(all_gather(sums["gap"]))
+            loss, sums = all_reduce_sum(loss), all_reduce_sum(sums) | {"gap": gap}
             lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
-            norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+            norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
             if not math.isfinite(norm):
                 break  # the log shows the last inner step
         finished = [len(a.ids) for a in answers if a.finished]

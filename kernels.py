@@ -30,13 +30,13 @@ from torch.autograd.function import once_differentiable
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64           # queries at a time of fused attention: best of 32 .. 128 on CPU
 TILE = 2**21         # logits of the head computed at a time: 8 MiB; on CUDA 16 times that
-KEEP = 2**23         # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
+MAX_KEPT_PROBS = 2**23  # probabilities kept from forward to gradient: 32 MiB; on CUDA 64 times
 EXPERT = 16          # an expert's rows on a CPU are a multiple of this, at least
 SCORES = 2**24       # of dual chunk attention in memory at a time: 64 MiB
 _SWITCH = {"impl": "auto", "compile": False}
 
 
-def use(impl="auto", compile=False):
+def set_default_impl(impl="auto", compile=False):
     """The one switch: what `impl="auto"` means from now on, and whether kernels are compiled.
 
     impl: "auto" (the default: see `attention`), "sdpa", "fused" or "reference"; else ValueError.
@@ -70,7 +70,7 @@ def _medium_is_exact():
     return exact
 
 
-def choose_products(rows, width, device, least=2**23):
+def set_cpu_matmul(rows, width, device, least=2**23):
     """Which library multiplies fp32 matrices (rows, width) on a CPU from now on.
 
     torch's default, MKL, leaves AVX-512 unused on AMD: half of what a Zen 5 can do. oneDNN uses it,
@@ -117,7 +117,7 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     impl: "reference" materialises the scores; "sdpa" is PyTorch's kernel; "fused" has a block of
     queries' scores at a time, O(T) memory, and skips keys that no query of it may see: for packed
     documents much faster. "auto" is what `use` chose, by default "fused" on a CPU in bf16, and in
-    fp32 where `choose_products` took oneDNN; else, and for T == 1, "sdpa".
+    fp32 where `set_cpu_matmul` took oneDNN; else, and for T == 1, "sdpa".
     ValueError for any other impl and for shapes that do not fit.
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or (
@@ -199,18 +199,18 @@ def _attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
     # our expectation, not yet measured on a GPU.
     if q.is_cuda and (keep is not None or q.dtype == torch.float32) and G > 1 and not one:
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
-    out = one_query(q, k, v, keep, scale) if one else F.scaled_dot_product_attention(
+    out = decode_attention(q, k, v, keep, scale) if one else F.scaled_dot_product_attention(
         q, k, v, attn_mask=keep, is_causal=causal and keep is None, scale=scale,
         enable_gqa=q.shape[1] != k.shape[1])
     return (out if dead is None else out.masked_fill(dead, 0.0)).to(dtype)
 
 
-def one_query(q, k, v, keep=None, scale=None):
+def decode_attention(q, k, v, keep=None, scale=None):
     """Decoding: `attention` with T = 1, without checks. keep (B,1,1,S): as mask, a key in each row.
     The G heads of a group pose as G queries of one kv head, so that no backend copies the cache:
     on CPU, S 256 .. 2048, 1.4x enable_gqa and 5-8x repeat_interleave."""
     precision = torch.get_float32_matmul_precision()
-    choose_products(1, 1, q.device)                # here oneDNN takes 10 us a row and kv head
+    set_cpu_matmul(1, 1, q.device)                # here oneDNN takes 10 us a row and kv head
     out = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.shape[3]), k, v,
                                          attn_mask=keep, scale=scale)
     torch.set_float32_matmul_precision(precision)
@@ -434,7 +434,7 @@ def _nll(hidden, weight, targets, temperature, valid_vocab, ignore_index, total,
     # Probabilities are kept for the gradient: on a CPU while they stay in cache (of 64 .. 4096 rows
     # 512 is best at V 4096, 128 at 32,000, and beyond 2^16 none); on CUDA 512 MiB, a guess. A chunk
     # is full, for the compiler, at min(rows, all rows): so pre-training's one shape counts as well.
-    room, V = KEEP * (64 if h.is_cuda else 1), len(weight)
+    room, V = MAX_KEPT_PROBS * (64 if h.is_cuda else 1), len(weight)
     rows = chunk_rows or (max(128, room // 4 // V) if 128 * V <= room else 1024)
     rows, grad = max(1, min(rows, targets.numel())), torch.is_grad_enabled()
     nll = _ChunkedNLL.apply(h, weight, t[:, None], 1.0 / temperature, rows, rows * V <= room,
@@ -784,7 +784,7 @@ def main(compiled=False):
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
         return time.perf_counter() - start, (out.detach(), *grads)
 
-    use(compile=compiled)
+    set_default_impl(compile=compiled)
     print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
     worst = 0.0
     for name, twin, fn, tensors, rest in rows:

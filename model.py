@@ -26,8 +26,7 @@ from torch.utils import checkpoint as recomputation
 
 from lib import checkpoint
 import kernels
-from lib.args import InputError, one_line, require
-from lib.dist import summed
+from lib.args import InputError, exit_on_input_error, require
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class RMSNorm(nn.Module):
 
 
 @functools.cache
-def frequencies(config: Config):
+def rope_frequencies(config: Config):
     """inv_freq (D/2,) float32 and the factor of cos and sin.
 
     Plain RoPE: theta^(-2i/D), factor 1. YaRN (Peng et al. 2023, sections 3.2-3.4): a pair that
@@ -174,7 +173,7 @@ def rope(positions, config: Config):
 
     Computed from the positions in every forward, never stored: a buffer would follow
     `model.bfloat16()`, and bfloat16 turns position 15,962 into 15,936 (R3.5)."""
-    inv, factor = frequencies(config)
+    inv, factor = rope_frequencies(config)
     angles = positions[..., None].float() * inv.to(positions.device)  # (B, T, D/2)
     angles = torch.cat((-angles, angles), dim=-1)[:, None]            # for `rotate`: -sin, sin
     return angles.cos() * factor, angles.sin() * factor
@@ -201,7 +200,7 @@ def dual_chunks(positions, config: Config):
         rope(p, config) for p in (own, (own + s).clamp(max=cap), torch.full_like(own, cap)))]
 
 
-def rotate(x, cos, sin):
+def apply_rope(x, cos, sin):
     """x (B, heads, T, D). Halves are paired (i with i + D/2), not neighbours (2i with 2i + 1): the
     first becomes a cos - b sin, the second b cos + a sin. The minus is in `sin` already."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
@@ -221,15 +220,16 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        k = rotate(k, cos, sin)
+        k = apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
         if dual is None:
-            y = kernels.attention(rotate(q, cos, sin), k, v, causal=True, segment_ids=segment_ids,
-                                  mask=mask)
+            y = kernels.attention(
+                apply_rope(q, cos, sin), k, v, causal=True, segment_ids=segment_ids, mask=mask
+            )
         else:
             rotations, chunk, pads = dual
-            q = [rotate(q, *rotation) for rotation in rotations]
+            q = [apply_rope(q, *rotation) for rotation in rotations]
             y = kernels.dual_chunk_attention(q, k, v, chunk, pads=pads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -287,7 +287,7 @@ class MoE(nn.Module):
         return out.view(shape)
 
 
-def load_balancing_loss(router: list, valid=None):
+def load_balancing_loss(router: list, valid=None, all_reduce=lambda x: x):
     """The Switch/Qwen auxiliary loss E * sum_e f_e P_e, and each layer's load.
 
     router: one (probs (N, E), expert (N, k)) per MoE layer; valid: (N,) bool, False for padding.
@@ -303,7 +303,7 @@ def load_balancing_loss(router: list, valid=None):
         E, k = probs.shape[-1], expert.shape[-1]
         # f of the micro-batches of all processes: the losses, averaged, are then that of their rows
         # together, as if one process had them.
-        f = summed(torch.bincount(expert.flatten(), minlength=E)) / summed(len(probs))
+        f = all_reduce(torch.bincount(expert.flatten(), minlength=E)) / all_reduce(len(probs))
         losses.append(E * (f * probs.mean(0)).sum())
         loads.append(f * E / k)
         entropies.append(torch.special.entr(probs.detach()).sum(-1).mean())
@@ -327,7 +327,7 @@ class Block(nn.Module):
 
 class KVCache:
     """Keys and values of the positions seen so far, (2, B, K, S, D) a layer, allocated once for
-    `max_len`; a block a layer, to stay below the 32 MB of common.keep_freed_memory. `pads` (B,)
+    `max_len`; a block a layer, to stay below the 32 MB of optim.keep_freed_memory. `pads` (B,)
     counts the padding at the *left* of each row, which nothing attends to."""
 
     def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
@@ -351,7 +351,7 @@ class KVCache:
         self.pads = None if self.pads is None else self.pads[rows]
 
 
-class PromptCache:
+class GrowingKVCache:
     """A KVCache for training: a prompt is read once, `select` repeats it for its responses, and
     gradients flow back through both. It grows by concatenation, since autograd does not allow
     writing into keys and values that a backward pass still needs."""
@@ -388,7 +388,7 @@ class Qwen2(nn.Module):
 
     architecture = "ForCausalLM"      # what config.json calls this kind of head
     on_disk: dict[str, str] = {}      # weights whose published name differs from ours
-    recompute = False                 # a block's activations again in the backward pass, not kept
+    gradient_checkpointing = False    # a block's activations again in the backward pass, not kept
 
     def __init__(self, config: Config):
         super().__init__()
@@ -417,7 +417,7 @@ class Qwen2(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def hidden(self, ids, *, cache: KVCache | PromptCache = None, segment_ids=None, router=None):
+    def hidden(self, ids, *, cache: KVCache | GrowingKVCache = None, segment_ids=None, router=None):
         """ids (B, T) int64 -> (B, T, C), normalised.
 
         cache: the T positions continue it. segment_ids (B, T): documents of a packed row, which
@@ -425,7 +425,7 @@ class Qwen2(nn.Module):
         layer's (probs, expert), for `load_balancing_loss`."""
         B, T = ids.shape
         device = ids.device
-        kernels.choose_products(B * T, self.config.hidden_size, device)
+        kernels.set_cpu_matmul(B * T, self.config.hidden_size, device)
         start = cache.length if cache is not None else 0
         positions, mask = torch.arange(start, start + T, device=device)[None], None
         if cache is not None and cache.pads is not None:
@@ -446,7 +446,7 @@ class Qwen2(nn.Module):
         cos, sin = rope(positions % chunk if dual else positions, self.config)
         x = kernels.embedding(self.model.embed_tokens.weight, ids)
         for layer, block in enumerate(self.model.layers):
-            if self.recompute:
+            if self.gradient_checkpointing:
                 block = functools.partial(recomputation.checkpoint, block, use_reentrant=False)
             x = block(x, note, cos=cos, sin=sin, cache=cache, layer=layer,
                       segment_ids=segment_ids, mask=mask, dual=dual)
@@ -529,4 +529,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    one_line(main, sys.argv[1:])
+    exit_on_input_error(main, sys.argv[1:])

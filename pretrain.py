@@ -35,7 +35,16 @@ import kernels
 from lib.args import cli, positive, require
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
 from lib.run import Run
-from lib.dist import QUIET, RANK, gathered, micro_batches, sharded, share, summed, whole
+from lib.dist import (
+    QUIET,
+    RANK,
+    all_gather,
+    micro_batches,
+    apply_fsdp,
+    rank_slice,
+    all_reduce_sum,
+    full_model,
+)
 from model import PRESETS, Config, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
@@ -56,13 +65,15 @@ class Args:
     doc_mask: bool = True            # packed documents do not see each other
     long_share: float = 0.0          # share of rows of one long document each; 0: as they come
     batch_tokens: int = 1024         # tokens a step: batch_tokens / seq_len rows
-    micro_batch: int = 16            # rows a forward pass: memory, not the result (MoE aux apart)
-    recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
+    micro_batch: int = 16  # rows a forward pass: memory, not the result (MoE aux apart)
+    gradient_checkpointing: bool = (
+        False  # activations in the backward pass: less memory, 1/3 more time
+    )
     lr: float = 1.5e-3               # peak learning rate
     warmup: int = 50                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
-    clip: float = 1.0                # largest gradient norm
+    max_grad_norm: float = 1.0       # largest gradient norm
     eval_every: int = 200            # steps between held-out losses; the last step always has one
     save_every: int = 200            # steps between resumable states
     attention: str = "auto"          # kernels: auto, reference, sdpa, fused
@@ -87,7 +98,7 @@ def load_tokens(
     path = Path(args.data or f"{args.out}-data-seed{args.seed}")
     if not args.data and not (path / "report.json").exists() and RANK == 0:
         data.__main__.main(data.__main__.Args(out=str(path), seed=args.seed, overwrite=True))
-    gathered("the corpus is there")
+    all_gather("the corpus is there")
     given = Tokenizer.from_pretrained(args.tokenizer or args.init) if (
         args.tokenizer or args.init) else None
     names = [file.name.removesuffix(".train.bin") for file in sorted(path.glob("*.train.bin"))]
@@ -117,18 +128,19 @@ def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args
     keep their relative weights."""
     if not args.long_share:
         stream, report = mixture.mix(train, weights, args.tokens, args.seed)
-        return mixture.Rows(list(train.values()), stream, args.seq_len), report
+        return mixture.PackedRows(list(train.values()), stream, args.seq_len), report
     width, sources, streams, report = args.seq_len + 1, [], [], {}
     full = int(args.tokens * args.long_share) // width * width
     for kind, tokens in (("longer", full), ("shorter", args.tokens - full)):
-        docs = {name: getattr(source, kind)(width) for name, source in train.items()}
+        docs = {name: source.long_pieces(width) if kind == "longer" else
+                source.short_documents(width) for name, source in train.items()}
         docs = {name: docs[name] for name in docs if len(docs[name].starts) and name in weights}
         require(len(docs) > 0, f"--long_share: no document is {kind} than {width} tokens")
         stream, rows = mixture.mix(docs, {name: weights[name] for name in docs}, tokens, args.seed)
         streams.append(stream + [len(sources), 0, 0])
         sources += docs.values()
         report |= {f"{name}, {kind}": row for name, row in rows.items()}
-    return mixture.Rows(sources, np.concatenate(streams), args.seq_len), report
+    return mixture.PackedRows(sources, np.concatenate(streams), args.seq_len), report
 
 
 # ---------------------------------------------------------------------------------------------
@@ -146,11 +158,11 @@ def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
 def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> float:
     """Mean loss per token of the fixed held-out rows, whatever the batch size."""
     total = 0.0
-    for i in share(range(0, len(ids), micro_batch)):
+    for i in rank_slice(range(0, len(ids), micro_batch)):
         segments = segment_ids[i:i + micro_batch].to(device) if segment_ids is not None else None
         with autocast:
             total += lm_loss(model, ids[i:i + micro_batch].to(device), segments, 1).item()
-    return summed(total) / ids[:, 1:].numel()
+    return all_reduce_sum(total) / ids[:, 1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,7 +229,7 @@ def main(args: Args) -> dict:
     positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every")
     require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
             f"one row of --seq_len {args.seq_len}")
-    kernels.use(args.attention, compile=args.compile)
+    kernels.set_default_impl(args.attention, compile=args.compile)
 
     # data
     train, held_out, tokenizer = load_tokens(args)
@@ -231,7 +243,7 @@ def main(args: Args) -> dict:
     random.Random(0).shuffle(stream)  # the rows kept below are of all sources, not of the first
     require(sum(n for _, _, n in stream) > args.seq_len, "--data is too small: its held-out "
             f"documents, one in fifty, do not fill a row of --seq_len {args.seq_len}")
-    val = mixture.Rows(held_out, np.array(stream), args.seq_len)
+    val = mixture.PackedRows(held_out, np.array(stream), args.seq_len)
     val_ids, val_segments = val[range(min(256, len(val)))]
     if not args.doc_mask:
         val_segments = None
@@ -259,16 +271,16 @@ def main(args: Args) -> dict:
                                                  args.seq_len))
     model.config = replace(config, rope_theta=args.rope_theta or config.rope_theta)
     model.to(device)
-    model.recompute = args.recompute
+    model.gradient_checkpointing = args.gradient_checkpointing
     rows = max(1, args.batch_tokens // args.seq_len)
     steps = len(packed) // rows
     require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
     print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
 
     # optimizer, resume
-    model = sharded(model, autocast)
+    model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
-    start = run.begin(model, optimizer)
+    start = run.start_or_resume(model, optimizer)
 
     # loop
     starved = 0  # (MoE layers, experts): steps in a row with less than a tenth of the fair share
@@ -284,14 +296,17 @@ def main(args: Args) -> dict:
                 micro_loss = lm_loss(model, ids, segments if args.doc_mask else None, count, router)
             loss += micro_loss.item()
             if router:
-                part, (aux, *stats) = len(micro) / rows, load_balancing_loss(router)
+                part, (aux, *stats) = (
+                    len(micro) / rows,
+                    load_balancing_loss(router, all_reduce=all_reduce_sum),
+                )
                 aux, load, entropy = aux * part, load + stats[0] * part, entropy + stats[1] * part
                 aux_sum += aux.item()
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
-        loss, aux_sum, load, entropy = map(summed, (loss, aux_sum, load, entropy))
+        loss, aux_sum, load, entropy = map(all_reduce_sum, (loss, aux_sum, load, entropy))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
                    "tokens": (step + 1) * count,
                    "tokens_per_s": count / (time.time() - began)}
@@ -307,7 +322,7 @@ def main(args: Args) -> dict:
                            "tenth of its fair share for 100 steps: lower --lr, or raise "
                            "router_aux_loss_coef in the config.json of --init")
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
-            metrics["val_loss"] = held_out_loss(whole(model), val_ids, val_segments,
+            metrics["val_loss"] = held_out_loss(full_model(model), val_ids, val_segments,
                                                 args.micro_batch, device, autocast)
         run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:

@@ -32,13 +32,13 @@ from tqdm import tqdm
 import tasks.queries
 from data.pairs import pair_responses, read_pairs, tokenize_pairs
 from lib.args import cli, parse_value, positive, require
-from lib.dist import QUIET, micro_batches, sharded, summed, whole
+from lib.dist import QUIET, micro_batches, apply_fsdp, all_reduce_sum, full_model
 from lib.files import read_json, write_jsonl
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run
-from lib.vllm_client import served
+from lib.vllm_client import rollout_backend
 from model import Config, Qwen2
-from sample import load_policy, prompt_ids, read_prompts, rollout
+from sample import load_policy, read_prompts, rollout
 from tokenizer import Tokenizer
 
 @dataclass
@@ -66,7 +66,7 @@ class Args:
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
-    clip: float = 1.0                # largest gradient norm
+    max_grad_norm: float = 1.0       # largest gradient norm
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -119,7 +119,7 @@ class RewardModel(Qwen2):
         pairs = []
         for prompt, response in zip(prompts, responses, strict=True):
             if not prompt or not isinstance(prompt[0], int):
-                prompt = prompt_ids(self.tokenizer, {"prompt": prompt})
+                prompt = self.tokenizer.render_prompt(prompt)
             if isinstance(response, str):
                 response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
             pairs.append((tuple(prompt), response))
@@ -161,11 +161,11 @@ def sample_answers(args: Args, temperatures: list[float], device, autocast, quer
     require(len(urls) == len(paths), f"--rollout_url wants one for each of {', '.join(paths)}")
     for path, url in zip(paths, urls, strict=True):
         policy, tokenizer = load_policy(path, device)
-        policy = served(url, policy, tokenizer)
+        policy = rollout_backend(url, policy, tokenizer)
         for temperature in temperatures:
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
-                                 temperature, args.seed)
+                                 temperature, args.seed, tasks.queries.score_many)
             source = f"{path} at temperature {temperature}"
             answers[source] = [answer for group in groups for answer in group]
             rate = sum(a.score for a in answers[source]) / len(queries) / args.responses
@@ -247,9 +247,9 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} {'prompts' if args.listwise else 'pairs'}, {steps} steps")
 
     # optimizer, resume
-    model = sharded(model, autocast)
+    model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
-    start = run.begin(model, optimizer)
+    start = run.start_or_resume(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
@@ -265,15 +265,15 @@ def main(args: Args) -> dict:
             loss += micro_loss.item()
             accuracy += ((chosen > rejected) * weight).sum().item() / len(batch)
             micro_loss.backward()
-        loss, accuracy = map(summed, (loss, accuracy))
+        loss, accuracy = map(all_reduce_sum, (loss, accuracy))
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         run.log(step + 1, steps, bar, batch, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at how well it tells other pairs apart
-    scorer = whole(model)
+    scorer = full_model(model)
     with autocast:
         by_source = {source: {"pairs": len(some)} | accuracies(scorer, some)
                      for source, some in held_out.items() if some}

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import tasks.queries
 from lib.args import InputError, cli, positive, require
 from lib.optim import pad_rows, rng, setup
-from lib.dist import RANK, merged, share
-from model import KVCache, MoE, PromptCache, Qwen2, rope, rotate
+from lib.dist import RANK, gather_rows, rank_slice
+from model import KVCache, MoE, GrowingKVCache, Qwen2, rope, apply_rope
 from tokenizer import Tokenizer
 
 
@@ -71,7 +70,7 @@ def left_pad(prompts, device):
 WINDOW = 256  # on CUDA attention reads a multiple of so many columns of the cache
 
 
-class Step:
+class DecodeStep:
     """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
     and what the tests compare with. q, k and v come from one product, gate and up from another; all
     positions' rotations are made once. On a CPU all weights are copies laid out by columns while a
@@ -131,7 +130,7 @@ class Step:
         """now: the new column, an int or a tensor (1,); S: the columns to read, now + 1 or more."""
         model, config, cache = self.model, self.model.config, self.cache
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kernels.choose_products(len(token), config.hidden_size, token.device, least=2**18)
+        kernels.set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
         if self.static or cache.pads is not None:
             pads = token.new_zeros(1) if cache.pads is None else cache.pads       # (B or 1,)
             cos, sin = (x[now - pads][:, None, None] for x in (self.cos, self.sin))
@@ -145,9 +144,9 @@ class Step:
                 self.layers, cache.layers, strict=True):
             heads = F.linear(block.input_layernorm(x).to(qkv.dtype), qkv, bias)
             qk, v = heads.view(-1, H + 2 * K, 1, D).split((H + K, K), dim=1)
-            q, k = rotate(qk, cos, sin).split((H, K), dim=1)
+            q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
             keys[:, :, new], values[:, :, new] = k, v
-            y = kernels.one_query(q, keys[:, :, :S], values[:, :, :S], mask)      # (B, H, 1, D)
+            y = kernels.decode_attention(q, keys[:, :, :S], values[:, :, :S], mask)  # (B, H, 1, D)
             x = x + F.linear(y.flatten(1), out)
             h = block.post_attention_layernorm(x)
             if mlp is None:
@@ -196,7 +195,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
         cache.select(rows)
         hidden = hidden[rows]
-    B, advance = len(hidden), Step(model, cache)
+    B, advance = len(hidden), DecodeStep(model, cache)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     alive = torch.arange(B, device=device)               # which row each line of the cache is
@@ -206,7 +205,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         logits = F.linear(hidden, advance.head).float()  # (lines, V)
         if valid_vocab is not None:
             logits[:, valid_vocab:] = -torch.inf
-        token, logprob = draw(logits, temperature, top_k, top_p, generator)
+        token, logprob = sample_token(logits, temperature, top_k, top_p, generator)
         tokens[alive, step], logprobs[alive, step] = token, logprob
         if watch is not None:
             watch(token.tolist())
@@ -229,7 +228,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
             zip(tokens.tolist(), logprobs.tolist(), lengths, finished.tolist(), strict=True)]
 
 
-def draw(logits, temperature: float, top_k: int, top_p: float, generator):
+def sample_token(logits, temperature: float, top_k: int, top_p: float, generator):
     """logits (B, V) float32 -> token (B,), its log-probability (B,)."""
     if temperature == 0:
         probs, token = logits.softmax(-1), logits.argmax(-1, keepdim=True)
@@ -255,14 +254,14 @@ def draw(logits, temperature: float, top_k: int, top_p: float, generator):
 
 
 def read_prompts(model: Qwen2, prompts: list):
-    """-> the last hidden state of each prompt (B, 1, C) and a PromptCache with a row for each. A
+    """-> the last hidden state of each prompt (B, 1, C) and a GrowingKVCache with a row for each. A
     prompt that comes several times, as in GRPO's groups and DPO's pairs, is read once: with a
     prompt of 60 tokens and 8 responses of 20, that is 220 tokens a group instead of 640."""
     device = model.model.norm.weight.device
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device)
     ids, pads = left_pad(list(index), device)
-    cache = PromptCache(pads)
+    cache = GrowingKVCache(pads)
     hidden = model.hidden(ids, cache=cache)[rows, -1:]
     cache.select(rows)
     return hidden, cache
@@ -296,20 +295,14 @@ class Rollout:
     score: float = 0.0     # of the query's check
 
 
-def prompt_ids(tokenizer: Tokenizer, query: dict) -> list[int]:
-    """A query's chat prompt, ending in the header of the assistant's turn."""
-    prompt = query["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.render(messages, add_generation_prompt=True)[0]
-
-
 def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
-            temperature: float = 1.0, seed: int = 0) -> list[list[Rollout]]:
+            temperature: float = 1.0, seed: int = 0, score=None) -> list[list[Rollout]]:
     """n scored responses to each query: a list of n for each query. No top-k or top-p here: the
     log-probabilities must be those of the policy itself (R12.2). Several processes share the
-    queries; each gets all the answers."""
-    queries, seed = share(queries), seed + 1_000_000_007 * RANK
-    prompts = [prompt_ids(tokenizer, query) for query in queries]
+    queries; each gets all the answers. score(queries, texts) -> list of float, such as
+    tasks.queries.score_many; without it every score stays 0."""
+    queries, seed = rank_slice(queries), seed + 1_000_000_007 * RANK
+    prompts = [tokenizer.render_prompt(query["prompt"]) for query in queries]
     completions = generate(model, prompts, max_new_tokens, temperature, seed=seed, n=n,
                            stop_ids=tokenizer.stop_ids, valid_vocab=tokenizer.n_vocab)
     rows = []
@@ -318,10 +311,11 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
         rows.append(Rollout(queries[i // n], prompts[i // n], c.ids, c.logprobs, c.finished, text))
     # A response that never ended is no answer, whatever it contains.
     ended = [row for row in rows if row.finished]
-    scores = tasks.queries.score_many([row.query for row in ended], [row.text for row in ended])
-    for row, score in zip(ended, scores, strict=True):
-        row.score = score
-    return merged([rows[i:i + n] for i in range(0, len(rows), n)])
+    if score is not None:
+        scores = score([row.query for row in ended], [row.text for row in ended])
+        for row, value in zip(ended, scores, strict=True):
+            row.score = value
+    return gather_rows([rows[i:i + n] for i in range(0, len(rows), n)])
 
 
 @dataclass

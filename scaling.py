@@ -66,7 +66,7 @@ class Args:
     budget: float = 0.0              # plan: FLOPs for the best N and D; instead of these two
     gpus: int = 8                    # plan: how many share the model (FSDP)
     micro_batch: int = 1             # plan: rows a GPU at a time
-    recompute: bool = False          # plan: pretrain.py's --recompute
+    gradient_checkpointing: bool = False  # plan: pretrain.py's --gradient_checkpointing
     seq_len: int = 0                 # positions a row (0: 64 in a sweep, 4096 in a plan)
     mfu: float = 0.4                 # plan: share of the peak reached, an assumption
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
@@ -626,17 +626,25 @@ def plan_machines(args: Args, config: Config, N: float, D: float) -> dict:
         lr = PUBLISHED["lr"]["Step Law"].predict(N=sizes["non_embedding"], D=D)
         print(f"  an MoE of {sizes['total']:.4g}: at its total N, which fits Step Law's MoE runs "
               f"better (recipes/scaling.md), lr {lr:.3g}")
-    need = memory(config, args.gpus, args.micro_batch, seq_len, bf16, True, args.recompute)
+    need = memory(
+        config, args.gpus, args.micro_batch, seq_len, bf16, True, args.gradient_checkpointing
+    )
     total = sum(need.values()) / 1e9
-    print(f"  memory a GPU: {total:.1f} GB of {args.gpu_gb:g}: "
-          + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in need.items())
-          + f"\n    (FSDP over {args.gpus}, float32 weights and states, "
-          f"{'bf16' if bf16 else 'float32'} compute, {args.micro_batch} x {seq_len} tokens, "
-          f"{'' if args.recompute else 'no '}recomputation; without context and buffers, 1-3 GB)")
+    print(
+        f"  memory a GPU: {total:.1f} GB of {args.gpu_gb:g}: "
+        + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in need.items())
+        + f"\n    (FSDP over {args.gpus}, float32 weights and states, "
+        f"{'bf16' if bf16 else 'float32'} compute, {args.micro_batch} x {seq_len} tokens, "
+        f"{'' if args.gradient_checkpointing else 'no '}gradient checkpointing; "
+        "without context and buffers, 1-3 GB)"
+    )
     if total > args.gpu_gb:
-        print("    DOES NOT FIT: more --gpus, a smaller --micro_batch or --seq_len, or --recompute")
+        print(
+            "    DOES NOT FIT: more --gpus, a smaller --micro_batch or --seq_len, or "
+            "--gradient_checkpointing"
+        )
     work = flops(N, D, config.num_hidden_layers, config.hidden_size, seq_len, config.vocab_size)
-    work *= 4 / 3 if args.recompute else 1  # a forward pass more
+    work *= 4 / 3 if args.gradient_checkpointing else 1  # a forward pass more
     hours = work / (args.gpus * args.peak_tflops * 1e12 * args.mfu) / 3600
     cost = hours * args.gpus * args.gpu_hour
     print(f"  time: {work:.3g} FLOPs with head and attention at {seq_len} = {hours / 24:.1f} days, "
@@ -722,7 +730,7 @@ def sweep(args: Args, run: Run, rows: list[dict], device) -> None:
             f"--resume: {run.path} has rows of another --seq_len: take another --out")
     for size in args.sizes.split(","):
         add_preset(size)
-    run.begin()
+    run.start_or_resume()
     prepare(args, tokens[-1])
     done = {(r["size"], r["D"], r["lr"], r["batch_tokens"], int(r["seed"])): r for r in rows}
     shape, cells = (len(lrs), len(batches)), list(product(args.sizes.split(","), tokens))

@@ -41,10 +41,10 @@ from lib.args import InputError, cli, positive, require
 from lib.files import open_text, write_atomic
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run
-from lib.dist import QUIET, WORLD, micro_batches, sharded, summed, whole
+from lib.dist import QUIET, WORLD, micro_batches, apply_fsdp, all_reduce_sum, full_model
 from model import Qwen2
 from sample import load_policy, rollout
-from lib.vllm_client import served
+from lib.vllm_client import rollout_backend
 
 
 @dataclass
@@ -61,13 +61,15 @@ class Args:
     pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations a step
-    micro_batch: int = 32            # rows a forward pass: memory only
-    recompute: bool = False          # activations in the backward pass: less memory, 1/3 more time
+    micro_batch: int = 32  # rows a forward pass: memory only
+    gradient_checkpointing: bool = (
+        False  # activations in the backward pass: less memory, 1/3 more time
+    )
     lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
     warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
-    clip: float = 1.0                # largest gradient norm
+    max_grad_norm: float = 1.0       # largest gradient norm
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of data and their order
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -116,10 +118,10 @@ class Conversations:
 
 def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
     """Of several responses to each query those that pass its check, each different one once."""
-    policy = served(args.rollout_url, model, tokenizer)
+    policy = rollout_backend(args.rollout_url, model, tokenizer)
     queries = tasks.queries.load(args.queries, args.n_data, args.seed, built_in=1000)
     groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens, 1.0,
-                     args.seed)
+                     args.seed, tasks.queries.score_many)
     passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
     return [{"messages": [{"role": "user", "content": prompt},
                           {"role": "assistant", "content": text}]} for prompt, text in passed]
@@ -169,7 +171,7 @@ def main(args: Args) -> dict:
     longest = model.config.max_position_embeddings
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest}")
     # In tiles, a CPU skips what no token may see. On a GPU: one mask, not measured.
-    kernels.use("fused" if args.pack and device.type == "cpu" else "auto")
+    kernels.set_default_impl("fused" if args.pack and device.type == "cpu" else "auto")
 
     # data
     built = run.path / "data.jsonl"
@@ -189,10 +191,10 @@ def main(args: Args) -> dict:
           f"{steps} steps")
 
     # optimizer, resume
-    model.recompute = args.recompute
-    model = sharded(model, autocast)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
-    start = run.begin(model, optimizer)
+    start = run.start_or_resume(model, optimizer)
     if isinstance(file, io.BytesIO):
         write_atomic(built, file.getvalue().decode())
 
@@ -210,9 +212,9 @@ def main(args: Args) -> dict:
                 micro_loss = sft_loss(model, ids, mask, count, *segments)
             loss += micro_loss.item()
             micro_loss.backward()
-        loss = summed(loss)
+        loss = all_reduce_sum(loss)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.clip, loss)
+        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=norm, targets=count,
                 epoch=(step + 1) * args.batch_size / len(rows))
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
@@ -220,8 +222,16 @@ def main(args: Args) -> dict:
 
     # save, with a look at what it says now
     with autocast:
-        groups = rollout(whole(model), tokenizer, tasks.queries.builtin("val", 32, args.seed), 1,
-                         args.max_new_tokens, 1.0, args.seed)
+        groups = rollout(
+            full_model(model),
+            tokenizer,
+            tasks.queries.builtin("val", 32, args.seed),
+            1,
+            args.max_new_tokens,
+            1.0,
+            args.seed,
+            tasks.queries.score_many,
+        )
     answers = [group[0] for group in groups]
     stopped = sum(a.finished for a in answers) / len(answers)
     print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")

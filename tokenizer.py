@@ -42,7 +42,7 @@ from pathlib import Path
 import regex  # `re` has no \p{L}; tiktoken depends on it already
 import tiktoken
 
-from lib.args import InputError, one_line
+from lib.args import InputError, exit_on_input_error
 from lib.files import read_json, read_jsonl, write_atomic
 
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -502,6 +502,11 @@ class Tokenizer:
                     pending += piece
         return ids, mask
 
+    def render_prompt(self, prompt: str | list[dict]) -> list[int]:
+        """Return the ids of a question (text, or messages), ending in the assistant's header."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.render(messages, add_generation_prompt=True)[0]
+
 
 def _pipeline(data: dict) -> tuple[str, bool]:
     """tokenizer.json -> (pattern, NFC or not). InputError for steps we do not have: a tokenizer
@@ -582,4 +587,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one_line(main)
+    exit_on_input_error(main)

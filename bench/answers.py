@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.args import one_line, require  # noqa: E402
+from lib.args import exit_on_input_error, require  # noqa: E402
 from lib.files import read_jsonl  # noqa: E402
 from tasks.benchmarks import load_file  # noqa: E402
 from tasks.math_answers import extract_answer, math_equal  # noqa: E402
@@ -66,4 +66,4 @@ def main(paths: list[str]):
 
 
 if __name__ == "__main__":
-    one_line(main, sys.argv[1:])
+    exit_on_input_error(main, sys.argv[1:])

@@ -47,8 +47,8 @@ def ours(case):
     import kernels
     from lib.optim import keep_freed_memory
     keep_freed_memory()
-    kernels.use("fused")
-    kernels.choose_products(int(case.split()[2]), 1024, torch.device("cpu"))
+    kernels.set_default_impl("fused")
+    kernels.set_cpu_matmul(int(case.split()[2]), 1024, torch.device("cpu"))
     return measure(case, kernels.attention)
 
 

@@ -46,7 +46,7 @@ def ours(case):
     from tokenizer import Tokenizer
 
     def kept(stages, texts):
-        rows = filters.verdicts(({"text": text} for text in texts), stages)
+        rows = filters.run_filters(({"text": text} for text in texts), stages)
         return sum(name == "kept" for _, name, _ in rows)
     tests, model = data.__main__.load_tests("test"), quality.Classifier(2)
     tok = Tokenizer.from_pretrained(SHARED / "tokenizer" / "qwen.tiktoken")

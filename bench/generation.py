@@ -6,7 +6,7 @@ Transformers runs with its dynamic cache, its fastest without compilation. Weigh
 awake (no matrix is zero), so that the tokens compared are not all the same one. FLOPs: 2 x weights
 a token, attention left out. "Of memory": the time to read the weights, and as many keys and values
 as a step sees on average, at the rate at which this process sums the weights, over a step's time.
-Ours keeps freed memory, as every script of the project does (common.setup).
+Ours keeps freed memory, as every script of the project does (optim.setup).
 """
 import harness
 from harness import SMALL, memory, save_model, timed

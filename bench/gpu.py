@@ -106,7 +106,7 @@ def rollouts(config, batch, prompt, new):
         model = Qwen2.from_pretrained(path, torch.bfloat16, DEVICE)
         greedy = []
         for name, static in ("captured steps", True), ("plain steps", False):
-            with mock.patch.object(sample, "Step", partial(sample.Step, static=static)):
+            with mock.patch.object(sample, "Step", partial(sample.DecodeStep, static=static)):
                 t = seconds(lambda: sample.generate(model, prompts, new), 1)
                 rows = sample.generate(model, prompts, new, temperature=0.0)
             show(f"rollouts, batch {batch}, ours, {name}", batch * new / t, "tokens/s")

@@ -25,7 +25,7 @@ from data.contamination import Contamination
 from data.corpus import builtin_corpus, synthetic
 from data.dedup import NearDuplicates
 from data.documents import new_directory, read_all, read_documents, write_sources
-from data.filters import FILTERS, other_language, verdicts
+from data.filters import FILTERS, other_language, run_filters
 from data.mixture import is_held_out, write_tokens
 from lib.args import cli, require
 from lib.files import write_atomic
@@ -84,7 +84,7 @@ def main(args: Args) -> dict:
     sources, dropped, samples = {}, Counter(), defaultdict(list)
 
     def kept():
-        for doc, name, reason in verdicts(load(args), stages):
+        for doc, name, reason in run_filters(load(args), stages):
             row = sources.setdefault(doc["source"], dict.fromkeys(
                 ("documents", "mb", "kept", "kept_mb"), 0))
             mb = len(doc["text"].encode("utf-8", "replace")) / 1e6

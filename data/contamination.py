@@ -4,7 +4,7 @@ from collections import defaultdict
 import numpy as np
 
 from data.dedup import ngram_hashes, word_ids
-from data.filters import sift
+from data.filters import filter_documents
 
 def lcs_length(a, b) -> int:
     """Longest common subsequence in len(b) steps on len(a)-bit integers (Hyyro 2004): bit i of
@@ -65,4 +65,4 @@ class Contamination:
 
 
 def decontaminate(documents, eval_texts, encode=word_ids) -> tuple[list[dict], dict]:
-    return sift(documents, {"contaminated": Contamination(list(eval_texts), encode)})
+    return filter_documents(documents, {"contaminated": Contamination(list(eval_texts), encode)})

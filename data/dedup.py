@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from data.filters import sift
+from data.filters import filter_documents
 
 # ---------------------------------------------------------------------------------------------
 # near-duplicates and contamination: both compare sequences of words
@@ -110,4 +110,4 @@ class NearDuplicates:
 
 
 def deduplicate(documents, threshold: float = 0.75) -> tuple[list[dict], dict]:
-    return sift(documents, {"duplicate": NearDuplicates(threshold)})
+    return filter_documents(documents, {"duplicate": NearDuplicates(threshold)})

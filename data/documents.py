@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.filters import LIMITS
 from lib.args import InputError, require
-from lib.files import open_text, read_jsonl, replacing
+from lib.files import open_text, read_jsonl, atomic_path
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -83,7 +83,7 @@ def write_sources(out: Path, documents) -> dict[str, int]:
         for doc in documents:
             name = doc["source"]
             if name not in files:
-                temporary = stack.enter_context(replacing(out / f"{name}.jsonl"))
+                temporary = stack.enter_context(atomic_path(out / f"{name}.jsonl"))
                 files[name] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
             files[name].write(json.dumps(doc, ensure_ascii=False) + "\n")
             counts[name] += 1

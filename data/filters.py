@@ -116,7 +116,7 @@ FILTERS = {f.__name__: f for f in
            (length, encoding, long_lines, symbols, digits, repetition, boilerplate)}
 
 
-def verdicts(documents, stages: dict):
+def run_filters(documents, stages: dict):
     """Yields (document, stage, reason): each document normalised, with the first stage that gives a
     reason to drop it, or ("kept", "")."""
     for doc in documents:
@@ -125,11 +125,11 @@ def verdicts(documents, stages: dict):
         yield doc, *next((pair for pair in reasons if pair[1]), ("kept", ""))
 
 
-def sift(documents, stages: dict) -> tuple[list[dict], dict]:
+def filter_documents(documents, stages: dict) -> tuple[list[dict], dict]:
     """`verdicts` for lists that fit in memory -> documents kept, report {"kept": n, "dropped":
     {stage: n}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
     kept, dropped, samples = [], Counter(), defaultdict(list)
-    for doc, name, reason in verdicts(documents, stages):
+    for doc, name, reason in run_filters(documents, stages):
         if not reason:
             kept.append(doc)
             continue
@@ -139,4 +139,4 @@ def sift(documents, stages: dict) -> tuple[list[dict], dict]:
 
 
 def clean(documents) -> tuple[list[dict], dict]:
-    return sift(documents, FILTERS)
+    return filter_documents(documents, FILTERS)

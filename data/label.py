@@ -26,7 +26,7 @@ from pathlib import Path
 
 from data.pairs import read_pairs
 from lib.args import cli, require
-from lib.files import read_jsonl, write_jsonl, writing
+from lib.files import read_jsonl, write_jsonl, disk_errors
 
 CRITERIA = {"t": "truthfulness", "h": "helpfulness", "c": "conciseness", "r": "relevance",
             "s": "harmlessness", "d": "debiasing"}
@@ -106,7 +106,7 @@ def judge(keys, a: str, b: str) -> dict:
 
 def label(args: Args) -> None:
     pairs, path = by_id(args.pairs), Path(args.out)
-    with writing(path):
+    with disk_errors(path):
         path.touch()
         whole = path.read_bytes()
         os.truncate(path, whole.rfind(b"\n") + 1)  # half a line, of a full disk or a lost machine
@@ -130,7 +130,7 @@ def label(args: Args) -> None:
             at = max(0, at - 1)
             continue
         row = {"pair": todo[at], "a": a, "seconds": round(time.time() - started, 1)} | row
-        with writing(path), open(path, "ab", buffering=0) as file:  # one line in one write
+        with disk_errors(path), open(path, "ab", buffering=0) as file:  # one line in one write
             file.write(json.dumps(row).encode() + b"\n")
             os.fsync(file.fileno())
         at += 1

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lib.args import InputError, require
-from lib.files import replacing
+from lib.files import atomic_path
 
 def is_held_out(text: str) -> bool:
     """One document in fifty, by its hash, is for measuring the loss only: the same ones whatever
@@ -33,13 +33,13 @@ class Tokens:
     def sizes(self) -> np.ndarray:
         return self.ends - self.starts
 
-    def longer(self, length: int) -> "Tokens":
+    def long_pieces(self, length: int) -> "Tokens":
         """Pieces of exactly `length`, as many as the documents hold."""
         n = self.sizes // length
         starts = np.repeat(self.starts - length * (n.cumsum() - n), n) + length * np.arange(n.sum())
         return Tokens(self.ids, starts, starts + length)
 
-    def shorter(self, length: int) -> "Tokens":
+    def short_documents(self, length: int) -> "Tokens":
         some = self.sizes < length
         return Tokens(self.ids, self.starts[some], self.ends[some])
 
@@ -66,7 +66,7 @@ def tokenize(texts, tok) -> Tokens:
 def write_tokens(stem: Path, texts, tok) -> None:
     """{stem}.bin, the ids, and {stem}.ends, int64: what `read_tokens` maps into memory."""
     end = 0
-    with replacing(f"{stem}.bin") as ids, replacing(f"{stem}.ends") as ends:
+    with atomic_path(f"{stem}.bin") as ids, atomic_path(f"{stem}.ends") as ends:
         with open(ids, "wb") as ids_file, open(ends, "wb") as ends_file:
             for array in id_arrays(texts, tok):
                 end += len(array)
@@ -130,7 +130,7 @@ def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
     return np.concatenate(stream)[order], report
 
 
-class Rows:
+class PackedRows:
     """The documents of a stream (see `mix`), one after another, cut into rows of seq_len + 1
     tokens. rows[[3, 8]] reads two of them: ids and segment_ids, both (2, seq_len + 1) int64. Inputs
     are [:, :-1], targets [:, 1:]; a segment id is the document's place in the stream, for attention

@@ -4,7 +4,6 @@ from collections import Counter
 
 from lib.args import require
 from lib.files import read_jsonl
-from sample import prompt_ids
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def tokenize_pair(tokenizer: Tokenizer, pair: dict) -> tuple[list[int], list[int
     """-> ids of the prompt, of the chosen and of the rejected answer (content + <|im_end|>)."""
     texts = (y if isinstance(y, str) else y[-1]["content"]
              for y in (pair["chosen"], pair["rejected"]))
-    return prompt_ids(tokenizer, pair), *(
+    return tokenizer.render_prompt(pair["prompt"]), *(
         tokenizer.encode(text) + [tokenizer.im_end_id] for text in texts)
 
 

@@ -206,7 +206,15 @@ def generated(args: Args, device, autocast):
     policy, tokenizer = load_policy(args.policy, device)
     queries = tasks.queries.builtin("sft", args.generate, args.seed)
     with autocast:
-        groups = rollout(policy, tokenizer, queries, args.responses, 128, seed=args.seed)
+        groups = rollout(
+            policy,
+            tokenizer,
+            queries,
+            args.responses,
+            128,
+            seed=args.seed,
+            score=tasks.queries.score_many,
+        )
     passed = [a for group in groups for a in {a.text: a for a in group if a.score == 1}.values()]
     total = args.generate * args.responses
     print(f"  {len(passed)} different answers of {total} pass their check")

@@ -20,7 +20,7 @@ import tasks.queries
 from lib.args import cli
 from lib.files import read_jsonl
 from grpo import group_advantages, shaped_reward
-from model import Config, frequencies
+from model import Config, rope_frequencies
 from reward import RewardModel
 from sample import load_policy, rollout
 from tokenizer import Tokenizer, count_pretokens, train_bpe
@@ -88,7 +88,7 @@ def wavelengths() -> None:
             ("RoPE, base 10,000", GREY, replace(config, rope_theta=1e4)),
             ("RoPE, base 1,000,000", BLUE, config),
             ("the same with YaRN, factor 4", RED, replace(config, yarn_factor=4.0))):
-        axis.plot(2 * math.pi / frequencies(c)[0], label=label, color=colour)
+        axis.plot(2 * math.pi / rope_frequencies(c)[0], label=label, color=colour)
     axis.axhline(32768, color="black", lw=0.8, ls="--")
     axis.text(0, 45000, "training length 32,768", fontsize=7)
     axis.set_yscale("log")
@@ -170,7 +170,7 @@ def margins(root: Path) -> None:
 
 def rewards(root: Path, policy, tokenizer, reward_model):
     queries = tasks.queries.builtin("val", 96, 0)
-    groups = rollout(policy, tokenizer, queries, 8, 128, 1.0, 0)
+    groups = rollout(policy, tokenizer, queries, 8, 128, 1.0, 0, tasks.queries.score_many)
     answers = [a for group in groups for a in group]
     scores = reward_model.score([a.prompt_ids for a in answers], [a.ids for a in answers])
     scores = torch.tensor(scores).view(len(groups), 8)

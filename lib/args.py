@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lib.dist import RANK, first, join, lost
+from lib.dist import RANK, is_first_to_report, init_distributed, is_peer_failure
 
 class InputError(ValueError):
     """Bad input from the user: shown as one line (what, where, what to do), exit code 2."""
@@ -81,7 +81,7 @@ def usage(Args) -> str:
     return "\n".join(lines)
 
 
-def one_line(main, *args) -> None:
+def exit_on_input_error(main, *args) -> None:
     """main(*args). Bad input, or a reader of the output who has gone, is one line and an exit code:
     a bug in the program itself keeps its traceback."""
     try:
@@ -92,7 +92,7 @@ def one_line(main, *args) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be said
         raise SystemExit(141) from None
     except InputError as error:
-        if first():
+        if is_first_to_report():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -110,23 +110,23 @@ def cli(main, Args, **commands) -> None:
 
     def run() -> None:
         nonlocal args
-        join()
+        init_distributed()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         args = parse_args(Args, argv)
         main(args)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        one_line(run)
+        exit_on_input_error(run)
     except (KeyboardInterrupt, RuntimeError) as error:
-        if not isinstance(error, KeyboardInterrupt) and not lost(error):
+        if not isinstance(error, KeyboardInterrupt) and not is_peer_failure(error):
             raise
-        why = ": another process is gone" * lost(error)
+        why = ": another process is gone" * is_peer_failure(error)
         hint = ""
         if hasattr(args, "resume"):
             hint = "; continue with the same command and --resume" if \
                 (Path(args.out) / "run.json").exists() else "; nothing saved yet"
-        if first():
+        if is_first_to_report():
             print("stopped" + why + hint, file=sys.stderr)
         raise SystemExit(130) from None
 

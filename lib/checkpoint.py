@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.args import InputError, require
-from lib.files import read_json, replacing, write_atomic
+from lib.files import read_json, atomic_path, write_atomic
 
 SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as the Hub does
 
@@ -191,7 +191,7 @@ def write_weights(weights: dict[str, torch.Tensor], config, path: str | Path) ->
     names = ["model.safetensors"] if n == 1 else [
         f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     for name, shard in zip(names, shards, strict=True):
-        with replacing(path / name) as temporary:
+        with atomic_path(path / name) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
     index = path / "model.safetensors.index.json"
     if n > 1:

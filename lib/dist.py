@@ -21,7 +21,7 @@ QUIET = True if RANK else None  # for tqdm: only the first process shows bars, i
 store = None  # torchrun's, which outlives a process that is killed
 
 
-def join() -> None:
+def init_distributed() -> None:
     """Meet the others. When one has died, torchrun ends all by SIGTERM."""
     global store
     if WORLD > 1:
@@ -32,12 +32,12 @@ def join() -> None:
         atexit.register(dist.destroy_process_group)
 
 
-def first() -> bool:
+def is_first_to_report() -> bool:
     """Of the processes that come here, is this the first? It tells the user why the run ends."""
     return store is None or store.add("came", 1) == 1
 
 
-def lost(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Does this say that another process is gone?"""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
@@ -51,12 +51,12 @@ def micro_batches(rows: list, size: int):
         yield part[RANK * n:(RANK + 1) * n]
 
 
-def share(rows: list) -> list:
+def rank_slice(rows: list) -> list:
     """This process's part of what needs no other process: every WORLD-th row."""
     return rows[RANK::WORLD]
 
 
-def gathered(x) -> list:
+def all_gather(x) -> list:
     """Every process's x, in the order of their ranks."""
     parts = [x] * WORLD
     if WORLD > 1:
@@ -64,27 +64,27 @@ def gathered(x) -> list:
     return parts
 
 
-def merged(rows: list) -> list:
+def gather_rows(rows: list) -> list:
     """The inverse of `share`: all rows in their order, on every process."""
-    parts = gathered(rows)
+    parts = all_gather(rows)
     out = [None] * sum(map(len, parts))
     for rank, part in enumerate(parts):
         out[rank::WORLD] = part
     return out
 
 
-def summed(x):
+def all_reduce_sum(x):
     """The sum over processes of a number, a tensor, or each value of a dict."""
     if WORLD == 1:
         return x
     if isinstance(x, dict):
-        return {key: summed(value) for key, value in x.items()}
+        return {key: all_reduce_sum(value) for key, value in x.items()}
     total = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     dist.all_reduce(total)
     return total if torch.is_tensor(x) else total.item()
 
 
-def sharded(model, autocast):
+def apply_fsdp(model, autocast):
     """Cut the weights over the processes, in place: one unit a block, and one for the rest. Blocks
     are gathered in autocast's dtype: it would keep a copy in it of every weight it casts."""
     if WORLD > 1:
@@ -102,7 +102,7 @@ def sharded(model, autocast):
     return model
 
 
-def whole(model, device=None):
+def full_model(model, device=None):
     """A model that has all its weights here: to sample, where processes need different numbers of
     forward passes, to evaluate and to save."""
     if WORLD == 1:
@@ -114,7 +114,7 @@ def whole(model, device=None):
     return copy
 
 
-def cut(tensor, like):
+def shard_like(tensor, like):
     """A tensor that all processes have -> the parts of it that go with the parts of `like`."""
     if WORLD == 1:
         return tensor
@@ -180,7 +180,9 @@ def cut_state(state: dict, model, optimizer) -> dict:
     if WORLD == 1:
         return state
     own, params = model.state_dict(), [p for g in optimizer.param_groups for p in g["params"]]
-    state["model"] = {name: cut(w, own[name]) for name, w in state["model"].items()}
+    state["model"] = {name: shard_like(w, own[name]) for name, w in state["model"].items()}
     for i, values in state["optimizer"]["state"].items():
-        values |= {k: cut(x, params[i]) for k, x in values.items() if x.shape == params[i].shape}
+        values |= {
+            k: shard_like(x, params[i]) for k, x in values.items() if x.shape == params[i].shape
+        }
     return state

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lib.args import InputError, require
-from lib.dist import RANK, lost
+from lib.dist import RANK, is_peer_failure
 
 # ---------------------------------------------------------------------------------------------
 # files
@@ -54,12 +54,12 @@ def read_json(path: str | Path) -> dict:
 
 
 @contextlib.contextmanager
-def writing(path):
+def disk_errors(path):
     """A disk that is full or cannot be written to is told in one line."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
-        if lost(error):
+        if is_peer_failure(error):
             raise
         known = [e.strerror or str(e) for e in (error, error.__context__) if isinstance(e, OSError)]
         reason = (known or str(error).splitlines())[0]
@@ -68,13 +68,13 @@ def writing(path):
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path):
+def atomic_path(path: str | Path):
     """Gives a temporary name to write under, then renames: a reader sees the old file or the new
     one. After a crash of the machine too, by fsync: else the rename may reach the disk before the
     bytes do, and leave an empty file. So no older copy is kept beside it (R4.4)."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -90,11 +90,11 @@ def replacing(path: str | Path):
 
 def write_atomic(path: str | Path, content: str) -> None:
     if RANK == 0:  # all processes come here with the same content
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
 
 
-def plain(x):
+def json_safe(x):
     """For JSON, which has no nan and no infinity: null."""
     return json.loads(json.dumps(x), parse_constant=lambda name: None)
 

@@ -26,9 +26,17 @@ import torch
 from tqdm import tqdm
 
 from lib.args import InputError, require
-from lib.dist import RANK, WORLD, cut_state, gathered, load_state, save_state, whole
+from lib.dist import RANK, WORLD, cut_state, all_gather, load_state, save_state, full_model
 from lib.files import (
-    checksums, plain, read_json, read_jsonl, replacing, write_atomic, write_jsonl, writing)
+    checksums,
+    json_safe,
+    read_json,
+    read_jsonl,
+    atomic_path,
+    write_atomic,
+    write_jsonl,
+    disk_errors,
+)
 
 STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
 
@@ -112,7 +120,7 @@ class Run:
         require(parent.is_dir() and os.access(parent, os.W_OK),
                 f"--out {self.path}: {parent} is not a directory that can be written to")
 
-    def begin(self, model=None, optimizer=None) -> int:
+    def start_or_resume(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0; with --resume, restore the last state, drop later
         log lines and return its step. Until here nothing was written: a refusal loses nothing."""
         self.model, self.optimizer, self.stopping, step = model, optimizer, False, 0
@@ -137,7 +145,7 @@ class Run:
             self.skipped = sum("skipped" in row for row in rows)
             self.strike(rows[-1].get("skipped", 0) if rows else 0)
         elif RANK == 0:
-            with writing(f"--out {self.path}"):
+            with disk_errors(f"--out {self.path}"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 if self.state_file.parent.exists():
                     shutil.rmtree(self.state_file.parent)
@@ -183,7 +191,7 @@ class Run:
                   "git": git, "python": platform.python_version(),
                   "torch": torch.__version__, "seed": self.args["seed"], "files": self.files,
                   **result}
-        write_atomic(self.path / "run.json", json.dumps(plain(record), indent=1) + "\n")
+        write_atomic(self.path / "run.json", json.dumps(json_safe(record), indent=1) + "\n")
 
     def strike(self, strikes: int) -> None:
         """So many steps in a row were skipped: from the first on, look for the module at fault."""
@@ -201,11 +209,11 @@ class Run:
                                 for k, v in metrics.items()}}
         bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), ""
         if bad:
-            where = "".join(sum(gathered(self.found), [])[:1])  # some may have found nothing
+            where = "".join(sum(all_gather(self.found), [])[:1])  # some may have found nothing
             row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": where}
         if RANK == 0:
-            with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(row)) + "\n")
+            with disk_errors(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(json_safe(row)) + "\n")
         shown = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in metrics.items()
                  if isinstance(v, (int, float))}
         bar.set_postfix(shown, refresh=False)
@@ -231,16 +239,16 @@ class Run:
 
     def save_state(self, step: int, model, optimizer) -> None:
         """The training state after `step` steps, and before it the log of these steps (R4.4)."""
-        with writing(self.log_file), open(self.log_file, "rb+") as file:
+        with disk_errors(self.log_file), open(self.log_file, "rb+") as file:
             os.fsync(file.fileno())
         if WORLD > 1:
             path = self.path / "state" / f"{step:09d}"
-            with writing(path):
+            with disk_errors(path):
                 save_state(path, model, optimizer, step=step, seconds=self.seconds())
             return
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "seconds": self.seconds()}
-        with replacing(self.state_file) as temporary, open(temporary, "wb") as file:
+        with atomic_path(self.state_file) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)  # to a name, torch would not tell why a write failed
 
     def seconds(self) -> float:
@@ -248,7 +256,7 @@ class Run:
 
     def finish(self, model, tokenizer, **result) -> None:
         """Save the model as a Hugging Face directory, mark the run finished, drop state/."""
-        model = whole(model, "meta" if RANK else "cpu")
+        model = full_model(model, "meta" if RANK else "cpu")
         if RANK == 0:
             model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from lib.args import InputError, require
-from lib.dist import RANK, gathered
-from lib.files import writing
+from lib.dist import RANK, all_gather
+from lib.files import disk_errors
 from model import Qwen2
-from sample import Completion, completion_logprobs, prompt_ids
+from sample import Completion, completion_logprobs
 from tokenizer import Tokenizer
 
-class Server:
+class VLLMClient:
     """--rollout_url: the same model behind an OpenAI-compatible server, as `vllm serve DIR` of
     vLLM 0.10.2 or later, which on a GPU answers far more requests a second than sample.py's loop.
     Ids go out and ids come back: text would be tokenised again, and sometimes otherwise (R12.5)."""
@@ -34,7 +34,7 @@ class Server:
     def check(self, model: Qwen2) -> None:
         """Other weights than the model's are seen by what they think of an answer. Rounding to
         bfloat16 is some 0.02; a checkpoint a few steps away is not told from it."""
-        prompt = prompt_ids(self.tokenizer, {"prompt": "Who are you?"})
+        prompt = self.tokenizer.render_prompt("Who are you?")
         (answer,) = self.generate([prompt], 16, 0.0, 0, self.tokenizer.stop_ids, 1)
         with torch.no_grad():
             own = completion_logprobs(model, [prompt], [answer.ids])[0].flatten().tolist()
@@ -48,13 +48,13 @@ class Server:
         development mode (VLLM_SERVER_DEV_MODE=1)."""
         if RANK == 0:
             self.forget()  # without the development mode nothing is written
-            with writing(path):
+            with disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
                 model.save_pretrained(path)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
             self.ask("collective_rpc", body, lambda reply: reply["results"])
             self.forget()
-        gathered(None)  # the other processes wait
+        all_gather(None)  # the other processes wait
         self.check(model)
 
     def forget(self) -> None:
@@ -112,10 +112,10 @@ class Server:
             return [c for answers in pool.map(answer, range(len(prompts))) for c in answers]
 
 
-def served(url: str, model, tokenizer):
+def rollout_backend(url: str, model, tokenizer):
     """What samples: the model here or, with a --rollout_url, a server that has the same one."""
     if not url:
         return model
-    server = Server(url, tokenizer)
+    server = VLLMClient(url, tokenizer)
     server.check(model)
     return server

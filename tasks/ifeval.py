@@ -24,7 +24,7 @@ import sys
 from itertools import product
 
 from data.language import language
-from lib.args import InputError, one_line, require
+from lib.args import InputError, exit_on_input_error, require
 from lib.files import read_jsonl
 
 # ---------------------------------------------------------------------------------------------
@@ -286,4 +286,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    one_line(main, sys.argv[1:])
+    exit_on_input_error(main, sys.argv[1:])

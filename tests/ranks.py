@@ -32,7 +32,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     from tasks import queries
     stage = importlib.import_module(stage)
     generate, builtin = sample.generate, queries.builtin
-    begin, log, save_state = lib.run.Run.begin, lib.run.Run.log, lib.run.Run.save_state
+    begin, log, save_state = lib.run.Run.start_or_resume, lib.run.Run.log, lib.run.Run.save_state
     last, clock = dist.RANK == dist.WORLD - 1, [1]
 
     def alone(model, prompts, *args, seed=0, **kwargs):
@@ -56,7 +56,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
         save_state(run, step, *args)
         if step == stop:
             raise Stopped
-    new = [(sample, "generate", alone), (lib.run.Run, "begin", begin_and_poison),
+    new = [(sample, "generate", alone), (lib.run.Run, "start_or_resume", begin_and_poison),
            (lib.run.Run, "log", log_and_count), (lib.run.Run, "save_state", save_and_stop),
            (queries, "builtin", lambda split, n, seed=0: builtin(split, min(n, 3), seed))]
     old = [(where, name, getattr(where, name)) for where, name, _ in new]
@@ -76,7 +76,7 @@ def child(job: dict) -> None:
         sys.argv = job["command"]
         return runpy.run_path(sys.argv[0], run_name="__main__")
     from lib import dist
-    dist.join()
+    dist.init_distributed()
     for one in job["runs"]:
         run(**one)
 

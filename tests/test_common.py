@@ -354,7 +354,7 @@ class Saved:  # what finish needs of a tokenizer
 
 def begun(args):
     run = Run(args, "stage")
-    run.begin()
+    run.start_or_resume()
     return run
 
 
@@ -384,7 +384,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     run = Run(Args(out=args.out, overwrite=True), "stage")
     assert json.loads((run.path / "run.json").read_text())["finished"]  # nothing is lost yet
     (run.path / "eval.json").write_text("{}")
-    run.begin()
+    run.start_or_resume()
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
     assert not (run.path / "eval.json").exists()  # it was the other model's
 
@@ -408,7 +408,7 @@ def test_an_interrupted_run_is_resumed_only_with_its_own_arguments(tmp_path):
     with pytest.raises(InputError, match=r"other arguments: tokens 10 -> 11, lr 0.001 -> 0.5$"):
         Run(Args(out=out, resume=True, tokens=11, lr=0.5), "stage")
     run, (model, optimizer) = Run(Args(out=out, resume=True), "stage"), small()
-    assert run.begin(model, optimizer) == 2
+    assert run.start_or_resume(model, optimizer) == 2
     rows = [row["step"] for _, row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert rows == [1, 2]
     other, other_optimizer = small()
@@ -423,7 +423,7 @@ def test_a_run_that_saved_nothing_is_resumed_from_the_start(tmp_path):
     with pytest.raises(InputError, match="--resume to continue it.*--overwrite"):
         Run(Args(out=str(tmp_path / "run")), "stage")
     run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
-    assert run.begin(*small()) == 0 and not run.log_file.read_text()
+    assert run.start_or_resume(*small()) == 0 and not run.log_file.read_text()
 
 
 def test_a_run_refused_before_its_first_step_does_not_block_the_next(tmp_path):
@@ -444,7 +444,7 @@ def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
         run.save_state(3, model, optimizer)
     monkeypatch.undo()
     run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
-    assert run.begin(*small()) == 1
+    assert run.start_or_resume(*small()) == 1
     finish(run)
     assert not (tmp_path / "run" / "state").exists()
 

@@ -40,7 +40,7 @@ def doc(text, **more):
 def clean(documents):
     """-> (kept documents, {stage: number dropped})."""
     kept, dropped = [], Counter()
-    for document, stage, reason in filters.verdicts(documents, filters.FILTERS):
+    for document, stage, reason in filters.run_filters(documents, filters.FILTERS):
         assert bool(reason) == (stage != "kept")
         if reason:
             dropped[stage] += 1
@@ -491,7 +491,7 @@ def test_r26_packed_rows_are_the_stream(seq_len):
     docs = {"a": mixture.tokenize(["abcdefgh" * i for i in range(40)], Letters()),
             "b": mixture.tokenize(["xyz" * i for i in range(40)], Letters())}
     stream, _ = mixture.mix(docs, {"a": 0.6, "b": 0.4}, 5003, seed=0)
-    rows, flat = mixture.Rows(list(docs.values()), stream, seq_len), texts_of(stream, docs)
+    rows, flat = mixture.PackedRows(list(docs.values()), stream, seq_len), texts_of(stream, docs)
     segments = np.concatenate([np.full(len(ids), i) for i, (_, ids) in enumerate(flat)])
     flat = np.concatenate([ids for _, ids in flat])
     n = len(rows) * (seq_len + 1)
@@ -507,13 +507,13 @@ def test_rows_refuse_less_than_a_row():
     docs = mixture.tokenize(["abc"], Letters())
     stream = np.array([[0, 0, 4]])
     with pytest.raises(InputError, match="4 tokens do not fill one row of 4"):
-        mixture.Rows([docs], stream, 4)
-    assert mixture.Rows([docs], stream, 3)[[0]][0].tolist() == [[0, 1, 2, 26]]
+        mixture.PackedRows([docs], stream, 4)
+    assert mixture.PackedRows([docs], stream, 3)[[0]][0].tolist() == [[0, 1, 2, 26]]
 
 
 def test_pieces_of_longer_documents():
     docs = mixture.tokenize(["abcdefg", "ab", "", "abcdefghijk"], Letters())
-    long, short = docs.longer(4), docs.shorter(4)
+    long, short = docs.long_pieces(4), docs.short_documents(4)
     pieces = [long.ids[a:b].tolist() for a, b in zip(long.starts, long.ends, strict=True)]
     assert pieces == [[0, 1, 2, 3], [4, 5, 6, 26], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 26]]
     assert short.sizes.tolist() == [3, 1]

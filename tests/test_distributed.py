@@ -41,7 +41,7 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         nan, bf16, again = ({"out": str(folder / name)} for name in ("nan", "bf16", "recompute"))
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
                  sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
-                 sft | {"args": sft["args"] | again | {"recompute": True}}]
+                 sft | {"args": sft["args"] | again | {"gradient_checkpointing": True}}]
     if n > 1:
         codes, told = start(n, {"runs": runs}, folder)
         assert codes == [0] * n, told

@@ -113,9 +113,10 @@ def test_greedy_is_equal_at_batch_1_and_32(tokenizer):
             if p.ndim > 1:
                 p.mul_(4)
     queries = tasks.queries.builtin("val", 32)
-    together = rollout(model, tokenizer, queries, 1, 12, 0.0)
+    together = rollout(model, tokenizer, queries, 1, 12, 0.0, score=tasks.queries.score_many)
     for query, group in zip(queries, together, strict=True):
-        ((alone,),) = rollout(model, tokenizer, [query], 1, 12, 0.0)
+        ((alone,),) = rollout(model, tokenizer, [query], 1, 12, 0.0,
+                               score=tasks.queries.score_many)
         assert alone.ids == group[0].ids and alone.score == group[0].score
 
 

@@ -56,7 +56,7 @@ def rope(x, theta):
     T, D = x.shape
     config = model.Config(hidden_size=D, num_attention_heads=1, num_key_value_heads=1,
                           rope_theta=theta)
-    return model.rotate(x[None, None], *model.rope(torch.arange(T)[None], config))[0, 0]
+    return model.apply_rope(x[None, None], *model.rope(torch.arange(T)[None], config))[0, 0]
 
 
 def route(logits, k, normalise):

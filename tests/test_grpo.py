@@ -15,7 +15,7 @@ import tasks.custom
 import grpo
 from grpo import (
     group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
-from sample import Rollout, completion_logprobs, generate, prompt_ids, rollout
+from sample import Rollout, completion_logprobs, generate, rollout
 
 AGGREGATES = ["seq_mean", "token_mean", "constant"]
 
@@ -498,7 +498,7 @@ def test_dead_groups_are_resampled(monkeypatch):
     groups in their order, then dead ones; it stops sampling when it has enough."""
     mixed, seeds = set("bcfh"), []
 
-    def rollout(model, tokenizer, queries, n, length, temperature, seed):
+    def rollout(model, tokenizer, queries, n, length, temperature, seed, score=None):
         seeds.append(seed)
         return [[Rollout(q, [1], [2], [-1.0], True, "x", float(q["prompt"] in mixed and i == 0))
                  for i in range(n)] for q in queries]
@@ -516,7 +516,7 @@ def test_dead_groups_are_resampled(monkeypatch):
 
 
 def fake_rollout(scores, finished=True, different=True):
-    def rollout(model, tokenizer, queries, n, *rest):
+    def rollout(model, tokenizer, queries, n, *rest, **kwargs):
         return [[Rollout(q, [1], [2], [-1.0], finished, f"x{i * different}", s)
                  for i, s in enumerate(row)] for q, row in zip(queries, scores, strict=True)]
     return rollout
@@ -599,5 +599,5 @@ def test_mask_ends_with_the_first_stop_token(policy, tokenizer):
     for a in groups[0]:
         stops = [i for i in a.ids if i in tokenizer.stop_ids]
         assert stops == ([a.ids[-1]] if a.finished else [])
-        assert len(a.ids) == len(a.logprobs) and a.prompt_ids == prompt_ids(
-            tokenizer, {"prompt": "Pick A."})
+        assert len(a.ids) == len(a.logprobs) and a.prompt_ids == tokenizer.render_prompt(
+            "Pick A.")

@@ -18,9 +18,9 @@ KERNELS = ("reference", "sdpa", "fused")
 @pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
-    old = K.use()
+    old = K.set_default_impl()
     yield
-    K.use(*old)
+    K.set_default_impl(*old)
 
 
 @pytest.fixture
@@ -224,14 +224,14 @@ def test_fused_memory_is_linear_in_length():
 
 def test_the_switch():
     """Default: auto, nothing compiled. Each value is used and undone; others are refused."""
-    assert K.use() == ("auto", False)
-    assert K.use("fused", compile=True) == ("auto", False)
-    assert K.use(*("reference", False)) == ("fused", True)
+    assert K.set_default_impl() == ("auto", False)
+    assert K.set_default_impl("fused", compile=True) == ("auto", False)
+    assert K.set_default_impl(*("reference", False)) == ("fused", True)
     with pytest.raises(ValueError, match="'flash' is not one of auto, reference, sdpa, fused"):
-        K.use("flash")
+        K.set_default_impl("flash")
     q, k, v = qkv()
     for impl in KERNELS:
-        K.use(impl)
+        K.set_default_impl(impl)
         assert torch.equal(K.attention(q, k, v), K.attention(q, k, v, impl=impl))
 
 
@@ -342,7 +342,7 @@ def test_tiling_does_not_change_the_result(reduction, monkeypatch):
     want = values_and_grads(lambda h, w: F.cross_entropy(h @ w.T, t, reduction=reduction), (h, w))
     for tile, keep in ((2**21, 2**23), (64, 2**23), (64, 0), (1, 0)):
         monkeypatch.setattr(K, "TILE", tile)
-        monkeypatch.setattr(K, "KEEP", keep)
+        monkeypatch.setattr(K, "MAX_KEPT_PROBS", keep)
         for n in (None, 1, 8, 36, 37, 99):
             close(values_and_grads(lambda h, w, n=n: K.linear_cross_entropy(
                 h, w, t, reduction=reduction, chunk_rows=n), (h, w)), want)
@@ -358,7 +358,7 @@ def test_a_large_vocabulary_in_bf16_is_tiled(monkeypatch):
         return loss.detach(), *torch.autograd.grad(loss, w)
     kept = run()
     monkeypatch.setattr(K, "TILE", 64 * 100)
-    monkeypatch.setattr(K, "KEEP", 0)
+    monkeypatch.setattr(K, "MAX_KEPT_PROBS", 0)
     close(run(), kept, 1e-4)
     assert largest_allocation(lambda: run()) == 4 * w.numel()     # the gradient
 
@@ -666,7 +666,7 @@ def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
                     K.linear_cross_entropy(h, w, t, reduction=r, chunk_rows=32), (h, w)))
         return results
     eager = run()
-    K.use(compile=True)
+    K.set_default_impl(compile=True)
     for a, b in zip(eager, run(), strict=True):
         close(a, b, 1e-4)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -682,11 +682,11 @@ def test_when_products_go_to_onednn(precision, monkeypatch):
         for rows, width, least, large in ((2**7, 256, {}, True), (2**7 - 1, 256, {}, False),
                                           (2**9, 128, {}, True), (16, 256, {"least": 2**20}, True),
                                           (15, 256, {"least": 2**20}, False)):
-            K.choose_products(rows, width, cpu, **least)
+            K.set_cpu_matmul(rows, width, cpu, **least)
             assert precision() == ("medium" if large and fits else "highest")
     for name in ("highest", "high", "medium"):
         torch.set_float32_matmul_precision(name)
-        K.choose_products(2**20, 256, torch.device("cuda"))
+        K.set_cpu_matmul(2**20, 256, torch.device("cuda"))
         q, k, v = qkv(T=1, S=5, dtype=torch.float32)
         K.attention(q, k, v)
         assert precision() == name

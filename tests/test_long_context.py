@@ -16,7 +16,7 @@ import sample
 from lib.args import InputError
 from data.mixture import is_held_out
 from helpers import tiny_model, write_rows
-from model import PRESETS, Config, KVCache, PromptCache, Qwen2
+from model import PRESETS, Config, KVCache, GrowingKVCache, Qwen2
 
 LENGTH = 16  # of training, in the tests of dual chunk attention: chunks of 12 tokens, 4 local
 IDS = torch.randint(97, (2, 45), generator=torch.Generator().manual_seed(1))
@@ -40,8 +40,8 @@ def close(a, b, tol=1e-4):
 def test_yarn_at_the_published_setting(heads, low, high):
     """theta 1e6, 32,768 -> 131,072; head sizes 64 and 128."""
     config = replace(PRESETS["0.5B"], num_attention_heads=heads, num_key_value_heads=1)
-    plain, one = M.frequencies(config)
-    yarn, m = M.frequencies(config.extended(yarn=4.0))
+    plain, one = M.rope_frequencies(config)
+    yarn, m = M.rope_frequencies(config.extended(yarn=4.0))
     assert one == 1.0 and m == pytest.approx(1.13863, abs=1e-5)
     assert m ** 2 == pytest.approx(1.29648, abs=1e-5)
     slowed = plain / yarn
@@ -56,8 +56,11 @@ def test_yarn_factor_1_is_the_identity():
     """R7.1."""
     config = PRESETS["0.5B"]
     assert config.extended(yarn=1.0) == config
-    for a, b in zip(M.frequencies(replace(config, yarn_factor=1.0)), M.frequencies(config),
-                    strict=True):
+    for a, b in zip(
+        M.rope_frequencies(replace(config, yarn_factor=1.0)),
+        M.rope_frequencies(config),
+        strict=True,
+    ):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
@@ -111,7 +114,7 @@ def by_the_rules(model, ids):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         y = torch.zeros_like(q)
         for head in range(q.shape[1]):
-            turned = M.rotate(q[:, head].repeat_interleave(len(ids), 0)[None, None], cos, sin)
+            turned = M.apply_rope(q[:, head].repeat_interleave(len(ids), 0)[None, None], cos, sin)
             scores = (turned.view(len(ids), len(ids), D) * k[None, :, head]).sum(-1) * D ** -0.5
             scores = scores * heat[:, None]
             scores = scores.masked_fill(torch.ones_like(far).triu(1).bool(), -torch.inf)
@@ -159,7 +162,7 @@ def test_left_padding_shifts_the_chunks_of_its_row_only(sizes, pad):
     """R3.3, R3.4: chunks begin where the row does, also if that is after a chunk of nothing."""
     model = chunked()
     for make in (lambda pads: KVCache(model.config, 2, 45, "cpu", torch.float32, pads),
-                 PromptCache):
+                 GrowingKVCache):
         cache = make(torch.tensor([pad, 0]))
         out = torch.cat([model(part, cache=cache) for part in IDS.split(sizes, 1)], 1)
         assert out.isfinite().all()
@@ -328,7 +331,7 @@ def test_yarn_equals_transformers(compare, tmp_path):
             rope_parameters={"rope_type": "yarn", "factor": s, "rope_theta": theta,
                              "original_max_position_embeddings": length})
         inv, factor = functions["yarn"](hf)
-        got, m = M.frequencies(config.extended(yarn=s))
+        got, m = M.rope_frequencies(config.extended(yarn=s))
         compare("YaRN frequencies", got, inv, 1e-6)
         compare("YaRN attention factor", torch.tensor(m), torch.tensor(factor), 1e-6)
     ours = tiny_model(max_position_embeddings=LENGTH, scale=2.0)

@@ -133,8 +133,8 @@ def test_rope_depends_on_the_distance_only():
 
     def score(t, s):
         cos, sin = M.rope(torch.tensor([[t, s]]), DENSE)
-        return (M.rotate(q, cos[:, :, :1], sin[:, :, :1])
-                * M.rotate(k, cos[:, :, 1:], sin[:, :, 1:])).sum()
+        return (M.apply_rope(q, cos[:, :, :1], sin[:, :, :1])
+                * M.apply_rope(k, cos[:, :, 1:], sin[:, :, 1:])).sum()
     close(score(9, 4), score(25, 20))
     assert (score(9, 4) - score(9, 5)).abs() > 1e-3
 
@@ -251,7 +251,7 @@ def test_cache_size_of_the_published_models():
 @torch.no_grad()
 def test_packed_documents_equal_separate_ones(impl):
     """R8.6: positions restart, and changing one document leaves the others bit-equal."""
-    old = kernels.use(impl)
+    old = kernels.set_default_impl(impl)
     try:
         model, ids = build(DENSE), random_ids(2, 12)
         segments = torch.tensor([[3, 3, 3, 3, 3, 5, 5, 9, 9, 9, 9, 9], [1] * 11 + [2]])
@@ -265,7 +265,7 @@ def test_packed_documents_equal_separate_ones(impl):
         assert torch.equal(changed[0, 7:], packed[0, 7:])
         assert not torch.allclose(changed[0, 5:7], packed[0, 5:7])
     finally:
-        kernels.use(*old)
+        kernels.set_default_impl(*old)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_recomputed_activations_change_no_bit(config, bf16):
     and between forward and backward far less is kept."""
     model, ids, found = build(config), random_ids(4, 33), []
     documents = (torch.arange(33) > 20).long().expand(4, -1)
-    for model.recompute in (False, True):
+    for model.gradient_checkpointing in (False, True):
         kept, runs, router = {}, [], []
         hook = model.model.layers[1].register_forward_pre_hook(
                 lambda *args, runs=runs: runs.append(1))
@@ -626,11 +626,11 @@ def test_describe_says_the_published_numbers(capsys):
     assert "494,032,768" in out and "357,898,112" in out and "12,288 bytes" in out
     M.describe("micro")
     said = float(re.search(r"forward +(\S+) GFLOP a token of 512;", capsys.readouterr().out)[1])
-    model, old = Qwen2(PRESETS["micro"]), kernels.use("reference")
-    kernels.choose_products(2**27, 1, torch.device("cpu"))
+    model, old = Qwen2(PRESETS["micro"]), kernels.set_default_impl("reference")
+    kernels.set_cpu_matmul(2**27, 1, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 512, dtype=torch.long))
-    kernels.use(*old)
+    kernels.set_default_impl(*old)
     counted = counter.get_total_flops() / 512 - 2 * 2 * 64 * 512
     assert said * 1e9 == pytest.approx(counted, rel=0.01)
 

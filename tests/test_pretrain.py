@@ -340,12 +340,12 @@ def test_init_and_a_new_rope_base_continue_a_model(args, micro_run):
 
 @pytest.mark.parametrize("attention", ["reference", "fused"])
 def test_every_attention_kernel_gives_the_same_gradient(args, attention, monkeypatch):
-    old = kernels.use()
+    old = kernels.set_default_impl()
     try:
         want = gradients(replace(args, doc_mask=True), monkeypatch)
         got = gradients(replace(args, doc_mask=True, attention=attention), monkeypatch)
     finally:
-        kernels.use(*old)
+        kernels.set_default_impl(*old)
     for name, g in got.items():
         assert (g - want[name]).norm() <= 1e-6 + 1e-4 * want[name].norm(), name
 

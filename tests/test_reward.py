@@ -14,7 +14,7 @@ import reward
 from model import PRESETS, Qwen2
 from data.pairs import pair_responses, tokenize_pairs
 from reward import RewardModel, TwoLayers, accuracies, comparisons, preference_loss
-from sample import Rollout, prompt_ids
+from sample import Rollout
 
 PROMPTS = ["Hi?", "What is the sum of two and three, please?", "Hi?", "Go", "A longer one " * 6]
 RESPONSES = ["Yes.", "Five.", "No, never, not at all.", "ok " * 20, ""]
@@ -95,7 +95,7 @@ def test_a_prompt_read_once_scores_like_whole_rows(tokenizer):
     """A group's prompt is read once: as if every row were read alone, from its first token."""
     model = random_reward(tokenizer)
     prompts, responses = [p for p in PROMPTS for _ in RESPONSES], RESPONSES * len(PROMPTS)
-    rows = [prompt_ids(tokenizer, {"prompt": p}) + tokenizer.encode(r) + [tokenizer.im_end_id]
+    rows = [tokenizer.render_prompt(p) + tokenizer.encode(r) + [tokenizer.im_end_id]
             for p, r in zip(prompts, responses, strict=True)]
     want = [model.rewards([row]).item() for row in rows]
     assert model.score(prompts, responses, 5) == pytest.approx(want, abs=1e-4)
@@ -116,7 +116,7 @@ def test_score_is_read_at_the_last_token_whatever_the_padding(tokenizer):
 def test_prompt_and_response_forms_agree(tokenizer):
     """Text, messages or the sampler's ids of one dialogue have one score; the end token counts."""
     model = random_reward(tokenizer)
-    ids = prompt_ids(tokenizer, {"prompt": "Hi?"})
+    ids = tokenizer.render_prompt("Hi?")
     response = tokenizer.encode("Yes.") + [tokenizer.im_end_id]
     scores = model.score(["Hi?", [{"role": "user", "content": "Hi?"}], ids, ids],
                          ["Yes.", "Yes.", response, response[:-1]])
@@ -162,7 +162,7 @@ def test_two_layers_as_published(tokenizer, tmp_path):
     assert raw["architectures"] == ["Qwen2ForRewardModel"]
     w = {name[6:]: t for name, t in weights(tmp_path).items() if name.startswith("score.")}
     assert w.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    rows = [prompt_ids(tokenizer, {"prompt": p}) + tokenizer.encode(r) + [tokenizer.im_end_id]
+    rows = [tokenizer.render_prompt(p) + tokenizer.encode(r) + [tokenizer.im_end_id]
             for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     want = []
     for row in rows:
@@ -190,7 +190,7 @@ def test_transformers_gives_the_same_scores(tokenizer, tmp_path, tied):
         tmp_path, num_labels=1, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     oracle.config.pad_token_id = tokenizer.pad_id
-    rows = [prompt_ids(tokenizer, {"prompt": p}) + tokenizer.encode(r) + [tokenizer.im_end_id]
+    rows = [tokenizer.render_prompt(p) + tokenizer.encode(r) + [tokenizer.im_end_id]
             for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in rows])

@@ -11,7 +11,15 @@ from torch.utils._pytree import tree_leaves
 import sample
 from lib.args import InputError
 from model import Config, KVCache, Qwen2
-from sample import Rollout, Step, completion_logprobs, draw, generate, left_pad, rollout
+from sample import (
+    Rollout,
+    DecodeStep,
+    completion_logprobs,
+    sample_token,
+    generate,
+    left_pad,
+    rollout,
+)
 
 V = 89
 CONFIG = Config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -102,7 +110,7 @@ def test_a_decoding_step_equals_the_plain_forward_pass(config, pads, bf16, monke
             for layer in cache.layers:
                 layer.fill_(torch.nan)
             model.hidden(ids, cache=cache)
-            step, rows = Step(model, cache, static), []
+            step, rows = DecodeStep(model, cache, static), []
             for token in range(5):
                 new = torch.arange(cache.layers[0].shape[1]) * 7 % V + token
                 rows.append(step(new).clone() if fast else
@@ -157,7 +165,7 @@ def test_a_captured_step_generates_the_same(model, prompts, bf16, monkeypatch):
         want = greedy(model, prompts, 60, stop_ids=STOPS, n=2)
         monkeypatch.setattr(sample, "WINDOW", 16)
         monkeypatch.setattr(sample, "captured", record)
-        monkeypatch.setattr(sample, "Step", functools.partial(Step, static=True))
+        monkeypatch.setattr(sample, "DecodeStep", functools.partial(DecodeStep, static=True))
         got = greedy(model, prompts, 60, stop_ids=STOPS, n=2)
     assert [c.ids for c in got] == [c.ids for c in want]
     for a, b in zip(got, want, strict=True):
@@ -301,7 +309,9 @@ DISTRIBUTION = torch.tensor([0.1, 0.4, 0.2, 0.3])
 def test_draws_follow_the_distribution(temperature, top_k, top_p, want):
     n, want = 20_000, torch.tensor(want, dtype=torch.float32)
     logits = DISTRIBUTION.log().expand(n, 4) + 3.0
-    token, logprob = draw(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    token, logprob = sample_token(
+        logits, temperature, top_k, top_p, torch.Generator().manual_seed(0)
+    )
     share = torch.bincount(token, minlength=4) / n
     assert ((share - want).abs() <= 4 * (want * (1 - want) / n).sqrt()).all()  # 4 sigma; 0 is 0
     claimed = want if temperature else DISTRIBUTION  # greedy reports the model's own probability
@@ -327,21 +337,19 @@ def test_an_empty_prompt_is_refused(model):
     assert generate(model, [], 4) == []
 
 
-def test_rollouts_are_grouped_and_only_finished_ones_are_scored(micro_run, tokenizer, monkeypatch):
+def test_rollouts_are_grouped_and_only_finished_ones_are_scored(micro_run, tokenizer):
     """Text without the stop token; a response that never ended is no answer."""
     model = Qwen2.from_pretrained(micro_run)
     queries = [{"prompt": "Hi", "domain": "a"},
                {"prompt": [{"role": "user", "content": "2 + 2?"}], "domain": "b"}]
-    monkeypatch.setattr(
-        sample.tasks.queries, "score_many", lambda queries, texts: [1.0] * len(texts)
-    )
-    groups = rollout(model, tokenizer, queries, n=24, max_new_tokens=60, temperature=2.0)
+    groups = rollout(model, tokenizer, queries, n=24, max_new_tokens=60, temperature=2.0,
+                     score=lambda queries, texts: [1.0] * len(texts))
     rows = [row for group in groups for row in group]
     assert [len(group) for group in groups] == [24, 24] and isinstance(rows[0], Rollout)
     assert {row.finished for row in rows} == {True, False}
     for row in rows:
         assert row.query is queries[row in groups[1]]
-        assert row.prompt_ids == sample.prompt_ids(tokenizer, row.query)
+        assert row.prompt_ids == tokenizer.render_prompt(row.query["prompt"])
         assert row.score == float(row.finished == (row.ids[-1] in tokenizer.stop_ids)
                                   and row.finished)
         assert max(row.ids) < tokenizer.n_vocab

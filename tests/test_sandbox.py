@@ -348,9 +348,11 @@ def test_large_and_odd_inputs():
 
 def test_refused_elsewhere(monkeypatch):
     """R9.2: no POSIX module is needed to import; running is refused with the reason."""
-    program = ("import os, sys, signal\nfor n in ('resource', 'fcntl'):\n"
-               "    sys.modules[n] = None\nfor n in ('fork', 'killpg', 'setsid'): delattr(os, n)\n"
-               "del signal.SIGKILL, signal.SIGALRM\nfrom tasks import sandbox\nprint(sandbox.languages())")
+    program = (
+        "import os, sys, signal\nfor n in ('resource', 'fcntl'):\n"
+        "    sys.modules[n] = None\nfor n in ('fork', 'killpg', 'setsid'): delattr(os, n)\n"
+        "del signal.SIGKILL, signal.SIGALRM\nfrom tasks import sandbox\nprint(sandbox.languages())"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python" in done.stdout, done.stderr
     with pytest.raises(RuntimeError, match="cobol"):

@@ -401,11 +401,11 @@ def test_flops_against_a_counter(name, monkeypatch):
     counter knows neither a CPU's fused attention nor grouped matmuls: the reference kernels."""
     monkeypatch.setattr(kernels, "experts", functools.partial(kernels.experts, impl="reference"))
     config, T = PRESETS[name], 128
-    model, old = Qwen2(config), kernels.use("reference")
-    kernels.choose_products(2**27, 1, torch.device("cpu"))  # the trial is no part of the model
+    model, old = Qwen2(config), kernels.set_default_impl("reference")
+    kernels.set_cpu_matmul(2**27, 1, torch.device("cpu"))  # the trial is no part of the model
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.long))
-    kernels.use(*old)
+    kernels.set_default_impl(*old)
     ours = scaling.flops(scaling.count(config)["N"], T, config.num_hidden_layers,
                          config.hidden_size, T, config.vocab_size)
     assert ours == pytest.approx(3 * counter.get_total_flops(), rel=0.01)
@@ -421,7 +421,7 @@ def small(moe: bool):
 def test_activations_are_what_autograd_keeps(moe, bf16, monkeypatch):
     """Every tensor saved for the backward pass, counted once a storage; with attention in bf16, as
     on a GPU."""
-    monkeypatch.setattr(kernels, "choose_products", lambda *args: None)
+    monkeypatch.setattr(kernels, "set_cpu_matmul", lambda *args: None)
     monkeypatch.setattr(kernels, "experts", functools.partial(kernels.experts, impl="reference"))
     torch.set_float32_matmul_precision("highest")
     config, B, T, kept = small(moe), 4, 256, {}
@@ -456,7 +456,7 @@ recompute = sys.argv[4] == "1"
 def train(config, rows, T):
     autocast = torch.autocast("cpu", torch.bfloat16 if bf16 else torch.float32, enabled=bf16)
     model = lib.dist.sharded(Qwen2(config), autocast)
-    model.recompute = recompute
+    model.gradient_checkpointing = recompute
     optimizer = lib.optim.adamw(model, 1e-3, 0.1)
     for _ in range(2):
         for _ in range(2):
@@ -471,7 +471,7 @@ config = replace(PRESETS[name], hidden_size=256, intermediate_size=1024, num_hid
 if config.num_experts:
     config = replace(config, moe_intermediate_size=256, shared_expert_intermediate_size=512)
 lib.dist.join()
-kernels.choose_products = lambda *args: None  # oneDNN has memory of its own
+kernels.set_cpu_matmul = lambda *args: None  # oneDNN has memory of its own
 train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memory
 before = lib.run.peak_rss_mb()
 train(config, 8, T)

@@ -17,8 +17,8 @@ import sft
 import tasks.queries
 import sample
 from model import Qwen2
-from sample import generate, load_policy, prompt_ids
-from lib.vllm_client import Server, served
+from sample import generate, load_policy
+from lib.vllm_client import VLLMClient, rollout_backend
 
 PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
 
@@ -97,9 +97,9 @@ def peer(policy):
 
 def test_ids_logprobs_and_order_are_those_of_local_sampling(policy, peer):
     model, tokenizer = load_policy(policy, "cpu")
-    there = served(peer.url, model, tokenizer)
-    assert served("", model, tokenizer) is model and isinstance(there, Server)
-    prompts = [prompt_ids(tokenizer, query) for query in PROMPTS]
+    there = rollout_backend(peer.url, model, tokenizer)
+    assert rollout_backend("", model, tokenizer) is model and isinstance(there, VLLMClient)
+    prompts = [tokenizer.render_prompt(query["prompt"]) for query in PROMPTS]
     stops = {"stop_ids": tokenizer.stop_ids, "valid_vocab": tokenizer.n_vocab}
     for max_new_tokens in (12, 2):  # 2: cut
         here = generate(model, prompts, max_new_tokens, 0.0, **stops)
@@ -276,22 +276,22 @@ BROKEN = [
 @pytest.mark.parametrize("name, spoil, words", BROKEN, ids=[name for name, *_ in BROKEN])
 def test_a_broken_server_is_told_in_one_line(name, spoil, words, policy, peer):
     peer.spoil = spoil
-    refuses(lambda: served(peer.url, *load_policy(policy, "cpu")), "--rollout_url", *words)
+    refuses(lambda: rollout_backend(peer.url, *load_policy(policy, "cpu")), "--rollout_url", *words)
 
 
 def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path, monkeypatch):
     model, _ = load_policy(policy, "cpu")
     other, _ = load_policy(teach(tokenizer, tmp_path / "other", [("Who are you?", "B. C.")]), "cpu")
-    refuses(lambda: served(peer.url, other, tokenizer), "the-model", "not the model")
-    there = served(peer.url, model, tokenizer)
-    monkeypatch.setattr(Server, "timeout", 0.2)
+    refuses(lambda: rollout_backend(peer.url, other, tokenizer), "the-model", "not the model")
+    there = rollout_backend(peer.url, model, tokenizer)
+    monkeypatch.setattr(VLLMClient, "timeout", 0.2)
     peer.spoil = lambda reply: time.sleep(1) or reply
     refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "timed out")
     peer.http.shutdown()
     peer.http.server_close()
     refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "refused")
     for url in ("localhost:8000", "file:///etc", ""):
-        refuses(lambda url=url: Server(url, tokenizer), "http://HOST:PORT/v1")
+        refuses(lambda url=url: VLLMClient(url, tokenizer), "http://HOST:PORT/v1")
 
 
 def test_where_a_server_makes_no_sense_it_is_refused(policy, tmp_path):

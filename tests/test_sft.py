@@ -103,7 +103,7 @@ def test_gradient_does_not_depend_on_split_or_padding(sizes, extra, monkeypatch)
     for dtype, tol in (torch.float64, 1e-12), (torch.float32, 1e-6 * 5):
         if dtype == torch.float32:
             monkeypatch.setattr(kernels, "rms_norm", kernels.rms_norm_reference)
-            monkeypatch.setattr(kernels, "choose_products", lambda *args: None)
+            monkeypatch.setattr(kernels, "set_cpu_matmul", lambda *args: None)
             torch.set_float32_matmul_precision("highest")
         expected = gradient((7,), 0, 0, dtype)
         error = (gradient(sizes, extra, 11, dtype) - expected).abs().max() / expected.abs().max()
@@ -132,7 +132,7 @@ def packed_batch(rows, max_len):
 def test_packed_is_unpacked(impl, max_len):
     """R8.6: loss and gradient of packed rows are those of one conversation at a time, to 1e-12."""
     rows = [(ids, [0, *mask[1:]]) for ids, mask in random_batch()]  # a header is never a target
-    count, old = sum(sum(mask) for _, mask in rows), kernels.use(impl)
+    count, old = sum(sum(mask) for _, mask in rows), kernels.set_default_impl(impl)
     try:
         one, all_ = tiny_model().double(), tiny_model().double()
         alone = sum(sft.sft_loss(one, torch.tensor([ids]), torch.tensor([mask]), count)
@@ -143,7 +143,7 @@ def test_packed_is_unpacked(impl, max_len):
         alone.backward()
         loss.backward()
     finally:
-        kernels.use(*old)
+        kernels.set_default_impl(*old)
     assert loss.item() == pytest.approx(alone.item(), rel=1e-12)
     error = (gradients(all_) - gradients(one)).abs().max() / gradients(one).abs().max()
     assert error < 1e-12
@@ -277,7 +277,8 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "rejection_sample", None)
     sft.main(stage_args(sft, resume=True, **values))
     model = Qwen2.from_pretrained(tmp_path / "run")
-    groups = no_samples_after(model, tokenizer, sft.tasks.queries.load(queries), 16, 8)
+    groups = no_samples_after(model, tokenizer, sft.tasks.queries.load(queries), 16, 8,
+                              score=sft.tasks.queries.score_many)
     assert sum(a.score for group in groups for a in group) >= 30
 
 
@@ -381,7 +382,7 @@ def test_micro_batch_changes_memory_only(micro_run, tmp_path, monkeypatch):
     run(micro_run, tmp_path, "four")
     run(micro_run, tmp_path, "one", micro_batch=1)
     run(micro_run, tmp_path, "packed", pack=True, max_len=300, micro_batch=1)
-    kernels.use()
+    kernels.set_default_impl()
     for name in ("one", "packed"):
         for a, b in zip(log(tmp_path / "four"), log(tmp_path / name), strict=True):
             assert a["targets"] == b["targets"] and a["loss"] == pytest.approx(b["loss"], abs=2e-5)
@@ -405,7 +406,7 @@ def test_first_loss_is_that_of_the_initial_model(micro_run, tokenizer, tmp_path,
 
 def test_overfits_and_stops_by_itself(tokenizer, tmp_path):
     """R8.4: after some steps on one answer, the model says it and its <|im_end|>, greedily."""
-    from sample import generate, prompt_ids
+    from sample import generate
     model = micro_model(tokenizer)
     ids, mask = (torch.tensor([part]) for part in tokenizer.render(TALK[:2]))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -413,7 +414,7 @@ def test_overfits_and_stops_by_itself(tokenizer, tmp_path):
         sft.sft_loss(model, ids, mask, int(mask.sum())).backward()
         optimizer.step()
         optimizer.zero_grad()
-    (out,) = generate(model, [prompt_ids(tokenizer, {"prompt": TALK[0]["content"]})], 40, 0.0,
+    (out,) = generate(model, [tokenizer.render_prompt(TALK[0]["content"])], 40, 0.0,
                       stop_ids=tokenizer.stop_ids, valid_vocab=tokenizer.n_vocab)
     assert out.finished and tokenizer.decode(out.ids) == "It is 4.<|im_end|>"
 

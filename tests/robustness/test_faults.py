@@ -528,14 +528,14 @@ def test_watching_changes_nothing(tmp_path, short, monkeypatch):
     gone after the first good step."""
     short("sft")
     shutil.move(tmp_path / "run", tmp_path / "plain")
-    seen, real = [], lib.run.Run.begin
+    seen, real = [], lib.run.Run.start_or_resume
 
     def begin(run, model, optimizer):
         start = real(run, model, optimizer)
         run.strike(1)
         seen.append(run)
         return start
-    monkeypatch.setattr(lib.run.Run, "begin", begin)
+    monkeypatch.setattr(lib.run.Run, "start_or_resume", begin)
     short("sft")
     same(tmp_path / "plain", tmp_path / "run")
     assert not seen[0].hooks and seen[0].strikes == 0
