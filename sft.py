@@ -77,9 +77,15 @@ class Args:
 # data
 
 class Row(NamedTuple):
-    """A tokenized conversation, or several behind each other (see `pack`)."""
+    """A tokenized conversation."""
     ids: list[int]
     mask: list[int]                # loss mask: 1 where the assistant speaks
+
+
+class PackedRow(NamedTuple):
+    """Several conversations behind each other, see `pack`."""
+    ids: list[int]
+    mask: list[int]
     segment_ids: list[int]         # number of the conversation that a token belongs to
 
 
@@ -123,8 +129,7 @@ class Conversations:
     def tokenize(self, line: bytes) -> Row:
         row = self.parse(line)
         ids, mask = self.tokenizer.render(row["messages"], tools=row.get("tools"))
-        ids, mask = ids[:self.max_len], mask[:self.max_len]
-        return Row(ids, mask, [0] * len(ids))
+        return Row(ids[:self.max_len], mask[:self.max_len])
 
     def read_line(self, i: int) -> bytes:
         self.file.seek(self.starts[i])
@@ -159,7 +164,7 @@ def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
     return Conversations(binary, tokenizer, args.max_len, n, str(path))
 
 
-def pack(rows: list[Row], max_len: int) -> list[Row]:
+def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
     """Pack conversations into fewer, longer rows (sequence packing).
 
     The longest come first, each goes into the first row that has room for it. The loss does not
@@ -172,13 +177,13 @@ def pack(rows: list[Row], max_len: int) -> list[Row]:
             if len(row.ids) + len(conversation.ids) <= max_len:
                 break
         else:
-            row = Row([], [], [])
+            row = PackedRow([], [], [])
             packed.append(row)
         row.ids.extend(conversation.ids)
         row.mask.extend(conversation.mask)
         row.segment_ids.extend([number] * len(conversation.ids))
     while len(packed) % WORLD:  # every process needs the same number of rows
-        packed.append(Row([0, 0], [0, 0], [0, 0]))
+        packed.append(PackedRow([0, 0], [0, 0], [0, 0]))
     return packed
 
 
