@@ -10,7 +10,7 @@ def test_the_house_is_within_its_budgets():
 
 
 def test_density_by_hand(tmp_path, monkeypatch):
-    """Two code lines. `x = 1` has 3 nodes (assignment, name, constant), `f(x)` has 4, a docstring 2."""
+    """Two code lines: `x = 1` has 3 nodes, `f(x)` has 4, the docstring 2."""
     monkeypatch.setattr(house, "ROOT", tmp_path)
     path = tmp_path / "a.py"
     path.write_text('"""Doc.\n\nMore."""\n# why\n\nx = 1\nf(x)\n')
@@ -22,7 +22,7 @@ def test_density_by_hand(tmp_path, monkeypatch):
 def test_each_kind_of_golf_is_seen_and_its_long_hand_is_not():
     folded = ["a = 'x' * (b > 1)", "a, b, c = 1, 2, 3", "a, b = (f(x) for x in y)", "f(*g(x))",
               "a = 1 if b else 2 if c else 3", "a or f()",
-              "[[[x for x in y] for y in z] for z in w]"]
+              "[[[x for x in y] for y in z] for z in w for v in u]"]
     plain = ["a = 'x' * 3", "a, b = 1, 2", "a, b = f(x)", "f(*x)", "a = 1 if b else 2", "f()",
              "[[x for x in y] for y in z]"]
     assert [len(house.golf(ast.parse(line))) for line in folded] == [1] * 7
