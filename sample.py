@@ -8,7 +8,6 @@ serves them; the model masks the padding and counts positions from each row's fi
 (KVCache.pads), which makes a batched row equal to the row alone (R3.3). A prompt that wants n
 responses is read once and its cache rows repeated. Rows that finish leave the batch.
 """
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -67,27 +66,16 @@ def left_pad(prompts, device):
             torch.tensor([longest - len(p) for p in prompts], device=device))
 
 
-WINDOW = 256  # on CUDA attention reads a multiple of so many columns of the cache
-
-
 class DecodeStep:
     """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
     and what the tests compare with. q, k and v come from one product, gate and up from another; all
     positions' rotations are made once. On a CPU all weights are copies laid out by columns while a
-    batch lasts, so they take twice the memory: products of few rows are up to 1.5 times as fast.
+    batch lasts, so they take twice the memory: products of few rows are up to 1.5 times as fast."""
 
-    On CUDA, where launching 20 kernels a layer takes longer than running them, a step is `static`:
-    captured once as a graph, replayed with one call. A graph fixes shapes and addresses, so its
-    position is a tensor, and it attends to whole WINDOWs with the columns beyond masked; it is
-    captured anew when these are outgrown or rows have left. Not for experts, which the host counts
-    unless they are one grouped product, nor dual chunk attention. Capture and replay are not yet
-    measured on a GPU."""
-
-    def __init__(self, model, cache, static=None):
-        self.model, self.cache, self.layers, self.shape = model, cache, [], None
+    def __init__(self, model, cache):
+        self.model, self.cache, self.layers = model, cache, []
         config, (keys, _) = model.config, cache.layers[0]
         dtype, device = keys.dtype, keys.device
-        self.static = device.type == "cuda" and not config.num_experts if static is None else static
         positions = torch.arange(keys.shape[-2], device=device)[None]
         self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions, config))
 
@@ -109,36 +97,21 @@ class DecodeStep:
         cache, now = self.cache, self.cache.length
         if self.model.config.chunk_size:
             return self.model.hidden(token[:, None], cache=cache)[:, -1]
-        if self.static:
-            shape = len(token), min(now // WINDOW * WINDOW + WINDOW, len(self.cos))
-            if shape != self.shape or self.block is not cache.layers[0]:
-                self.shape, self.block, self.replay = shape, cache.layers[0], None  # the old graph
-                self.token, self.now = token.clone(), token.new_tensor([now])
-                for layer in cache.layers:
-                    layer[..., now:, :] = 0  # nobody wrote there, and NaN stays NaN under a mask
-                self.replay = captured(lambda: self.forward(self.token, self.now, shape[1]),
-                                       token.device)
-            self.token.copy_(token)
-            self.now.fill_(now)
-            hidden = self.replay()
-        else:
-            hidden = self.forward(token, now, now + 1)
+        hidden = self.forward(token, now)
         cache.length = now + 1
         return hidden
 
-    def forward(self, token, now, S):
-        """now: the new column, an int or a tensor (1,); S: the columns to read, now + 1 or more."""
+    def forward(self, token, now):
         model, config, cache = self.model, self.model.config, self.cache
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kernels.set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
-        if self.static or cache.pads is not None:
-            pads = token.new_zeros(1) if cache.pads is None else cache.pads       # (B or 1,)
-            cos, sin = (x[now - pads][:, None, None] for x in (self.cos, self.sin))
-            columns = torch.arange(S, device=token.device)
-            mask = ((columns <= now) & (columns >= pads[:, None]))[:, None, None]
+        if cache.pads is not None:
+            cos, sin = (x[now - cache.pads][:, None, None] for x in (self.cos, self.sin))
+            columns = torch.arange(now + 1, device=token.device)
+            mask = (columns >= cache.pads[:, None])[:, None, None]
         else:
             cos, sin, mask = self.cos[now], self.sin[now], None
-        new = now if self.static else slice(now, now + 1)
+        new, S = slice(now, now + 1), now + 1
         x = model.model.embed_tokens(token)
         for (block, qkv, bias, out, mlp), (keys, values) in zip(
                 self.layers, cache.layers, strict=True):
@@ -155,32 +128,6 @@ class DecodeStep:
                 gate, up = F.linear(h.to(out.dtype), mlp[0]).chunk(2, dim=-1)
                 x = x + F.linear(F.silu(gate) * up, mlp[1])
         return model.model.norm(x)
-
-
-@functools.cache
-def side_stream(device):
-    return torch.cuda.Stream(device)  # one for all captures: cuBLAS keeps a workspace for each
-
-
-def captured(fn, device):
-    """-> a function that repeats on CUDA the kernels of fn() and returns its result, at the same
-    address each time. fn runs once before the capture, on a side stream, as torch's documentation
-    asks, for libraries set themselves up in their first call. On a CPU (in tests) fn itself."""
-    if device.type == "cpu":
-        return fn
-    with torch.cuda.device(device):
-        side, graph = side_stream(device), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            fn()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            result = fn()
-
-    def replay():
-        graph.replay()
-        return result
-    return replay
 
 
 def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
@@ -214,9 +161,9 @@ def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, ge
         if left == 0 or step + 1 == max_new_tokens:
             break
         # Whole sixteens, since every new shape costs oneDNN some 2 ms; and only when it pays, since
-        # repacking copies the cache, and a graph is captured anew.
+        # repacking copies the cache.
         size = left + -left % 16 if left > 16 else left
-        if size <= (0.5 if advance.static else 0.8) * len(running):
+        if size <= 0.8 * len(running):
             keep = running.int().argsort(descending=True, stable=True)[:size]
             cache.select(keep)
             alive, token, running = alive[keep], token[keep], running[keep]
