@@ -15,7 +15,6 @@ Letters used in shape comments, here and in every stage:
 """
 import functools
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch.utils import checkpoint as recomputation
 
 from lib import checkpoint
 import kernels
-from lib.args import InputError, exit_on_input_error, require
+from lib.args import InputError, require
 
 
 @dataclass(frozen=True)
@@ -499,34 +498,3 @@ class Qwen2(nn.Module):
         checkpoint.write_weights(weights, self.config, path)
         dtype = str(self.model.norm.weight.dtype)[6:]
         checkpoint.write_config(self.config, self.architecture, dtype, path)
-
-
-def describe(name: str) -> None:
-    """Print what a preset, or the model of a directory, weighs and costs."""
-    config = PRESETS[name] if name in PRESETS else checkpoint.read_config(name, Config)
-    with torch.device("meta"):
-        sizes = Qwen2(config).count_parameters()
-    L, C, V, T = (config.num_hidden_layers, config.hidden_size, config.vocab_size,
-                  config.trained_length)
-    cache = 2 * L * config.num_key_value_heads * config.head_dim * 2  # keys and values; bytes
-    # 2 a multiply-add; attention's scores and their use, over half of T keys on average
-    inside = sizes["active"] - sizes["total"] + sizes["non_embedding"]
-    forward = 2 * (inside + V * C) + 2 * L * C * T
-    print(f"{name}: {config}\n"
-          f"parameters  {sizes['total']:,}, {sizes['non_embedding']:,} without embeddings, "
-          f"{sizes['active']:,} active\n"
-          f"weights     {2 * sizes['total'] / 1e9:.3g} GB in bfloat16\n"
-          f"training    {16 * sizes['total'] / 1e9:.3g} GB of float32 weights, gradients and two "
-          f"moments of AdamW; and activations, see scaling.py plan\n"
-          f"KV cache    {cache:,} bytes a token in bfloat16, {cache * T / 1e9:.3g} GB for {T:,}\n"
-          f"forward     {forward / 1e9:.3g} GFLOP a token of {T:,}; training 3 times that")
-
-
-def main(argv: list[str]) -> None:
-    require(len(argv) == 2 and argv[0] == "describe",
-            f"usage: python model.py describe {'|'.join(PRESETS)}|DIRECTORY")
-    describe(argv[1])
-
-
-if __name__ == "__main__":
-    exit_on_input_error(main, sys.argv[1:])
