@@ -10,11 +10,9 @@ from lib.args import InputError
 from model import Config, KVCache, Qwen2
 from sample import (
     Rollout,
-    DecodeStep,
     completion_logprobs,
     sample_token,
     generate,
-    left_pad,
     rollout,
 )
 
@@ -83,54 +81,6 @@ def test_a_batch_equals_its_rows_alone(config, monkeypatch):
         assert (alone.ids, alone.finished) == (row.ids, row.finished)
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(row.logprobs))
     assert [c.ids for c in greedy(model, PROMPTS, stop_ids=STOPS, batch_size=3)] == want
-
-
-@pytest.mark.parametrize("config", [
-    CONFIG, MOE, CONFIG.extended(yarn=4.0), replace(CONFIG, chunk_size=12, local_size=4)],
-    ids=["dense", "moe", "yarn", "dual chunk"])
-@pytest.mark.parametrize("pads", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-@torch.inference_mode()
-def test_a_decoding_step_equals_the_plain_forward_pass(config, pads, bf16):
-    """Hidden states and the cache, five tokens on, and with rows dropped on the way; with memory
-    that nobody wrote to being NaN."""
-    model, hidden, caches = build(config), [], []
-    ids, padding = left_pad(PROMPTS if pads else prompts_of(*[9] * 8), "cpu")
-    assert bool(padding.any()) == pads
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for fast in (False, True):
-            cache = KVCache(config, len(ids), ids.shape[1] + 5, "cpu", dtype, padding)
-            for layer in cache.layers:
-                layer.fill_(torch.nan)
-            model.hidden(ids, cache=cache)
-            step, rows = DecodeStep(model, cache), []
-            for token in range(5):
-                new = torch.arange(cache.layers[0].shape[1]) * 7 % V + token
-                rows.append(step(new) if fast else
-                            model.hidden(new[:, None], cache=cache)[:, -1])
-                if token in (2, 3):
-                    cache.select(torch.tensor([5, 0, 2] if token == 2 else [2, 0, 0]))
-            hidden.append(rows)
-            caches.append(cache)
-    tol = 2e-2 if bf16 else 1e-5
-    for rows, cache in zip(hidden[1:], caches[1:], strict=True):
-        for a, b in zip(hidden[0], rows, strict=True):
-            assert a.dtype == b.dtype
-            torch.testing.assert_close(a, b, rtol=tol, atol=tol)
-        assert cache.length == caches[0].length == ids.shape[1] + 5
-        torch.testing.assert_close(caches[0].layers, cache.layers, rtol=tol, atol=tol)
-
-
-def test_large_batches_shrink_in_sixteens(model, monkeypatch):
-    """And the rows that fill up the last sixteen, finished ones, get nothing more."""
-    kept, select = [], KVCache.select
-    monkeypatch.setattr(KVCache, "select", lambda self, rows: kept.append(len(rows)) or
-                        select(self, rows))
-    prompts = prompts_of(*range(1, 91))
-    batch = greedy(model, prompts, stop_ids=STOPS)
-    assert len(kept) > 2 and all(n % 16 == 0 or n <= 16 for n in kept)
-    assert [c.ids for c in batch] == [greedy(model, [p], stop_ids=STOPS)[0].ids for p in prompts]
 
 
 def test_stop_ids_and_finished(model):
@@ -311,7 +261,7 @@ def test_the_chat_answers_one_prompt(micro_run, capsys):
 
 
 def test_an_answer_is_shown_while_it_grows(micro_run, tokenizer, monkeypatch, capsys):
-    """Piece by piece and never half a character; what `watch` saw is the answer."""
+    """Piece by piece and never half a character; what `on_tokens` saw is the answer."""
     ids = tokenizer.encode("Aé世界🙂!")
     assert len(ids) > 12  # bytes, most of them
     printer, pieces = sample.Printer(tokenizer), []
@@ -325,7 +275,7 @@ def test_an_answer_is_shown_while_it_grows(micro_run, tokenizer, monkeypatch, ca
     assert capsys.readouterr().out == "\ufffd\n"
 
     seen, model = [], Qwen2.from_pretrained(micro_run)
-    answer, = generate(model, [ids], 9, seed=4, watch=seen.extend)
+    answer, = generate(model, [ids], 9, seed=4, on_tokens=seen.extend)
     assert seen == answer.ids
     typed = iter(["Hello?", "", "Again"])
 
