@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 import kernels
 from lib import checkpoint
 from lib.args import require
+from lib.cache import GrowingKVCache, KVCache
 
 
 @dataclass(frozen=True)
@@ -252,64 +253,6 @@ def dual_chunk_plan(positions, config: Config, pads=None) -> DualChunks:
         pads=None if pads is None else pads.tolist())
 
 
-# --- cache ----------------------------------------------------------------------------------------
-
-class KVCache:
-    """Keys and values of the positions seen so far: one tensor (2, B, K, max_len, D) per layer.
-    pads (B,): how much *left* padding each row has, which nothing attends to; None: nowhere."""
-
-    def __init__(self, config: Config, B: int, max_len: int, device, dtype, pads=None):
-        shape = (2, B, config.num_key_value_heads, max_len, config.head_dim)
-        self.layers = [torch.empty(shape, device=device, dtype=dtype)
-                       for _ in range(config.num_hidden_layers)]
-        self.pads = pads if pads is not None and pads.any() else None
-        self.length = 0
-
-    def append(self, layer: int, k, v):
-        """Store k, v (B, K, T, D) of new positions; return those of all positions (B, K, S, D).
-        The forward pass moves `length` after its last layer."""
-        stored = self.layers[layer]
-        end = self.length + k.shape[2]
-        stored[0, :, :, self.length:end] = k
-        stored[1, :, :, self.length:end] = v
-        return stored[0, :, :, :end], stored[1, :, :, :end]
-
-    def select(self, rows) -> None:
-        """Keep (or repeat) these rows: finished answers leave, a prompt is shared by n answers."""
-        filled = slice(0, self.length)  # what lies beyond is not worth copying
-        for layer, old in enumerate(self.layers):
-            new = old.new_empty((2, len(rows), *old.shape[2:]))
-            new[..., filled, :] = old[..., filled, :].index_select(1, rows)
-            self.layers[layer] = new
-        if self.pads is not None:
-            self.pads = self.pads[rows]
-
-
-class GrowingKVCache:
-    """A KVCache for training: a prompt is read once, `select` repeats it for its answers, and
-    gradients flow back through both. It grows by concatenation, since autograd forbids writing
-    into keys and values that a backward pass still needs."""
-
-    def __init__(self, pads=None):
-        self.layers = {}  # layer -> (keys, values)
-        self.pads = pads if pads is not None and pads.any() else None
-        self.length = 0
-
-    def append(self, layer: int, k, v):
-        if layer in self.layers:
-            old_k, old_v = self.layers[layer]
-            k = torch.cat((old_k, k), dim=2)
-            v = torch.cat((old_v, v), dim=2)
-        self.layers[layer] = (k, v)
-        return k, v
-
-    def select(self, rows) -> None:
-        for layer, (k, v) in self.layers.items():
-            self.layers[layer] = (k[rows], v[rows])
-        if self.pads is not None:
-            self.pads = self.pads[rows]
-
-
 # --- parts ----------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -508,9 +451,9 @@ class Qwen2(nn.Module):
     def hidden(self, ids, *, cache: KVCache | GrowingKVCache = None, segment_ids=None, router=None):
         """Return the normalised hidden states (B, T, C) of ids (B, T) int64.
 
-        cache: ids continue it. segment_ids (B, T): the documents of a packed row; they
-        do not see each other, and positions restart in each. router: a list to which every MoE
-        layer appends its (probs, expert), for `load_balancing_loss`."""
+        cache: ids continue it. segment_ids (B, T): the documents of a packed row; they do not see
+        each other, and positions restart in each. router: a list to which every MoE layer appends
+        its (probs, expert), for `load_balancing_loss`."""
         config = self.config
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
@@ -543,27 +486,25 @@ class Qwen2(nn.Module):
         return F.linear(self.hidden(ids, **kwargs), self.head_weight)
 
     def count_parameters(self) -> dict[str, int]:
-        """Count all parameters (total), those without embedding and head (non_embedding), and those
-        that one token is multiplied by (active)."""
-        config = self.config
-        total = sum(p.numel() for p in self.parameters())
-        embedding = self.model.embed_tokens.weight.numel()
-        if not config.tie_word_embeddings:
-            embedding += self.lm_head.weight.numel()
-        active = total
+        """Return total, non_embedding (without the head), and active: those that a token meets."""
+        total = 0
+        embedding = 0
+        idle = 0  # experts that a token does not choose
         for name, p in self.named_parameters():
+            total += p.numel()
+            if "embed_tokens" in name or "lm_head" in name:
+                embedding += p.numel()
             if ".experts." in name:
-                used = p.numel() * config.num_experts_per_tok // config.num_experts
-                active -= p.numel() - used
-        return {"total": total, "non_embedding": total - embedding, "active": active}
+                unused = self.config.num_experts - self.config.num_experts_per_tok
+                idle += p.numel() // self.config.num_experts * unused
+        return {"total": total, "non_embedding": total - embedding, "active": total - idle}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "Qwen2":
-        """Any Qwen2 or Qwen2-MoE directory: config.json and safetensors, whole or sharded.
-        Raises InputError for a directory that is no such model, or has missing or extra keys."""
+        """Load any Qwen2 or Qwen2-MoE directory: config.json and safetensors, whole or sharded.
+        InputError if it is no such model, or if weights are missing or do not belong to it."""
         return checkpoint.load_model(cls, Config, path, dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """The same kind of directory, each file written under a temporary name and renamed, the
-        weights first."""
+        """Write such a directory, the weights first; a file is replaced only when complete."""
         checkpoint.save_model(self, path)
