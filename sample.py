@@ -66,38 +66,16 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temper
     completions = []
     prompts_per_batch = max(1, batch_size // n)
     for i in range(0, len(prompts), prompts_per_batch):
-        hidden, cache = prefill(model, prompts[i:i + prompts_per_batch], n, max_new_tokens)
-        completions += decode(model, hidden, cache, max_new_tokens, draw, stop_ids, on_tokens)
+        completions += generate_batch(model, prompts[i:i + prompts_per_batch], n, max_new_tokens,
+                                      draw, stop_ids, on_tokens)
     return completions
 
 
-def left_pad(prompts, device):
-    """Return ids (B, T) with each prompt at the right end, and the padding before each, (B,)."""
-    longest = max(len(prompt) for prompt in prompts)
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
-    return torch.tensor(ids, device=device), torch.tensor(pads, device=device)
+def generate_batch(model, prompts, n, max_new_tokens, draw, stop_ids, on_tokens):
+    """Continue each prompt n times, until a stop id or max_new_tokens.
 
-
-def prefill(model, prompts, n: int, max_new_tokens: int):
-    """Read the prompts. Return the last hidden state of each of their n answers (B, C), and a cache
-    with room for the answers."""
-    device, dtype = model.head_weight.device, model.head_weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)  # keys and values have it then
-    ids, pads = left_pad(prompts, device)
-    rows, columns = ids.shape
-    cache = KVCache(model.config, rows, columns + max_new_tokens, device, dtype, pads)
-    hidden = model.hidden(ids, cache=cache)[:, -1]
-    if n > 1:
-        repeated = torch.arange(rows, device=device).repeat_interleave(n)
-        cache.select(repeated)
-        hidden = hidden[repeated]
-    return hidden, cache
-
-
-def decode(model, hidden, cache, max_new_tokens, draw, stop_ids, on_tokens) -> list[Completion]:
-    """Continue each row until a stop id or max_new_tokens. draw(logits) -> token, logprob."""
+    draw(logits (rows, V)) -> token (rows,), its log-probability (rows,)."""
+    hidden, cache = prefill(model, prompts, n, max_new_tokens)
     decode_step = DecodeStep(model, cache)
     B, device = len(hidden), hidden.device
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -126,6 +104,31 @@ def decode(model, hidden, cache, max_new_tokens, draw, stop_ids, on_tokens) -> l
             running = running[keep]
         hidden = decode_step(token)
     return cut_at_first_stop(tokens, logprobs, stops)
+
+
+def left_pad(prompts, device):
+    """Return ids (B, T) with each prompt at the right end, and the padding before each, (B,)."""
+    longest = max(len(prompt) for prompt in prompts)
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(pads, device=device)
+
+
+def prefill(model, prompts, n: int, max_new_tokens: int):
+    """Read the prompts. Return the last hidden state of each of their n answers (B, C), and a cache
+    with room for the answers."""
+    device, dtype = model.head_weight.device, model.head_weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)  # keys and values have it then
+    ids, pads = left_pad(prompts, device)
+    rows, columns = ids.shape
+    cache = KVCache(model.config, rows, columns + max_new_tokens, device, dtype, pads)
+    hidden = model.hidden(ids, cache=cache)[:, -1]
+    if n > 1:
+        repeated = torch.arange(rows, device=device).repeat_interleave(n)
+        cache.select(repeated)
+        hidden = hidden[repeated]
+    return hidden, cache
 
 
 def cut_at_first_stop(tokens, logprobs, stops) -> list[Completion]:
