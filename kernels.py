@@ -87,6 +87,15 @@ def set_cpu_matmul(rows, width, device, least=2**23):
         torch.set_float32_matmul_precision("medium" if large and _medium_is_exact() else "highest")
 
 
+def tuned_for_cpu(hidden):
+    """Decorate Qwen2.hidden: call `set_cpu_matmul` for the size of `ids` before each pass."""
+    @functools.wraps(hidden)
+    def tuned(model, ids, **kwargs):
+        set_cpu_matmul(ids.numel(), model.config.hidden_size, ids.device)
+        return hidden(model, ids, **kwargs)
+    return tuned
+
+
 def _fp32(x):
     return x if x.dtype == torch.float64 else x.float()
 

@@ -83,9 +83,9 @@ def test_positions_of_the_papers_examples():
     towards older ones c - 1."""
     for c, s, want in ((10, 6, [6, 7, 8, 9, 9, 9]), (8, 5, [5, 6, 7, 7, 7])):
         config = Config(max_position_embeddings=1000, chunk_size=c, local_size=c - s)
-        own, previous, older = M.dual_chunks(torch.arange(2 * s)[None], config)
-        for got, positions in ((own, list(range(s)) * 2), (previous, want * 2),
-                               (older, [c - 1] * 2 * s)):
+        plan = M.dual_chunk_plan(torch.arange(2 * s)[None], config)
+        for got, positions in ((plan.intra, list(range(s)) * 2), (plan.successive, want * 2),
+                               (plan.inter, [c - 1] * 2 * s)):
             for a, b in zip(got, M.rope(torch.tensor([positions]), config), strict=True):
                 assert torch.equal(a, b)
 
