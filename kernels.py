@@ -4,7 +4,6 @@
     dual_chunk_attention  the same beyond the training length, with capped distances
     linear_cross_entropy  head + loss without the N x V logits (8 x 2048 x 151,936 fp32 = 9.3 GiB)
     token_logprobs        log p(target), the same machinery: for DPO, GRPO and evaluation
-    embedding             rows of a weight, without a gradient beside the tied head's
     rms_norm, swiglu      a block's other functions, with less kept for the gradient
     experts               each token through the few experts it chose, and their weighted sum
 
@@ -543,31 +542,6 @@ class _ChunkedNLL(torch.autograd.Function):
             _, _, dh, dw = _ChunkedNLL.walk(h, w, t, lse, g[:, None].contiguous(),
                                             ctx.needs_input_grad[1], *ctx.rest)
         return dh, dw, *[None] * 7
-
-
-# --- embedding ------------------------------------------------------------------------------------
-class _Embedding(torch.autograd.Function):
-    """The gradient of a lookup is as large as the weight and has a few rows that are not zero; that
-    of a tied head comes on top of it. So autograd gets a zero that takes no memory, and the rows
-    are added to the sum of all the weight's gradients, in a hook on its way to weight.grad."""
-
-    @staticmethod
-    def forward(ctx, weight, ids):
-        ctx.weight, ctx.ids = weight, ids
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        def add(grad):
-            hook.remove()
-            g_ = g.flatten(0, -2).to(grad.dtype)
-            return grad.contiguous().index_add_(0, ctx.ids.flatten(), g_)
-        hook = ctx.weight.register_hook(add)
-        return g.new_zeros(()).expand_as(ctx.weight), None
-
-
-embedding = _Embedding.apply  # (weight, ids); its twin is F.embedding(ids, weight)
 
 
 # --- norm and SwiGLU ------------------------------------------------------------------------------

@@ -444,7 +444,7 @@ class Qwen2(nn.Module):
             dual = dual_chunks(positions, self.config), chunk, pads
         note = router.append if router is not None else None  # FSDP hands on copies of lists
         cos, sin = rope(positions % chunk if dual else positions, self.config)
-        x = kernels.embedding(self.model.embed_tokens.weight, ids)
+        x = self.model.embed_tokens(ids)
         for layer, block in enumerate(self.model.layers):
             if self.gradient_checkpointing:
                 block = functools.partial(recomputation.checkpoint, block, use_reentrant=False)

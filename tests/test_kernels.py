@@ -549,36 +549,6 @@ def test_norm_and_swiglu_keep_their_inputs_only():
                 assert torch.equal(kernel(*leaves), out)   # sampling and training agree
 
 
-# --- embedding ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tied", (True, False))
-def test_embedding_equals_torch(tied):
-    """Value and gradient: with and without a head on the same weight, ids that repeat, two lookups
-    in one graph, two backward passes that add up, and autograd.grad."""
-    w, head = (torch.randn(20, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    one, two = torch.tensor([[3, 3, 0], [19, 3, 7]]), torch.tensor([5, 3])
-    def loss(lookup):
-        x = torch.cat((lookup(one).flatten(0, 1), lookup(two))).tanh()
-        return F.cross_entropy(x @ (w if tied else head).T, torch.arange(8))
-    def run(lookup):
-        w.grad = None
-        loss(lookup).backward()
-        (loss(lookup) * 2).backward()
-        return w.grad, *torch.autograd.grad(loss(lookup), w)
-    close(run(lambda ids: K.embedding(w, ids)), run(lambda ids: F.embedding(ids, w)))
-    assert not w._backward_hooks                                  # nothing stays behind
-    with torch.no_grad():
-        assert torch.equal(K.embedding(w, one), w[one])
-
-
-def test_a_tied_embedding_has_one_gradient():
-    """What is stored is the tensor that the head made, with the lookup's rows added."""
-    w, ids = torch.randn(500, 8, requires_grad=True), torch.randint(500, (9,))
-    loss = K.linear_cross_entropy(K.embedding(w, ids), w, ids, reduction="sum")
-    made = loss.grad_fn.early[1].data_ptr()
-    loss.backward()
-    assert w.grad.data_ptr() == made
-
-
 # --- experts --------------------------------------------------------------------------------------
 def experts(N=9, C=8, inner=12, dtype=torch.float64):
     """Of five experts 1 and 4 have no token, 3 has one."""
