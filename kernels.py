@@ -1,22 +1,20 @@
 """The tensor functions that decide speed and memory, each beside its plain twin.
 
     attention             softmax(q k^T) v without keeping the T x S probabilities
-    dual_chunk_attention  attention beyond the training length (in lib/dual_chunk.py)
+    dual_chunk_attention  attention beyond the training length (lib/dual_chunk.py)
     linear_cross_entropy  head and loss without the N x V logits: 8 x 2048 x 151,936 take 9.3 GiB
     token_logprobs        log p(target) by the same means, for DPO, GRPO and evaluation
     rms_norm, swiglu      the other functions of a block, which keep less for the gradient
     experts               each token through the experts it chose, and their weighted sum
 
-Read the twin `*_reference` first: it says what is computed, in the fewest lines. The function
-without that suffix computes the same in less time or memory. Two of them continue in another file:
-lib/chunked_loss.py has the tiles of the loss, lib/fast.py the handwritten backward passes.
-`python kernels.py` compares each pair in float64 and times it in fp32, in about 20 s on one CPU
-core (`--compile`: with torch.compile).
+Read the twin `*_reference` first: it says what is computed, in the fewest lines. The tiles of the
+loss go on in lib/chunked_loss.py, handwritten backward passes in lib/fast.py. CUDA paths are not
+yet measured on a GPU. `python kernels.py` compares each pair in float64 and times it in fp32, in
+about 20 s on one CPU core (`--compile`: with torch.compile).
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv;
 N rows (tokens), C hidden width, V vocabulary; E experts, F an expert's inner width. "fp32" means
-that bf16 becomes float32 while float64 stays float64. CPU paths are tested and measured. CUDA paths
-are not yet measured on a GPU.
+that bf16 becomes float32 while float64 stays float64.
 """
 import functools
 import statistics
@@ -47,15 +45,10 @@ def set_default_impl(impl="auto", compile=False):
     with gradients enabled, so sampling stays uncompiled. Compiling pays off in long runs only.
     Returns the previous (impl, compile): `set_default_impl(*old)` undoes a change.
     """
-    check_impl(impl, IMPLS)
+    fast.check_impl(impl, IMPLS)
     old = _DEFAULT["impl"], _DEFAULT["compile"]
     _DEFAULT.update(impl=impl, compile=bool(compile))
     return old
-
-
-def check_impl(impl, allowed):
-    if impl not in allowed:
-        raise ValueError(f"impl {impl!r} is not one of {', '.join(allowed)}")
 
 
 def use_compiler():
@@ -65,7 +58,7 @@ def use_compiler():
 # --- attention: what is computed ------------------------------------------------------------------
 def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, mask=None):
     """Return `attention` as the formula reads, with all (B,Hq,T,S) scores in memory."""
-    group = q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[1]  # query heads per kv head
     k_ = fp32(k).repeat_interleave(group, dim=1)  # (B,Hq,S,D)
     v_ = fp32(v).repeat_interleave(group, dim=1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -75,16 +68,15 @@ def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, m
         return (scores.softmax(-1) @ v_).to(q.dtype)
     # The fill is finite, because softmax over a row of -inf is NaN, in value and gradient. It gives
     # a query without any key uniform probabilities, and the second fill sets those to 0.
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    probs = scores.softmax(-1).masked_fill(~allowed, 0.0)
+    lowest = torch.finfo(scores.dtype).min
+    probs = scores.masked_fill(~allowed, lowest).softmax(-1)
+    probs = probs.masked_fill(~allowed, 0.0)
     return (probs @ v_).to(q.dtype)
 
 
 def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
     """Return which query may attend to which key: bool (B or 1,1,T,S), or None for "all to all".
-
-    queries, keys: slices with start and stop, to get only these rows and columns.
-    """
+    queries, keys: slices with start and stop, to get only these rows and columns."""
     T, S = q.shape[2], k.shape[2]
     queries = queries or slice(0, T)
     keys = keys or slice(0, S)
@@ -94,7 +86,8 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
         query_position = torch.arange(queries.start, queries.stop, device=q.device) + offset
         key_position = torch.arange(keys.start, keys.stop, device=q.device)
         not_later = query_position[:, None] >= key_position
-        conditions.append(not_later[None, None])
+        not_later = not_later[None, None]  # for all rows and heads
+        conditions.append(not_later)
     if segment_ids is not None:
         query_segment = segment_ids[:, None, queries, None]
         key_segment = segment_ids[:, None, None, keys]
@@ -114,12 +107,12 @@ def may_have_empty_rows(q, k, causal, mask):
 def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
     """Grouped-query attention: softmax(scale q k^T + masks) v, with the softmax in fp32.
 
-    q (B,Hq,T,D) and k, v (B,Hkv,S,D) in bf16, fp32 or float64. Query heads hG to hG+G-1 read kv head
-    h. Returns (B,Hq,T,D) in the dtype of q. scale: D^-0.5 unless given.
+    q (B,Hq,T,D) and k, v (B,Hkv,S,D) in bf16, fp32 or float64; query heads hG to hG+G-1 read kv
+    head h. Returns (B,Hq,T,D) in the dtype of q. scale: D^-0.5 unless given.
     causal: the queries are the last T of the S positions, so cached decoding needs nothing else.
     segment_ids (B,T) int, T == S: the document of each token in a packed row; others are invisible.
-    mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All three are ANDed. A
-    query left without any key gives 0 and zero gradients, never NaN.
+    mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All three are ANDed.
+    A query left without any key gives 0 and zero gradients, never NaN.
     impl: "reference" keeps all scores. "sdpa" is PyTorch's kernel. "fused" takes one block of
     queries at a time, in O(T) memory, and skips the keys that no query of the block sees, which
     makes packed rows much faster. "auto" is what `set_default_impl` set; see `choose_impl`.
@@ -134,33 +127,29 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     with autocast_off(q.device.type):
         if impl == "fused":
             return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask, use_compiler())
-        fn = attention_reference if impl == "reference" else attention_sdpa
-        return fn(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
+        compute = attention_reference if impl == "reference" else attention_sdpa
+        return compute(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
 
 
 def check_attention_arguments(q, k, v, segment_ids, mask, impl):
     """Raise ValueError, with the shapes, where the arguments of `attention` do not fit."""
-    check_impl(impl, IMPLS)
+    fast.check_impl(impl, IMPLS)
     problem = None
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         problem = "need q (B,Hq,T,D) and k, v (B,Hkv,S,D)"
-    elif q.shape[1] % k.shape[1] != 0 or q.shape[::3] != k.shape[::3]:
+    elif q.shape[::3] != k.shape[::3] or q.shape[1] % k.shape[1] != 0:
         problem = "need q and k with equal B and D, and Hq a multiple of Hkv"
-    elif segment_ids is not None and (
-            q.shape[2] != k.shape[2] or segment_ids.shape != q.shape[::2]):
+    elif segment_ids is not None and not (
+            segment_ids.shape == q.shape[::2] == k.shape[::2]):  # (B,T), (B,T), (B,S)
         problem = "segment_ids must be (B,T), and T equal to S; with a cache, pass a mask"
     elif mask is not None:
         full = (q.shape[0], 1, q.shape[2], k.shape[2])
-        fits = mask.dim() == 4 and all(
-            size in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True))
+        sizes = zip(mask.shape, full, strict=False)
+        fits = mask.dim() == 4 and all(size in (1, wanted) for size, wanted in sizes)
         if mask.dtype != torch.bool or not fits:
             problem = "mask must be bool and broadcastable to (B,1,T,S)"
     if problem is not None:
-        raise ValueError(f"attention: {problem}; got {shapes(q, k, v, segment_ids, mask)}")
-
-
-def shapes(*tensors):
-    return [None if x is None else tuple(x.shape) for x in tensors]
+        raise ValueError(f"attention: {problem}; got {fast.shapes(q, k, v, segment_ids, mask)}")
 
 
 def choose_impl(impl, q):
@@ -174,58 +163,29 @@ def choose_impl(impl, q):
     return "fused" if q.device.type == "cpu" and onednn else "sdpa"
 
 
-# --- attention by PyTorch's kernel ----------------------------------------------------------------
 def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
-    """Return `attention` by F.scaled_dot_product_attention, around its traps."""
-    dtype = q.dtype
+    """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
     T, S = q.shape[2], k.shape[2]
-    group = q.shape[1] // k.shape[1]
-    decoding = T == 1
-    causal = causal and not decoding  # a single query is at the last position
-    onednn = torch.get_float32_matmul_precision() == "medium" and not q.is_cuda
-    if onednn and not decoding:
-        q = fp32(q)  # oneDNN is 1.3 times as fast in fp32 as in bf16
-        k = fp32(k)
-        v = fp32(v)
-    # Trap: is_causal is aligned to the top left. With a cache (T < S), query 0 would see key 0 only.
-    # So that case gets a mask, and is_causal, the fast path, remains for T == S.
+    causal = causal and T != 1  # a single query is at the last position
+    # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
+    # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
     needs_mask = segment_ids is not None or mask is not None or (causal and T != S)
     allowed = visible(q, k, causal, segment_ids, mask) if needs_mask else None
-    empty = None
-    if may_have_empty_rows(q, k, causal, mask):
-        # Trap: for a query without keys, backends return 0, NaN or the mean of v. We let it see
-        # every key, and set its output to 0 below.
-        empty = ~allowed.any(-1, keepdim=True)
-        allowed = allowed | empty
-    # enable_gqa reads shared kv heads in place: 2-20% faster on a CPU than repeating them. On CUDA
-    # we repeat them for a mask or fp32, so that the memory-efficient backend can serve. That is our
-    # expectation, not yet measured on a GPU.
-    repeat = q.is_cuda and (needs_mask or q.dtype == torch.float32)
-    if repeat and group > 1 and not decoding:
-        k = k.repeat_interleave(group, dim=1)
-        v = v.repeat_interleave(group, dim=1)
-    if decoding:
-        out = decode_attention(q, k, v, allowed, scale)
-    else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=causal and not needs_mask, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1])
-    if empty is not None:
-        out = out.masked_fill(empty, 0.0)
-    return out.to(dtype)
+    may_be_empty = may_have_empty_rows(q, k, causal, mask)
+    is_causal = causal and not needs_mask
+    return fast.sdpa(q, k, v, allowed, is_causal, scale, may_be_empty)
 
 
 # --- attention by blocks --------------------------------------------------------------------------
 class QueryBlock(NamedTuple):
-    """BLOCK queries, and the keys that they see."""
+    """BLOCK queries and their keys. All queries see all keys before the last n of `keys`."""
     rows: slice                   # of the folded queries (B,Hkv,T*G,D)
     keys: slice                   # from the first to the last key that one of the queries sees
-    allowed: torch.Tensor | None  # bool (B or 1,1,rows,n): which of the last n keys. All queries
-    #                               see the keys before those; None: they see all keys
+    allowed: torch.Tensor | None  # bool (B or 1,1,rows,n), or None: all queries see all keys
 
 
 def query_blocks(q, k, causal, segment_ids, mask):
-    """Yield one QueryBlock per BLOCK queries. The keys outside its `keys` cost nothing."""
+    """Yield one QueryBlock per BLOCK queries. Keys outside its `keys` cost nothing."""
     T, S = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
     offset = S - T
@@ -234,33 +194,34 @@ def query_blocks(q, k, causal, segment_ids, mask):
         queries = slice(start, stop)
         first = 0
         last = max(1, stop + offset) if causal else S
-        undecided = 0  # the keys from here on need a mask
+        masked = 0  # the keys from here on need a mask
         if segment_ids is None and mask is None:
-            undecided = max(0, start + offset)  # the keys before are earlier than all these queries
-        allowed = visible(q, k, causal, segment_ids, mask, queries, slice(undecided, last))
+            masked = max(0, start + offset)  # the keys before are earlier than all these queries
+        allowed = visible(q, k, causal, segment_ids, mask, queries, slice(masked, last))
         if segment_ids is not None:
             # Only the documents in sight. On CUDA, this waits for the GPU once per block.
-            seen = allowed.flatten(0, 2).any(0).nonzero().flatten().tolist()
-            if not seen:
-                seen = [0]
-            first = seen[0]
-            last = seen[-1] + 1
+            seen_by_any = allowed.flatten(0, 2).any(0)
+            seen = seen_by_any.nonzero().flatten().tolist()
+            first = seen[0] if seen else 0
+            last = seen[-1] + 1 if seen else 1
             allowed = allowed[..., first:last]
         if allowed is not None:
             allowed = allowed.repeat_interleave(group, dim=2)
-        yield QueryBlock(slice(start * group, stop * group), slice(first, last), allowed)
+        rows = slice(start * group, stop * group)
+        yield QueryBlock(rows, slice(first, last), allowed)
 
 
 def block_probabilities(q_scaled, k_t, allowed, may_be_empty):
     """Return P = softmax(scale q k^T) of one block in fp32.
 
-    q_scaled (B,Hkv,rows,D) includes the scale; k_t (B,Hkv,D,keys); allowed: see QueryBlock.
+    q_scaled = scale q (B,Hkv,rows,D); k_t = k^T (B,Hkv,D,keys); allowed: see QueryBlock.
     may_be_empty: some rows may see no key; their probabilities become 0.
     """
     scores = q_scaled @ k_t
     if allowed is not None:
-        undecided = scores[..., -allowed.shape[-1]:]
-        undecided.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+        masked = scores[..., -allowed.shape[-1]:]
+        lowest = torch.finfo(scores.dtype).min
+        masked.masked_fill_(~allowed, lowest)
     probs = scores.softmax(-1)
     if may_be_empty:
         probs = probs * allowed.any(-1, keepdim=True)
@@ -360,7 +321,8 @@ def token_logprobs_reference(hidden, weight, targets, temperature=1.0, valid_voc
     logits = fp32(hidden) @ fp32(weight).mT
     logits = logits[..., :valid_vocab] / temperature
     logprobs = logits.log_softmax(-1)
-    return logprobs.gather(-1, targets[..., None])[..., 0]
+    targets = targets[..., None]
+    return logprobs.gather(-1, targets)[..., 0]
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0, valid_vocab=None):
@@ -401,10 +363,10 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     bf16 with an fp32 result, so for "mean" and "sum" it also rounds the logits, as transformers
     does; in fp32 the head would take most of a step.
     valid_vocab: rows of weight from there on pad the embedding and get probability 0.
-    chunk_rows: trades memory for speed, nothing else.
+    chunk_rows trades memory for speed, nothing else.
     Raises ValueError for shapes that do not fit, an unknown reduction, and on a CPU for a target
-    out of range (CUDA raises a device-side assertion).
-    Under FSDP2, call it inside the forward of the module that owns weight, where it is gathered.
+    out of range (CUDA raises a device-side assertion). Under FSDP2, call it inside the forward of
+    the module that owns weight, where weight is gathered.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
@@ -418,11 +380,12 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
 # --- norm, SwiGLU and experts ---------------------------------------------------------------------
 def rms_norm_reference(x, weight, eps):
     """Return x / sqrt(mean x^2 + eps) * weight (RMSNorm, arXiv 1910.07467) in Qwen2's order:
-    normalise in fp32, cast back, then multiply. Where nothing is cast, torch does it in one call.
-    """
+    normalise in fp32, cast back, then multiply."""
+    width = x.shape[-1:]
     if x.dtype == weight.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return weight * F.rms_norm(fp32(x), x.shape[-1:], None, eps).to(x.dtype)
+        return F.rms_norm(x, width, weight, eps)  # nothing to cast: one call
+    normalised = F.rms_norm(fp32(x), width, None, eps)
+    return weight * normalised.to(x.dtype)
 
 
 def rms_norm(x, weight, eps):
@@ -454,10 +417,14 @@ def experts_reference(x, weight, gate_up, down, expert):
     out = torch.zeros_like(x)
     # unbind, because the backward pass of gate_up[e] fills a zero (E,2F,C) for every expert: 14
     # times as slow at 60 experts.
-    every_expert = zip(gate_up.unbind(), down.unbind(), strict=True)
-    for e, (gate_up_e, down_e) in enumerate(every_expert):
+    every_gate_up = gate_up.unbind()
+    every_down = down.unbind()
+    for e in range(len(every_down)):
+        gate_up_e = every_gate_up[e]
+        down_e = every_down[e]
         token, choice = (expert == e).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up_e.mT).chunk(2, dim=-1)
+        h = x[token] @ gate_up_e.mT
+        gate, up = h.chunk(2, dim=-1)
         y = (F.silu(gate) * up) @ down_e.mT
         pair_weight = weight[token, choice, None].to(y.dtype)
         out = out.index_add(0, token, y * pair_weight)
@@ -473,12 +440,13 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
     experts; "auto", which is grouped where lib.fast.grouped_matmul_fits, else fused.
     Raises ValueError for any other impl and for shapes that do not fit.
     """
-    check_impl(impl, ("auto", "reference", "fused", "grouped"))
+    fast.check_impl(impl, ("auto", "reference", "fused", "grouped"))
     E, C, inner = down.shape
     weights_fit = gate_up.shape == (E, 2 * inner, C) and x.shape[1:] == (C,)
-    if not weights_fit or weight.shape != expert.shape or expert.shape[:-1] != x.shape[:1]:
+    choices_fit = weight.shape == expert.shape and expert.shape[:-1] == x.shape[:1]
+    if not weights_fit or not choices_fit:
         raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
-                         f"got {shapes(x, weight, expert, gate_up, down)}")
+                         f"got {fast.shapes(x, weight, expert, gate_up, down)}")
     x = to_autocast_dtype(x)
     if impl == "auto":
         impl = "grouped" if fast.grouped_matmul_fits(x, inner) else "fused"
@@ -494,57 +462,58 @@ class Case(NamedTuple):
     twin: Callable
     kernel: Callable
     inputs: tuple       # tensors that get a gradient
-    options: dict = {}  # everything else
+    options: dict = {}  # other arguments by name
 
 
 def cases():
     """Return every kernel with its twin and random inputs."""
     torch.manual_seed(0)
-    B, T, C, V = 2, 512, 128, 8192
+    B = 2
+    T = 512
+    C = 128
+    V = 8192
     q = torch.randn(B, 8, T, 32)
     k = torch.randn(B, 2, T, 32)
     v = torch.randn(B, 2, T, 32)
-    documents = (torch.arange(T) // 90).expand(B, T)
     hidden = torch.randn(B, T, C)
     head = torch.randn(V, C) / 8
     targets = torch.randint(V, (B, T))
-    answers = torch.where(torch.rand(B, T) < 0.3, targets, -100)
     weight, expert = torch.rand(B * T, 15).topk(2)
     gate_up = torch.randn(16, 256, C) / 8
     down = torch.randn(16, C, 128) / 8
     sdpa = functools.partial(attention, impl="sdpa")
     fused = functools.partial(attention, impl="fused")
+    packed = {"segment_ids": (torch.arange(T) // 90).expand(B, T)}
 
     def chunked(fn):
         return lambda intra, successive, inter, k, v: fn((intra, successive, inter), k, v, 100)
     dca = chunked(dual_chunk_attention)
     dca_twin = chunked(dual_chunk_attention_reference)
-    ce, ce_twin = linear_cross_entropy, linear_cross_entropy_reference
-    packed = {"segment_ids": documents}
-    moe = (hidden.flatten(0, 1), weight, gate_up, down)
     return [
         Case("attention sdpa, causal", attention_reference, sdpa, (q, k, v)),
         Case("attention fused, causal", attention_reference, fused, (q, k, v)),
         Case("attention sdpa, packed", attention_reference, sdpa, (q, k, v), packed),
         Case("attention fused, packed", attention_reference, fused, (q, k, v), packed),
         Case("dual_chunk_attention", dca_twin, dca, (q, q.flip(2), q.flip(3), k, v)),
-        Case("linear_cross_entropy", ce_twin, ce, (hidden, head), {"targets": targets}),
-        Case("  30% supervised", ce_twin, ce, (hidden, head), {"targets": answers}),
-        Case("token_logprobs", token_logprobs_reference, token_logprobs, (hidden, head),
-             {"targets": targets}),
+        Case("linear_cross_entropy", linear_cross_entropy_reference, linear_cross_entropy,
+             (hidden, head), {"targets": targets}),
+        Case("token_logprobs", token_logprobs_reference, token_logprobs,
+             (hidden, head), {"targets": targets}),
         Case("rms_norm", rms_norm_reference, rms_norm, (hidden, head[0]), {"eps": 1e-6}),
         Case("swiglu", swiglu_reference, swiglu, (hidden, hidden.flip(0), head[:256])),
-        Case("experts", experts_reference, experts, moe, {"expert": expert}),
+        Case("experts", experts_reference, experts,
+             (hidden.flatten(0, 1), weight, gate_up, down), {"expert": expert}),
     ]
 
 
 def run(fn, case, dtype):
-    """Return the seconds of a forward and backward pass, then the value and all gradients."""
+    """Return the ms of a forward and backward pass, and its value with all gradients."""
     inputs = [x.to(dtype).requires_grad_() for x in case.inputs]
     start = time.perf_counter()
     out = fn(*inputs, **case.options)
     gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    return time.perf_counter() - start, [out.detach(), *gradients]
+    ms = 1e3 * (time.perf_counter() - start)
+    return ms, [out.detach(), *gradients]
 
 
 def largest_error(case):
@@ -553,7 +522,8 @@ def largest_error(case):
     _, ours = run(case.kernel, case, torch.float64)
     errors = []
     for expected, got in zip(truth, ours, strict=True):
-        errors.append((expected - got).abs().max() / expected.abs().max())
+        difference = (expected - got).abs().max()
+        errors.append(difference / expected.abs().max())
     return max(errors).item()
 
 
@@ -569,13 +539,14 @@ def main(compiled=False):
         twin_ms = []
         kernel_ms = []
         for _ in range(6):
-            seconds, _ = run(case.twin, case, torch.float32)
-            twin_ms.append(1e3 * seconds)
-            seconds, _ = run(case.kernel, case, torch.float32)
-            kernel_ms.append(1e3 * seconds)
+            ms, _ = run(case.twin, case, torch.float32)
+            twin_ms.append(ms)
+            ms, _ = run(case.kernel, case, torch.float32)
+            kernel_ms.append(ms)
         twin = statistics.median(twin_ms[1:])  # the first run warms up
         kernel = statistics.median(kernel_ms[1:])
-        print(f"{case.name:28}{error:9.0e}{twin:9.1f}{kernel:11.1f}{twin / kernel:9.1f}x")
+        speed_up = twin / kernel
+        print(f"{case.name:28}{error:9.0e}{twin:9.1f}{kernel:11.1f}{speed_up:9.1f}x")
     if not worst < 1e-11:
         sys.exit("a kernel differs from its reference")
 

@@ -128,7 +128,8 @@ def backward_tile(h, weight, target, log_sum_exp, tile_max, exps, h_scaled, dh, 
     """Add one tile's part of the gradients to dh (n,C) and, unless it is None, dweight (v,C).
 
         dlogits = p - (1 at the target),  dh += dlogits weight,  dweight += dlogits^T h_scaled
-    h_scaled is h times the upstream gradient, which the caller multiplies dh by at the end.
+    h_scaled is h times the factor upstream gradient / temperature. The caller multiplies dh by the
+    same factor at the end.
     tile_max, exps: what forward_tile returned, so that p = exps * exp(tile_max - log_sum_exp). If
     they are None, p is computed again.
     """
@@ -197,7 +198,7 @@ def row_chunks(h, options):
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """-log p of each row's target, p = softmax(h weight^T / temperature): their sum, or (N,) values.
+    """-log p of each row's target, where p = softmax(h weight^T / temperature), or their sum.
 
     h (N,C), weight (V,C), target (N,1). There are two ways to the gradient.
     The sum: the upstream gradient is one number for all rows, so it can be multiplied in later. The

@@ -14,18 +14,22 @@ MAX_SCORES = 2**24  # scores in memory at a time: 64 MiB
 
 def dual_chunk_attention_reference(q, k, v, chunk):
     """Return dual_chunk_attention with all scores of all three kinds in memory."""
-    group = q[0].shape[1] // k.shape[1]
-    T, D = q[0].shape[2:]
-    S = k.shape[2]
-    k_ = fp32(k).repeat_interleave(group, dim=1)
-    v_ = fp32(v).repeat_interleave(group, dim=1)
-    intra, successive, inter = [fp32(query) @ k_.mT * D ** -0.5 for query in q]  # (B,Hq,T,S) each
-    i = torch.arange(S - T, S, device=k.device)[:, None]
-    j = torch.arange(S, device=k.device)
+    _, Hq, T, D = q[0].shape
+    _, Hkv, S, _ = k.shape
+    k_ = fp32(k).repeat_interleave(Hq // Hkv, dim=1)  # (B,Hq,S,D)
+    v_ = fp32(v).repeat_interleave(Hq // Hkv, dim=1)
+    scores = []
+    for query in q:
+        scores.append(fp32(query) @ k_.mT * D ** -0.5)
+    intra, successive, inter = scores
+    i = torch.arange(S - T, S, device=k.device)  # positions of the queries
+    i = i[:, None]
+    j = torch.arange(S, device=k.device)         # and of the keys
     chunks_apart = i // chunk - j // chunk
     scores = torch.where(chunks_apart == 1, successive, inter)
     scores = torch.where(chunks_apart == 0, intra, scores)
-    probs = scores.masked_fill(i < j, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(i < j, -torch.inf)
+    probs = scores.softmax(-1)
     return (probs @ v_).to(q[0].dtype)
 
 
@@ -41,7 +45,8 @@ def dual_chunk_attention(q, k, v, chunk, *, pads=None):
     is O(S), because only a block of queries at a time sees all keys.
     """
     dtype = q[0].dtype
-    T, S = q[0].shape[2], k.shape[2]
+    B, _, T, _ = q[0].shape
+    S = k.shape[2]
     q = [to_autocast_dtype(query) for query in q]
     k = fp32(to_autocast_dtype(k))
     v = fp32(to_autocast_dtype(v))
@@ -49,12 +54,15 @@ def dual_chunk_attention(q, k, v, chunk, *, pads=None):
         if pads is None:
             return unpadded(q, k, v, chunk).to(dtype)
         out = torch.zeros_like(q[0], dtype=dtype)
-        for b, pad in enumerate(pads):
+        for b in range(B):
             row = slice(b, b + 1)
+            pad = pads[b]
             first = max(0, T - (S - pad))  # the row's first query that is no padding
             if first < T:
                 queries = [query[row, :, first:] for query in q]
-                row_out = unpadded(queries, k[row, :, pad:], v[row, :, pad:], chunk)
+                keys = k[row, :, pad:]
+                values = v[row, :, pad:]
+                row_out = unpadded(queries, keys, values, chunk)
                 out[row, :, first:] = row_out.to(dtype)
         return out
 
@@ -62,27 +70,33 @@ def dual_chunk_attention(q, k, v, chunk, *, pads=None):
 def unpadded(q, k, v, chunk):
     """Return dual_chunk_attention in fp32, a block of queries at a time; k and v are fp32."""
     B, Hq, T, D = q[0].shape
-    Hkv, S = k.shape[1:3]
+    _, Hkv, S, _ = k.shape
     intra, successive, inter = q
     block = max(1, MAX_SCORES // (B * Hq * S))
+    offset = S - T
+    start = offset
     out = []
-    start = S - T
     while start < S:
         intra_start = start // chunk * chunk  # the chunk of these queries
         successive_start = max(0, intra_start - chunk)
         end = min(S, intra_start + chunk, start + block)
-        rows = slice(start - (S - T), end - (S - T))
-        groups = ((inter, slice(0, successive_start)),
-                  (successive, slice(successive_start, intra_start)),
-                  (intra, slice(intra_start, end)))
+        groups = (
+            (inter, 0, successive_start),
+            (successive, successive_start, intra_start),
+            (intra, intra_start, end),
+        )
         scores = []
-        for query, keys in groups:
-            folded = fp32(fold_groups(query[:, :, rows], Hkv))  # (B,Hkv,rows*G,D)
-            scores.append(folded @ k[:, :, keys].mT)
+        for query, first_key, last_key in groups:
+            rows = query[:, :, start - offset:end - offset]
+            rows = fp32(fold_groups(rows, Hkv))  # (B,Hkv,n*G,D)
+            keys = k[:, :, first_key:last_key]
+            scores.append(rows @ keys.mT)
         scores = torch.cat(scores, dim=-1) * D ** -0.5
-        i = torch.arange(start, end, device=k.device).repeat_interleave(Hq // Hkv)
+        i = torch.arange(start, end, device=k.device)
+        i = i.repeat_interleave(Hq // Hkv)
         j = torch.arange(end, device=k.device)
-        probs = scores.masked_fill(i[:, None] < j, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(i[:, None] < j, -torch.inf)
+        probs = scores.softmax(-1)
         block_out = probs @ v[:, :, :end]
         out.append(unfold_groups(block_out, end - start))
         start = end

@@ -15,6 +15,16 @@ from torch.autograd.function import once_differentiable
 EXPERT_BLOCK = 16  # the number of rows that experts multiply at once is a multiple of this
 
 
+# --- arguments ------------------------------------------------------------------------------------
+def check_impl(impl, allowed):
+    if impl not in allowed:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(allowed)}")
+
+
+def shapes(*tensors):
+    return [None if x is None else tuple(x.shape) for x in tensors]
+
+
 # --- precision and shapes -------------------------------------------------------------------------
 def fp32(x):
     """Return x in float32, but leave float64 as it is."""
@@ -112,8 +122,48 @@ def tuned_for_cpu(hidden):
     return tuned
 
 
+# --- PyTorch's attention kernel -------------------------------------------------------------------
+def sdpa(q, k, v, allowed, is_causal, scale, may_be_empty):
+    """Return F.scaled_dot_product_attention of q (B,Hq,T,D) and k, v (B,Hkv,S,D), the same for all
+    of its backends.
+
+    allowed: bool (B or 1,1,T,S) or None. is_causal: without `allowed`, and for T == S only.
+    may_be_empty: a query may have no key in `allowed`; it then returns 0.
+    """
+    dtype = q.dtype
+    group = q.shape[1] // k.shape[1]
+    decoding = q.shape[2] == 1
+    onednn = torch.get_float32_matmul_precision() == "medium" and not q.is_cuda
+    if onednn and not decoding:
+        q = fp32(q)  # oneDNN is 1.3 times as fast in fp32 as in bf16
+        k = fp32(k)
+        v = fp32(v)
+    empty = None
+    if may_be_empty:
+        # Trap: for a query without keys, backends return 0, NaN or the mean of v. We let it see
+        # every key, and set its output to 0 below.
+        empty = ~allowed.any(-1, keepdim=True)
+        allowed = allowed | empty
+    # enable_gqa reads shared kv heads in place: 2-20% faster on a CPU than repeating them. On CUDA
+    # we repeat them for a mask or fp32, so that the memory-efficient backend can serve. That is our
+    # expectation, not yet measured on a GPU.
+    repeat = q.is_cuda and (allowed is not None or q.dtype == torch.float32)
+    if repeat and group > 1 and not decoding:
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
+    if decoding:
+        out = decode_attention(q, k, v, allowed, scale)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1])
+    if empty is not None:
+        out = out.masked_fill(empty, 0.0)
+    return out.to(dtype)
+
+
 def decode_attention(q, k, v, keep=None, scale=None):
-    """Return kernels.attention for T = 1, without checks. keep (B,1,1,S) bool leaves each row a key.
+    """Return kernels.attention for T = 1. keep (B,1,1,S) bool must leave each row a key.
 
     The G query heads of a group pose as G queries of one kv head, so that no backend copies the
     cache. On a CPU with S from 256 to 2048, this is 1.4 times as fast as enable_gqa and 5 to 8
