@@ -223,7 +223,7 @@ def block_probabilities(q_scaled, k_t, allowed, may_be_empty):
         lowest = torch.finfo(scores.dtype).min
         masked.masked_fill_(~allowed, lowest)
     probs = scores.softmax(-1)
-    if may_be_empty:
+    if may_be_empty and allowed is not None:
         probs = probs * allowed.any(-1, keepdim=True)
     return probs
 
