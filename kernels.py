@@ -41,8 +41,8 @@ def set_default_impl(impl="auto", compile=False):
     """Set what `impl="auto"` means from now on, and whether kernels are compiled.
 
     impl: one of IMPLS, else ValueError. compile: run the blocks of fused attention and the tiles of
-    linear_cross_entropy and token_logprobs under torch.compile. They compile at their first call
-    with gradients enabled, so sampling stays uncompiled. Compiling pays off in long runs only.
+    the loss under torch.compile. They compile at their first call with gradients enabled, so that
+    sampling stays uncompiled. Compiling pays off in long runs only.
     Returns the previous (impl, compile): `set_default_impl(*old)` undoes a change.
     """
     fast.check_impl(impl, IMPLS)
@@ -55,7 +55,7 @@ def use_compiler():
     return _DEFAULT["compile"] and torch.is_grad_enabled()
 
 
-# --- attention: what is computed ------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, mask=None):
     """Return `attention` as the formula reads, with all (B,Hq,T,S) scores in memory."""
     group = q.shape[1] // k.shape[1]  # query heads per kv head
@@ -77,7 +77,8 @@ def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, m
 def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
     """Return which query may attend to which key: bool (B or 1,1,T,S), or None for "all to all".
     queries, keys: slices with start and stop, to get only these rows and columns."""
-    T, S = q.shape[2], k.shape[2]
+    T = q.shape[2]
+    S = k.shape[2]
     queries = queries or slice(0, T)
     keys = keys or slice(0, S)
     offset = S - T  # query t is at position t + offset: the queries are the last T of S positions
@@ -165,7 +166,8 @@ def choose_impl(impl, q):
 
 def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
     """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
-    T, S = q.shape[2], k.shape[2]
+    T = q.shape[2]
+    S = k.shape[2]
     causal = causal and T != 1  # a single query is at the last position
     # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
     # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
@@ -186,7 +188,8 @@ class QueryBlock(NamedTuple):
 
 def query_blocks(q, k, causal, segment_ids, mask):
     """Yield one QueryBlock per BLOCK queries. Keys outside its `keys` cost nothing."""
-    T, S = q.shape[2], k.shape[2]
+    T = q.shape[2]
+    S = k.shape[2]
     group = q.shape[1] // k.shape[1]
     offset = S - T
     for start in range(0, T, BLOCK):
@@ -255,9 +258,9 @@ class FusedAttention(torch.autograd.Function):
 
     The backward pass computes the probabilities again instead of keeping them. That is what makes
     FlashAttention's memory O(T) (Dao et al. 2022, arXiv 2205.14135). FlashAttention also cuts the
-    keys into tiles, with a running softmax, for memories smaller than a CPU's cache.
-    Scores are fp32. For bf16 inputs, all other products are bf16. torch.compile gets one block, not
-    the loop, because the loop's graph would grow with T.
+    keys into tiles, with a running softmax, for memories smaller than a CPU's cache. Scores are
+    fp32; for bf16 inputs, all other products are bf16. Only one block gets compiled, because the
+    graph of the whole loop would grow with T.
     """
 
     @staticmethod
@@ -362,8 +365,8 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     In bf16, also by autocast, the products are bf16 and all else is fp32. A CPU has no product of
     bf16 with an fp32 result, so for "mean" and "sum" it also rounds the logits, as transformers
     does; in fp32 the head would take most of a step.
-    valid_vocab: rows of weight from there on pad the embedding and get probability 0.
-    chunk_rows trades memory for speed, nothing else.
+    valid_vocab: rows of weight from there on pad the embedding and get probability 0. chunk_rows
+    trades memory for speed, nothing else.
     Raises ValueError for shapes that do not fit, an unknown reduction, and on a CPU for a target
     out of range (CUDA raises a device-side assertion). Under FSDP2, call it inside the forward of
     the module that owns weight, where weight is gathered.
@@ -389,8 +392,8 @@ def rms_norm_reference(x, weight, eps):
 
 
 def rms_norm(x, weight, eps):
-    """Return rms_norm_reference, under autocast in its dtype. x (...,C), weight (C,). The backward
-    pass is lib.fast.RMSNorm's, which keeps x only."""
+    """Return rms_norm_reference, under autocast in its dtype. x (...,C), weight (C,) -> (...,C).
+    The backward pass of lib.fast.RMSNorm keeps x only."""
     if torch.is_grad_enabled():
         return fast.RMSNorm.apply(x, weight, eps, rms_norm_reference)
     return to_autocast_dtype(rms_norm_reference(x, weight, eps))
@@ -402,8 +405,8 @@ def swiglu_reference(gate, up, weight):
 
 
 def swiglu(gate, up, weight):
-    """Return swiglu_reference. gate, up (...,F), weight (C,F) -> (...,C). The backward pass is
-    lib.fast.SwiGLU's, which keeps gate and up only."""
+    """Return swiglu_reference. gate, up (...,F), weight (C,F) -> (...,C). The backward pass of
+    lib.fast.SwiGLU keeps gate and up only."""
     gate = to_autocast_dtype(gate)
     up = to_autocast_dtype(up)
     if torch.is_grad_enabled():
@@ -412,8 +415,7 @@ def swiglu(gate, up, weight):
 
 
 def experts_reference(x, weight, gate_up, down, expert):
-    """Send the tokens that chose an expert through it, for one expert after the other, and add
-    what comes back."""
+    """Send the tokens of one expert after the other through it, and add up the results."""
     out = torch.zeros_like(x)
     # unbind, because the backward pass of gate_up[e] fills a zero (E,2F,C) for every expert: 14
     # times as slow at 60 experts.
@@ -437,19 +439,14 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
 
     x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
     Returns (N,C). impl: "reference"; "fused", see lib.fast.Experts; "grouped", one product over all
-    experts; "auto", which is grouped where lib.fast.grouped_matmul_fits, else fused.
-    Raises ValueError for any other impl and for shapes that do not fit.
+    experts; "auto", grouped where lib.fast.grouped_matmul_fits, else fused. Raises ValueError for
+    any other impl and for shapes that do not fit.
     """
     fast.check_impl(impl, ("auto", "reference", "fused", "grouped"))
-    E, C, inner = down.shape
-    weights_fit = gate_up.shape == (E, 2 * inner, C) and x.shape[1:] == (C,)
-    choices_fit = weight.shape == expert.shape and expert.shape[:-1] == x.shape[:1]
-    if not weights_fit or not choices_fit:
-        raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
-                         f"got {fast.shapes(x, weight, expert, gate_up, down)}")
+    fast.check_expert_arguments(x, weight, gate_up, down, expert)
     x = to_autocast_dtype(x)
     if impl == "auto":
-        impl = "grouped" if fast.grouped_matmul_fits(x, inner) else "fused"
+        impl = "grouped" if fast.grouped_matmul_fits(x, down) else "fused"
     if impl == "fused":
         return fast.Experts.apply(x, weight, gate_up, down, expert)
     fn = experts_reference if impl == "reference" else fast.experts_grouped
@@ -520,16 +517,15 @@ def largest_error(case):
     """Return the largest error in float64, relative to the largest entry of the twin's tensor."""
     _, truth = run(case.twin, case, torch.float64)
     _, ours = run(case.kernel, case, torch.float64)
-    errors = []
+    worst = 0.0
     for expected, got in zip(truth, ours, strict=True):
-        difference = (expected - got).abs().max()
-        errors.append(difference / expected.abs().max())
-    return max(errors).item()
+        error = (expected - got).abs().max() / expected.abs().max()
+        worst = max(worst, error.item())
+    return worst
 
 
 def main(compiled=False):
-    """Print the error of each kernel, and its time beside its twin's: medians of 5 interleaved
-    runs in fp32. Exit with an error where a kernel differs from its twin."""
+    """Print each kernel's error, and its time beside its twin's (medians of 5 interleaved runs)."""
     set_default_impl(compile=compiled)
     print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
     worst = 0.0

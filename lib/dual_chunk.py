@@ -91,7 +91,8 @@ def unpadded(q, k, v, chunk):
             rows = fp32(fold_groups(rows, Hkv))  # (B,Hkv,n*G,D)
             keys = k[:, :, first_key:last_key]
             scores.append(rows @ keys.mT)
-        scores = torch.cat(scores, dim=-1) * D ** -0.5
+        scores = torch.cat(scores, dim=-1)
+        scores = scores * D ** -0.5
         i = torch.arange(start, end, device=k.device)
         i = i.repeat_interleave(Hq // Hkv)
         j = torch.arange(end, device=k.device)

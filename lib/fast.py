@@ -240,6 +240,18 @@ class SwiGLU(torch.autograd.Function):
 
 
 # --- experts --------------------------------------------------------------------------------------
+def check_expert_arguments(x, weight, gate_up, down, expert):
+    """Raise ValueError, with the shapes, where the arguments of kernels.experts do not fit."""
+    E, C, inner = down.shape
+    N = len(x)
+    choices = (N, expert.shape[-1])
+    weights_fit = gate_up.shape == (E, 2 * inner, C)
+    tokens_fit = x.shape == (N, C) and weight.shape == expert.shape == choices
+    if not weights_fit or not tokens_fit:
+        raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
+                         f"got {shapes(x, weight, expert, gate_up, down)}")
+
+
 class ExpertBlock(NamedTuple):
     """One expert's share of the (token, choice) pairs, which are sorted by expert."""
     count: int     # pairs that chose this expert
@@ -330,10 +342,10 @@ class Experts(torch.autograd.Function):
         return dx, dweight, dgate_up, ddown, None
 
 
-def grouped_matmul_fits(x, inner):
-    """Return whether experts_grouped can take x (N,C) with experts of width `inner`: bf16 on CUDA,
-    a torch that has grouped_mm, and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
-    aligned = x.shape[1] % 8 == 0 and inner % 8 == 0
+def grouped_matmul_fits(x, down):
+    """Return whether experts_grouped can take x (N,C) and down (E,C,F): bf16 on CUDA, a torch that
+    has grouped_mm, and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
+    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
     return (x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and aligned
             and hasattr(F, "grouped_mm"))
 
