@@ -106,7 +106,7 @@ def may_have_empty_rows(q, k, causal, mask):
 
 
 def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
-    """Grouped-query attention: softmax(scale q k^T + masks) v, with the softmax in fp32.
+    """Return grouped-query attention, softmax(scale q k^T + masks) v, with the softmax in fp32.
 
     q (B,Hq,T,D) and k, v (B,Hkv,S,D) in bf16, fp32 or float64; query heads hG to hG+G-1 read kv
     head h. Returns (B,Hq,T,D) in the dtype of q. scale: D^-0.5 unless given.
@@ -115,8 +115,8 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All three are ANDed.
     A query left without any key gives 0 and zero gradients, never NaN.
     impl: "reference" keeps all scores. "sdpa" is PyTorch's kernel. "fused" takes one block of
-    queries at a time, in O(T) memory, and skips the keys that no query of the block sees, which
-    makes packed rows much faster. "auto" is what `set_default_impl` set; see `choose_impl`.
+    queries at a time, in O(T) memory, and skips the keys that none of them sees: much faster for
+    packed rows. "auto" is what `set_default_impl` set; see `choose_impl`.
     Raises ValueError for any other impl and for shapes that do not fit.
     """
     check_attention_arguments(q, k, v, segment_ids, mask, impl)
@@ -356,7 +356,7 @@ def linear_cross_entropy_reference(hidden, weight, targets, *, ignore_index=-100
 
 def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reduction="mean",
                          valid_vocab=None, chunk_rows=None):
-    """F.cross_entropy(hidden @ weight.T, targets) with only a chunk of the logits in memory.
+    """Return F.cross_entropy(hidden @ weight.T, targets) with only a tile of the logits in memory.
 
     hidden (..., C), weight (V,C), targets (...) int. Returns fp32: a scalar for "mean" (over the
     supervised targets) and "sum"; for "none" the shape of targets, 0 where ignored. Rows whose
@@ -366,10 +366,9 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     bf16 with an fp32 result, so for "mean" and "sum" it also rounds the logits, as transformers
     does; in fp32 the head would take most of a step.
     valid_vocab: rows of weight from there on pad the embedding and get probability 0. chunk_rows
-    trades memory for speed, nothing else.
-    Raises ValueError for shapes that do not fit, an unknown reduction, and on a CPU for a target
-    out of range (CUDA raises a device-side assertion). Under FSDP2, call it inside the forward of
-    the module that owns weight, where weight is gathered.
+    trades memory for speed. Raises ValueError for shapes that do not fit, an unknown reduction, and
+    on a CPU for a target out of range (CUDA raises a device-side assertion). Under FSDP2, call it
+    inside the forward of the module that owns weight, where weight is gathered.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
@@ -434,7 +433,7 @@ def experts_reference(x, weight, gate_up, down, expert):
 
 
 def experts(x, weight, gate_up, down, expert, impl="auto"):
-    """The routed half of a mixture of experts: the sum over j of weight_j FFN_{expert_j}(x), where
+    """Return the routed half of a mixture of experts: sum over j of weight_j FFN_{expert_j}(x) with
     FFN_e(x) = down_e (silu(gate_e x) * up_e x). There is no capacity limit; no token is dropped.
 
     x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).

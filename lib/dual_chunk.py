@@ -34,7 +34,7 @@ def dual_chunk_attention_reference(q, k, v, chunk):
 
 
 def dual_chunk_attention(q, k, v, chunk, *, pads=None):
-    """Causal attention with positions that depend on how many chunks lie between query and key.
+    """Return causal attention whose positions depend on how many chunks lie between query and key.
 
     q: three tensors (B,Hq,T,D), the same queries rotated in three ways: for keys of their own chunk
     (intra), of the previous chunk (successive), and of all older chunks (inter).
