@@ -11,6 +11,7 @@ import torch
 
 import evaluate
 import kernels
+import lib.dual_chunk
 import model as M
 import sample
 from lib.args import InputError
@@ -195,7 +196,7 @@ def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch, co
     leaves = [torch.randn(2, h, n, 8, generator=g, dtype=torch.float64).requires_grad_()
               for h, n in ((4, T), (4, T), (4, T), (2, S), (2, S))]
     for most in (2**24, 700):
-        monkeypatch.setattr(kernels, "SCORES", most)
+        monkeypatch.setattr(lib.dual_chunk, "MAX_SCORES", most)
         outs = [f(leaves[:3], *leaves[3:], chunk) for f in
                 (kernels.dual_chunk_attention, kernels.dual_chunk_attention_reference)]
         weights = torch.randn(outs[0].shape, generator=g, dtype=torch.float64)
