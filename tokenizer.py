@@ -220,7 +220,7 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 class Tokenizer:
     """`special`: control token -> id. `eos_id` <|endoftext|> ends a document, `im_end_id` a turn,
     either a generation: `stop_ids`. `pad_id` is none of them, but build masks from lengths, never
-    from `ids != pad_id`. `n_vocab` == len(): all ids that exist."""
+    from `ids != pad_id`. `n_vocab`: all ids that exist."""
 
     def __init__(self, tokens: dict[bytes, int], special: dict[str, int] | None = None,
                  merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
@@ -261,9 +261,6 @@ class Tokenizer:
         self.eos_id, self.im_start_id, self.im_end_id = (special[t] for t in CONTROL_TOKENS[:3])
         self.stop_ids = (self.im_end_id, self.eos_id)
         self.pad_id = special.get("<|fim_pad|>", max({*special.values()} - {*self.stop_ids}))
-
-    def __len__(self) -> int:
-        return self.n_vocab
 
     def padded_vocab_size(self, multiple: int = 128) -> int:
         """Embedding rows. Rows from n_vocab on belong to no token: mask them when sampling."""
@@ -398,15 +395,8 @@ class Tokenizer:
             return list(pool.map(self.encode, texts))
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Any bytes, exactly: decode_bytes(encode_bytes(b)) == b. No NFC; what is not UTF-8 becomes
-        single-byte tokens."""
-        ids = []
-        for run in re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
-            if "\udc80" <= run[:1] <= "\udcff":
-                ids += [self._tokens[bytes([b])] for b in run.encode("utf-8", "surrogateescape")]
-            else:
-                ids += self._ordinary(run)
-        return ids
+        """Return the ids of any bytes, also of invalid UTF-8; decode_bytes gives them back."""
+        return self._bpe._encode_bytes(data)
 
     def token_bytes(self, token_id: int) -> bytes:
         """For bits per byte: over a text the lengths add up to its UTF-8 length."""
