@@ -135,28 +135,23 @@ def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
 
 def best_of(queries: list[dict], sampled, scorer: RewardModel) -> dict[str, dict]:
     """How good is the one of a query's answers that is chosen by chance, by the majority (of equal
-    final answers; of equal texts where none is marked), by the reward model r, by the majority with
-    sigmoid(r) of a vote each? Between answers with as many votes, chance decides: their mean score.
-    And query by query, the lead of those that use the reward model."""
+    final answers; of equal texts where none is marked), by the reward model? Between answers with
+    as many votes, chance decides: their mean score. And query by query, the reward model's lead."""
     rewards = iter(scorer.score([q["prompt"] for q, group in zip(queries, sampled, strict=True)
                                  for _ in group], [text for group in sampled for text, _ in group]))
-    chosen = {"chance": [], "majority": [], "reward model": [], "weighted majority": []}
+    chosen = {"chance": [], "majority": [], "reward model": []}
     for group in sampled:
         finals = [extract_answer(text, strict=True) or text for text, _ in group]
         mine = [next(rewards) for _ in group]
-        weights = torch.tensor(mine).sigmoid().tolist()
-        weighted = [sum(w for w, other in zip(weights, finals, strict=True) if other == final)
-                    for final in finals]
-        for votes, values in zip(([0] * len(group), [finals.count(a) for a in finals], mine,
-                                  weighted), chosen.values(), strict=True):
+        for votes, values in zip(([0] * len(group), [finals.count(a) for a in finals], mine),
+                                 chosen.values(), strict=True):
             best = [score for vote, (_, score) in zip(votes, group, strict=True)
                     if vote == max(votes)]
             values.append(sum(best) / len(best))
     out = {name: interval(values) for name, values in chosen.items()}
-    for ours in ("reward model", "weighted majority"):
-        for name in ("chance", "majority"):
-            pairs = zip(chosen[ours], chosen[name], strict=True)
-            out[f"{ours} - {name}"] = interval([a - b for a, b in pairs], least=-1.0)
+    for name in ("chance", "majority"):
+        pairs = zip(chosen["reward model"], chosen[name], strict=True)
+        out[f"reward model - {name}"] = interval([a - b for a, b in pairs], least=-1.0)
     return out
 
 

@@ -152,8 +152,7 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
 
 def test_best_of_by_hand():
     """Three queries of four answers: chance is the mean; the majority counts equal final answers,
-    however they are reached, and chance decides a draw; the reward model takes its favourite; one
-    vote of sigmoid(3) beats two of sigmoid(-2), three of sigmoid(0) beat sigmoid(1)."""
+    however they are reached, and chance decides a draw; the reward model takes its favourite."""
     class Scorer:
         def score(self, prompts, responses):
             assert prompts == ["p"] * 4 + ["q"] * 4 + ["r"] * 4
@@ -164,11 +163,10 @@ def test_best_of_by_hand():
                [("a", 1.0), ("a", 1.0), ("b!", 0.0), ("a", 1.0)]]
     got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
     assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
-        "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3, "weighted majority": 1.0,
-        "reward model - chance": 0.5 / 3, "reward model - majority": 0.0,
-        "weighted majority - chance": 0.5, "weighted majority - majority": 1 / 3})
-    lead = got["weighted majority - majority"]  # 0, 1, 0: standard error 1/3
-    assert lead["low"] == pytest.approx(1 / 3 - 1.96 / 3)
+        "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3,
+        "reward model - chance": 0.5 / 3, "reward model - majority": 0.0})
+    lead = got["reward model - majority"]  # 0, 1, -1: deviation 1, so 1.96 / sqrt(3)
+    assert lead["low"] == max(-1.0, -1.96 / math.sqrt(3))
 
 
 def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
@@ -179,7 +177,6 @@ def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
     metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
     assert metrics["best_of"]["reward model"] == metrics["best_of"]["chance"]
     assert metrics["best_of"]["chance"]["mean"] == metrics["pass@1"]["total"]["mean"]
-    assert metrics["best_of"]["weighted majority"] == metrics["best_of"]["majority"]
     assert metrics["best_of"]["chance"]["n"] == 6
 
 
