@@ -10,7 +10,8 @@ from helpers import micro_model, refuses, stage_args, tiny_model, write_rows
 import evaluate
 import tasks.queries
 from data.mixture import is_held_out
-from evaluate import bits_per_byte, by_domain, interval
+from evaluate import Answer, bits_per_byte, by_domain
+from lib.tables import interval
 from model import Qwen2
 from reward import RewardModel
 from sample import Completion, rollout
@@ -161,6 +162,7 @@ def test_best_of_by_hand():
                 ("no", 0.0), ("no?", 0.0)],
                [("a?", 0.0), ("a?", 0.0), ("b!!!", 1.0), ("c?", 0.0)],
                [("a", 1.0), ("a", 1.0), ("b!", 0.0), ("a", 1.0)]]
+    sampled = [[Answer(text, score) for text, score in group] for group in sampled]
     got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
     assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
         "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3,
@@ -186,7 +188,7 @@ def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(ids, [], False)])
     query = {"prompt": "p", "domain": "logic", "check": {"kind": "math", "answer": "7"}}
     args = stage_args(evaluate, few_shot=1)
-    assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [
+    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [
         [("The answer is \\boxed{7}.", 1.0)]]
 
 
@@ -198,7 +200,7 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     query = {"prompt": "p", "domain": "instruction", "check": {
         "kind": "rules", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
     args = stage_args(evaluate, few_shot=1)
-    assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
+    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
 
 def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
