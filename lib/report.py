@@ -23,9 +23,9 @@ CURVES = {
     "sft": ("loss", "grad_norm"),
     "sft_control": ("loss", "grad_norm"),
     "dpo": ("accuracy", "reward_chosen", "reward_rejected", "loss"),
-    "rl_first": ("pass", "reward", "entropy", "dead"),
+    "rl_first": ("pass_rate", "reward", "entropy", "frac_zero_std"),
     "reward": ("accuracy", "loss"),
-    "grpo": ("pass", "own", "reward", "entropy", "dead", "length", "kl"),
+    "grpo": ("pass_rate", "own", "reward", "entropy", "frac_zero_std", "length", "kl"),
 }
 COMPARISONS = (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
                ("sft", "sft_control"), ("sft_control", "grpo"))
