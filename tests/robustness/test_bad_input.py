@@ -280,7 +280,8 @@ def table():
     for command in (*INIT, "pretrain"):
         line = good(command)
         for flags, *words in (
-                ("--no_such_flag 1", "--no_such_flag"), ("stray", "stray"), ("--seed", "wants a"),
+                ("--no_such_flag 1", "--no_such_flag"), ("stray", "stray"),
+                ("--seed", "--seed: expected one argument"),
                 ("--seed=1.5", "int"), ("--seed=x", "int"), ("--seed=1 --seed=1", "twice"),
                 ("--seed=nan", "--seed"), ("--seed=inf", "--seed"), ("--seed=-1", "--seed"),
                 ("--seed=1e30", "--seed"), ("-seed 1", "-seed"), ("--device=", "--device"),
@@ -290,12 +291,13 @@ def table():
             yield f"{line.replace('--device cpu', f'--device {device}')}", "--device"
     for command, numbers in {
             "pretrain": "seq_len micro_batch eval_every save_every lr warmup weight_decay "
-                        "clip final_lr rope_theta vocab_size batch_tokens",
-            "sft": "n_data max_len epochs batch_size micro_batch lr warmup weight_decay clip "
-                   "save_every",
+                        "max_grad_norm final_lr rope_theta vocab_size batch_tokens",
+            "sft": "n_data max_len epochs batch_size micro_batch lr warmup weight_decay "
+                   "max_grad_norm save_every",
             "dpo": "responses temperature max_len epochs beta nll lr merge_alpha pairs_per_query",
             "reward": "responses pairs_per_query max_new_tokens lr weight_decay warmup epochs",
-            "grpo": "steps batch_queries group temperature inner_steps clip_eps kl lr clip",
+            "grpo": "steps batch_queries group temperature inner_steps clip_eps kl lr "
+                    "max_grad_norm",
             "evaluate": "samples max_new_tokens few_shot n_queries yarn",
             "sample": "max_new_tokens temperature top_k top_p yarn"}.items():
         for number in numbers.split():
@@ -505,7 +507,7 @@ def test_bad_input(line, words, world, monkeypatch, capsys):
         if script.endswith(".py"):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
-            runpy.run_module(script, run_name="__main__")
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     check(stop.value.code, capsys.readouterr().err, words)
     assert contents(world) == before
 
