@@ -26,7 +26,7 @@ import kernels
 import tasks.queries
 from tasks.math_answers import extract_answer
 from lib.args import cli, positive, require
-from lib.files import checksums, write_atomic, write_jsonl
+from lib.files import write_atomic, write_jsonl
 from lib.optim import pad_rows, setup
 from lib.run import peak_rss_mb
 from model import Qwen2
@@ -240,9 +240,7 @@ def main(args: Args) -> dict:
          "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
          "pass@1": sum(score for _, score in s) / len(s)}
         for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    # The same name may be other code by the next evaluation.
-    reward = " ".join([args.reward, *checksums({"reward": args.reward}).values()])
-    settings = {"queries": args.queries, "n": len(queries), "reward": reward,
+    settings = {"queries": args.queries, "n": len(queries), "reward": args.reward,
                 "samples": args.samples, "few_shot": args.few_shot, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens, "window": args.window, "yarn": args.yarn,
                 "dca": args.dca, "rollout_url": args.rollout_url}

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from lib.args import InputError, require
 from lib.dist import RANK, WORLD, cut_state, all_gather, load_state, save_state, full_model
 from lib.files import (
-    checksums,
     json_safe,
     read_json,
     read_jsonl,
@@ -82,7 +81,7 @@ class Run:
 
     A run killed at any moment goes on with the same command and --resume: from its last state, or
     from step 0 where there is none yet; also when the model is written, until run.json, the last
-    file, says finished. A file given to it that is another by then is told, and noted there."""
+    file, says finished."""
 
     def __init__(self, args, stage: str):
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
@@ -111,8 +110,6 @@ class Run:
         self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
                          default=None)
         self.resumed = args.resume and self.state is not None
-        # {name: {step after which it was so: checksum}}
-        self.files = record.get("files", {}) if self.resumed else {}
         init = self.args.get("init")
         require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
@@ -154,23 +151,12 @@ class Run:
                 self.log_file.write_text("", encoding="utf-8")
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
-        if RANK == 0:
-            self.note_files(step)
+        if not self.resumed:
+            self.write_record({"finished": False})
         if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
         return step
-
-    def note_files(self, step: int) -> None:
-        """No refusal, since a --reward with an error gets mended: a changed file is told."""
-        news = not self.resumed
-        for name, new in checksums(self.args).items():
-            known = self.files.setdefault(name, {str(step): new})
-            if [*known.values()][-1] != new:
-                print(f"{name} has changed since this run began: from here on it is another run")
-                known[str(step)], news = new, True
-        if news:
-            self.write_record({"finished": False})
 
     def interrupt(self, *_) -> None:
         """Ctrl-C, or SIGTERM from a batch system: the step at hand is finished and its state saved.
@@ -189,7 +175,7 @@ class Run:
         record = {"stage": self.stage, "args": self.args, "parent": self.args.get("init", ""),
                   "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                   "git": git, "python": platform.python_version(),
-                  "torch": torch.__version__, "seed": self.args["seed"], "files": self.files,
+                  "torch": torch.__version__, "seed": self.args["seed"],
                   **result}
         write_atomic(self.path / "run.json", json.dumps(json_safe(record), indent=1) + "\n")
 

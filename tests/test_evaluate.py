@@ -214,10 +214,7 @@ def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
     assert "| mean, % | total |" in (said := capsys.readouterr().out) and "pass@1" not in said
     assert metrics["pass@2"]["total"]["mean"] == (rows[0]["pass@1"] > 0) / 6
-    before = json.loads((micro_run / "eval.json").read_text())["settings"]["reward"]
-    (tmp_path / "mine.py").write_text("def score(query, response):\n    return 0.25\n")
-    run(micro_run, tmp_path, **own)
-    assert json.loads((micro_run / "eval.json").read_text())["settings"]["reward"] != before
+    assert json.loads((micro_run / "eval.json").read_text())["settings"]["reward"] == own["reward"]
 
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):

@@ -404,9 +404,9 @@ def test_a_reward_of_ones_own_is_no_pass(policy, tmp_path):
     assert result["own"] == pytest.approx(rows[-1]["own"], rel=1e-6)
 
 
-def test_an_error_in_a_reward_loses_no_step(policy, tmp_path, capsys):
-    """It ends the run in one line, with the state of the last whole step; mended, which is noticed
-    and put down, the run goes on to what one without the error comes to, bit for bit."""
+def test_an_error_in_a_reward_loses_no_step(policy, tmp_path):
+    """It ends the run in one line, with the state of the last whole step; mended, the run goes on
+    to what one without the error comes to, bit for bit."""
     good = "def score(query, response):\n    return response.count('A') / (1 + len(response))\n"
     bad = "calls = []\n" + good.replace("return", "calls.append(1)\n    if len(calls) > 50:\n"
                                         "        raise KeyError('x')\n    return")
@@ -422,9 +422,6 @@ def test_an_error_in_a_reward_loses_no_step(policy, tmp_path, capsys):
     mine.write_text(good)
     tasks.custom.own_reward.cache_clear()
     run(policy, tmp_path, "halves", **values, resume=True)
-    assert f"{mine} has changed since this run began" in capsys.readouterr().out
-    files = json.loads((tmp_path / "halves" / "run.json").read_text())["files"]
-    assert list(files[str(mine)]) == ["0", step]
     assert log(tmp_path / "halves") == log(tmp_path / "whole")
     assert same_weights(tmp_path / "halves", tmp_path / "whole")
 
