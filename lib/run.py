@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from lib.args import InputError, require
-from lib.dist import RANK, WORLD, cut_state, all_gather, load_state, save_state, full_model
+from lib.dist import RANK, WORLD, cut_state, load_state, save_state, full_model
 from lib.files import (
     json_safe,
     read_json,
@@ -37,25 +36,11 @@ from lib.files import (
     disk_errors,
 )
 
-STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
+MAX_BAD_STEPS = 5  # so many in a row are no accident of one batch: the run stops
 
 
 class Diverged(InputError):
     """The loss or the gradient stays nan or infinite."""
-
-
-def watch(model, found: list[str]) -> list:
-    """Hooks that put into an empty `found` the first module whose output in training, or weight
-    whose gradient, is not finite. A look at every activation takes time: for use after a bad step.
-    """
-    def look(what: str, *args) -> None:  # args: module, inputs, output; or only a gradient
-        training = len(args) == 1 or torch.is_grad_enabled()
-        if training and not found and torch.is_tensor(args[-1]) and not args[-1].isfinite().all():
-            found.append(what)
-    hooks = [module.register_forward_hook(partial(look, f"output of {name}"))
-             for name, module in model.named_modules()]
-    return hooks + [p.register_hook(partial(look, f"gradient of {name}"))
-                    for name, p in model.named_parameters() if p.requires_grad]
 
 
 def peak_rss_mb() -> float:
@@ -87,7 +72,7 @@ class Run:
         self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
         self.started, self.previous_seconds = time.time(), 0.0
         self.log_file, self.state_file = self.path / "log.jsonl", self.path / "state" / "state.pt"
-        self.skipped, self.strikes, self.hooks, self.found = 0, 0, [], []
+        self.skipped_steps, self.bad_steps = 0, 0  # in all; in a row
         record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
         asked = {k: v for k, v in self.args.items() if k not in ("resume", "overwrite")}
         finished = record.get("finished")
@@ -139,8 +124,8 @@ class Run:
             # One line a step: what was logged after the state, or torn, is not even read.
             rows = [row for _, row in islice(read_jsonl(self.log_file), step)]
             write_jsonl(self.log_file, rows)
-            self.skipped = sum("skipped" in row for row in rows)
-            self.strike(rows[-1].get("skipped", 0) if rows else 0)
+            self.skipped_steps = sum("skipped" in row for row in rows)
+            self.bad_steps = rows[-1].get("skipped", 0) if rows else 0
         elif RANK == 0:
             with disk_errors(f"--out {self.path}"):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -179,24 +164,18 @@ class Run:
                   **result}
         write_atomic(self.path / "run.json", json.dumps(json_safe(record), indent=1) + "\n")
 
-    def strike(self, strikes: int) -> None:
-        """So many steps in a row were skipped: from the first on, look for the module at fault."""
-        self.strikes, self.found[:] = strikes, []
-        if strikes and not self.hooks:
-            self.hooks = watch(self.model, self.found)
-        while self.hooks and not strikes:
-            self.hooks.pop().remove()
-
     def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
         """Append to log.jsonl; show on the bar, or as a dozen lines without a terminal. A step
-        that `clip_and_step` skipped also tells how many in a row it is, its batch (the stage's row
-        numbers, or prompts), and from the second on where the fault began."""
+        that `clip_and_step` skipped also tells how many in a row it is, and its batch (the stage's
+        row numbers, or prompts)."""
         row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
                                 for k, v in metrics.items()}}
-        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), ""
-        if bad:
-            where = "".join(sum(all_gather(self.found), [])[:1])  # some may have found nothing
-            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": where}
+        if math.isfinite(metrics.get("grad_norm", 0.0)):
+            self.bad_steps = 0
+        else:
+            self.skipped_steps += 1
+            self.bad_steps += 1
+            row |= {"skipped": self.bad_steps, "batch": list(batch)}
         if RANK == 0:
             with disk_errors(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(json_safe(row)) + "\n")
@@ -206,12 +185,10 @@ class Run:
         if bar.disable and (step in (1, steps) or step % max(1, steps // 10) == 0):
             print(f"{self.stage} {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()),
                   flush=True)
-        self.skipped += bad
-        self.strike((self.strikes + 1) * bad)
-        if self.strikes == STRIKES:
-            raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
-                           f"first in the {where or 'loss'}; the batches are in "
-                           f"{self.log_file}. Lower --lr, or look at these rows")
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise Diverged(f"step {step}: loss or gradient not finite {MAX_BAD_STEPS} times in a "
+                           f"row; the batches are in {self.log_file}. Lower --lr, or look at these "
+                           "rows")
         if self.stopping and step < steps:
             self.save_state(step, self.model, self.optimizer)
             raise KeyboardInterrupt
@@ -249,7 +226,7 @@ class Run:
         stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
-                           "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,
+                           "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped_steps,
                            "result": result})
         if RANK == 0:  # with what a killed save left
             shutil.rmtree(self.state_file.parent, ignore_errors=True)
