@@ -614,8 +614,7 @@ def test_no_source_unpickles_or_runs_code_of_a_model():
                 assert given.get("weights_only") == "True", (path, node.lineno)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                allowed = {"pickle"} if path.name == "dist.py" else set()  # to refuse them
-                assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"} - allowed
+                assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"}
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) == "False", (path, node.value.lineno)
 
