@@ -1,4 +1,9 @@
-"""The command line made from a dataclass, and errors that are one line."""
+"""The command line that is made from a dataclass, and errors that are one line.
+
+A stage lists its options once, as the fields of its `Args`. A field's name is the flag, its default
+is the flag's default, and the comment behind it is the text of --help.
+"""
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -9,129 +14,21 @@ import signal
 import sys
 from pathlib import Path
 
-from lib.dist import RANK, is_first_to_report, init_distributed, is_peer_failure
+from lib.dist import RANK, init_distributed, is_first_to_report, is_peer_failure
+
+RENAMED = {"recompute": "gradient_checkpointing", "clip": "max_grad_norm",
+           "aggregate": "loss_type", "normalise": "scale_rewards", "group": "num_generations",
+           "order": "query_order", "nll": "rpo_alpha"}
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
 
 class InputError(ValueError):
-    """Bad input from the user: shown as one line (what, where, what to do), exit code 2."""
-
-
-# ---------------------------------------------------------------------------------------------
-# command line
-
-def field_help(Args) -> dict[str, str]:
-    """The trailing comment of each dataclass field: the one place where an option is described."""
-    pattern = re.compile(r"^\s+(\w+):[^#]*#\s*(.*)$", re.M)
-    return dict(pattern.findall(inspect.getsource(Args)))
-
-
-def parse_value(name: str, text: str, kind: type):
-    """Text of a flag -> bool, int, float or str. `3e6` is accepted where an int is wanted."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is int and float(text) != int(float(text)):
-            raise ValueError
-        value = int(float(text)) if kind is int else kind(text)
-    except (ValueError, KeyError, OverflowError):
-        raise InputError(f"--{name} wants {kind.__name__}, got {text!r}") from None
-    # No flag has a use for less than nothing, for nan, or for more than a machine can count.
-    most = math.inf if kind is float else 2**63
-    require(kind is str or 0 <= value < most, f"--{name} wants a number from 0 on, got {text}")
-    return value
-
-
-def parse_args(Args, argv: list[str] | None = None):
-    """`--field value`, `--field=value`, `--flag` for booleans -> an Args. Flags are field names."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    fields, values = {f.name: f for f in dataclasses.fields(Args)}, {}
-    if {"-h", "--help"} & set(argv):
-        print(usage(Args), flush=True)
-        raise SystemExit(0)
-    while argv:
-        flag, has_value, text = argv.pop(0).partition("=")
-        name = flag[2:]
-        if not flag.startswith("--") or name not in fields:
-            near = [f for f in fields if name and (name in f or f in name)]
-            near = difflib.get_close_matches(name, fields, 1) or near
-            hint = f"; did you mean --{near[0]}?" if near else "; --help lists the flags"
-            raise InputError(f"unknown argument {flag!r}{hint}")
-        if name in values:
-            raise InputError(f"--{name} is given twice")
-        kind = fields[name].type
-        if not has_value:
-            if kind is bool and (not argv or argv[0].startswith("--")):
-                text = "true"
-            elif not argv or argv[0].startswith("--"):
-                raise InputError(f"--{name} wants a value")
-            else:
-                text = argv.pop(0)
-                while argv and argv[0][:1] != "-" and "comma" in field_help(Args).get(name, ""):
-                    text += "," + argv.pop(0)  # as a shell leaves --data *.jsonl
-        values[name] = parse_value(name, text, kind)
-    return Args(**values)
-
-
-def usage(Args) -> str:
-    module = inspect.getmodule(Args)
-    helps = field_help(Args)
-    lines = [(module.__doc__ or "").strip(), "", "flags (default):"]
-    for f in dataclasses.fields(Args):
-        default = f"({f.default})" if f.default != "" else "()"
-        lines.append(f"  --{f.name:<16} {default:<14} {helps.get(f.name, '')}")
-    return "\n".join(lines)
-
-
-def exit_on_input_error(main, *args) -> None:
-    """main(*args). Bad input, or a reader of the output who has gone, is one line and an exit code:
-    a bug in the program itself keeps its traceback."""
-    try:
-        main(*args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be said
-        raise SystemExit(141) from None
-    except InputError as error:
-        if is_first_to_report():
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def cli(main, Args, **commands) -> None:
-    """Run a stage from the command line, or with `stage.py word --flags` what `commands` has under
-    that word."""
-    argv = sys.argv[1:]
-    if argv and argv[0] in commands:
-        main = commands[argv.pop(0)]
-        if {"-h", "--help"} & set(argv):
-            print(main.__doc__)
-            return
-    args = None
-
-    def run() -> None:
-        nonlocal args
-        init_distributed()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        args = parse_args(Args, argv)
-        main(args)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    try:
-        exit_on_input_error(run)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if not isinstance(error, KeyboardInterrupt) and not is_peer_failure(error):
-            raise
-        why = ": another process is gone" * is_peer_failure(error)
-        hint = ""
-        if hasattr(args, "resume"):
-            hint = "; continue with the same command and --resume" if \
-                (Path(args.out) / "run.json").exists() else "; nothing saved yet"
-        if is_first_to_report():
-            print("stopped" + why + hint, file=sys.stderr)
-        raise SystemExit(130) from None
+    """Raised for bad user input. `cli` prints it as one line (what, where, what to do) and exits
+    with code 2."""
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless the condition holds."""
     if not condition:
         raise InputError(message)
 
@@ -141,3 +38,132 @@ def positive(args, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         require(value > 0, f"--{name} must be positive, got {value}")
+
+
+def parse_args(Args, argv: list[str] | None = None):
+    """Return an Args made from `--field value`, `--field=value`, or `--field` alone for a bool."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(usage(Args), flush=True)
+        raise SystemExit(0)
+    fields = {field.name: field for field in dataclasses.fields(Args)}
+    comments = field_help(Args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
+                                     argument_default=argparse.SUPPRESS)
+    for name, field in fields.items():
+        options = {}
+        if field.type is bool:
+            options = {"nargs": "?", "const": "true"}
+        elif "comma" in comments.get(name, ""):
+            options = {"nargs": "+"}  # as a shell expands `--data *.jsonl`; joined below
+        parser.add_argument(f"--{name}", action="append", **options)
+    try:
+        found, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    if unknown:
+        refuse_unknown(unknown[0], fields)
+    values = {}
+    for name, uses in vars(found).items():
+        require(len(uses) == 1, f"--{name} is given twice")
+        text = uses[0] if isinstance(uses[0], str) else ",".join(uses[0])
+        values[name] = parse_value(name, text, fields[name].type)
+    return Args(**values)
+
+
+def parse_value(name: str, text: str, kind: type):
+    """Return the text of a flag as bool, int, float or str. An int may be written as `3e6`."""
+    if kind is str:
+        return text
+    wrong_type = f"--{name} must be of type {kind.__name__}, got {text!r}"
+    if kind is bool:
+        require(text.lower() in BOOLS, wrong_type)
+        return BOOLS[text.lower()]
+    try:
+        number = float(text)
+    except ValueError:
+        raise InputError(wrong_type) from None
+    require(kind is float or number.is_integer(), wrong_type)
+    # No flag has a use for a negative number, for nan, or for more than a machine can count.
+    limit = math.inf if kind is float else 2**63
+    require(0 <= number < limit, f"--{name} must be at least 0 and below {limit:.3g}, got {text}")
+    return kind(number)
+
+
+def refuse_unknown(argument: str, names) -> None:
+    """Raise InputError with the new name of a renamed flag, or with the most similar name."""
+    name = argument.lstrip("-").partition("=")[0]
+    new_name = RENAMED.get(name)
+    require(new_name not in names, f"--{name} is now called --{new_name}")
+    similar = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean --{similar[0]}?" if similar else "--help lists the flags"
+    raise InputError(f"unknown argument {argument!r}; {hint}")
+
+
+def field_help(Args) -> dict[str, str]:
+    """Return the trailing comment of each field, read from the source of the dataclass."""
+    pattern = re.compile(r"^\s+(\w+):[^#]*#\s*(.*)$", re.MULTILINE)
+    return dict(pattern.findall(inspect.getsource(Args)))
+
+
+def usage(Args) -> str:
+    """Return the text of --help: the docstring of the stage, then one line per flag."""
+    module = inspect.getmodule(Args)
+    comments = field_help(Args)
+    lines = [(module.__doc__ or "").strip(), "", "flags (default):"]
+    for field in dataclasses.fields(Args):
+        flag = f"--{field.name} ({field.default})"
+        lines.append(f"  {flag:<33} {comments.get(field.name, '')}")
+    return "\n".join(lines)
+
+
+def exit_on_input_error(main, *args) -> None:
+    """Call main(*args) and report bad input in one line. A bug keeps its traceback."""
+    try:
+        main(*args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        print("stopped: nobody reads the output any more, as after `| head`", file=sys.stderr)
+        # Python flushes stdout once more when it exits, and that must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except InputError as error:
+        if is_first_to_report():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def cli(main, Args, **commands) -> None:
+    """Run a stage. `stage.py word --flags` runs commands["word"] instead of `main`."""
+    argv = sys.argv[1:]
+    if argv and argv[0] in commands:
+        main = commands[argv.pop(0)]
+        if "-h" in argv or "--help" in argv:
+            print(main.__doc__)
+            return
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    exit_on_input_error(run_until_stopped, main, Args, argv)
+
+
+def run_until_stopped(main, Args, argv: list[str]) -> None:
+    """Parse argv and call main(args). If Ctrl-C, SIGTERM or the loss of another process stops it,
+    say in one line how to continue, and exit with code 130."""
+    args = None
+    try:
+        init_distributed()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        args = parse_args(Args, argv)
+        main(args)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        peer_failed = is_peer_failure(error)
+        if isinstance(error, RuntimeError) and not peer_failed:
+            raise
+        message = "stopped: another process is gone" if peer_failed else "stopped"
+        if hasattr(args, "resume"):
+            has_begun = (Path(args.out) / "run.json").exists()
+            advice = "continue with the same command and --resume"
+            message += f"; {advice if has_begun else 'nothing saved yet'}"
+        if is_first_to_report():
+            print(message, file=sys.stderr)
+        raise SystemExit(130) from None

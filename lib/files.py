@@ -101,20 +101,3 @@ def json_safe(x):
 
 def write_jsonl(path: str | Path, rows) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def checksums(args: dict) -> dict[str, str]:
-    """Of each file that an argument names, as --data a.jsonl,b.txt or --reward my.py:score do, and
-    of the record of each run that one starts from."""
-    out = {}
-    values = [value for key, value in args.items() if isinstance(value, str) and key != "out"]
-    for name in ",".join(values).split(","):
-        paths = (name, name.rpartition(":")[0], f"{name}/run.json")
-        path = next(filter(os.path.isfile, paths), "")
-        if os.access(path, os.R_OK):
-            crc = 0
-            with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    crc = zlib.crc32(block, crc)
-            out[path] = f"{crc:08x}"
-    return out

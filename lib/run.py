@@ -1,11 +1,11 @@
-"""What must be the same in every stage, and nothing else: the command line made from a dataclass,
-device and dtype, the learning-rate schedule, the optimizer, atomic files, the run directory.
+"""The run directory: what a stage writes to --out, and how an interrupted run continues.
 
-There is no Trainer here. Each stage writes its own loop; these are functions that it calls.
+There is no Trainer here. Each stage writes its own loop, and calls a Run to start or resume, to log
+a step, to save a state, and to finish.
 
-Nothing random is hidden: every stage draws its data order and its samples from generators seeded
-by (seed, step), see `rng`. A checkpoint therefore is weights + optimizer + step, and a resumed
-run equals an uninterrupted one bit for bit on a CPU (tests/robustness/test_faults.py).
+A stage draws its data order and its samples from generators that are seeded by (seed, step), see
+lib/optim.py. A state is therefore weights, optimizer and step, and a resumed run equals an
+uninterrupted one bit for bit on a CPU (tests/robustness/test_faults.py).
 """
 import dataclasses
 import json
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,56 +25,22 @@ import torch
 from tqdm import tqdm
 
 from lib.args import InputError, require
-from lib.dist import RANK, WORLD, cut_state, all_gather, load_state, save_state, full_model
+from lib.dist import RANK, WORLD, all_gather, full_model, full_state, load_full_state
 from lib.files import (
-    checksums,
-    json_safe,
-    read_json,
-    read_jsonl,
-    atomic_path,
-    write_atomic,
-    write_jsonl,
-    disk_errors,
-)
+    atomic_path, disk_errors, json_safe, read_json, read_jsonl, write_atomic, write_jsonl)
 
-STRIKES = 5  # bad steps in a row that are no accident of one batch any more: the run stops
+MAX_BAD_STEPS = 5  # so many in a row are no accident of one batch: the run stops
 
 
 class Diverged(InputError):
-    """The loss or the gradient stays nan or infinite."""
-
-
-def watch(model, found: list[str]) -> list:
-    """Hooks that put into an empty `found` the first module whose output in training, or weight
-    whose gradient, is not finite. A look at every activation takes time: for use after a bad step.
-    """
-    def look(what: str, *args) -> None:  # args: module, inputs, output; or only a gradient
-        training = len(args) == 1 or torch.is_grad_enabled()
-        if training and not found and torch.is_tensor(args[-1]) and not args[-1].isfinite().all():
-            found.append(what)
-    hooks = [module.register_forward_hook(partial(look, f"output of {name}"))
-             for name, module in model.named_modules()]
-    return hooks + [p.register_hook(partial(look, f"gradient of {name}"))
-                    for name, p in model.named_parameters() if p.requires_grad]
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process in MB; nan where the OS does not tell (Windows)."""
-    try:  # Linux, where ru_maxrss also counts the program that started this one
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    except (OSError, IndexError):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    """Raised when loss or gradient were not finite for MAX_BAD_STEPS steps in a row."""
 
 
 def build_once(path: str | Path, *command) -> None:
-    """Make `path` with `python -m command...` unless it exists. The first process does it, the
-    others wait. The command is printed, so that a reader can run and change it."""
+    """Make `path` with `python -m command...` unless it exists.
+
+    The first process does it, the others wait. The command is printed, so that a reader can run and
+    change it."""
     if RANK == 0 and not Path(path).exists():
         words = [str(word) for word in command]
         print("$ python -m " + " ".join(words), flush=True)
@@ -88,198 +53,236 @@ def build_once(path: str | Path, *command) -> None:
     all_gather(None)
 
 
-# ---------------------------------------------------------------------------------------------
-# the run directory
-
 class Run:
-    """A stage's --out directory: run.json (what was asked and what came out), log.jsonl (one
-    object a step, exactly what is shown), samples.jsonl, the model, and state/ while training.
+    """The --out directory of a stage: run.json (arguments and result), log.jsonl (one object per
+    step), samples.jsonl, the model, and state/ while training.
 
-    A run killed at any moment goes on with the same command and --resume: from its last state, or
-    from step 0 where there is none yet; also when the model is written, until run.json, the last
-    file, says finished. A file given to it that is another by then is told, and noted there."""
+    A run that is killed at any moment continues with the same command and --resume: from its last
+    state, or from step 0 if there is none. The last file to be written is the run.json that says
+    "finished", so a run killed while it saves its model can be resumed too."""
 
     def __init__(self, args, stage: str):
-        self.path, self.stage, self.args = Path(args.out), stage, dataclasses.asdict(args)
-        self.started, self.previous_seconds = time.time(), 0.0
-        self.log_file, self.state_file = self.path / "log.jsonl", self.path / "state" / "state.pt"
-        self.skipped, self.strikes, self.hooks, self.found = 0, 0, [], []
-        record = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
-        asked = {k: v for k, v in self.args.items() if k not in ("resume", "overwrite")}
-        finished = record.get("finished")
+        """Check --out, --resume and --overwrite. Nothing is written yet, so a refusal loses
+        nothing."""
+        self.path = Path(args.out)
+        self.log_file = self.path / "log.jsonl"
+        self.state_file = self.path / "state" / "state.pt"
+        self.stage = stage
+        self.args = dataclasses.asdict(args)
+        self.started = time.time()
+        self.previous_seconds = 0.0  # of the runs that this one resumes
+        self.bad_steps = 0  # how many steps in a row were not finite, up to now
+        self.skipped_steps = 0  # how many were not finite in all
+        self.stopping = False
+        has_record = (self.path / "run.json").exists()
+        record = read_json(self.path / "run.json") if has_record else {}
         if args.resume:
-            why = "it is finished" if finished else "it was not begun: no run.json"
-            require(record and not finished, f"{self.path}: nothing to resume ({why})")
-            had = record.get("args")
-            require(isinstance(had, dict), f"{self.path}/run.json: no args")
-            had = {k: v for k, v in had.items() if k in asked}
-            diff = [f"{k} {had.get(k)!r} -> {v!r}" for k, v in asked.items() if had.get(k) != v]
-            require(not diff, f"{self.path}: --resume with other arguments: {', '.join(diff)}")
+            self.check_resumed(record)
         elif record and not args.overwrite:
-            # A run that was refused before its first step leaves nothing to protect.
-            steps = any(f.exists() and f.stat().st_size for f in (self.log_file, self.state_file))
-            what = "a finished run" if finished else "an interrupted run (--resume to continue it)"
-            require(not finished and not steps,
-                    f"{self.path} holds {what}: pass --overwrite or another --out")
-        # One process saves state.pt, several a directory: whichever was completed last.
-        states = [self.state_file, *self.path.glob("state/*/.metadata")]
-        self.state = max((f for f in states if f.exists()), key=lambda f: f.stat().st_mtime,
-                         default=None)
-        self.resumed = args.resume and self.state is not None
-        # {name: {step after which it was so: checksum}}
-        self.files = record.get("files", {}) if self.resumed else {}
+            self.check_replaced(record)
+        self.check_out()
+        self.resumed = args.resume and self.state_file.exists()
+
+    def check_resumed(self, record: dict) -> None:
+        """Refuse --resume of a run that is finished, never begun, or had other arguments."""
+        finished = record.get("finished")
+        reason = "it is finished" if finished else "it was not begun: no run.json"
+        require(record and not finished, f"{self.path}: nothing to resume ({reason})")
+        before = record.get("args")
+        require(isinstance(before, dict), f"{self.path}/run.json: no args")
+        changes = []
+        for name, value in self.args.items():
+            if name not in ("resume", "overwrite") and before.get(name) != value:
+                changes.append(f"{name} {before.get(name)!r} -> {value!r}")
+        require(not changes, f"{self.path}: --resume with other arguments: {', '.join(changes)}")
+
+    def check_replaced(self, record: dict) -> None:
+        """Refuse to replace a run that is finished, or that has made at least one step."""
+        finished = record.get("finished")
+        has_steps = self.log_file.exists() and self.log_file.stat().st_size > 0
+        what = "a finished run" if finished else "an interrupted run (--resume to continue it)"
+        require(not finished and not has_steps and not self.state_file.exists(),
+                f"{self.path} holds {what}: pass --overwrite or another --out")
+
+    def check_out(self) -> None:
+        """Refuse an --out that is also --init, or that cannot be written to."""
         init = self.args.get("init")
         require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
-        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        require(parent.is_dir() and os.access(parent, os.W_OK),
-                f"--out {self.path}: {parent} is not a directory that can be written to")
+        folder = self.path.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        require(folder.is_dir() and os.access(folder, os.W_OK),
+                f"--out {self.path}: {folder} is not a directory that can be written to")
 
     def start_or_resume(self, model=None, optimizer=None) -> int:
-        """Create the directory and return step 0; with --resume, restore the last state, drop later
-        log lines and return its step. Until here nothing was written: a refusal loses nothing."""
-        self.model, self.optimizer, self.stopping, step = model, optimizer, False, 0
+        """Create the directory and return step 0. With --resume, load the last state, drop the log
+        lines after it, and return its step."""
+        self.model = model
+        self.optimizer = optimizer
+        step = 0
         if self.resumed:
-            try:
-                if self.state.name == ".metadata":
-                    state = load_state(self.state.parent, model, optimizer)
-                else:
-                    # weights_only: a state is tensors and numbers; a pickle could run any code.
-                    state = torch.load(self.state, map_location="cpu", weights_only=True)
-                    state = cut_state(state, model, optimizer)
-                    model.load_state_dict(state["model"])
-                    optimizer.load_state_dict(state["optimizer"])
-                step, self.previous_seconds = state["step"], state["seconds"]
-            except Exception as error:  # whatever the unpickler makes of a torn or foreign file
-                raise InputError(f"{self.state}: not a whole state of this run "
-                                 f"({type(error).__name__}); delete it, and --resume starts again "
-                                 "from step 0") from None
-            # One line a step: what was logged after the state, or torn, is not even read.
-            rows = [row for _, row in islice(read_jsonl(self.log_file), step)]
-            write_jsonl(self.log_file, rows)
-            self.skipped = sum("skipped" in row for row in rows)
-            self.strike(rows[-1].get("skipped", 0) if rows else 0)
-        elif RANK == 0:
-            with disk_errors(f"--out {self.path}"):
-                self.path.mkdir(parents=True, exist_ok=True)
-                if self.state_file.parent.exists():
-                    shutil.rmtree(self.state_file.parent)
-                for name in ("eval.json", "eval_samples.jsonl"):  # of the model that was here
-                    (self.path / name).unlink(missing_ok=True)
-                self.log_file.write_text("", encoding="utf-8")
+            step = self.load_state()
+            self.load_log(step)
+        else:
+            self.clear()
+            self.write_record({"finished": False})
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
-        if RANK == 0:
-            self.note_files(step)
-        if optimizer and WORLD == 1 and threading.current_thread() is threading.main_thread():
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if optimizer is not None and WORLD == 1 and is_main_thread:
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
         return step
 
-    def note_files(self, step: int) -> None:
-        """No refusal, since a --reward with an error gets mended: a changed file is told."""
-        news = not self.resumed
-        for name, new in checksums(self.args).items():
-            known = self.files.setdefault(name, {str(step): new})
-            if [*known.values()][-1] != new:
-                print(f"{name} has changed since this run began: from here on it is another run")
-                known[str(step)], news = new, True
-        if news:
-            self.write_record({"finished": False})
+    def load_state(self) -> int:
+        """Load state.pt into model and optimizer, and return its step."""
+        try:
+            # weights_only: a state is tensors and numbers; any other pickle could run any code.
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            load_full_state(state, self.model, self.optimizer)
+            self.previous_seconds = state["seconds"]
+            return state["step"]
+        except Exception as error:  # a torn or foreign file can raise almost anything
+            raise InputError(f"{self.state_file}: not a whole state of this run "
+                             f"({type(error).__name__}); delete it, and --resume starts again "
+                             "from step 0") from None
+
+    def load_log(self, steps: int) -> None:
+        """Keep the log of the first `steps` steps; the lines after them may be torn."""
+        rows = [row for _, row in islice(read_jsonl(self.log_file), steps)]
+        write_jsonl(self.log_file, rows)
+        self.skipped_steps = sum("skipped" in row for row in rows)
+        self.bad_steps = rows[-1].get("skipped", 0) if rows else 0
+
+    def clear(self) -> None:
+        """Create the directory, and remove what belongs to an earlier run in it."""
+        if RANK == 0:
+            with disk_errors(f"--out {self.path}"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                if self.state_file.parent.exists():
+                    shutil.rmtree(self.state_file.parent)
+                for name in ("eval.json", "eval_samples.jsonl"):
+                    (self.path / name).unlink(missing_ok=True)
+                self.log_file.write_text("", encoding="utf-8")
 
     def interrupt(self, *_) -> None:
-        """Ctrl-C, or SIGTERM from a batch system: the step at hand is finished and its state saved.
-        A second one ends at once."""
+        """Let the current step finish and save its state, after Ctrl-C or a batch system's SIGTERM.
+        A second signal ends the run at once."""
         self.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
+    def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
+        """Append the metrics of a step to log.jsonl, and show them.
+
+        A step that `clip_and_step` skipped (its grad_norm is not finite) also gets "skipped", how
+        many it is in a row, and its "batch": the stage's row numbers, or prompts. Raises Diverged
+        after MAX_BAD_STEPS of them, and KeyboardInterrupt when the user has asked to stop."""
+        row = {"step": step}
+        for name, value in metrics.items():
+            row[name] = float(f"{value:.7g}") if isinstance(value, float) else value
+        if math.isfinite(metrics.get("grad_norm", 0.0)):
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            self.skipped_steps += 1
+            row["skipped"] = self.bad_steps
+            row["batch"] = list(batch)
+        if RANK == 0:
+            with disk_errors(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(json_safe(row)) + "\n")
+        self.show(step, steps, bar, metrics)
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise Diverged(f"step {step}: loss or gradient not finite {MAX_BAD_STEPS} times in a "
+                           f"row; the batches are in {self.log_file}. Lower --lr, or look at these "
+                           "rows")
+        if self.stopping and step < steps:
+            self.save_state(step, self.model, self.optimizer)
+            raise KeyboardInterrupt
+
+    def show(self, step: int, steps: int, bar: tqdm, metrics: dict) -> None:
+        """Show the numbers on the bar or, without a terminal, as about ten lines per run."""
+        shown = {}
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                shown[name] = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+        bar.set_postfix(shown, refresh=False)
+        every = max(1, steps // 10)
+        if bar.disable and (step in (1, steps) or step % every == 0):
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.stage} {step}/{steps} {text}", flush=True)
+
+    def save_state(self, step: int, model, optimizer) -> None:
+        """Save what --resume needs to continue after `step` steps, in one file for any number of
+        processes."""
+        state = full_state(model, optimizer)
+        if RANK > 0:
+            return
+        # The log first, since a state promises the lines of all its steps.
+        with disk_errors(self.log_file), open(self.log_file, "rb+") as file:
+            os.fsync(file.fileno())
+        state |= {"step": step, "seconds": self.seconds()}
+        # Given a name instead of a file, torch would not say why a write failed.
+        with atomic_path(self.state_file) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+
+    def save_samples(self, rollouts, **columns) -> None:
+        """Write samples.jsonl: the model's answers and their scores. columns: more values of each
+        answer, as lists."""
+        rows = []
+        for i, rollout in enumerate(rollouts):
+            row = {"domain": rollout.query.get("domain", ""), "prompt": rollout.query["prompt"],
+                   "response": rollout.text, "score": rollout.score, "finished": rollout.finished}
+            for name, values in columns.items():
+                row[name] = values[i]
+            rows.append(row)
+        write_jsonl(self.path / "samples.jsonl", rows)
+
+    def seconds(self) -> float:
+        """Return the time that the run has taken, resumed runs included."""
+        return self.previous_seconds + time.time() - self.started
+
     def write_record(self, result: dict) -> None:
+        """Write run.json: what was run, with which arguments and versions, and `result`."""
         try:
             git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                  text=True, cwd=Path(__file__).parent).stdout.strip()
         except OSError:
             git = ""  # not installed
         record = {"stage": self.stage, "args": self.args, "parent": self.args.get("init", ""),
-                  "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                  "git": git, "python": platform.python_version(),
-                  "torch": torch.__version__, "seed": self.args["seed"], "files": self.files,
-                  **result}
+                  "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "git": git,
+                  "python": platform.python_version(), "torch": torch.__version__,
+                  "seed": self.args["seed"]}
+        record |= result
         write_atomic(self.path / "run.json", json.dumps(json_safe(record), indent=1) + "\n")
 
-    def strike(self, strikes: int) -> None:
-        """So many steps in a row were skipped: from the first on, look for the module at fault."""
-        self.strikes, self.found[:] = strikes, []
-        if strikes and not self.hooks:
-            self.hooks = watch(self.model, self.found)
-        while self.hooks and not strikes:
-            self.hooks.pop().remove()
-
-    def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
-        """Append to log.jsonl; show on the bar, or as a dozen lines without a terminal. A step
-        that `clip_and_step` skipped also tells how many in a row it is, its batch (the stage's row
-        numbers, or prompts), and from the second on where the fault began."""
-        row = {"step": step, **{k: float(f"{v:.7g}") if isinstance(v, float) else v
-                                for k, v in metrics.items()}}
-        bad, where = not math.isfinite(metrics.get("grad_norm", 0.0)), ""
-        if bad:
-            where = "".join(sum(all_gather(self.found), [])[:1])  # some may have found nothing
-            row |= {"skipped": self.strikes + 1, "batch": list(batch), "first": where}
-        if RANK == 0:
-            with disk_errors(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(json_safe(row)) + "\n")
-        shown = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in metrics.items()
-                 if isinstance(v, (int, float))}
-        bar.set_postfix(shown, refresh=False)
-        if bar.disable and (step in (1, steps) or step % max(1, steps // 10) == 0):
-            print(f"{self.stage} {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()),
-                  flush=True)
-        self.skipped += bad
-        self.strike((self.strikes + 1) * bad)
-        if self.strikes == STRIKES:
-            raise Diverged(f"step {step}: loss or gradient not finite {STRIKES} times in a row, "
-                           f"first in the {where or 'loss'}; the batches are in "
-                           f"{self.log_file}. Lower --lr, or look at these rows")
-        if self.stopping and step < steps:
-            self.save_state(step, self.model, self.optimizer)
-            raise KeyboardInterrupt
-
-    def save_samples(self, rollouts, **columns) -> None:
-        """samples.jsonl: what the model answered and what that was worth. columns: more of each."""
-        write_jsonl(self.path / "samples.jsonl", (
-            {"domain": r.query.get("domain", ""), "prompt": r.query["prompt"], "response": r.text,
-             "score": r.score, "finished": r.finished, **dict(zip(columns, more, strict=True))}
-            for r, *more in zip(rollouts, *columns.values(), strict=True)))
-
-    def save_state(self, step: int, model, optimizer) -> None:
-        """The training state after `step` steps, and before it the log of these steps (R4.4)."""
-        with disk_errors(self.log_file), open(self.log_file, "rb+") as file:
-            os.fsync(file.fileno())
-        if WORLD > 1:
-            path = self.path / "state" / f"{step:09d}"
-            with disk_errors(path):
-                save_state(path, model, optimizer, step=step, seconds=self.seconds())
-            return
-        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "seconds": self.seconds()}
-        with atomic_path(self.state_file) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)  # to a name, torch would not tell why a write failed
-
-    def seconds(self) -> float:
-        return self.previous_seconds + time.time() - self.started
-
     def finish(self, model, tokenizer, **result) -> None:
-        """Save the model as a Hugging Face directory, mark the run finished, drop state/."""
+        """Save the model as a Hugging Face directory, mark the run finished, and drop state/."""
         model = full_model(model, "meta" if RANK else "cpu")
         if RANK == 0:
             model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)
-        stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-        write_atomic(self.path / "generation_config.json", json.dumps(stops, indent=1) + "\n")
+        generation = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+        write_atomic(self.path / "generation_config.json", json.dumps(generation, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
-                           "peak_rss_mb": round(peak_rss_mb()), "skipped_steps": self.skipped,
-                           "result": result})
-        if RANK == 0:  # with what a killed save left
+                           "peak_rss_mb": round(peak_rss_mb()),
+                           "skipped_steps": self.skipped_steps, "result": result})
+        if RANK == 0:
             shutil.rmtree(self.state_file.parent, ignore_errors=True)
         print(f"{self.stage}: {self.path} ready after {self.seconds():.0f} s")
+
+
+def peak_rss_mb() -> float:
+    """Return the peak resident memory of this process in MB, or nan on Windows."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss also counts the program that started this one
+        kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
+        return int(kilobytes) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -82,7 +82,6 @@ def child(job: dict) -> None:
 
 
 def main(n: int, job: dict) -> None:
-    import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp  # noqa: F401
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,7 +1,6 @@
 """torchrun: a stage on several processes takes the steps that it takes on one."""
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -11,12 +10,10 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-import torch.distributed.checkpoint
 from helpers import log, weights
 from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
 from test_vllm_client import Peer
 
-from lib import dist
 from sample import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,11 +94,10 @@ def test_two_processes_take_the_steps_of_one(name, one, two):
 
 
 def test_a_fault_in_one_process_is_skipped_by_all(one, two):
-    """The step, its count and the module at fault are those of one process that meets it."""
+    """The step and its count are those of one process that meets it."""
     same(one / "nan", two / "nan")
     rows = log(two / "nan")
     assert [row.get("skipped") for row in rows] == [None, 1, None, 1, 2, None]
-    assert rows[4]["first"].startswith("output of model.layers.1.mlp")
 
 
 def test_bfloat16_is_autocast_on_several_processes_too(one, two):
@@ -154,29 +150,6 @@ def test_a_state_is_continued_by_any_number_of_processes(numbers, inputs, tmp_pa
         same(whole / name, parts / name)
 
 
-def test_a_planted_state_runs_nothing(tmp_path):
-    """The library's two pickles: the table of contents, and numbers. Both work if it reads them."""
-    model = torch.nn.Linear(2, 3)
-    optimizer, marker, path = torch.optim.AdamW(model.parameters()), tmp_path / "m", tmp_path / "1"
-    model(torch.ones(2)).sum().backward()
-    optimizer.step()
-    dist.save_state(path, model, optimizer, step=7, seconds=0.5)
-    assert dist.load_state(path, model, optimizer)["step"] == 7
-    contents = (path / ".metadata").read_bytes()
-    for words in (b"cos\nmkdir\n", b"ctorch.distributed.checkpoint.filesystem\nos.mkdir\n"):
-        (path / ".metadata").write_bytes(words + f"(V{marker}\ntR.".encode())
-        with pytest.raises(pickle.UnpicklingError):
-            dist.load_state(path, model, optimizer)
-    (path / ".metadata").write_bytes(contents)
-    dist.save_state(path, model, optimizer, step=Evil(marker), seconds=0.5)
-    with pytest.raises(pickle.UnpicklingError):
-        dist.load_state(path, model, optimizer)
-    assert not marker.exists()
-    state = {"step": 0}
-    torch.distributed.checkpoint.load(state, checkpoint_id=path)
-    assert marker.exists()
-
-
 @pytest.fixture
 def tune(inputs, tmp_path):  # noqa: F811
     """The words of a command that runs SFT for many steps."""
@@ -196,7 +169,7 @@ def test_a_killed_process_ends_the_run_in_one_line(victim, tune, tmp_path):
     busy machine that comes before they miss the one that is gone."""
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                             *tune], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while not (tmp_path / "run" / "state" / "000000004" / ".metadata").exists():
+    while not (tmp_path / "run" / "state" / "state.pt").exists():
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     workers = subprocess.run(["ps", "--ppid", str(job.pid), "-o", "pid="], text=True,

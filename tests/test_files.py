@@ -1,7 +1,6 @@
 """lib/files.py: files that are whole or absent, errors with file and line.
 R numbers: docs/requirements.md."""
 import gzip
-import zlib
 from pathlib import Path
 
 import pytest
@@ -59,15 +58,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="file: cannot be written .No space left on device.; what"):
         files.write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
-
-
-def test_files_that_arguments_name(tmp_path):
-    """In lists, before a function's name, a run's record; no other directory, number or word."""
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.py"
-    a.write_bytes(bytes(range(256)) * 5000)  # more than one block
-    b.write_text("")
-    args = {"data": f"{a},{tmp_path}", "reward": f"{b}:f", "n": 3, "x": "", "out": str(tmp_path)}
-    want = {str(a): f"{zlib.crc32(a.read_bytes()):08x}", str(b): "00000000"}
-    assert files.checksums(args) == want
-    (tmp_path / "run.json").write_text("")
-    assert files.checksums(args) == want | {f"{tmp_path}/run.json": "00000000"}

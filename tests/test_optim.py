@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("device, dtype, message", [
-    ("tpu", "auto", "--device wants"), ("cpu", "float16", "--dtype wants"),
+    ("tpu", "auto", "--device must be"), ("cpu", "float16", "--dtype must be"),
     ("cuda:99", "auto", "--device cuda:99 --dtype auto does not work here")])
 def test_devices_are_tried_and_refused_clearly(device, dtype, message):
     """R0.2."""

@@ -448,8 +448,8 @@ def test_the_tokenizer_is_trained_here_without_one(args):
         ({"tokenizer": "/no/such"}, "/no/such"),
         ({"init": "/no/such"}, "/no/such: no such directory"),
         ({"weights": "other=1"}, r"weights for \['other'\], but the sources are \['docs'\]"),
-        ({"dtype": "int8"}, "--dtype wants one of"),
-        ({"device": "tpu"}, "--device wants"),
+        ({"dtype": "int8"}, "--dtype must be one of"),
+        ({"device": "tpu"}, "--device must be"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(change, message, args):

@@ -29,7 +29,7 @@ import sft
 from lib.args import InputError
 from lib.upcycle import upcycle
 import tasks.queries
-from model import MLP, PRESETS, Qwen2
+from model import MLP, PRESETS
 from reward import RewardModel
 from sample import load_policy
 
@@ -476,8 +476,8 @@ def short(inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_is_skipped_counted_and_recorded(stage, gradient, short, tmp_path,
                                                                    poison):
-    """R4.5: its row tells the batch and, from the second in a row on, the module; no other row is
-    touched by it, and JSON has null where nan was. The steps after it go on from finite weights."""
+    """R4.5: its row tells the batch; no other row is touched by it, and JSON has null where nan
+    was. The steps after it go on from finite weights."""
     poison(STAGES[stage], (2, 4, 5), gradient)
     short(stage, **{"inner_steps": 1} if stage == "grpo" else {})
     rows = log(tmp_path / "run")
@@ -486,12 +486,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_recorded(stage, gradie
         bad = row["step"] in (2, 4, 5)
         assert (row["grad_norm"] is None) == bad
         assert (row["loss"] is None) == (bad and not gradient)
-        assert ("batch" in row) == ("first" in row) == bad
+        assert ("batch" in row) == bad
         if bad:
             assert len(row["batch"]) == (2 if stage == "grpo" else 4)
-    assert rows[1]["first"] == rows[3]["first"] == ""
-    want = "gradient of model.layers.1.mlp." if gradient else "output of model.layers.1.mlp"
-    assert rows[4]["first"].startswith(want)
     text = "".join((tmp_path / "run" / f).read_text() for f in ("log.jsonl", "run.json"))
     assert "NaN" not in text and "Infinity" not in text
     assert json.loads((tmp_path / "run" / "run.json").read_text())["skipped_steps"] == 3
@@ -500,12 +497,11 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_recorded(stage, gradie
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_five_such_steps_in_a_row_end_the_run(stage, short, tmp_path, poison):
-    """R4.5: one line that names the first bad module, also where the run was continued between
+    """R4.5: one line that names the log with the batches, also where the run was continued between
     them; the state from before is there."""
     poison(STAGES[stage], range(2, 7))
     one = {"inner_steps": 1} if stage == "grpo" else {}
-    message = refuses(lambda: short(stage, **one), "step 6", "5 times in a row", "log.jsonl",
-                      "first in the output of model.layers.1.mlp")
+    message = refuses(lambda: short(stage, **one), "step 6", "5 times in a row", "log.jsonl")
     state = torch.load(tmp_path / "run" / "state" / "state.pt", weights_only=True)
     assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
     before = log(tmp_path / "run")
@@ -513,36 +509,6 @@ def test_five_such_steps_in_a_row_end_the_run(stage, short, tmp_path, poison):
     assert refuses(lambda: short(stage, resume=True, **one)) == message
     assert [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in before] == [
         {k: v for k, v in row.items() if k != "tokens_per_s"} for row in log(tmp_path / "run")]
-
-
-def test_a_poisoned_weight_is_named(inputs, tmp_path, short):
-    """From the first step on, through a model directory."""
-    path = tmp_path / "poisoned"
-    shutil.copytree(inputs["sft"]["init"], path)
-    model = Qwen2.from_pretrained(path)
-    model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.inf
-    model.save_pretrained(path)
-    refuses(lambda: short("sft", init=str(path)), "step 5", "model.layers.1.self_attn.o_proj")
-
-
-def test_watching_changes_nothing(tmp_path, short, monkeypatch):
-    """With the hooks on from the start, weights and log are the same bit for bit, and the hooks are
-    gone after the first good step."""
-    short("sft")
-    shutil.move(tmp_path / "run", tmp_path / "plain")
-    seen, real = [], lib.run.Run.start_or_resume
-
-    def begin(run, model, optimizer):
-        start = real(run, model, optimizer)
-        run.strike(1)
-        seen.append(run)
-        return start
-    monkeypatch.setattr(lib.run.Run, "start_or_resume", begin)
-    short("sft")
-    same(tmp_path / "plain", tmp_path / "run")
-    assert not seen[0].hooks and seen[0].strikes == 0
-    modules = list(seen[0].model.modules())
-    assert not any(m._forward_hooks for m in modules)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -650,8 +616,7 @@ def test_no_source_unpickles_or_runs_code_of_a_model():
                 assert given.get("weights_only") == "True", (path, node.lineno)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                allowed = {"pickle"} if path.name == "dist.py" else set()  # to refuse them
-                assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"} - allowed
+                assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"}
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) == "False", (path, node.value.lineno)
 
