@@ -4,7 +4,6 @@ from collections import defaultdict
 import numpy as np
 
 from data.dedup import ngram_hashes, word_ids
-from data.filters import filter_documents
 
 def lcs_length(a, b) -> int:
     """Longest common subsequence in len(b) steps on len(a)-bit integers (Hyyro 2004): bit i of
@@ -62,7 +61,3 @@ class Contamination:
     def __call__(self, text: str, kind: str = "prose") -> str:
         e, lcs = self.find(text, kind)
         return "" if e < 0 else f"{lcs} words in common with test item {self.tests[e][:60]!r}"
-
-
-def decontaminate(documents, eval_texts, encode=word_ids) -> tuple[list[dict], dict]:
-    return filter_documents(documents, {"contaminated": Contamination(list(eval_texts), encode)})

@@ -7,8 +7,6 @@ from zlib import crc32
 
 import numpy as np
 
-from data.filters import filter_documents
-
 # ---------------------------------------------------------------------------------------------
 # near-duplicates and contamination: both compare sequences of words
 
@@ -107,7 +105,3 @@ class NearDuplicates:
             return ""
         start = self.seen.execute("select start from kept where id = ?", (match,)).fetchone()[0]
         return f"{score:.0%} like {start!r}"
-
-
-def deduplicate(documents, threshold: float = 0.75) -> tuple[list[dict], dict]:
-    return filter_documents(documents, {"duplicate": NearDuplicates(threshold)})

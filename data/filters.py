@@ -136,7 +136,3 @@ def filter_documents(documents, stages: dict) -> tuple[list[dict], dict]:
         dropped[name] += 1
         samples[name] = (samples[name] + [[reason, doc["text"][:200]]])[:3]
     return kept, {"kept": len(kept), "dropped": dict(dropped), "samples": dict(samples)}
-
-
-def clean(documents) -> tuple[list[dict], dict]:
-    return filter_documents(documents, FILTERS)

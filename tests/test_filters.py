@@ -143,11 +143,12 @@ def test_lists_are_sifted_with_a_reason_for_each_drop():
     docs = [{"text": plain}, {"text": plain.replace("river", "stream")}, {"text": plain},
             {"text": "#$%&*+ " * 40}, {"text": "How many apples does Ann have after she buys seven "
              "more and gives three of them to Ben at school? She has nine."}]
-    kept, report = filters.clean(docs)
+    kept, report = filters.filter_documents(docs, filters.FILTERS)
     assert report["kept"] + sum(report["dropped"].values()) == 5
     assert report["dropped"]["symbols"] == 1 and kept[0]["text"] == plain.strip()
     assert report["samples"]["symbols"][0][0].endswith("symbols")
-    kept, report = dedup.deduplicate(docs)
+    kept, report = filters.filter_documents(docs, {"duplicate": dedup.NearDuplicates()})
     assert report["dropped"] == {"duplicate": 1} and len(kept) == 4
-    kept, report = contamination.decontaminate(docs, [docs[4]["text"][:100]])
+    tests = contamination.Contamination([docs[4]["text"][:100]])
+    kept, report = filters.filter_documents(docs, {"contaminated": tests})
     assert report["dropped"] == {"contaminated": 1} and docs[4] not in kept
