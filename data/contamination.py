@@ -5,6 +5,10 @@ import numpy as np
 
 from data.dedup import ngram_hashes, word_ids
 
+MIN_COMMON = 13   # tokens
+MIN_SHARE = 0.6    # of the shorter sequence
+
+
 def lcs_length(a, b) -> int:
     """Longest common subsequence in len(b) steps on len(a)-bit integers (Hyyro 2004): bit i of
     `row` is 0 where a[:i+1] has a longer LCS with the b read so far than a[:i] has."""
@@ -31,19 +35,19 @@ class Contamination:
     `tasks` writes documents and test prompts from the same templates and splits them by prompt. In
     these 60% would take two changed numbers for a copy: of kind "synthetic", all must match."""
 
-    def __init__(self, tests: list[str], encode=word_ids, *, minimum: int = 13, ratio: float = 0.6):
-        self.tests, self.encode, self.minimum, self.ratio = tests, encode, minimum, ratio
+    def __init__(self, tests: list[str], encode=word_ids):
+        self.tests, self.encode = tests, encode
         self.ids = [np.asarray(encode(text), dtype=np.uint64) for text in tests]
         self.index = defaultdict(list)  # 13-gram -> [(test, position in it)]
         for e, ids in enumerate(self.ids):
-            for q, gram in enumerate(ngram_hashes(ids, minimum).tolist()):
+            for q, gram in enumerate(ngram_hashes(ids, MIN_COMMON).tolist()):
                 self.index[gram].append((e, q))
         self.known = np.array(sorted(self.index), dtype=np.uint64)
 
     def find(self, text: str, kind: str = "prose") -> tuple[int, int]:
         """-> (test item, common tokens), (-1, 0) where there is none."""
         ids, tried = np.asarray(self.encode(text), dtype=np.uint64), set()
-        grams, ratio = ngram_hashes(ids, self.minimum), 1.0 if kind == "synthetic" else self.ratio
+        grams, ratio = ngram_hashes(ids, MIN_COMMON), 1.0 if kind == "synthetic" else MIN_SHARE
         places = np.searchsorted(self.known[:-1], grams)  # of the first that is not smaller
         for p in np.flatnonzero(self.known[places] == grams) if len(self.known) else ():
             for e, q in self.index[int(grams[p])]:
@@ -54,7 +58,7 @@ class Contamination:
                 tried.add((e, start // (m // 4 + 1)))
                 stretch = ids[max(0, start):start + 2 * m]
                 lcs = lcs_length(self.ids[e].tolist(), stretch.tolist())
-                if lcs >= max(self.minimum, ratio * min(m, len(ids))):
+                if lcs >= max(MIN_COMMON, ratio * min(m, len(ids))):
                     return e, lcs
         return -1, 0
 

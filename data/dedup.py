@@ -42,6 +42,9 @@ def minhash(shingles: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return signature
 
 
+SHINGLE = 5  # words
+
+
 class NearDuplicates:
     """A stage that drops what equals an earlier kept document but for spaces, or nearly does (of
     generated ones, kind "synthetic", only what is equal).
@@ -54,12 +57,12 @@ class NearDuplicates:
 
     What was seen, 1.5 KB a document, lies in a temporary file of SQLite: memory stays flat."""
 
-    def __init__(self, threshold: float = 0.75, *, ngram: int = 5, bands: int = 14, rows: int = 8,
+    def __init__(self, threshold: float = 0.75, *, bands: int = 14, rows: int = 8,
                  seed: int = 0):
         random = np.random.default_rng(seed)
         self.a = random.integers(0, 2**64, bands * rows, dtype=np.uint64) | np.uint64(1)
         self.b = random.integers(0, 2**64, bands * rows, dtype=np.uint64)
-        self.threshold, self.ngram, self.rows, self.count = threshold, ngram, rows, 0
+        self.threshold, self.rows, self.count = threshold, rows, 0
         self.seen = sqlite3.connect("")  # no name: removed with the process
         self.seen.executescript("""
             pragma journal_mode = off; pragma cache_size = -32768;
@@ -80,7 +83,7 @@ class NearDuplicates:
         # Generated questions that differ in a number are alike on purpose.
         ids = word_ids(text) if kind != "synthetic" else ()
         if len(ids):
-            signature = minhash(ngram_hashes(ids, min(self.ngram, len(ids))), self.a, self.b)
+            signature = minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
             keys = ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
             near = self.seen.execute(
                 "select id, signature from kept where id in (select id from bands where key "

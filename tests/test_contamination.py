@@ -11,9 +11,9 @@ from data import dedup
 from lib.files import read_jsonl
 
 
-def decontaminate(documents, tests, encode=dedup.word_ids, **options):
+def decontaminate(documents, tests, encode=dedup.word_ids):
     """-> (kept documents, [(document, test item, common tokens)])."""
-    stage, kept, hits = contamination.Contamination(tests, encode, **options), [], []
+    stage, kept, hits = contamination.Contamination(tests, encode), [], []
     for i, document in enumerate(documents):
         e, lcs = stage.find(document["text"], document.get("kind", "prose"))
         if e < 0:
@@ -79,10 +79,10 @@ def test_r24_thresholds_are_the_reports():
     for n, hit in ((13, True), (12, False)):           # |s_t| = 20 < |s_e|
         documents = [doc(" ".join(test[:n] + nonsense(r, 20 - n)))]
         assert bool(decontaminate(documents, [" ".join(test)])[1]) is hit
-    documents = [doc(" ".join(test[:59]))]
-    assert decontaminate(documents, [" ".join(test)], ratio=1.0)[1]  # all of the document
-    documents = [doc(" ".join(test[:59] + nonsense(r, 5)))]
-    assert not decontaminate(documents, [" ".join(test)], ratio=1.0)[1]
+    documents = [doc(" ".join(test[:59]), kind="synthetic")]
+    assert decontaminate(documents, [" ".join(test)])[1]  # all of the document
+    documents = [doc(" ".join(test[:59] + nonsense(r, 5)), kind="synthetic")]
+    assert not decontaminate(documents, [" ".join(test)])[1]
 
 
 def test_r24_every_hit_of_a_phrase_is_tried():
