@@ -1,8 +1,8 @@
 """The built-in corpus: real text that comes with every Python, and generated questions.
 
 With it every stage runs on any machine, without a network. The real text is Python's language
-reference, and the docstrings and code of its standard library. The generated documents are questions
-with answers from tasks/: the report's synthetic data (section 3.1) at a small scale.
+reference, and the docstrings and code of its standard library. The generated documents are
+questions with answers from tasks/: the report's synthetic data (section 3.1) at a small scale.
 
     python -m data --max_mb 6 --synthetic_mb 2 --out runs/data
 """
