@@ -28,8 +28,8 @@ def test_reads_text_and_jsonl(tmp_path):
 
 @pytest.mark.parametrize("name,content,match", [
     ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
-    ("a.jsonl", '{"text": "x"}\n{"content": "y"}\n', r'a\.jsonl:2: want a string under "text"'),
-    ("a.jsonl", '{"text": 3}\n', r"a\.jsonl:1: want"),
+    ("a.jsonl", '{"text": "x"}\n{"content": "y"}\n', r'a\.jsonl:2: "text" must be a string'),
+    ("a.jsonl", '{"text": 3}\n', r'a\.jsonl:1: "text"'),
     ("a.jsonl", '{"text": "x", "kind": "poem"}\n', r'a\.jsonl:1: "kind"'),
     ("a.txt", b"\xff\xfe\x00", r"a\.txt: cannot be read as UTF-8"),
     ("a.txt.gz", b"no gzip", r"a\.txt\.gz: cannot be read"),
@@ -59,7 +59,7 @@ def test_reads_parquet(tmp_path):
     documents = list(data.documents.read_documents(tmp_path / "t.parquet"))
     assert [(d["text"], d["source"]) for d in documents] == [("a", "t"), ("b", "t")]
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match='row 1: want a string under "text"'):
+    with pytest.raises(InputError, match='row 1: "text" must be a string'):
         list(data.documents.read_documents(tmp_path / "t.parquet"))
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     with pytest.raises(InputError, match="not a parquet file"):
