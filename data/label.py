@@ -212,8 +212,8 @@ def report_person(path: str, labels: list[dict]) -> None:
 
 
 def blind_verdicts(labels: dict[str, dict], names: list[str]) -> list[str]:
-    """Return the verdicts on these pairs, with half of the pairs turned round. Else a good automatic
-    label, which nobody sees, would make most verdicts "chosen" and so raise the chance p_e."""
+    """Return the verdicts on these pairs, with half of the pairs turned round. Else a good
+    automatic label, which nobody sees, would make most verdicts "chosen" and so raise p_e."""
     turned = {"chosen": "rejected", "rejected": "chosen"}
     verdicts = []
     for name in names:
