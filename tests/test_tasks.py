@@ -399,7 +399,7 @@ def test_a_reward_of_ones_own(tmp_path):
     refuses(
         lambda: tasks.queries.load(str(path), reward="nowhere.py:score"), "nowhere.py: no such file"
     )
-    refuses(lambda: tasks.queries.load(str(path), reward="nowhere.py"), "wants file.py:function")
+    refuses(lambda: tasks.queries.load(str(path), reward="nowhere.py"), "must be file.py:function")
     (tmp_path / "beside.py").write_text("import json\n")
     mine.write_text("from beside import json\n\n\ndef none(query, response):\n    pass\n\n\n"
                     "def boom(query, response):\n    return json.loads(response)\n\n\n"
