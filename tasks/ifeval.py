@@ -64,8 +64,8 @@ def capital_words(text: str) -> int:
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into sentences: they end in . ! ? (or their like) before a blank, or with the
-    line. A title, an initial or the number of a list item ends none."""
+    """Split a text into sentences. A sentence ends in . ! ? (or their like) before a blank, or with
+    its line. The full stop of a title, an initial or a list number does not end one."""
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|[A-Z]|^\s*\d+)\.", r"\1", text,
                   flags=re.M)
     parts = re.split(r"(?<=[.!?])[\"')*]*\s+|[。！？।]|\n+", text)
@@ -73,7 +73,7 @@ def sentences(text: str) -> list[str]:
 
 
 def framed(parts: list[str]) -> list[str]:
-    """Strip the parts; drop an empty first and an empty last one, outside the separators."""
+    """Strip the parts; drop an empty first and an empty last part, which frame the separators."""
     parts = [part.strip() for part in parts]
     start = 0 if parts[0] else 1
     end = len(parts) if parts[-1] else len(parts) - 1
@@ -186,7 +186,7 @@ LANGUAGE_NAMES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italia
 
 class Request(NamedTuple):
     """How a prompt asks for one kind of constraint."""
-    decides: str      # what of a response it decides on; two kinds that share a word exclude
+    decides: str      # what it decides about a response; kinds that share a word are not combined
     words: str        # the sentence that asks for it, with the values drawn by `draw_values`
     arguments: dict   # argument of the check: name of the drawn value
 

@@ -165,7 +165,8 @@ def weekday(r: Random) -> Problem:
 
 
 def syllogism(r: Random) -> Problem:
-    """Two rules and a fact; the answer is "unknown" where the rules lead the other way only."""
+    """Draw two rules and a fact. If the fact is what the rules lead to, nothing follows from it:
+    the answer is "unknown"."""
     name = r.choice(NAMES)
     a, b, c = r.sample(JOBS, 3)
     answer = r.choice(["yes", "no", "unknown"])
@@ -201,18 +202,18 @@ class Exercise(NamedTuple):
     inputs: list          # arguments of the hidden tests
 
 
-LIST_FILTERS = {  # which numbers of a list: the condition on x
+LIST_FILTERS = {  # words for some numbers of a list: the condition on x
     "numbers": "",
     "even numbers": "x % 2 == 0", "odd numbers": "x % 2 == 1",
     "positive numbers": "x > 0", "negative numbers": "x < 0",
     "numbers greater than {k}": "x > {k}", "numbers less than {k}": "x < {k}",
     "numbers divisible by {k}": "x % {k} == 0"}
-LIST_VALUES = {  # what of these numbers: the expression of x
+LIST_VALUES = {  # words for what is taken of each number: the expression of x
     "the": "x",
     "the squares of the": "x * x", "the doubles of the": "x * 2",
     "{m} times the": "x * {m}", "the absolute values of the": "abs(x)"}
 
-# Per paragraph: a task, a solution in one line, and a solution in several lines
+# Each paragraph is a task, its solution in one line, and its solution in several lines.
 STRING_TASKS = """
 returns how many words in the string s have more than {k} letters
     return sum(1 for w in s.split() if len(w) > {k})
