@@ -36,13 +36,6 @@ class Args:
     dtype: str = "auto"          # rejection: auto, float32, bfloat16
 
 
-def conversation(prompt: str, answer: str) -> dict:
-    """Return a row of SFT's data: one question of a user and the assistant's answer."""
-    user = {"role": "user", "content": prompt}
-    assistant = {"role": "assistant", "content": answer}
-    return {"messages": [user, assistant]}
-
-
 def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_new_tokens: int,
                      seed: int) -> list[dict]:
     """Sample several responses per query; return a conversation for each distinct one that passes.
@@ -56,7 +49,7 @@ def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_n
         for answer in group:
             if answer.score > 0:
                 passed[answer.query["prompt"], answer.text] = True
-    return [conversation(prompt, text) for prompt, text in passed]
+    return [queries.conversation(prompt, text) for prompt, text in passed]
 
 
 def main(args: Args) -> None:

@@ -447,7 +447,7 @@ def table():
     for line, *words in (
             ("", "name files"), ("@gone.jsonl", "gone"), ("@queries-broken.jsonl", "broken"),
             ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
-        yield f"tasks.ifeval {line}", *words
+        yield f"bench/ifeval.py {line}", *words
     for line, *words in (
             ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
