@@ -196,7 +196,10 @@ def test_patched_builtins_are_put_back():
     "assert f(1) == 2", "assert 2 == f(1)", "assert not f(1) != 2", "assert f(1) in [2, 3]",
     "assert 2 in f(1)", "assert 1 < f(1) < 3", "assert [f(1)] == [2]", "assert (1, f(1)) == (1, 2)",
     "assert {'a': [f(1)]} == {'a': [2]}", "assert {f(1)} == {2}", "def check(g):\n"
-    "    assert g(1) == 2\ncheck(f)", "assert all(f(i) == i + 1 for i in range(3))"])
+    "    assert g(1) == 2\ncheck(f)", "assert all(f(i) == i + 1 for i in range(3))",
+    "assert f(1) == (2 == 2)", "assert f(1) == len([x for x in range(9) if x > 2])",
+    "assert f(1) in [x for x in range(9) if x > 2]", "def other(n):\n"
+    "    return 1 if n < 2 else n * other(n - 1)\nassert f(3) == other(3)"])
 def test_always_equal_object(tests):
     """R9.4: an object that agrees to every comparison, in the shapes in which tests compare."""
     yes = "\n".join(f"    def __{m}__(self, o): return True"

@@ -349,7 +349,8 @@ def _python(job, link, read):
     # `if __name__ == "__main__"` is meant for a program, not for functions under test.
     module = type(sys)("candidate" if tests else "__main__")
     sys.modules[module.__name__] = module  # dataclasses, pickle and typing look it up
-    scalars, held = {int, float, complex, bool, str, bytes, type(None)}, []
+    scalars, frame = {int, float, complex, bool, str, bytes, type(None)}, sys._getframe
+    seen = {}  # by frame and number of the comparison: was its last operand foreign?
     inside = {kind: kind.__iter__ for kind in (list, tuple, set, frozenset)} | {dict: dict.items}
 
     def foreign(x):  # does x hold an object whose comparisons the tested code may have written?
@@ -363,10 +364,11 @@ def _python(job, link, read):
         return any(any(map(foreign, items(x))) for base, items in inside.items()
                    if issubclass(kind, base))
 
-    def side(x, count):  # around each operand of a comparison; the last one knows how many
-        held.append(foreign(x))
-        if count and len(set(held[-count:])) == 2:
+    def side(x, number, first):  # around each operand of a comparison
+        here, kind = (id(frame(1)), number), foreign(x)
+        if not first and kind != seen[here]:
             raise TypeError("a plain value compared with an object of the code's own class")
+        seen[here] = kind
         return x
 
     write, leave, report, key = posix.write, posix._exit, sys.excepthook, job["key"]
@@ -399,13 +401,16 @@ PYTHON = (getattr(sys, "_base_executable", None) or sys.executable, "-s", "-S", 
 
 
 class _Sides(ast.NodeTransformer):
-    def visit_Compare(self, node):  # f(1) == 2  ->  __side__(f(1), 0) == __side__(2, 2)
+    count = 0
+
+    def visit_Compare(self, node):  # f(1) == 2  ->  __side__(f(1), 7, True) == __side__(2, 7, ...)
         self.generic_visit(node)
         if not any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):  # not overloadable
-            counts = [0] * len(node.ops) + [len(node.ops) + 1]
+            self.count += 1
             node.left, *node.comparators = [
-                ast.Call(ast.Name("__side__", ast.Load()), [x, ast.Constant(n)], [])
-                for x, n in zip([node.left, *node.comparators], counts, strict=True)]
+                ast.Call(ast.Name("__side__", ast.Load()),
+                         [x, ast.Constant(self.count), ast.Constant(x is node.left)], [])
+                for x in [node.left, *node.comparators]]
         return node
 
     def visit_Assert(self, node):
