@@ -220,11 +220,9 @@ def _private_root(call, root, view, disk):
     options = b"mode=755,nr_inodes=8192,size=%d" % disk
     if not call("mount", b"tmpfs", root.encode(), b"tmpfs", 6, options):  # no setuid, no devices
         return False
-    for kind, path, target in view:
+    for kind, path in view:
         here = root + path
-        if kind == "link":
-            posix.symlink(target, here)
-        elif kind == "file":
+        if kind == "file":
             posix.close(posix.open(here, posix.O_CREAT | posix.O_WRONLY))
         else:
             posix.mkdir(here, 0o755)
@@ -435,7 +433,7 @@ def _compile_python(source: str, file: str) -> bytes:
 @functools.lru_cache(None)
 def _view() -> tuple:
     """What a program sees of the files: the system's programs and libraries, this Python, the
-    toolchains found; (kind, path, target of a link), parents first. And its PATH."""
+    toolchains found; (kind, path), parents first. And its PATH."""
     tools = sorted({words[0] for name in LANGUAGES for words in _commands(name) or ()
                     if words and words[0] != "./main"})
     wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives",
@@ -445,15 +443,14 @@ def _view() -> tuple:
         for folder in {os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))}:
             parent = os.path.dirname(folder)
             wanted.append(folder if parent in private else parent)
-    steps = {path: ("dir", path, "") for path in ("/tmp", "/proc", "/dev")}
+    steps = {path: ("dir", path) for path in ("/tmp", "/proc", "/dev")}
     devices = [f"/dev/{name}" for name in ("null", "zero", "random", "urandom")]
     for path in [*filter(os.path.exists, sorted(wanted, key=len)), *devices]:
         above = [path[:i] for i, c in enumerate(path) if c == "/" and i]
         if path in steps or any(steps.get(p, ("dir",))[0] != "dir" for p in above):
             continue  # inside another
-        steps |= {p: ("dir", p, "") for p in above if p not in steps}
-        kind = "link" if os.path.islink(path) else "tree" if os.path.isdir(path) else "file"
-        steps[path] = kind, path, os.readlink(path) if kind == "link" else ""
+        steps |= {p: ("dir", p) for p in above if p not in steps}
+        steps[path] = "tree" if os.path.isdir(path) else "file", path
     path = dict.fromkeys([*map(os.path.dirname, tools), "/usr/local/bin", "/usr/bin", "/bin"])
     return tuple(steps.values()), ":".join(path)
 
@@ -463,10 +460,8 @@ def _launchers() -> dict:
     process ids, so that when the first of them dies the kernel kills the rest, even what setsid()
     took out of our kill's reach. unshare leaves the files to the child (`_private_root`)."""
     steps, _ = _view()
-    options = {"tree": "--ro-bind", "file": "--ro-bind", "link": "--symlink", "dir": "--dir"}
-    bwrap = [word for kind, path, target in steps
-             if path not in ("/proc", "/tmp") and not path.startswith("/dev")
-             for word in (options[kind], *((target or path,) * (kind != "dir")), path)]
+    bwrap = [word for kind, path in steps if kind != "dir" and not path.startswith("/dev")
+             for word in ("--ro-bind", path, path)]
     return {"unshare": ["unshare", *"--user --map-root-user --net --pid --ipc --uts --mount --fork "
                         "--kill-child".split()],
             "bwrap": ["bwrap", *"--unshare-all --die-with-parent --cap-drop ALL --proc /proc --dev "
