@@ -35,8 +35,9 @@ def ours(namespaces):
     def fn(case):
         harness.ours()
         from tasks import sandbox
+        from tasks.sandbox.isolation import launchers
         if not namespaces:
-            sandbox._launcher = lambda: ("", [])
+            sandbox.find_launcher = lambda: launchers()["bare"]
         language = case.split()[0]
         code, tests = sandbox.SAMPLES[language]
 
@@ -60,7 +61,7 @@ def bare(case):
     from tasks import sandbox
     language = case.split()[0]
     row, (code, tests) = sandbox.LANGUAGES[language], sandbox.SAMPLES[language]
-    commands = [c for c in sandbox._commands(language) if c] or [
+    commands = [c for c in sandbox.find_commands(language) if c] or [
         [sys.executable, "-s", "-S", "-B", row.file]]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, row.file).write_text(row.before + code + row.between + tests + row.after)

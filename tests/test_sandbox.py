@@ -7,7 +7,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import types
 import pytest
 
 from tasks import sandbox
+from tasks.sandbox.isolation import find_launcher, launchers, seccomp_filter, works
+from tasks.sandbox.languages import Language
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "code"
@@ -35,14 +36,11 @@ TESTS = "assert f(2) == 4\nassert f(3) == 9"
 @pytest.fixture(params=["unshare", "bwrap", "bare"])
 def isolation(request, monkeypatch):
     """All ways to start a child: in namespaces, and as on systems that lack them."""
-    name, command = request.param, []
-    if name != "bare":
-        command = [shutil.which(name), *sandbox._launchers()[name][1:]]
-        if not command[0] or subprocess.run(
-                [*command, sandbox.PYTHON[0], "-S", "-c", ""], capture_output=True).returncode:
-            pytest.skip(f"{name} is missing or not allowed here")
-    monkeypatch.setattr(sandbox, "_launcher", lambda: (name if command else "", command))
-    return name
+    launcher = launchers()[request.param]
+    if not works(launcher):
+        pytest.skip(f"{request.param} is missing or not allowed here")
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: launcher)
+    return request.param
 
 
 @pytest.fixture
@@ -592,7 +590,7 @@ def resident():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(name, folder, monkeypatch):
     """R9.1-R9.4 in namespaces."""
-    if not sandbox._launcher()[0]:
+    if "pids" not in find_launcher().layers:
         pytest.skip("no user namespaces here")
     before = resident()
     r = contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=0.5)
@@ -604,8 +602,8 @@ def test_hostile(name, folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in NAMESPACES_ONLY])
 def test_hostile_without_namespaces(name, folder, monkeypatch):
-    monkeypatch.setattr(sandbox, "_launcher", lambda: ("", []))
-    if not sandbox._filter(False):
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
+    if not seccomp_filter(False):
         pytest.skip("no libseccomp here")
     contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=1.0)
 
@@ -636,7 +634,7 @@ def test_command_line_refuses(tmp_path):
 
 
 def test_a_missing_toolchain_is_named(monkeypatch):
-    monkeypatch.setitem(sandbox.LANGUAGES, "cobol", sandbox.Language(
+    monkeypatch.setitem(sandbox.LANGUAGES, "cobol", Language(
         "main.cob", "no-such-compiler main.cob", "./main", "apt-get install gnucobol"))
     assert sandbox.languages()["cobol"] == "apt-get install gnucobol"
     with pytest.raises(RuntimeError, match="cobol"):
@@ -748,10 +746,10 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_hostile_elsewhere(name, folder, monkeypatch):
     language, program = FOREIGN[name]
-    if language not in HERE or not sandbox._launcher()[0]:
+    if language not in HERE or "pids" not in find_launcher().layers:
         pytest.skip(f"no {language} or no namespaces here")
     row = sandbox.LANGUAGES[language]
-    monkeypatch.setitem(sandbox.LANGUAGES, language, dataclasses.replace(row, seconds=2.5))
+    monkeypatch.setitem(sandbox.LANGUAGES, language, dataclasses.replace(row, check_seconds=2.5))
     r = contained(folder, program, monkeypatch, language=language, timeout=1.0, slack=2.5)
     print(f"\n{name}: {r.reason[:70]}")
 
