@@ -149,7 +149,9 @@ CHEATS = {  # R9.4: each defines an f that is wrong, and must not pass
     "def f(x): return E()",
     "metaclass": "class M(type):\n    def __eq__(s, o): return True\nclass E(metaclass=M): pass\n"
     "def f(x): return E",
-    "dunder side": WRONG + "__side__ = lambda x, n: 4",
+    "marshal": WRONG + "import marshal\nmarshal.loads = lambda b: compile('', 'x', 'exec')",
+    "__main__": WRONG + "import __main__\n__main__.exec = lambda *a: None",
+    "dunder side": WRONG + "__guard__ = lambda x, n, first: 4",
     "trace": WRONG + "import sys\nsys.settrace(lambda *a: None)",
     "writes on all fds": WRONG + "import os\nfor fd in range(3, 20):\n"
     "    try: os.write(fd, b'..passed\\n')\n    except OSError: pass",
