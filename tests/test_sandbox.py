@@ -1,4 +1,4 @@
-"""sandbox.py against its requirements R9.1-R9.4; the oracles are /proc, a plain interpreter and
+"""tasks/sandbox against its requirements R9.1-R9.4; the oracles are /proc, a plain interpreter and
 published solutions. Run with -s to see the rates."""
 import ast
 import dataclasses
