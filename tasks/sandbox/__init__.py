@@ -8,11 +8,13 @@ process behind, and passes only with a proof that the tests reached their end:
     Python  The child reads key B after the last test, and sends key A + key B.
     others  The program prints key A + key B in its last statement (languages.py).
 
-Covered: `sys.exit(0)`, `os._exit(0)`, a killed process or a printed "ok" never reach the keys. In
-Python, patching AssertionError changes no assert, and patched builtins are restored before the
-tests. No comparison of the tests may mix a plain value with an object of a class that the code made
-(its `__eq__` may always be true), alone or in a list, tuple, set or dict. The price: an honest
-class, even a namedtuple, compares only with its like.
+Covered:
+- early ends: `sys.exit(0)`, `os._exit(0)`, a killed process or a printed "ok" send no keys;
+- patches in Python: no assert uses AssertionError by name, and builtins are restored before the
+  tests;
+- objects whose `__eq__` is always true, in Python: no comparison of the tests may mix a plain value
+  with an object of a class that the code made, alone or in a list, tuple, set or dict. The price:
+  an honest class, even a namedtuple, compares only with its like.
 
 THIS IS A RESOURCE LIMITER, NOT A SECURITY BOUNDARY: run hostile code in a container or a VM.
 Not covered:
@@ -22,11 +24,11 @@ Not covered:
 - patched library modules (`math.fabs = ...`), test globals, and operators that do not compare (an
   `__sub__` that returns 0); outside Python also patched comparisons and library functions;
 - memory summed over processes: each of 64 processes may use the limit;
-- runs in progress when this process gets SIGKILL: only their CPU limit ends them, and a sleeping
-  process stays, as does an empty folder;
+- runs in progress when this process gets SIGKILL: only their CPU limit ends them, so a sleeping
+  process stays, and so does an empty folder;
 - what a layer that `Result.isolation` lacks would stop. Without "files": all that your user can
-  read and write. Without "network" and "seccomp": the network. Without "pids" and "seccomp":
-  processes that call setsid(). `require_isolation=True` refuses to run then.
+  read and write, this package included. Without "network" and "seccomp": the network. Without
+  "pids" and "seccomp": processes that call setsid(). `require_isolation=True` refuses to run then.
 
 `python -m tasks.sandbox` tries every language. `run` needs POSIX; C and C++ need a linker with
 --wrap, which macOS lacks.
@@ -51,7 +53,7 @@ from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
 __all__ = ["LANGUAGES", "REQUIRED", "SAMPLES", "Result", "languages", "run", "run_many"]
 
-# Limits per process, but NPROC counts all processes of the user (of its namespace, if it has one).
+# Per process, except NPROC, which counts the processes of the user (or of its namespace).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
 COMPILER_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 256,
                    "RLIMIT_NOFILE": 1024}

@@ -3,7 +3,7 @@
 It imports built-in modules only, because start-up is nearly all of a run's time. Standard input is
 a socket to the parent. The protocol, in order:
 
-  parent      10 digits, the length of the job; the job, a marshalled dict (`_run_child`);
+  parent      10 digits, the length of the job; the job, a marshalled dict (`run` makes it);
               key B, 32 bytes, which stay unread in the socket until the last test has passed
   child       the layers of isolation that hold, and a newline: "pids,network,limits"
               "refused: without ...", and the end, if a required layer is missing
