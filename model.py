@@ -26,7 +26,7 @@ from torch.utils import checkpoint as recomputation
 
 from lib import checkpoint
 import kernels
-from lib.args import InputError, exit_on_input_error, require
+from lib.args import exit_on_input_error, require
 
 
 @dataclass(frozen=True)
@@ -472,33 +472,12 @@ class Qwen2(nn.Module):
     def from_pretrained(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "Qwen2":
         """Any Qwen2 or Qwen2-MoE directory: config.json and safetensors, whole or sharded.
         Raises InputError for a directory that is no such model, or has missing or extra keys."""
-        config = checkpoint.read_config(path, Config)
-        weights = checkpoint.read_weights(path, config)
-        for ours, published in cls.on_disk.items():
-            if published in weights:
-                weights[ours] = weights.pop(published)
-        with torch.device("meta"):
-            model = cls(config)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        for name in sorted(expected.keys() ^ weights.keys()):
-            what = "is missing" if name in expected else "does not belong to this architecture"
-            raise InputError(f"{path}: weight {name} {what}")
-        for name, shape in expected.items():
-            require(weights[name].is_floating_point(),
-                    f"{path}: weight {name} is of {str(weights[name].dtype)[6:]}")
-            require(weights[name].shape == shape, f"{path}: weight {name} has shape "
-                    f"{tuple(weights[name].shape)}, config.json wants {tuple(shape)}")
-        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
-        model.load_state_dict(weights, assign=True)
-        return model.requires_grad_()
+        return checkpoint.load_model(cls, Config, path, dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
         """The same kind of directory, each file written under a temporary name and renamed, the
         weights first."""
-        weights = {self.on_disk.get(name, name): w for name, w in self.state_dict().items()}
-        checkpoint.write_weights(weights, self.config, path)
-        dtype = str(self.model.norm.weight.dtype)[6:]
-        checkpoint.write_config(self.config, self.architecture, dtype, path)
+        checkpoint.save_model(self, path)
 
 
 def describe(name: str) -> None:

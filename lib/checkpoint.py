@@ -18,6 +18,44 @@ from lib.files import read_json, atomic_path, write_atomic
 SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as the Hub does
 
 # ---------------------------------------------------------------------------------------------
+# the whole directory
+
+def load_model(Model, Config, path: str | Path, dtype, device):
+    """Return a `Model` with the configuration and the weights of a directory.
+
+    Raises InputError where config.json describes anything but Qwen2, or where names, shapes or
+    kinds of the weights differ from those of the model."""
+    config = read_config(path, Config)
+    weights = read_weights(path, config)
+    for ours, published in Model.on_disk.items():
+        if published in weights:
+            weights[ours] = weights.pop(published)
+    with torch.device("meta"):
+        model = Model(config)
+    expected = model.state_dict()
+    for name in sorted(expected.keys() ^ weights.keys()):
+        what = "is missing" if name in expected else "does not belong to this architecture"
+        raise InputError(f"{path}: weight {name} {what}")
+    for name, tensor in weights.items():
+        shape = expected[name].shape
+        require(tensor.is_floating_point(),
+                f"{path}: weight {name} is {tensor.dtype}, not a floating-point type")
+        require(tensor.shape == shape, f"{path}: weight {name} has shape {tuple(tensor.shape)}, "
+                f"but config.json implies {tuple(shape)}")
+    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_()
+
+
+def save_model(model, path: str | Path) -> None:
+    """Write the weights, then config.json; each file replaces an older one in one step."""
+    weights = {model.on_disk.get(name, name): w for name, w in model.state_dict().items()}
+    write_weights(weights, model.config, path)
+    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    write_config(model.config, model.architecture, dtype, path)
+
+
+# ---------------------------------------------------------------------------------------------
 # config.json
 
 # What other architectures say in config.json, with the values that change nothing here. Any other

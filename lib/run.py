@@ -73,6 +73,21 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def build_once(path: str | Path, *command) -> None:
+    """Make `path` with `python -m command...` unless it exists. The first process does it, the
+    others wait. The command is printed, so that a reader can run and change it."""
+    if RANK == 0 and not Path(path).exists():
+        words = [str(word) for word in command]
+        print("$ python -m " + " ".join(words), flush=True)
+        here = Path(__file__).resolve().parents[1]
+        environment = os.environ | {"PYTHONPATH": str(here)}
+        for name in ("RANK", "WORLD_SIZE"):  # torchrun's: the program must not join the group
+            environment.pop(name, None)
+        done = subprocess.run([sys.executable, "-m", *words], env=environment)
+        require(done.returncode == 0, f"`python -m {' '.join(words)}` failed, see above")
+    all_gather(None)
+
+
 # ---------------------------------------------------------------------------------------------
 # the run directory
 
@@ -233,7 +248,7 @@ class Run:
     def save_samples(self, rollouts, **columns) -> None:
         """samples.jsonl: what the model answered and what that was worth. columns: more of each."""
         write_jsonl(self.path / "samples.jsonl", (
-            {"domain": r.query["domain"], "prompt": r.query["prompt"], "response": r.text,
+            {"domain": r.query.get("domain", ""), "prompt": r.query["prompt"], "response": r.text,
              "score": r.score, "finished": r.finished, **dict(zip(columns, more, strict=True))}
             for r, *more in zip(rollouts, *columns.values(), strict=True)))
 

@@ -2,14 +2,16 @@
 both verdicts, responses that must score 0. R numbers: docs/requirements.md."""
 import datetime
 import itertools
+import json
 import random
 import re
 import sys
 import zlib
 
 import pytest
-from helpers import refuses, write_rows
+from helpers import letter_queries, refuses, stage_args, teach_letters, write_rows
 
+from tasks import __main__ as program
 from tasks import custom
 import data
 import tasks.queries
@@ -230,6 +232,36 @@ def test_demonstrations_are_conversations():
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert tasks.queries.split_of(user["content"]) == "sft" and assistant["content"]
+
+
+# ---------------------------------------------------------------------------------------------
+# the programs of python -m tasks
+
+def test_demonstrations_are_written(tmp_path):
+    """The file holds exactly the rows of demonstrations(n, seed), in order."""
+    path = tmp_path / "rows.jsonl"
+    program.demonstrations(stage_args(program, n=8, seed=2, out=str(path)))
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert rows == tasks.queries.demonstrations(8, 2)
+    refuses(lambda: program.demonstrations(stage_args(program, n=8)), "--out")
+
+
+def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path):
+    """A policy that says "A." or "B.": what is kept is right, and each conversation is there once;
+    nothing is written where nothing passes."""
+    policy = str(teach_letters(tokenizer, tmp_path / "policy"))
+    queries = letter_queries(tmp_path / "queries.jsonl")
+    path = tmp_path / "rows.jsonl"
+    values = {"init": policy, "queries": queries, "responses": 16, "max_new_tokens": 8}
+    program.rejection(stage_args(program, out=str(path), **values))
+    rows = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
+    said = [(user["content"], assistant["content"]) for user, assistant in rows]
+    assert {question for question, _ in said} == {"Pick A.", "Choose A."}
+    assert all("a" in text.lower() for _, text in said) and len(set(said)) == len(said)
+    path.unlink()
+    values["queries"] = letter_queries(tmp_path / "never.jsonl", "never said")
+    refuses(lambda: program.rejection(stage_args(program, out=str(path), **values)), "passes")
+    assert not path.exists()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""lib/args.py: the command line made from a dataclass, errors in one line.
+R numbers: docs/requirements.md."""
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+import lib.args
+from lib.args import InputError, parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [name for name in ("pretrain", "sft", "dpo", "reward", "grpo", "scaling", "evaluate",
+                            "sample", "data") if (ROOT / f"{name}.py").exists()]
+
+
+@dataclass
+class Args:
+    out: str = "runs/x"      # where to
+    tokens: int = 10         # how many: "3e6" works
+    lr: float = 1e-3         # peak
+    doc_mask: bool = False   # documents apart
+    seed: int = 0            # of all
+    init: str = ""           # from where
+    resume: bool = False     # go on
+    overwrite: bool = False  # replace
+
+
+def test_flags_become_typed_fields():
+    args = parse_args(Args, "--tokens 3e6 --lr=7e-6 --doc_mask --out a=b --resume false".split())
+    assert args == Args(out="a=b", tokens=3_000_000, lr=7e-6, doc_mask=True)
+    assert type(args.tokens) is int
+    assert parse_args(Args, []) == Args() and parse_args(Args, ["--lr", "1e21"]).lr == 1e21
+    assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "0", "--lr", ".5"]) == Args(
+        doc_mask=True, seed=0, lr=0.5)
+    assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
+                                                                        overwrite=True)
+
+
+def test_lists_may_come_as_a_shell_expands_them():
+    @dataclass
+    class Lists:
+        data: str = ""       # files, comma-separated
+        weights: str = ""    # shares
+    args = parse_args(Lists, "--data a.jsonl.gz b.txt c.parquet --weights a=1".split())
+    assert args == Lists("a.jsonl.gz,b.txt,c.parquet", "a=1")
+    for argv in ("--data a -weights", "--weights a=1 b=2"):
+        with pytest.raises(InputError, match="unknown argument"):
+            parse_args(Lists, argv.split())
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--tokens 1.5", "--tokens wants int, got '1.5'"),
+    ("--tokens 1e400", "--tokens wants int"), ("--tokens nan", "--tokens wants int"),
+    ("--seed -1", "--seed wants a number from 0 on, got -1"), ("--lr nan", "from 0 on, got nan"),
+    ("--lr inf", "from 0 on, got inf"), ("--seed 1e30", "from 0 on, got 1e30"),
+    ("--tokens x", "--tokens wants int, got 'x'"), ("--lr ten", "--lr wants float"),
+    ("--doc_mask maybe", "--doc_mask wants bool, got 'maybe'"),
+    ("--tokens", "--tokens wants a value"), ("--tokens --lr 1", "--tokens wants a value"),
+    ("--tokens=", "--tokens wants int, got ''"),
+    ("--lr 1 --lr 2", "--lr is given twice"), ("--lr 1 --lr=1", "--lr is given twice"),
+    ("extra", "unknown argument 'extra'"), ("-lr 1", "unknown argument '-lr'"),
+    ("--mask 1", "'--mask'; did you mean --doc_mask?"),
+    ("--tokens_total 1", "did you mean --tokens?"),
+    ("--doc-mask", "did you mean --doc_mask?"), ("--tokesn 5", "did you mean --tokens?"),
+    ("--zzz 1", "'--zzz'; --help lists the flags")])
+def test_bad_flags_are_refused_in_one_line(argv, message):
+    with pytest.raises(InputError) as error:
+        parse_args(Args, argv.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_of_every_stage_is_described(stage, capsys):
+    Stage = importlib.import_module(stage).Args
+    assert lib.args.field_help(Stage).keys() >= {f.name for f in fields(Stage)}
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(Stage, ["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for f in fields(Stage):
+        assert f"--{f.name} " in shown
+        assert lib.args.field_help(Stage)[f.name].strip(), f.name
+        assert f.type in (bool, int, float, str)
+        if f.type is not bool:  # every default survives being written out
+            assert parse_args(Stage, [f"--{f.name}={f.default}"]) == Stage()
+
+
+def test_help_shows_default_and_comment(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(Args, ["-h"])
+    assert '--tokens           (10)           how many: "3e6" works' in capsys.readouterr().out
+
+
+@dataclass
+class Choice:
+    what: str = ""  # to do
+
+
+def fake_stage(args):
+    if args.what == "input":
+        raise InputError("data.jsonl:3: not JSON")
+    if args.what == "stop":
+        raise KeyboardInterrupt
+    if args.what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if args.what == "bug":
+        raise IndexError
+
+
+@pytest.mark.parametrize("argv, code, message", [
+    ("--what input", 2, "error: data.jsonl:3: not JSON\n"), ("--what stop", 130, "stopped\n"),
+    ("--what term", 130, "stopped\n"),
+    ("--waht x", 2, "error: unknown argument '--waht'; did you mean --what?\n")])
+def test_exit_codes(argv, code, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
+    with pytest.raises(SystemExit) as stopped:
+        lib.args.cli(fake_stage, Choice)
+    assert stopped.value.code == code
+    shown = capsys.readouterr().err
+    assert shown == message
+
+
+@pytest.mark.parametrize("begun, words", [
+    (True, "same command and --resume"), (False, "stopped; nothing saved yet")])
+def test_an_interrupted_stage_says_how_to_go_on(begun, words, capsys, monkeypatch, tmp_path):
+    """One that can: sample.py has no --resume."""
+    if begun:
+        (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        lib.args.cli(lambda args: fake_stage(Choice("stop")), Args)
+    assert words in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--what", "bug"])
+    with pytest.raises(IndexError):
+        lib.args.cli(fake_stage, Choice)
+
+
+def test_bad_input_is_one_line_and_exit_code_2():
+    """In a real process: no traceback."""
+    done = subprocess.run([sys.executable, ROOT / "pretrain.py", "--tokens", "many"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: --tokens wants int, got 'many'\n")

@@ -1,0 +1,181 @@
+"""lib/run.py: the run directory. R numbers: docs/requirements.md."""
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import lib.run
+from lib.args import InputError
+from lib.files import read_jsonl
+from lib.optim import adamw, clip_and_step
+from lib.run import Run
+from model import PRESETS, Qwen2
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Args:
+    out: str = "runs/x"      # where to
+    tokens: int = 10         # how many: "3e6" works
+    lr: float = 1e-3         # peak
+    doc_mask: bool = False   # documents apart
+    seed: int = 0            # of all
+    init: str = ""           # from where
+    resume: bool = False     # go on
+    overwrite: bool = False  # replace
+
+
+def small():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    return model, adamw(model, 0.1, 0.0)
+
+
+def step(model, optimizer):
+    model(torch.ones(1, 3)).square().sum().backward()
+    clip_and_step(model, optimizer, 0.1, 1.0)
+
+
+def log(run, n, **metrics):
+    with tqdm(disable=True) as bar:
+        run.log(n, 99, bar, **(metrics or {"loss": 1.0}))
+
+
+class Saved:  # what finish needs of a tokenizer
+    stop_ids, pad_id = (2, 1), 3
+
+    def save_pretrained(self, path):
+        pass
+
+
+def begun(args):
+    run = Run(args, "stage")
+    run.start_or_resume()
+    return run
+
+
+def finish(run):
+    model = Qwen2(PRESETS["micro"])
+    run.finish(model, Saved(), loss=1.0)
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path):
+    for out in ("run", "other/../run"):
+        with pytest.raises(InputError, match="is --init too"):
+            Run(Args(out=str(tmp_path / out), init=str(tmp_path / "run"), overwrite=True), "test")
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    args = Args(out=str(tmp_path / "run"), seed=7)
+    finish(begun(args))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["finished"] and record["seed"] == 7 and record["result"] == {"loss": 1.0}
+    assert record["args"]["out"] == args.out and record["torch"] == torch.__version__
+    stops = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 3}
+    with pytest.raises(InputError, match="holds a finished run: pass --overwrite or another"):
+        Run(args, "stage")
+    with pytest.raises(InputError, match="nothing to resume"):
+        Run(Args(out=args.out, seed=7, resume=True), "stage")
+    run = Run(Args(out=args.out, overwrite=True), "stage")
+    assert json.loads((run.path / "run.json").read_text())["finished"]  # nothing is lost yet
+    (run.path / "eval.json").write_text("{}")
+    run.start_or_resume()
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    assert not (run.path / "eval.json").exists()  # it was the other model's
+
+
+def interrupted(path, saves=1):
+    run, (model, optimizer) = begun(Args(out=str(path))), small()
+    for n in range(1, 4):
+        step(model, optimizer)
+        log(run, n)
+        if n <= saves:
+            run.save_state(n, model, optimizer)
+    return run
+
+
+def test_an_interrupted_run_is_resumed_only_with_its_own_arguments(tmp_path):
+    """R4.4: a changed config is refused with a diff; log lines after the state are dropped."""
+    interrupted(tmp_path / "run", saves=2)
+    out = str(tmp_path / "run")
+    with pytest.raises(InputError, match=r"an interrupted run.*--resume to continue"):
+        Run(Args(out=out), "stage")
+    with pytest.raises(InputError, match=r"other arguments: tokens 10 -> 11, lr 0.001 -> 0.5$"):
+        Run(Args(out=out, resume=True, tokens=11, lr=0.5), "stage")
+    run, (model, optimizer) = Run(Args(out=out, resume=True), "stage"), small()
+    assert run.start_or_resume(model, optimizer) == 2
+    rows = [row["step"] for _, row in read_jsonl(tmp_path / "run" / "log.jsonl")]
+    assert rows == [1, 2]
+    other, other_optimizer = small()
+    for _ in range(3):
+        step(other, other_optimizer)
+    step(model, optimizer)
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_a_run_that_saved_nothing_is_resumed_from_the_start(tmp_path):
+    interrupted(tmp_path / "run", saves=0)
+    with pytest.raises(InputError, match="--resume to continue it.*--overwrite"):
+        Run(Args(out=str(tmp_path / "run")), "stage")
+    run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
+    assert run.start_or_resume(*small()) == 0 and not run.log_file.read_text()
+
+
+def test_a_run_refused_before_its_first_step_does_not_block_the_next(tmp_path):
+    """Correcting a bad flag and running again needs no --overwrite."""
+    begun(Args(out=str(tmp_path / "run"), tokens=1))
+    begun(Args(out=str(tmp_path / "run"), tokens=2))
+
+
+def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
+    """R4.4; and the torn file does not stop `finish`."""
+    run, (model, optimizer) = interrupted(tmp_path / "run"), small()
+
+    def torn(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_state(3, model, optimizer)
+    monkeypatch.undo()
+    run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
+    assert run.start_or_resume(*small()) == 1
+    finish(run)
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_the_log_keeps_small_numbers(tmp_path):
+    """A learning rate of 7e-7 is not 1e-6, nor 0."""
+    run = begun(Args(out=str(tmp_path / "run")))
+    log(run, 1, lr=7e-7, loss=7.6246189, tokens=4096, expert=[0.5])
+    (_, row), = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert row == {"step": 1, "lr": 7e-7, "loss": pytest.approx(7.6246189, rel=1e-6),
+                   "tokens": 4096, "expert": [0.5]}
+
+
+def test_git_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    begun(Args(out=str(tmp_path / "run")))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] == ""
+
+
+def test_an_out_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="--out .*file"):
+        Run(Args(out=str(tmp_path / "file" / "run")), "stage")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not inherit it")
+def test_peak_memory_is_not_that_of_the_program_that_started_this_one():
+    ballast = b"x" * 600_000_000
+    out = subprocess.run([sys.executable, "-c", "import lib.run; print(lib.run.peak_rss_mb())"],
+                         cwd=ROOT,
+                         capture_output=True, text=True, check=True).stdout
+    assert 10 < float(out) < lib.run.peak_rss_mb() - len(ballast) / 2e6
