@@ -176,10 +176,11 @@ def make_optimizer(model: Qwen2, args: Args, device):
     """Return OnlineMerging with tau = --init - --base or, without --base, AdamW."""
     if not args.base:
         return adamw(model, args.lr, weight_decay=0.0)
-    params = dict(model.named_parameters())
-    base = dict(Qwen2.from_pretrained(args.base, device=device).named_parameters())
-    shapes = {name: p.shape for name, p in params.items()}
+    base_model = Qwen2.from_pretrained(args.base, device=device)
+    base = dict(base_model.named_parameters())
     base_shapes = {name: p.shape for name, p in base.items()}
+    params = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in params.items()}
     require(shapes == base_shapes,
             f"--base {args.base} and --init {args.init} differ in size or architecture")
     taus = [(p - shard_like(base[name], p)).detach() for name, p in params.items()]
@@ -280,8 +281,12 @@ def main(args: Args) -> dict:
                                                               ref_rejected, args.beta)
             losses = losses - args.rpo_alpha * chosen / length
             (losses.sum() / len(batch)).backward()
-            values = {"loss": losses, "accuracy": reward_chosen > reward_rejected,
-                      "reward_chosen": reward_chosen, "reward_rejected": reward_rejected}
+            values = {
+                "loss": losses,
+                "accuracy": reward_chosen > reward_rejected,
+                "reward_chosen": reward_chosen,
+                "reward_rejected": reward_rejected,
+            }
             for name, per_pair in values.items():
                 sums[name] += per_pair.sum().item() / len(batch)
         sums = all_reduce_sum(sums)

@@ -122,30 +122,31 @@ class RewardModel(Qwen2):
 
         A prompt is a text, messages, or token ids. A response is a text or, straight from the
         sampler, token ids. A prompt that comes several times is read once per batch."""
-        pairs = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            if not is_ids(prompt):
-                prompt = self.tokenizer.render_prompt(prompt)
-            if isinstance(response, str):
-                response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
-            pairs.append((tuple(prompt), response))
+        prompts = [self.prompt_ids(prompt) for prompt in prompts]
+        answers = [self.answer_ids(response) for response in responses]
         device = self.head_weight.device
-        rewards = torch.zeros(len(pairs))
+        rewards = torch.zeros(len(answers))
         # Sorting brings responses to the same prompt into the same batch.
-        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), pairs[i]))
-        for start in range(0, len(pairs), batch_size):
+        order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), prompts[i], answers[i]))
+        for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
-            _, cache = read_prompts(self, [pairs[i][0] for i in batch])
-            answers = [pairs[i][1] for i in batch]
-            hidden = self.hidden(pad_rows(answers, 0).to(device), cache=cache)
+            _, cache = read_prompts(self, [prompts[i] for i in batch])
+            some = [answers[i] for i in batch]
+            hidden = self.hidden(pad_rows(some, 0).to(device), cache=cache)
             rows = torch.arange(len(batch), device=device)
-            last = torch.tensor([len(answer) - 1 for answer in answers], device=device)
+            last = torch.tensor([len(answer) - 1 for answer in some], device=device)
             rewards[batch] = self.head(hidden[rows, last]).flatten().float().cpu()
         return rewards.tolist()
 
+    def prompt_ids(self, prompt) -> tuple[int, ...]:
+        if len(prompt) > 0 and isinstance(prompt[0], int):
+            return tuple(prompt)
+        return tuple(self.tokenizer.render_prompt(prompt))
 
-def is_ids(prompt) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], int)
+    def answer_ids(self, response) -> list[int]:
+        if isinstance(response, str):
+            return self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
+        return response
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,26 +174,34 @@ def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
         chosen.append(some_chosen.cpu())
         rejected.append(some_rejected.cpu())
     chosen, rejected = torch.cat(chosen), torch.cat(rejected)
-    chosen_length = torch.tensor([float(len(row.prompt + row.chosen)) for row in rows])
-    rejected_length = torch.tensor([float(len(row.prompt + row.rejected)) for row in rows])
+    prompt_length = torch.tensor([len(row.prompt) for row in rows])
+    chosen_length = prompt_length + torch.tensor([len(row.chosen) for row in rows])
+    rejected_length = prompt_length + torch.tensor([len(row.rejected) for row in rows])
     scores = torch.cat((chosen, rejected))
-    lengths = torch.cat((chosen_length, rejected_length))
+    lengths = torch.cat((chosen_length, rejected_length)).float()
     correlation = torch.corrcoef(torch.stack((scores, lengths)))[0, 1]
-    return {"accuracy": (chosen > rejected).float().mean().item(),
-            "longer_wins": (chosen_length > rejected_length).float().mean().item(),
-            "shorter_wins": (chosen_length < rejected_length).float().mean().item(),
-            "score_length_correlation": correlation.item()}
+    return {
+        "accuracy": share(chosen > rejected),
+        "longer_wins": share(chosen_length > rejected_length),
+        "shorter_wins": share(chosen_length < rejected_length),
+        "score_length_correlation": correlation.item(),
+    }
+
+
+def share(condition) -> float:
+    return condition.float().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------
 # data
 
 def sample_answers(args: Args, queries: list[dict], device, autocast) -> dict[str, list[Rollout]]:
-    """Let every policy answer the queries at every temperature. Return {source: answers}."""
+    """Let every policy answer the queries at every temperature. Return {source: answers}, where the
+    source "all" has those of all the others."""
     paths = (args.policies or args.init).split(",")
     urls = args.rollout_url.split(",") if args.rollout_url else [""] * len(paths)
     require(len(urls) == len(paths), f"--rollout_url needs one for each of {', '.join(paths)}")
-    answers = {}
+    by_source = {"all": []}
     for path, url in zip(paths, urls, strict=True):
         policy, tokenizer = load_policy(path, device)
         policy = rollout_backend(url, policy, tokenizer)
@@ -200,11 +209,13 @@ def sample_answers(args: Args, queries: list[dict], device, autocast) -> dict[st
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
                                  temperature, args.seed, tasks.queries.score_many)
+            answers = [answer for group in groups for answer in group]
             source = f"{path} at temperature {temperature}"
-            answers[source] = [answer for group in groups for answer in group]
-            passed = sum(answer.score for answer in answers[source])
-            print(f"  {source}: {passed / len(answers[source]):.1%} pass")
-    return answers
+            passed = sum(answer.score for answer in answers)
+            print(f"  {source}: {passed / len(answers):.1%} pass")
+            by_source[source] = answers
+            by_source["all"].extend(answers)
+    return by_source
 
 
 def parse_temperatures(args: Args) -> list[float]:
@@ -221,14 +232,12 @@ def load_pairs(args: Args, run: Run, device, autocast) -> tuple[list[dict], dict
     if run.resumed:  # a server would answer otherwise this time
         pairs = read_pairs(str(run.path / "pairs.jsonl"))
     else:
-        by_source = sample_answers(args, queries, device, autocast)
-        answers = [answer for some in by_source.values() for answer in some]
+        answers = sample_answers(args, queries, device, autocast)["all"]
         pairs = pairs + pair_responses(answers, args.pairs_per_query, args.seed)
     others = tasks.queries.builtin("val", args.n_held_out, args.seed)
     by_source = sample_answers(args, others, device, autocast)
-    answers = [answer for some in by_source.values() for answer in some]
-    for source, some in ({"all": answers} | by_source).items():
-        held_out[source] = pair_responses(some, args.pairs_per_query, args.seed)
+    for source, answers in by_source.items():
+        held_out[source] = pair_responses(answers, args.pairs_per_query, args.seed)
     return pairs, held_out
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint
 from helpers import log, weights
 from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
-from test_server import Peer
+from test_vllm_client import Peer
 
 from lib import dist
 from sample import load_policy

@@ -627,7 +627,7 @@ def test_a_compiled_run_compiles_nothing_after_its_first_steps(inputs, short, mo
     try:
         short("pretrain", compile=True, attention="fused")
     finally:
-        pretrain.kernels.use()
+        pretrain.kernels.set_default_impl()
     assert len(graphs) == 6 and 0 < graphs[1] == dynamo.counters["stats"]["unique_graphs"]
 
 
