@@ -1,4 +1,4 @@
-"""lib/cells.py: optima of known surfaces, the edges of grids, and rows that are read back or refused.
+"""lib/cells.py: optima of known surfaces, edges of grids, rows that are read back or refused.
 The published table is not in the repository: its test skips without ../shared/data."""
 import math
 from dataclasses import replace

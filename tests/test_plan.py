@@ -42,7 +42,7 @@ def test_plan(capsys):
                 {"budget": 1e20, "model": "1e8", "tokens": "1e9"}):
         with pytest.raises(InputError, match="needs --model and --tokens, or"):
             plan(laws, **bad)
-    with pytest.raises(InputError, match="--model wants float, got '7b'"):
+    with pytest.raises(InputError, match="--model must be of type float, got '7b'"):
         plan(laws, model="7b", tokens="1e9")
 
 

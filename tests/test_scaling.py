@@ -1,4 +1,4 @@
-"""scaling.py: laws recovered from rows made by known laws, published runs and refits, and a sweep in
+"""scaling.py: laws recovered from rows of known laws, published runs and refits, and a sweep in
 small. The published tables are not in the repository: their tests skip without ../shared/data."""
 import json
 import math
