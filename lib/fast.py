@@ -1,8 +1,9 @@
 """What only makes kernels.py fast: skip this file on the first evening.
 
-Precision and autocast, the choice of a CPU's library for matrix products, torch.compile, and the
-backward passes written by hand of RMSNorm, SwiGLU and experts. kernels.py holds their plain twins.
-The letters in shapes are those of kernels.py. CUDA paths are not yet measured on a GPU.
+It holds the helpers for precision and autocast, the choice of a CPU's library for matrix products,
+the calls of PyTorch's attention kernel, and the handwritten backward passes of RMSNorm, SwiGLU and
+experts. Their plain twins are in kernels.py, which also explains the letters in shapes. CUDA paths
+are not yet measured on a GPU.
 """
 import contextlib
 import functools
