@@ -83,8 +83,12 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0, show=print, loss=True) -
     """Fit lr, batch (of N and D, and as Step Law's, of D alone) and loss. If the cells do not
     determine a law, it is left out, and `show` gets a line that says why."""
     laws = {}
-    for name, target, axes in (("lr", "lr", "ND"), ("batch", "batch", "ND"),
-                               ("batch(D)", "batch", "D")):
+    targets = [
+        ("lr", "lr", "ND"),
+        ("batch", "batch", "ND"),
+        ("batch(D)", "batch", "D"),
+    ]
+    for name, target, axes in targets:
         inside = [c for c in cells if target not in c.edges]
         x = [[getattr(c, axis) for axis in axes] for c in inside]
         y = [getattr(c, target) for c in inside]
@@ -234,7 +238,10 @@ def report_points(table: list[dict], args: Args) -> dict[str, Law]:
     """Report Chinchilla's points against Epoch AI's refit. Like Epoch, we omit the 5 highest
     losses: models trained on less than half a token per parameter."""
     columns = ("loss", "Model Size", "Training FLOP")
-    points = np.array([[float(row[name]) for name in columns] for row in table])
+    points = []
+    for row in table:
+        points.append([float(row[name]) for name in columns])
+    points = np.array(points)
     by_loss = points[:, 0].argsort(kind="stable")
     loss, N, C = points[by_loss[:-5]].T
     law = fit_loss(N, C / 6 / N, loss, args.bootstrap, args.seed)
@@ -481,8 +488,15 @@ def sweep(args: Args, run: Run, rows: list[Row], device) -> None:
         cell_loss = partial(grid.loss, size, D)
         at = descend(cell_loss, shape, at)
         best = grid.setting(at)
-        run.log(number, len(cells), bar, N=count(PRESETS[size])["N"], D=D, lr=best.lr,
-                batch_tokens=best.batch, loss=cell_loss(at), runs=len(rows))
+        metrics = {
+            "N": count(PRESETS[size])["N"],
+            "D": D,
+            "lr": best.lr,
+            "batch_tokens": best.batch,
+            "loss": cell_loss(at),
+            "runs": len(rows),
+        }
+        run.log(number, len(cells), bar, **metrics)
 
 
 # ---------------------------------------------------------------------------------------------
