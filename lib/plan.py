@@ -8,7 +8,7 @@ import torch
 
 from model import Config, Qwen2
 
-HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # logits of the head that are made at a time
+HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # numbers per buffer of the head's loss; it has three
 
 
 def count(config: Config) -> dict[str, int]:
