@@ -160,7 +160,7 @@ def surface_minimum(xy, loss, near, degree: int) -> np.ndarray:
     offsets = np.linspace(-0.5, 0.5, 21)
     patch = np.array(list(product(offsets, offsets))) * step
     candidates = xy[near]
-    for zoom in range(9):           # look around all runs, then ever closer around the best point
+    for zoom in range(9):            # look around all runs, then ever closer around the best point
         points = candidates[:, None] + patch * 0.1 ** zoom
         points = points.reshape(-1, 2).clip(xy.min(0), xy.max(0))
         height = terms(points) @ coef
