@@ -27,6 +27,7 @@ recipes/scaling.md has a sweep with optima inside its grid, and the fits of publ
 import contextlib
 import io
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -109,7 +110,7 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0, show=print, loss=True) -
 
 
 def quiet(line: str) -> None:
-    """The `show` of fits whose failures are not reported."""
+    """Drop the line: the `show` of fits whose failures are not reported."""
 
 
 def excess(cell: Cell, lr: Law, batch: Law, N=None) -> float:
@@ -123,7 +124,8 @@ def excess(cell: Cell, lr: Law, batch: Law, N=None) -> float:
     nearest = np.hypot(steps[:, 0], steps[:, 1]).argmin()
     if np.abs(steps[nearest]).max() > 1:
         return math.inf
-    return cell.losses[settings[nearest]] / cell.loss - 1
+    loss = cell.losses[settings[nearest]]
+    return loss / cell.loss - 1
 
 
 def left_out(cells: list[Cell]) -> dict[str, list[float]]:
@@ -136,8 +138,10 @@ def left_out(cells: list[Cell]) -> dict[str, list[float]]:
             lr = PUBLISHED["lr"][label]
             gaps[label] = excess(cell, lr, batch)
         if cell.R != 1:
-            lr, batch = PUBLISHED["lr"]["Step Law"], PUBLISHED["batch"]["Step Law"]
-            gaps["Step Law at total N"] = excess(cell, lr, batch, cell.N * cell.R)
+            lr = PUBLISHED["lr"]["Step Law"]
+            batch = PUBLISHED["batch"]["Step Law"]
+            total_N = cell.N * cell.R
+            gaps["Step Law at total N"] = excess(cell, lr, batch, total_N)
         others = [other for other in cells if other is not cell]
         laws = fit_cells(others, 2, show=quiet, loss=False)
         if "lr" in laws and "batch" in laws:
@@ -199,23 +203,30 @@ def report_largest(cells: list[Cell], args: Args) -> dict[str, list[float]]:
     """Predict the largest quarter of the cells, which come last, from the others; return the excess
     of this rule."""
     count_held = math.ceil(len(cells) / 4)
+    others = cells[:-count_held]
     largest = cells[-count_held:]
-    laws = fit_cells(cells[:-count_held], args.bootstrap, args.seed, quiet)
-    print(f"  the {count_held} largest held out" + ("" if laws else ": too few cells remain"))
+    laws = fit_cells(others, args.bootstrap, args.seed, quiet)
+    if laws:
+        print(f"  the {count_held} largest held out")
+    else:
+        print(f"  the {count_held} largest held out: too few cells remain")
     names = [name for name in laws if name != "batch(D)"]
     for c, name in product(largest, names):
-        predicted = laws[name].predict(**c.axes())
-        low, high = laws[name].interval(**c.axes())
+        law = laws[name]
+        x = c.axes()
+        predicted = law.predict(**x)
+        low, high = law.interval(**x)
         measured = getattr(c, name)
+        held = low <= measured <= high
+        verdict = "held" if held else "MISSED"
         if name in c.edges:
             verdict = "on an edge"
-        else:
-            verdict = "held" if low <= measured <= high else "MISSED"
         print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} [{low:.4g}, {high:.4g}], "
               f"measured {measured:.4g}: {verdict}")
     if "lr" not in laws or "batch" not in laws:
         return {}
-    return {"all but the largest": [excess(c, laws["lr"], laws["batch"]) for c in largest]}
+    gaps = [excess(c, laws["lr"], laws["batch"]) for c in largest]
+    return {"all but the largest": gaps}
 
 
 def report_parity(dense: list[Cell], moe: list[Cell], args: Args) -> dict[str, Law]:
@@ -333,17 +344,19 @@ def add_preset(name: str) -> None:
     shared one are together as wide as the dense MLP, so that both have about the same N."""
     if name in PRESETS:
         return
-    width, _, layers = name.removesuffix("-moe").partition("x")
-    good = width.isdigit() and layers.isdigit() and int(width) > 0 and int(layers) > 0
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)(-moe)?", name)
+    good = match is not None and int(match[1]) > 0 and int(match[2]) > 0
     require(good, f"--sizes must be presets or WIDTHxLAYERS[-moe], got {name!r}")
-    mlp = max(1, int(width) // 6) * 16
+    width = int(match[1])
+    layers = int(match[2])
     is_moe = name.endswith("-moe")
+    mlp = max(1, width // 6) * 16
     PRESETS[name] = replace(
         PRESETS["micro-moe" if is_moe else "micro"],
-        hidden_size=int(width),
+        hidden_size=width,
         intermediate_size=mlp,
-        num_hidden_layers=int(layers),
-        num_attention_heads=max(1, int(width) // 16),
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 16),
         num_key_value_heads=1,
         moe_intermediate_size=mlp // 4 if is_moe else 0,
         shared_expert_intermediate_size=mlp // 2 if is_moe else 0,
@@ -361,17 +374,19 @@ def prepare(args: Args, tokens: float) -> None:
     for documents in sources.values():
         for document in documents:
             text = document["text"]
-            pieces += [text[start:start + 1000] for start in range(0, len(text), 1000)]
+            for start in range(0, len(text), 1000):
+                pieces.append(text[start:start + 1000])
     enough = max(1000, int(tokens / 250))
-    pieces = pieces[::max(1, len(pieces) // enough)]  # every run reads all of them
+    every = max(1, len(pieces) // enough)
+    pieces = pieces[::every]         # fewer pieces, since every run reads all of them
     files.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
     training = [text for text in pieces if not mixture.is_held_out(text)]
     Tokenizer.train(training, 384).save_pretrained(f"{args.out}/tokenizer")
 
 
 def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device) -> Row:
-    """Train one model with pretrain.py. The next run uses its directory again. Warm-up is a tenth
-    of the steps: a fixed number of steps would favour small batches."""
+    """Train one model with pretrain.py, in a directory that the next run overwrites. Warm-up is a
+    tenth of the steps: a fixed number of steps would favour small batches."""
     asked = pretrain.Args(
         out=f"{args.out}/last",
         data=f"{args.out}/data",
@@ -415,11 +430,11 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
 
 
 def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, int]:
-    """Walk from `at` to a grid point that none of its eight neighbours beats.
+    """Walk from `at` to a grid point that none of its eight neighbours beats, by `value`.
 
-    This takes about 11 runs instead of the whole grid, and they surround the optimum, as the fit of
-    its surface needs. Diagonals count, since the valley runs along them: a larger batch goes with a
-    higher learning rate."""
+    This takes about 11 runs instead of the whole grid, and these surround the optimum, as the fit
+    of the surface needs. Diagonals count, since the valley runs along them: a larger batch goes
+    with a higher learning rate."""
     while True:
         near = [(at[0] + i, at[1] + j) for i, j in product((0, 1, -1), repeat=2)]
         inside = [(i, j) for i, j in near if 0 <= i < shape[0] and 0 <= j < shape[1]]
@@ -507,7 +522,9 @@ def main(args: Args) -> dict:
     device, _ = optim.setup(args)
     args = replace(args, seq_len=args.seq_len or 64, tokens=args.tokens or "5e3,1e4,2e4")
     path = Path(args.out) / "rows.csv"
-    rows = grid_rows(path) if args.resume and path.exists() else []
+    rows = []
+    if args.resume and path.exists():
+        rows = grid_rows(path)
     # rows.csv is all the state of a sweep, so Run must not look for a state of its own.
     overwrite = args.overwrite or args.resume
     run = Run(replace(args, resume=False, overwrite=overwrite), "scaling")

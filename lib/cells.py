@@ -155,12 +155,12 @@ def surface_minimum(xy, loss, near, degree: int) -> np.ndarray:
     def terms(points):
         u, v = (points - centre).T
         return np.stack([u ** i * v ** j for i, j in polynomial_powers(degree)], -1)
-    # Above the lowest loss: to the last digit of a loss of 3, the bottom of the valley is flat.
-    coef = np.linalg.lstsq(terms(xy[near]), loss[near] - loss.min(), rcond=None)[0]
+    coef = np.linalg.lstsq(terms(xy[near]), loss[near], rcond=None)[0]
+    coef[0] = 0  # Beside a constant near 3, rounding would hide where the bottom of the valley is.
     offsets = np.linspace(-0.5, 0.5, 21)
     patch = np.array(list(product(offsets, offsets))) * step
     candidates = xy[near]
-    for zoom in range(9):           # look around all runs, then ever closer around the best point
+    for zoom in range(9):            # look around all runs, then ever closer around the best point
         points = candidates[:, None] + patch * 0.1 ** zoom
         points = points.reshape(-1, 2).clip(xy.min(0), xy.max(0))
         height = terms(points) @ coef

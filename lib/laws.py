@@ -203,9 +203,10 @@ def fit_loss(N, D, loss, bootstrap=200, seed=0, R=None) -> LossLaw:
     """Fit a loss law, with R also its g. N, D, loss, R: (n,). InputError with too few cells.
 
     Chinchilla minimises eq. 3 by L-BFGS from a grid of starts. Our grid has 27 of them, and every
-    resample of the bootstrap starts from the best end. L-BFGS finds the same coefficients, but one
-    resample after the other it took twenty times as long, and all at once it stopped too early
-    where the cells hardly determine a coefficient."""
+    resample of the bootstrap starts from the best result. We minimise by Levenberg-Marquardt.
+    torch's L-BFGS finds the same coefficients, but took ten times as long or more with one resample
+    after the other. With all resamples at once it stopped too early, and gave intervals that are
+    too narrow, where the cells hardly determine a coefficient."""
     columns = [N, D] if R is None else [N, D, R]
     log_x = np.log(np.stack(columns, -1).astype(float))
     log_loss = np.log(loss)

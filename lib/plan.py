@@ -8,7 +8,7 @@ import torch
 
 from model import Config, Qwen2
 
-HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # logits of the head that are made at a time
+HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # numbers per buffer of the head's loss; it has three
 
 
 def count(config: Config) -> dict[str, int]:
@@ -169,8 +169,14 @@ def plan_machines(args, config: Config, D: float) -> dict:
               "--gradient_checkpointing")
 
     N = count(config)["N"]
-    layers = config.num_hidden_layers
-    work = flops(N, D, layers, config.hidden_size, seq_len, config.vocab_size)
+    work = flops(
+        N,
+        D,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        seq_len=seq_len,
+        vocab_size=config.vocab_size,
+    )
     if checkpointing:
         work *= 4 / 3                 # one more forward pass
     flops_per_second = gpus * args.peak_tflops * 1e12 * args.mfu

@@ -3,9 +3,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from helpers import ROOT
+from known_laws import make_rows
+
+from lib.args import InputError
+from lib.cells import measure_cells, write_rows
+from lib.laws import PUBLISHED
+from scaling import fit_cells
 
 
 @pytest.fixture()
@@ -84,3 +92,27 @@ def test_a_point_of_the_scaling_curves():
     assert out.returncode == 0, out.stderr
     point = json.loads(out.stdout)
     assert point["x"] == 261_440 and point["s"] > 0
+
+
+def test_plots_of_the_laws(tmp_path, capsys, monkeypatch):
+    """A picture per table: of each of four sizes the optima, the law and two published laws."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import plot_laws
+    rows = make_rows(0.001, seed=1)
+    write_rows(tmp_path / "rows.csv", rows)
+    args = plot_laws.Args(data=f"{tmp_path}/rows.csv", out=str(tmp_path / "out"), bootstrap=10)
+    figure, panels = MagicMock(), [MagicMock() for _ in range(3)]
+    figure.savefig = lambda path, **_: Path(path).write_text("png")
+    pyplot = MagicMock(subplots=lambda *args, **kwargs: (figure, [panels]))
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(pyplot=pyplot))
+    plot_laws.main(args)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["dense.png"]
+    assert [panel.loglog.call_count for panel in panels] == [16, 16, 0]
+    law = fit_cells(measure_cells(rows), loss=False)["lr"]
+    lines = [call.args[:2] for call in panels[0].loglog.call_args_list[:3]]
+    assert lines[1][1] == pytest.approx(law.predict(N=5e7, D=lines[1][0]))
+    assert lines[2][1] == pytest.approx(PUBLISHED["lr"]["Step Law"].predict(N=5e7, D=lines[2][0]))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        plot_laws.main(args)
+    sys.modules.pop("plot_laws")

@@ -158,9 +158,8 @@ def test_step_law_moe(capsys):
     assert low < 0 < high and low > -0.5  # no trend in activated N, and not the dense one
 
 
-def test_fit_of_given_rows(tmp_path, capsys, monkeypatch):
-    """`fit` of two tables: it says what was held out and how that went, writes nothing without
-    --plots, and a picture a kind with it."""
+def test_fit_of_given_rows(tmp_path, capsys):
+    """`fit` of two tables: it says what was held out and how that went, and writes nothing."""
     scaling.write_rows(tmp_path / "rows.csv", make_rows(0.001, seed=1))
     scaling.write_rows(tmp_path / "moe.csv", [
         replace(row, kind="moe", total=4 * row.N) for row in make_rows(sizes=(1e8, 2e8))])

@@ -449,7 +449,7 @@ def table():
             ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
         yield f"bench/ifeval.py {line}", *words
     for line, *words in (
-            ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
+            ("train", "train"), ("plan", "plan needs"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
             ("plan --model 1e9 --tokens 1e9 --budget 1e18", "alone"), ("fit --data @gone", "gone"),
             ("plan --model inf", "--model"), ("plan --tokens x", "--tokens"),
