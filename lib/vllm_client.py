@@ -9,15 +9,23 @@ import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import kernels
 from lib.args import InputError, require
 from lib.dist import RANK, all_gather
 from lib.files import disk_errors
 from model import Qwen2
-from sample import Completion, completion_logprobs
 from tokenizer import Tokenizer
+
+
+class ServerCompletion(NamedTuple):
+    """An answer with the fields of sample.Completion, below which this file lies."""
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
 
 
 class VLLMClient:
@@ -39,10 +47,12 @@ class VLLMClient:
         token; a checkpoint that is only a few steps away cannot be told apart."""
         prompt = self.tokenizer.render_prompt("Who are you?")
         answer = self.generate([prompt], 16, 0.0, 0, self.tokenizer.stop_ids, 1)[0]
+        ids = torch.tensor([prompt + answer.ids], device=model.head_weight.device)
         with torch.no_grad():
-            own = completion_logprobs(model, [prompt], [answer.ids])[0].flatten().tolist()
-        gaps = [abs(ours - theirs) for ours, theirs in zip(own, answer.logprobs, strict=True)]
-        gap = sum(gaps) / len(gaps)
+            hidden = model.hidden(ids[:, :-1])[0, len(prompt) - 1:]   # predicts the answer's ids
+            own = kernels.token_logprobs(hidden, model.head_weight, ids[0, len(prompt):])
+        theirs = torch.tensor(answer.logprobs, device=own.device)
+        gap = (own - theirs).abs().mean().item()
         require(gap < 0.2, f"--rollout_url {self.url} serves {self.name}, which is not the model "
                 f"here: log-probabilities differ by {gap:.2g} per token")
 
@@ -93,7 +103,7 @@ class VLLMClient:
             raise OSError(f"{error}: {text}") from None
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int,
-                 stop_ids, n: int) -> list[Completion]:
+                 stop_ids, n: int) -> list[ServerCompletion]:
         """Return what sample.generate would: n completions per prompt, in the order of prompts."""
         # A server would take whatever is not set here from the model's generation_config.json, such
         # as Qwen2.5's top_k 20 and repetition penalty. But the answers must be the policy's own.
@@ -102,14 +112,14 @@ class VLLMClient:
                 "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "n": n,
                 "stop_token_ids": list(stop_ids), "logprobs": 0, "return_token_ids": True}
 
-        def read(reply) -> list[Completion]:
+        def read(reply) -> list[ServerCompletion]:
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
             completions = [self.parse(choice, max_new_tokens, stop_ids) for choice in choices]
             require(len(completions) == n,
                     f"--rollout_url {self.url}: {len(completions)} answers, not {n}")
             return completions
 
-        def answer(i: int) -> list[Completion]:
+        def answer(i: int) -> list[ServerCompletion]:
             # vLLM counts up from a request's seed, so that each of the n has its own.
             request = body | {"prompt": prompts[i], "seed": seed + i * n}
             return self.ask("v1/completions", request, read)
@@ -120,7 +130,7 @@ class VLLMClient:
                 completions += group
         return completions
 
-    def parse(self, choice: dict, max_new_tokens: int, stop_ids) -> Completion:
+    def parse(self, choice: dict, max_new_tokens: int, stop_ids) -> ServerCompletion:
         """Read one answer; InputError if this tokenizer cannot have written it."""
         ids = array("q", choice["token_ids"]).tolist()  # TypeError unless all are integers
         logprobs = array("d", choice["logprobs"]["token_logprobs"]).tolist()
@@ -131,7 +141,7 @@ class VLLMClient:
         require(known and complete and not stops_early and len(ids) == len(logprobs),
                 f"--rollout_url {self.url}: an answer that cannot be this tokenizer's: {len(ids)} "
                 f"ids, among them {max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}")
-        return Completion(ids, logprobs, finished)
+        return ServerCompletion(ids, logprobs, finished)
 
 
 def rollout_backend(url: str, model, tokenizer):
