@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import pretrain
 import scaling
+from lib import fast
 from lib.args import InputError
 from lib.plan import count, flops, memory
 from model import PRESETS, Qwen2
@@ -94,7 +95,7 @@ def small(moe: bool):
 def test_activations_are_what_autograd_keeps(moe, bf16, monkeypatch):
     """Every tensor saved for the backward pass, counted once a storage; with attention in bf16, as
     on a GPU."""
-    monkeypatch.setattr(kernels, "set_cpu_matmul", lambda *args: None)
+    monkeypatch.setattr(fast, "set_cpu_matmul", lambda *args: None)
     monkeypatch.setattr(kernels, "experts", functools.partial(kernels.experts, impl="reference"))
     torch.set_float32_matmul_precision("highest")
     config, B, T, kept = small(moe), 4, 256, {}
@@ -119,7 +120,7 @@ def test_activations_are_what_autograd_keeps(moe, bf16, monkeypatch):
 TRAIN = """
 import sys
 import torch
-import lib.dist, lib.optim, lib.plan, lib.run, kernels, pretrain
+import lib.dist, lib.optim, lib.plan, lib.run, lib.fast, pretrain
 from dataclasses import replace
 from model import PRESETS, Qwen2
 
@@ -128,7 +129,7 @@ recompute = sys.argv[4] == "1"
 
 def train(config, rows, T):
     autocast = torch.autocast("cpu", torch.bfloat16 if bf16 else torch.float32, enabled=bf16)
-    model = lib.dist.sharded(Qwen2(config), autocast)
+    model = lib.dist.apply_fsdp(Qwen2(config), autocast)
     model.gradient_checkpointing = recompute
     optimizer = lib.optim.adamw(model, 1e-3, 0.1)
     for _ in range(2):
@@ -143,8 +144,8 @@ config = replace(PRESETS[name], hidden_size=256, intermediate_size=1024, num_hid
                  vocab_size=2048)
 if config.num_experts:
     config = replace(config, moe_intermediate_size=256, shared_expert_intermediate_size=512)
-lib.dist.join()
-kernels.set_cpu_matmul = lambda *args: None  # oneDNN has memory of its own
+lib.dist.init_distributed()
+lib.fast.set_cpu_matmul = lambda *args: None  # oneDNN has memory of its own
 train(PRESETS[name.replace("tiny", "micro")], 2, 64)  # the libraries' own memory
 before = lib.run.peak_rss_mb()
 train(config, 8, T)
