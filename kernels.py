@@ -30,7 +30,7 @@ from lib import fast
 from lib.chunked_loss import chunked_nll
 from lib.dual_chunk import dual_chunk_attention, dual_chunk_attention_reference
 from lib.fast import autocast_off, fold_groups, fp32, to_autocast_dtype, unfold_groups
-from lib.fast import decode_attention, set_cpu_matmul, tuned_for_cpu  # noqa: F401 (for callers)
+from lib.fast import decode_attention, set_cpu_matmul  # noqa: F401 (for callers)
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64  # queries per block of fused attention: the fastest of 32 to 128 on a CPU

@@ -29,6 +29,7 @@ import kernels
 from lib import checkpoint
 from lib.args import require
 from lib.cache import GrowingKVCache, KVCache
+from lib.fast import tuned_for_cpu
 
 
 @dataclass(frozen=True)
@@ -447,7 +448,7 @@ class Qwen2(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    @kernels.tuned_for_cpu
+    @tuned_for_cpu
     def hidden(self, ids, *, cache: KVCache | GrowingKVCache = None, segment_ids=None, router=None):
         """Return the normalised hidden states (B, T, C) of ids (B, T) int64.
 

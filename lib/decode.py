@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import kernels
+from lib.fast import decode_attention, set_cpu_matmul
 from model import Block, KVCache, MoE, Qwen2, apply_rope, padding_mask, rope
 
 
@@ -73,7 +73,7 @@ class DecodeStep:
         if config.chunk_size:  # dual chunk attention rotates queries in three ways: the plain pass
             return self.model.hidden(token[:, None], cache=self.cache)[:, -1]
         # Decoding repeats the same shapes, so that oneDNN pays off at smaller sizes.
-        kernels.set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
+        set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
         cos, sin, mask = self.rotation_and_mask()
         x = self.model.model.embed_tokens(token)
         for layer, joined in enumerate(self.blocks):
@@ -101,7 +101,7 @@ class DecodeStep:
         qk, v = heads.split((H + K, K), dim=1)
         q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
         keys, values = self.cache.append(layer, k, v)
-        y = kernels.decode_attention(q, keys, values, mask)  # (B, H, 1, D)
+        y = decode_attention(q, keys, values, mask)  # (B, H, 1, D)
         return F.linear(y.flatten(1), joined.out)
 
     def mlp(self, joined: JoinedBlock, x):

@@ -2,7 +2,7 @@
 
 Positions are cut into chunks. Distances within a chunk and to the previous chunk are exact; all
 older keys get one capped distance, so that no distance is longer than in training (Dual Chunk
-Attention, An et al. 2024, arXiv 2402.17463). model.dual_chunks rotates the queries accordingly.
+Attention, An et al. 2024, arXiv 2402.17463). model.dual_chunk_plan rotates the queries accordingly.
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv.
 """
 import torch
