@@ -53,7 +53,7 @@ evaluate long --few_shot 1 --samples 1 --text "$RUN/data"
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
 python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 1200 \
-  --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --nll 3 --seed "$SEED"
+  --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3 --seed "$SEED"
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
@@ -67,7 +67,7 @@ python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" 
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
 python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 1200 \
-  --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 --normalise none --seed "$SEED"
+  --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 --scale_rewards none --seed "$SEED"
 evaluate grpo
 
 wait

@@ -1,13 +1,14 @@
-"""What a stage gained: pass@1 and greedy accuracy a domain with 95% intervals, bits per byte of
-held-out text. lib/report.py puts the stages side by side.
+"""What a stage gained: pass@1 and greedy accuracy per domain with 95% intervals, and bits per byte
+of held-out text. lib/report.py puts the stages side by side.
 
-Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it):
-`samples` times at temperature 1 (pass@1 is the mean, pass@4 whether one of four passes) and once
-greedily. A chat model gets the chat prompt; a base model, which never saw one
-(--few_shot 1), gets worked examples as plain text. Intervals are over queries, normal, from the
-spread of the queries' means: several samples of one query are not independent. With --reward,
-which need not be 0 or 1, pass@1 and greedy are its means (the tables say "mean" of the first), and
-a pass is what it gives 1.
+Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it),
+each `samples` times at temperature 1 and once by greedy decoding. pass@1 is the mean score of the
+samples; pass@4 asks whether one of four passes. A base model never saw a chat prompt, so it gets
+worked examples as plain text (--few_shot 1).
+
+Intervals are over queries, normal, from the spread of the queries' means: several samples of one
+query are not independent. A --reward of your own need not be 0 or 1: the tables then say "mean"
+instead of pass@1, and an answer passes if its reward is 1.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -15,24 +16,27 @@ a pass is what it gives 1.
 """
 import json
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from data import documents
-from data import mixture
 import kernels
 import tasks.queries
-from tasks.math_answers import extract_answer
+from data import documents
+from data.mixture import is_held_out
 from lib.args import cli, positive, require
 from lib.files import write_atomic, write_jsonl
 from lib.optim import pad_rows, setup
 from lib.run import peak_rss_mb
+from lib.tables import cell, interval, metric_tables
+from lib.vllm_client import rollout_backend
 from model import Qwen2
 from reward import RewardModel
 from sample import generate, load_policy, rollout
-from lib.vllm_client import rollout_backend
+from tasks.math_answers import extract_answer
 from tokenizer import Tokenizer
 
 
@@ -42,13 +46,13 @@ class Args:
     queries: str = "test"            # query split or file
     n_queries: int = 0               # at most so many; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
-    samples: int = 4                 # answers a query at temperature 1, for pass@1
+    samples: int = 4                 # answers per query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
     rollout_url: str = ""            # ask --init on a server, http://HOST:PORT/v1
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
-    window: int = 512                # tokens that such a document is cut into
+    window: int = 512                # tokens per window that such a document is cut into
     yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
     dca: bool = False                # stretch it 4x with dual chunk attention
     seed: int = 0                    # of the samples
@@ -56,130 +60,156 @@ class Args:
     dtype: str = "auto"              # auto, float32, bfloat16
 
 
+class Answer(NamedTuple):
+    text: str
+    score: float
+
+
 # ---------------------------------------------------------------------------------------------
 # metrics
 
-def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
-    """Mean of per-query values in [least, 1] and its normal 95% interval."""
-    n, mean = len(values), sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-    return {"mean": mean, "low": max(least, mean - 1.96 * spread),
-            "high": min(1.0, mean + 1.96 * spread), "n": n}
-
-
 def by_domain(queries: list[dict], values: list[float]) -> dict[str, dict]:
-    domains = sorted({q["domain"] for q in queries})
-    return {"total": interval(values)} | {
-        d: interval([v for q, v in zip(queries, values, strict=True) if q["domain"] == d])
-        for d in domains}
+    """Return the interval of the values over all queries ("total") and within each domain."""
+    groups = defaultdict(list)
+    for query, value in zip(queries, values, strict=True):
+        groups[query["domain"]].append(value)
+    out = {"total": interval(values)}
+    for domain in sorted(groups):
+        out[domain] = interval(groups[domain])
+    return out
 
 
 @torch.no_grad()
 def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len: int = 512) -> dict:
-    """-log2 p(text) over its UTF-8 bytes, so that tokenizers of any vocabulary compare; also by
-    quarters of the window, where a model that was trained on shorter rows shows it. Documents are
-    cut into windows of max_len tokens; the first token of a window is given, not predicted."""
-    device, windows = model.head_weight.device, []
-    nats, n_bytes = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    """Return -log2 p(text) per UTF-8 byte, which compares models of any vocabulary. Also return it
+    by quarters of the window: a model that was trained on shorter rows gets worse in the last ones.
+
+    Documents are cut into windows of max_len tokens; the first token of a window is given, not
+    predicted."""
+    device = model.head_weight.device
+    windows = []
     for text in texts:
         ids = tokenizer.encode(text)
-        windows += [ids[i:i + max_len] for i in range(0, len(ids) - 1, max_len - 1)]
-    windows = sorted((w for w in windows if len(w) > 1), key=len)
-    for i in range(0, len(windows), 16):
-        ids = pad_rows(windows[i:i + 16], 0).to(device)
-        places = torch.arange(1, ids.shape[1], device=device)
-        inside = places < torch.tensor([[len(w)] for w in windows[i:i + 16]], device=device)
-        targets = ids[:, 1:][inside]
-        logprobs = kernels.token_logprobs(model.hidden(ids[:, :-1])[inside], model.head_weight,
-                                          targets)
-        quarter = (places * 4 // max_len).expand_as(inside)[inside].cpu()
-        nats.index_add_(0, quarter, -logprobs.double().cpu())
-        n_bytes.index_add_(0, quarter, torch.tensor(
-            [len(tokenizer.token_bytes(t)) for t in targets.tolist()]).double())
+        for start in range(0, len(ids) - 1, max_len - 1):
+            windows.append(ids[start:start + max_len])
+    windows.sort(key=len)             # so that a batch needs little padding
+
+    nats = torch.zeros(4, dtype=torch.float64)      # per quarter
+    n_bytes = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(windows), 16):
+        batch = windows[start:start + 16]
+        ids = pad_rows(batch, 0).to(device)
+        lengths = torch.tensor([[len(window)] for window in batch], device=device)
+        positions = torch.arange(1, ids.shape[1], device=device)
+        predicted = positions < lengths             # (batch, longest - 1), False on padding
+        targets = ids[:, 1:][predicted]
+        hidden = model.hidden(ids[:, :-1])[predicted]
+        logprobs = kernels.token_logprobs(hidden, model.head_weight, targets)
+        quarters = (positions * 4 // max_len).expand_as(predicted)[predicted].cpu()
+        sizes = torch.tensor([len(tokenizer.token_bytes(t)) for t in targets.tolist()])
+        nats.index_add_(0, quarters, -logprobs.double().cpu())
+        n_bytes.index_add_(0, quarters, sizes.double())
     bits = nats / math.log(2)
-    return {"bits_per_byte": (bits.sum() / n_bytes.sum()).item(), "bytes": int(n_bytes.sum()),
-            "by_quarter": (bits / n_bytes.clamp_min(1)).tolist()}
+    return {
+        "bits_per_byte": (bits.sum() / n_bytes.sum()).item(),
+        "bytes": int(n_bytes.sum()),
+        "by_quarter": (bits / n_bytes.clamp_min(1)).tolist(),
+    }
+
+
+def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardModel) -> dict:
+    """Return how good the chosen answer of each query is if chance, the majority or the reward
+    model chooses it, and the reward model's lead, query by query. The majority votes by equal final
+    answers, or by equal texts where no answer is marked. Chance decides between equal votes, so
+    their mean score counts."""
+    prompts, texts = [], []
+    for query, group in zip(queries, sampled, strict=True):
+        for answer in group:
+            prompts.append(query["prompt"])
+            texts.append(answer.text)
+    rewards = iter(scorer.score(prompts, texts))
+
+    chosen = {"chance": [], "majority": [], "reward model": []}
+    for group in sampled:
+        finals = [extract_answer(answer.text, strict=True) or answer.text for answer in group]
+        votes = {
+            "chance": [0] * len(group),
+            "majority": [finals.count(final) for final in finals],
+            "reward model": [next(rewards) for _ in group],
+        }
+        for voter, counts in votes.items():
+            top = max(counts)
+            best = [a.score for a, count in zip(group, counts, strict=True) if count == top]
+            chosen[voter].append(sum(best) / len(best))
+
+    out = {voter: interval(values) for voter, values in chosen.items()}
+    for voter in ("chance", "majority"):
+        pairs = zip(chosen["reward model"], chosen[voter], strict=True)
+        leads = [ours - theirs for ours, theirs in pairs]
+        out[f"reward model - {voter}"] = interval(leads, least=-1.0)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------
 # answers
 
-def answer(model, tokenizer, queries, args: Args, n: int, temperature: float):
-    """-> one list of n (text, score) a query."""
-    if not args.few_shot:
-        groups = rollout(
-            model,
-            tokenizer,
-            queries,
-            n,
-            args.max_new_tokens,
-            temperature,
-            args.seed,
-            tasks.queries.score_many,
-        )
-        return [[(a.text, a.score) for a in group] for group in groups]
+def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
+                   temperature: float) -> list[list[Answer]]:
+    """Return n scored answers to each query."""
+    if args.few_shot:
+        return answer_few_shot(model, tokenizer, queries, args, n, temperature)
+    groups = rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
+                     tasks.queries.score_many)
+    return [[Answer(a.text, a.score) for a in group] for group in groups]
+
+
+def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
+                    temperature: float) -> list[list[Answer]]:
+    """Return n scored answers to each query, asked as plain text behind worked examples."""
+    prompts = []
+    for query in queries:
+        prompts.append(tokenizer.encode(tasks.queries.few_shot(query, args.few_shot, args.seed)))
     # A base model goes on with the next question after its answer: the blank line ends it.
-    prompts = [
-        tokenizer.encode(tasks.queries.few_shot(q, args.few_shot, args.seed)) for q in queries
-    ]
-    blank = tokenizer.encode("\n\n")
-    stops = tokenizer.stop_ids + (tuple(blank) if len(blank) == 1 else ())
-    out = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
-                   stop_ids=stops, valid_vocab=tokenizer.n_vocab)
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids).split("\n\n")[0].strip()
-             for c in out]
-    scores = tasks.queries.score_many([q for q in queries for _ in range(n)], texts)
-    pairs = list(zip(texts, scores, strict=True))
-    return [pairs[i:i + n] for i in range(0, len(pairs), n)]
+    stop_ids = tokenizer.stop_ids
+    blank_line = tokenizer.encode("\n\n")
+    if len(blank_line) == 1:
+        stop_ids += (blank_line[0],)
+    completions = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
+                           stop_ids=stop_ids, valid_vocab=tokenizer.n_vocab)
+    texts = []
+    for completion in completions:
+        ids = completion.ids[:-1] if completion.finished else completion.ids
+        texts.append(tokenizer.decode(ids).split("\n\n")[0].strip())
+    asked = [query for query in queries for _ in range(n)]
+    scores = tasks.queries.score_many(asked, texts)
+    answers = [Answer(text, score) for text, score in zip(texts, scores, strict=True)]
+    return [answers[i:i + n] for i in range(0, len(answers), n)]
 
 
-def best_of(queries: list[dict], sampled, scorer: RewardModel) -> dict[str, dict]:
-    """How good is the one of a query's answers that is chosen by chance, by the majority (of equal
-    final answers; of equal texts where none is marked), by the reward model r, by the majority with
-    sigmoid(r) of a vote each? Between answers with as many votes, chance decides: their mean score.
-    And query by query, the lead of those that use the reward model."""
-    rewards = iter(scorer.score([q["prompt"] for q, group in zip(queries, sampled, strict=True)
-                                 for _ in group], [text for group in sampled for text, _ in group]))
-    chosen = {"chance": [], "majority": [], "reward model": [], "weighted majority": []}
-    for group in sampled:
-        finals = [extract_answer(text, strict=True) or text for text, _ in group]
-        mine = [next(rewards) for _ in group]
-        weights = torch.tensor(mine).sigmoid().tolist()
-        weighted = [sum(w for w, other in zip(weights, finals, strict=True) if other == final)
-                    for final in finals]
-        for votes, values in zip(([0] * len(group), [finals.count(a) for a in finals], mine,
-                                  weighted), chosen.values(), strict=True):
-            best = [score for vote, (_, score) in zip(votes, group, strict=True)
-                    if vote == max(votes)]
-            values.append(sum(best) / len(best))
-    out = {name: interval(values) for name, values in chosen.items()}
-    for ours in ("reward model", "weighted majority"):
-        for name in ("chance", "majority"):
-            pairs = zip(chosen[ours], chosen[name], strict=True)
-            out[f"{ours} - {name}"] = interval([a - b for a, b in pairs], least=-1.0)
-    return out
+def held_out_texts(directory: str) -> list[str]:
+    """Read the documents that pretrain.py left out, of real text only: no worked queries."""
+    texts = []
+    for file in sorted(Path(directory).glob("*.jsonl")):
+        if file.stem not in tasks.queries.DOMAINS:
+            texts += [document["text"] for document in documents.read_documents(file)]
+    texts = [text for text in texts if is_held_out(text)]
+    require(len(texts) > 0, f"--text {directory}: no held-out document in it")
+    return texts
 
 
-# ---------------------------------------------------------------------------------------------
-# tables
+def sample_rows(queries: list[dict], greedy: list[list[Answer]], sampled: list[list[Answer]]):
+    """Yield the rows of eval_samples.jsonl: a query, its greedy and its first sampled answer."""
+    for query, (best,), group in zip(queries, greedy, sampled, strict=True):
+        yield {
+            "domain": query["domain"], "prompt": query["prompt"], "check": query["check"],
+            "greedy": best.text, "greedy_score": best.score,
+            "sampled": group[0].text, "sampled_score": group[0].score,
+            "pass@1": mean_score(group),
+        }
 
-def cell(value: dict, form: str = ".1f") -> str:
-    mean, low, high = (format(100 * value[name], form) for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
-
-def table(rows: list[tuple[str, dict]], sampled: str = "pass@1") -> str:
-    """Markdown: stages x domains, percent with 95% intervals; one table a metric."""
-    out = []
-    for metric in ("pass@1", "greedy"):
-        domains, label = list(rows[0][1][metric]), metric.replace("pass@1", sampled)
-        out += [f"| {label}, % | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
-        out += [f"| {name} | " + " | ".join(cell(metrics[metric][d]) for d in domains) + " |"
-                for name, metrics in rows]
-        out.append("")
-    out += [f"{name}: {metrics['bits_per_byte']:.3f} bits per byte of held-out text"
-            for name, metrics in rows if "bits_per_byte" in metrics]
-    return "\n".join(out)
+def mean_score(group: list[Answer]) -> float:
+    return sum(answer.score for answer in group) / len(group)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,67 +218,58 @@ def main(args: Args) -> dict:
     # set-up
     device, autocast = setup(args)
     positive(args, "samples", "max_new_tokens")
-    model, tokenizer = load_policy(args.init, device)
-    model.config = model.config.extended(args.yarn, args.dca)
-    longest = model.config.max_position_embeddings
-    require(1 < args.window <= longest or not args.text,
-            f"--window {args.window} wants 2 to {longest}, the positions of {args.init}")
-
-    # data
-    queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
-    foreign = sorted({q["domain"] for q in queries} - set(tasks.queries.DOMAINS))
-    require(not (args.few_shot and foreign), f"--few_shot has no worked examples of the domain "
-            f"{', '.join(foreign)}, only of {', '.join(tasks.queries.DOMAINS)}")
-    texts = []
-    if args.text:
-        texts = [
-            doc["text"]
-            for file in sorted(Path(args.text).glob("*.jsonl"))
-            if file.stem not in tasks.queries.DOMAINS
-            for doc in documents.read_documents(file)
-        ]
-        texts = [text for text in texts if mixture.is_held_out(text)]
-        require(len(texts) > 0, f"--text {args.text}: no held-out document in it")
+    require(args.window > 1, f"--window must be at least 2, got {args.window}")
     require(not args.rollout_url or args.yarn == 1 and not args.dca,
             "--rollout_url: --yarn and --dca are settings of the server there")
 
-    # answers
+    # data
+    queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
+    foreign = sorted({query["domain"] for query in queries} - set(tasks.queries.DOMAINS))
+    require(not args.few_shot or not foreign,
+            f"--few_shot has worked examples of the built-in domains only, not of {foreign}")
+    texts = held_out_texts(args.text) if args.text else []
+
+    # model
+    model, tokenizer = load_policy(args.init, device)
+    model.config = model.config.extended(args.yarn, args.dca)
+    longest = model.config.max_position_embeddings
+    require(not texts or args.window <= longest,
+            f"--window {args.window}: {args.init} has only {longest} positions")
     policy = rollout_backend(args.rollout_url, model, tokenizer)
+
+    # answers
     with autocast:
-        sampled = answer(policy, tokenizer, queries, args, args.samples, 1.0)
-        greedy = answer(policy, tokenizer, queries, args, 1, 0.0)
+        sampled = answer_queries(policy, tokenizer, queries, args, args.samples, 1.0)
+        greedy = answer_queries(policy, tokenizer, queries, args, 1, 0.0)
 
     # metrics
-    metrics = {"pass@1": by_domain(queries, [sum(score for _, score in group) / args.samples
-                                             for group in sampled])}
+    metrics = {"pass@1": by_domain(queries, [mean_score(group) for group in sampled])}
     if args.samples > 1:
-        metrics[f"pass@{args.samples}"] = by_domain(
-            queries, [float(any(score == 1 for _, score in group)) for group in sampled])
+        passed = [float(any(answer.score == 1 for answer in group)) for group in sampled]
+        metrics[f"pass@{args.samples}"] = by_domain(queries, passed)
     if args.reward_model:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
         with autocast:
             metrics["best_of"] = best_of(queries, sampled, scorer)
-        for name, value in metrics["best_of"].items():
-            print(f"best of {args.samples}, {name}: {cell(value)}")
-    metrics["greedy"] = by_domain(queries, [group[0][1] for group in greedy])
+    metrics["greedy"] = by_domain(queries, [mean_score(group) for group in greedy])
     if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
 
     # save
-    write_jsonl(Path(args.init) / "eval_samples.jsonl", (
-        {"domain": q["domain"], "prompt": q["prompt"], "check": q["check"], "greedy": g[0][0],
-         "greedy_score": g[0][1], "sampled": s[0][0], "sampled_score": s[0][1],
-         "pass@1": sum(score for _, score in s) / len(s)}
-        for q, g, s in zip(queries, greedy, sampled, strict=True)))
-    settings = {"queries": args.queries, "n": len(queries), "reward": args.reward,
-                "samples": args.samples, "few_shot": args.few_shot, "seed": args.seed,
-                "max_new_tokens": args.max_new_tokens, "window": args.window, "yarn": args.yarn,
-                "dca": args.dca, "rollout_url": args.rollout_url}
-    write_atomic(Path(args.init) / "eval.json", json.dumps(
-        {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}, indent=1))
-    print(table([(Path(args.init).name, metrics)], "mean" if args.reward else "pass@1"))
+    out = Path(args.init)
+    settings = asdict(args) | {"n": len(queries)}
+    record = {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}
+    write_jsonl(out / "eval_samples.jsonl", sample_rows(queries, greedy, sampled))
+    write_atomic(out / "eval.json", json.dumps(record, indent=1))
+    for name, value in metrics.get("best_of", {}).items():
+        print(f"best of {args.samples}, {name}: {cell(value)}")
+    sampled_name = "mean" if args.reward else "pass@1"
+    for table in metric_tables([(out.name, metrics)], sampled_name):
+        print(table.markdown() + "\n")
     if texts:
-        print("by quarters of its window:", *(f"{bits:.3f}" for bits in metrics["by_quarter"]))
+        print(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text")
+        quarters = [round(bits, 3) for bits in metrics["by_quarter"]]
+        print(f"by quarters of its window: {quarters}")
     return metrics
 
 

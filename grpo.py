@@ -1,36 +1,38 @@
 """Stage 5, online reinforcement learning: GRPO (report section 4.3; DeepSeekMath, eq. 3).
 
-For each query the policy writes a group of G = 8 responses. Each response's advantage is its reward
-against its own group, A_i = (r_i - mean(r)) / std(r), the same for all its tokens, and the policy
-climbs, per token,
+For each query the policy samples a group of G = 8 responses. The advantage of a response compares
+its reward with those of its own group, A_i = (r_i - mean(r)) / std(r), and is the same for all its
+tokens. With rho = pi / pi_old, the policy climbs, per token,
 
     min(rho A, clip(rho, 1 - eps, 1 + eps) A) - kl * (pi_ref/pi - log(pi_ref/pi) - 1)
 
-with rho = pi / pi_old. As in the report, an episode is one optimizer step on fresh samples (2048 =
-256 queries x 8 there), so rho = 1 and the clip is idle unless --inner_steps is raised; and queries
-are taken in order of the variance of the reward model's scores over their responses, highest
-first. The reward is Qwen2.5-Math's, verifier and reward model together (eq. in its section 4):
+As in the report, an episode is one optimizer step on fresh samples (there 2048 = 256 queries x 8).
+So rho is 1 and the clip is idle, unless --inner_steps is raised. Also as in the report, queries are
+taken in the order of the variance of the reward model's scores over their responses, highest first.
+The reward is Qwen2.5-Math's, which joins the verifier r_v and the reward model r_m (its section 4):
 
     r = sigmoid(r_m / 2) + (r_v - 1):  right answers get (0, 1), wrong ones (-1, 0)
 
-so the reward model ranks answers but can never make a wrong one beat a right one. Not disclosed, so
-our choice: learning rate, clip, KL coefficient, temperature, length, number of episodes, and that
-the variance is measured once, with the initial policy, and compared within a domain.
+The reward model ranks answers, but it can never make a wrong one beat a right one. The report does
+not disclose learning rate, clip, KL coefficient, temperature, length or number of episodes, so
+these are our choice. So is that the variance is measured once, with the initial policy, and
+compared within a domain.
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
-my.py; each row of --queries then needs a "prompt" only, and the function gets the whole row. The
-log then has its mean, "own", in place of "pass".
+my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
+log then has its mean, "own", in place of "pass_rate".
 
-Off by default, from later papers: Dr. GRPO is --aggregate constant --normalise none; DAPO is
---aggregate token_mean --clip_high 0.28 --resample 2 --overlong soft.
+From later papers, and off by default: Dr. GRPO is --loss_type dr_grpo --scale_rewards none; of DAPO
+there are --loss_type dapo and --clip_high 0.28.
 
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
     python grpo.py inspect --out runs/demo/grpo        # queries, their answers, rewards, advantages
 
-Expect: the printed loss is about 0 at every step (advantages are centred; the gradient is not 0).
-Watch pass instead, from one passage through the queries to the next: the mixed ones come first in
-each, the hopeless and the solved ones last. Dead groups (all 8 rewards equal) grow as queries are
-solved. Entropy falls; if to near 0 while pass stalls, lower --lr.
+Expect: the printed loss is about 0 at every step, since advantages are centred; its gradient is not
+0. Watch pass_rate instead, from one pass through the queries to the next: in each, the queries of
+high variance come first, the hopeless and the solved ones last. frac_zero_std, the share of groups
+with equal rewards, grows as queries are solved. The entropy falls. If it nears 0 while pass_rate
+stalls, lower --lr.
 """
 import copy
 import math
@@ -46,54 +48,43 @@ from tqdm import tqdm
 
 import tasks.queries
 from lib.args import InputError, cli, positive, require
+from lib.dist import (
+    QUIET, WORLD, all_gather, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches,
+    rank_slice)
 from lib.files import read_jsonl
 from lib.optim import adamw, clip_and_step, lr_at, setup
 from lib.run import Run
-from lib.dist import (
-    QUIET,
-    WORLD,
-    all_gather,
-    gather_rows,
-    micro_batches,
-    apply_fsdp,
-    rank_slice,
-    all_reduce_sum,
-    full_model,
-)
-from reward import RewardModel
-from sample import completion_logprobs, load_policy, rollout
 from lib.vllm_client import VLLMClient
+from reward import RewardModel
+from sample import Rollout, completion_logprobs, load_policy, rollout
 
 
 @dataclass
 class Args:
-    init: str = "runs/sft"           # initial policy, and the reference of the KL term
-    out: str = "runs/grpo"           # where the run goes
+    init: str = "runs/sft"           # initial policy, and the reference policy of the KL term
+    out: str = "runs/grpo"           # run directory
     queries: str = "rl"              # query split or file
-    n_queries: int = 0               # at most so many; 0: all of a file, 128 of a split
+    n_queries: int = 0               # at most this many; 0: a whole file, 128 of a split
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     steps: int = 25                  # episodes: one optimizer step each
-    batch_queries: int = 16          # queries an episode
-    group: int = 8                   # responses a query (the report's 8)
+    batch_queries: int = 16          # queries per episode
+    num_generations: int = 8         # responses per query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
     rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
-    inner_steps: int = 1             # optimizer steps an episode: above 1 the clip is active
-    micro_batch: int = 32            # responses a forward pass, of similar length: memory only
+    inner_steps: int = 1             # optimizer steps per episode: above 1 the clip is active
+    micro_batch: int = 32            # responses per forward pass: changes memory only
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
     clip_high: float = 0.0           # and above 1 + clip_high; 0: clip_eps there too (DAPO: 0.28)
-    kl: float = 0.0                  # weight of the KL to the initial policy
-    kl_ratio: bool = True            # k3 times the ratio: the KL's true gradient; false: the paper
-    order: str = "variance"          # of the queries: variance (the report's) or random
-    resample: int = 0                # up to so many more batches in place of dead groups (DAPO)
-    overlong: str = "wrong"          # cut responses: wrong, mask (no gradient), soft (also shorter)
-    normalise: str = "group"         # advantages over the group's standard deviation, or "none"
-    aggregate: str = "seq_mean"      # token losses: seq_mean (the paper), token_mean, constant
+    kl: float = 0.0                  # weight of the KL divergence from the reference policy
+    query_order: str = "variance"    # variance (the report's) or random
+    scale_rewards: str = "group"     # divide advantages by the group's standard deviation, or none
+    loss_type: str = "grpo"          # mean over tokens: grpo (per response), dapo (all), dr_grpo
     lr: float = 3e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
-    max_grad_norm: float = 1.0       # largest gradient norm
+    max_grad_norm: float = 1.0       # gradients are clipped to this norm
     save_every: int = 10             # steps between resumable states
     seed: int = 0                    # of queries and samples
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -106,158 +97,221 @@ class Args:
 # reward, order, advantage, loss
 
 def shaped_reward(verified, model_score=None):
-    """Qwen2.5-Math: sigmoid(0.5 r_m) + (r_v - 1); without a reward model, r_v itself."""
-    return verified if model_score is None else torch.sigmoid(0.5 * model_score) + verified - 1
+    """Return sigmoid(0.5 r_m) + (r_v - 1) (Qwen2.5-Math) or, without a reward model, r_v itself."""
+    if model_score is None:
+        return verified
+    return torch.sigmoid(0.5 * model_score) + verified - 1
 
 
 def query_order(scores):
-    """scores (Q, G) -> indices (Q,) by the variance of each query's scores, highest first: queries
-    whose answers all score alike have nothing to tell apart. Ties keep their order."""
+    """scores (Q, G) -> indices (Q,), queries with the highest variance of their scores first.
+
+    If all answers to a query score alike, there is nothing to tell apart. Ties keep their order."""
     return scores.var(dim=1, unbiased=False).argsort(descending=True, stable=True)
 
 
-def group_advantages(rewards, normalise: str = "group"):
-    """rewards (Q, G) -> advantages (Q, G), centred within each query's own group and, with
-    "group", over its population standard deviation (the paper does not say which std; TRL's is
-    Bessel's).
+def group_advantages(rewards, scale_rewards: str = "group"):
+    """rewards (Q, G) -> advantages (Q, G), centred within each group and, with "group", divided by
+    its standard deviation.
 
-    A group of equal rewards gets exactly 0, decided by max - min: through rounding, seven rewards
-    of 0.1 have a mean that is not 0.1, and dividing by std + 1e-8 makes 0.4 of that (R12.3)."""
-    require(rewards.shape[1] > 1, "a group of 1 has no advantage: --group wants 2 or more")
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if normalise == "group":
-        centred = centred / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
-    dead = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return centred.masked_fill(dead, 0.0)
-
-
-def overlong_punishment(lengths, longest: int):
-    """DAPO eq. 13: 0 up to 4/5 of the longest length, then down to -1/2 in a straight line (-1 in
-    DAPO, whose rewards are +1 and -1, not 1 and 0): a right answer still beats a wrong one."""
-    buffer = longest / 5
-    return -0.5 * ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
+    We use the population standard deviation (TRL uses the sample one) and add 1e-6, which is not in
+    the paper. A group of equal rewards gets exactly 0, decided by max - min. Rounding would not
+    give that: the mean of seven rewards of 0.1 is not 0.1, and dividing the difference by
+    std + 1e-8 makes 0.4 of it."""
+    require(rewards.shape[1] > 1, "a group of 1 has no advantage: --num_generations must be 2 or "
+            "more")
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
+    zero_std = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return advantages.masked_fill(zero_std, 0.0)
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps: float = 0.2,
-              clip_high: float = 0.0, kl: float = 0.0, kl_ratio: bool = True,
-              aggregate: str = "seq_mean", count: float | None = None):
-    """DeepSeekMath eq. 3, negated. logprobs, old_logprobs, ref_logprobs (or None) and mask are
-    (B, R), advantages (B,). Returns the loss and a dict of sums to log.
+              clip_high: float = 0.0, kl: float = 0.0, loss_type: str = "grpo",
+              count: float | None = None):
+    """Return the negated objective (DeepSeekMath, eq. 3) and a dict of sums to log.
 
-    aggregate: "seq_mean" averages tokens within a response, then responses (the paper: tokens of
-    long responses weigh less); "token_mean" is over all tokens (DAPO); "constant" divides by
-    responses x R (Dr. GRPO). count: the divisor for the whole step (responses, tokens, responses x
-    length), when this is one micro-batch of it (R12.4)."""
+    logprobs, old_logprobs, ref_logprobs (or None) and mask are (B, R), advantages (B,).
+    loss_type: "grpo" averages the tokens of a response, then the responses (the paper: tokens of
+    long responses weigh less); "dapo" averages over all tokens; "dr_grpo" divides by responses x R.
+    count: the divisor of the whole step (responses, tokens, or responses x length) when this is one
+    micro-batch of it."""
     ratio = (logprobs - old_logprobs).exp()
-    advantages = advantages[:, None]
     low, high = 1 - clip_eps, 1 + (clip_high or clip_eps)
+    advantages = advantages[:, None]
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     k3 = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        # k3's value is unbiased for KL(pi || pi_ref), its gradient is not: samples come from pi, so
-        # the true one also has the score function, k3 d log pi. What is left without it is the
-        # gradient of KL(pi_ref || pi). Times the ratio (1 in value on-policy) it comes along.
+        # The value of k3 is an unbiased estimate of KL(pi || pi_ref), but its gradient is not that
+        # of the KL: the samples come from pi, so the true gradient also has k3 d log pi. The factor
+        # `ratio`, whose value is 1 on-policy, adds this term.
         log_ratio = ref_logprobs - logprobs
-        k3 = log_ratio.exp() - log_ratio - 1
-        k3 = ratio * k3 if kl_ratio else k3
+        k3 = ratio * (log_ratio.exp() - log_ratio - 1)
     per_token = (kl * k3 - objective) * mask
-    if aggregate == "seq_mean":
-        loss = (per_token.sum(1) / mask.sum(1)).sum() / (count or len(mask))
-    elif aggregate == "token_mean":
+    if loss_type == "grpo":
+        per_response = per_token.sum(1) / mask.sum(1)
+        loss = per_response.sum() / (count or len(mask))
+    elif loss_type == "dapo":
         loss = per_token.sum() / (count or mask.sum())
     else:
         loss = per_token.sum() / (count or mask.numel())
     clipped = ((ratio < low) | (ratio > high)) & mask
-    gap = ((logprobs - old_logprobs).abs() * mask).max()
+    logprob_gap = ((logprobs - old_logprobs).abs() * mask).max()
     return loss, {"clipped": clipped.sum().item(), "kl": (k3 * mask).sum().item(),
-                  "entropy": -(logprobs * mask).sum().item(), "gap": gap.item()}
+                  "entropy": -(logprobs * mask).sum().item(), "logprob_gap": logprob_gap.item()}
 
 
 # ---------------------------------------------------------------------------------------------
 # one episode
 
-def is_mixed(group) -> bool:
-    return len({answer.score for answer in group}) > 1
+@dataclass
+class Episode:
+    """The groups of one episode, one after another; Q queries with G responses each."""
+    answers: list[Rollout]            # (Q * G)
+    verified: torch.Tensor            # (Q, G) verdicts of the checks, or the values of --reward
+    scores: torch.Tensor | None       # (Q, G) of the reward model
+    rewards: torch.Tensor             # (Q, G)
+
+    @classmethod
+    def from_groups(cls, groups: list[list[Rollout]], reward_model: RewardModel | None):
+        verified = torch.tensor([[answer.score for answer in group] for group in groups])
+        scores = None
+        if reward_model is not None:
+            mine = [answer for group in rank_slice(groups) for answer in group]
+            values = reward_model.score([answer.prompt_ids for answer in mine],
+                                        [answer.ids for answer in mine])
+            size = verified.shape[1]
+            by_group = [values[i:i + size] for i in range(0, len(values), size)]
+            scores = torch.tensor(gather_rows(by_group)).view_as(verified)
+        answers = [answer for group in groups for answer in group]
+        return cls(answers, verified, scores, shaped_reward(verified, scores))
+
+    def groups(self) -> list[list[Rollout]]:
+        size = self.verified.shape[1]
+        return [self.answers[i:i + size] for i in range(0, len(self.answers), size)]
+
+    def zero_std(self):
+        """Return (Q,) bool: the groups whose rewards are all equal."""
+        return self.rewards.amax(1) == self.rewards.amin(1)
+
+    def metrics(self, args: Args) -> dict:
+        """Return what the log shows of the samples."""
+        metrics = {"reward": self.rewards.mean().item(),
+                   verdict(args): self.verified.mean().item()}
+        if self.scores is not None:
+            metrics["score"] = self.scores.mean().item()
+        finished = [len(answer.ids) for answer in self.answers if answer.finished]
+        metrics["frac_zero_std"] = self.zero_std().float().mean().item()
+        metrics["truncated"] = 1 - len(finished) / len(self.answers)
+        metrics["length"] = sum(finished) / max(1, len(finished))
+        metrics["completions"] = [group[0].text for group in self.groups()[:3]]
+        return metrics
 
 
 def verdict(args: Args) -> str:
-    """What the mean of the answers' scores is called: a reward of your own need not be 0 or 1."""
-    return "own" if args.reward else "pass"
+    """Name the mean of the answers' scores. A reward of your own need not be 0 or 1."""
+    return "own" if args.reward else "pass_rate"
 
 
-def sample_groups(model, tokenizer, queries, args: Args, step: int):
-    """-> a step's groups of answers, and the share of those sampled that they are: its batch of the
-    queries and, with --resample, the batches after it until enough groups hold right and wrong
-    answers (DAPO, section 3.2); what is missing then is made up of dead groups. Each step has its
-    own stretch of the queries, so that it is a pure function of its number."""
-    B, groups = args.batch_queries, []
-    while len(groups) <= args.resample * B and sum(map(is_mixed, groups)) < B:
-        first = step * (1 + args.resample) * B + len(groups)
-        batch = [queries[(first + i) % len(queries)] for i in range(B)]
-        seed = args.seed * 100_003 + step + 1 + 1_000_003 * (len(groups) // B)
-        groups += rollout(model, tokenizer, batch, args.group, args.max_new_tokens,
-                          args.temperature, seed, tasks.queries.score_many)
-    best = sorted(range(len(groups)), key=lambda i: not is_mixed(groups[i]))[:B]
-    return [groups[i] for i in sorted(best)], B / len(groups)
+def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: int) -> Episode:
+    """Sample the groups of a step. Its queries and draws depend on nothing but its number."""
+    first = step * args.batch_queries
+    batch = [queries[(first + i) % len(queries)] for i in range(args.batch_queries)]
+    seed = args.seed * 100_003 + step + 1
+    groups = rollout(policy, tokenizer, batch, args.num_generations, args.max_new_tokens,
+                     args.temperature, seed, tasks.queries.score_many)
+    return Episode.from_groups(groups, reward_model)
 
 
-def reward_groups(groups, reward_model, args: Args):
-    """-> verdicts (Q, G), rewards (Q, G), the reward model's scores (Q, G) or None."""
-    verified, scores = torch.tensor([[a.score for a in group] for group in groups]), None
-    if reward_model is not None:
-        mine = [a for group in rank_slice(groups) for a in group]
-        scores = reward_model.score([a.prompt_ids for a in mine], [a.ids for a in mine])
-        scores = gather_rows([scores[i:i + args.group] for i in range(0, len(scores), args.group)])
-        scores = torch.tensor(scores).view_as(verified)
-    rewards = shaped_reward(verified, scores)
-    if args.overlong == "soft":
-        lengths = torch.tensor([[len(a.ids) for a in group] for group in groups])
-        rewards = rewards + overlong_punishment(lengths, args.max_new_tokens)
-    return verified, rewards, scores
+def responses_to_train(episode: Episode, advantages, args: Args) -> list[int]:
+    """Return the numbers of the responses that have a gradient, groups of similar length together.
+
+    Without a KL term, a response with advantage 0 has none and is skipped. A few such responses may
+    be added, so that all processes get the same number."""
+    everything = range(len(episode.answers))
+    trained = [i for i in everything if args.kl or advantages[i] != 0]
+    others = sorted(set(everything) - set(trained))
+    missing = -len(trained) % WORLD
+    trained.extend(others[:missing])
+    group_length = [max(len(answer.ids) for answer in group) for group in episode.groups()]
+    trained.sort(key=lambda i: group_length[i // args.num_generations])
+    return trained
 
 
-def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[dict]:
-    """Sample each query's group once with the initial policy; highest variance of scores first
-    within a domain, the domains in turn: scores spread more in one domain than in another, and in
-    one order for all, whole stretches of training were of one domain (LOG.md). A random
-    order needs a sample only for what comes now: it refuses to train where there is nothing to
-    learn from (R12.7)."""
-    if args.order == "random":
+def loss_divisor(episode: Episode, args: Args) -> int:
+    """Return `count` of grpo_loss for the whole step."""
+    if args.loss_type == "grpo":
+        return len(episode.answers)
+    if args.loss_type == "dapo":
+        return sum(len(answer.ids) for answer in episode.answers)
+    return len(episode.answers) * args.max_new_tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# before training
+
+def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
+    """Sample each query once with the initial policy and put those of high variance first.
+
+    The domains take turns: scores spread more in one domain than in another, and in one order for
+    all, whole stretches of training were of one domain (docs/LOG.md). The random order samples only
+    what two steps need, to find out whether there is anything to learn."""
+    asked = queries
+    if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
-    groups = rollout(
-        model,
-        tokenizer,
-        queries if args.order == "variance" else queries[: 2 * args.batch_queries],
-        args.group,
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-        tasks.queries.score_many,
-    )
-    verified, rewards, scores = reward_groups(groups, reward_model, args)
-    truncated = sum(not a.finished for group in groups for a in group) / verified.numel()
-    mixed = sum(map(is_mixed, groups)) / len(groups)
+        asked = queries[:2 * args.batch_queries]
+    groups = rollout(policy, tokenizer, asked, args.num_generations, args.max_new_tokens,
+                     args.temperature, args.seed, tasks.queries.score_many)
+    episode = Episode.from_groups(groups, reward_model)
     print(f"{len(queries)} queries; {args.steps} steps ask {args.steps * args.batch_queries}")
-    print(f"before training: {verdict(args)} {verified.mean():.1%}, {mixed:.1%} of queries have "
-          f"better and worse answers, {truncated:.1%} of responses cut")
-    require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, "
-            "or train longer with sft.py a model that does not stop by itself")
-    if sum(len({a.text for a in group}) == 1 for group in groups) > len(groups) / 2:
+    check_before_training(episode, args)
+    if args.query_order == "random":
+        return queries
+    scores = episode.rewards if episode.scores is None else episode.scores
+    order = query_order(scores).tolist()
+    seen, rank = Counter(), {}  # rank: a query's place within its own domain
+    for i in order:
+        domain = queries[i]["domain"]
+        rank[i] = seen[domain]
+        seen[domain] += 1
+    order.sort(key=rank.get)
+    return [queries[i] for i in order]
+
+
+def check_before_training(episode: Episode, args: Args) -> None:
+    """Refuse to train where there is nothing to learn, with advice on what to change."""
+    groups, pass_rate = episode.groups(), episode.verified.mean()
+    mixed = sum(len({answer.score for answer in group}) > 1 for group in groups) / len(groups)
+    truncated = sum(not answer.finished for answer in episode.answers) / len(episode.answers)
+    print(f"before training: {verdict(args)} {pass_rate:.1%}, {mixed:.1%} of queries have better "
+          f"and worse answers, {truncated:.1%} of responses truncated")
+    require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, or "
+            "train a model that does not stop by itself longer with sft.py")
+    same_text = sum(len({answer.text for answer in group}) == 1 for group in groups)
+    if same_text > len(groups) / 2:
         advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature"
-    elif verified.mean() < 0.5:
+    elif pass_rate < 0.5:
         advice = "easier --queries, more SFT, or a --reward with degrees"
     else:
         advice = "harder --queries"
     require(mixed > 0, f"each query's answers all score alike, so all advantages are 0: {advice}")
     if mixed < 0.1:
         print(f"few queries have anything to learn from: {advice}")
-    if args.order == "random":
-        return queries
-    order, seen, rank = query_order(rewards if scores is None else scores).tolist(), Counter(), {}
-    for i in order:
-        rank[i] = seen[queries[i]["domain"]]
-        seen[queries[i]["domain"]] += 1
-    return [queries[i] for i in sorted(order, key=rank.get)]
+
+
+def check_args(args: Args) -> None:
+    positive(args, "steps", "batch_queries", "temperature", "max_new_tokens", "inner_steps",
+             "micro_batch", "save_every")
+    choices = {"loss_type": ("grpo", "dapo", "dr_grpo"), "scale_rewards": ("group", "none"),
+               "query_order": ("variance", "random")}
+    for name, values in choices.items():
+        value = getattr(args, name)
+        require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
+    require(not args.rollout_url or args.temperature == 1, "--rollout_url needs --temperature 1: "
+            "a server's log-probabilities are those of temperature 1")
+    require(args.num_generations > 1, "--num_generations must be 2 or more: the group's mean is "
+            "the baseline")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -265,41 +319,26 @@ def order_queries(model, reward_model, tokenizer, queries, args: Args) -> list[d
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "grpo")
-    device, autocast = setup(args, args.batch_queries * args.group)
-    positive(args, "steps", "batch_queries", "temperature", "max_new_tokens",
-             "inner_steps", "micro_batch", "save_every")
-    for name, values in {"aggregate": ("seq_mean", "token_mean", "constant"),
-                         "normalise": ("group", "none"), "order": ("variance", "random"),
-                         "overlong": ("wrong", "mask", "soft")}.items():
-        value = getattr(args, name)
-        require(value in values, f"--{name} wants one of {', '.join(values)}, got {value!r}")
-    require(args.overlong != "soft" or not args.reward_model, "--overlong soft with --reward_model:"
-            " a long right answer could be worth less than a wrong one")
-    require(not args.rollout_url or args.temperature == 1, "--rollout_url wants --temperature 1: "
-            "so are a server's log-probabilities, and pi_old is the server's policy")
-    require(args.resample >= 0, f"--resample wants 0 or more, got {args.resample}")
-    require(args.group > 1, "--group wants 2 or more: the group's mean is the baseline")
+    device, autocast = setup(args, args.batch_queries * args.num_generations)
+    check_args(args)
+
+    # model
     model, tokenizer = load_policy(args.init, device)
     reward_model = None
     if args.reward_model:
         reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
         require(reward_model.tokenizer.special == tokenizer.special,
                 f"--reward_model {args.reward_model} has another tokenizer than --init")
-    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
-
-    # data
     server = VLLMClient(args.rollout_url, tokenizer) if args.rollout_url else None
 
-    def sampler(model):
-        """Who answers for the policy. pi_old is then the server's, its rounding included."""
-        if server:
-            server.load(model, run.path / "served")
-        return server or model
+    # data
+    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
     with autocast:
-        queries = order_queries(sampler(model), reward_model, tokenizer, queries, args)
-    reference = apply_fsdp(copy.deepcopy(model), autocast) if args.kl else None
+        policy = sampling_policy(model, server, run)
+        queries = order_queries(policy, reward_model, tokenizer, queries, args)
 
     # optimizer, resume
+    reference = apply_fsdp(copy.deepcopy(model), autocast) if args.kl else None
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
@@ -310,75 +349,84 @@ def main(args: Args) -> dict:
     for step in bar:
         try:
             with autocast:
-                groups, used = sample_groups(
-                    sampler(full_model(model)), tokenizer, queries, args, step
-                )
-                verified, rewards, scores = reward_groups(groups, reward_model, args)
+                policy = sampling_policy(full_model(model), server, run)
+                episode = sample_episode(policy, reward_model, tokenizer, queries, args, step)
         except InputError as error:  # of a --reward of one's own, or of a server
-            if WORLD > 1 or step == 0:  # one of several cannot save
-                raise
-            run.save_state(step, model, optimizer)
-            raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
-        answers = [answer for group in groups for answer in group]
-        kept = [a.finished or args.overlong != "mask" for a in answers]
-        advantages = group_advantages(rewards, args.normalise).flatten() * torch.tensor(kept)
-        # A response of a dead group has neither advantage nor, without KL, gradient: skip it.
-        alive = [i for i in range(len(answers)) if args.kl or advantages[i] != 0]
-        # A few may fill the shares of several processes up to one size.
-        alive += sorted(set(range(len(answers))) - set(alive))[:-len(alive) % WORLD]
-        # Groups stay together, to share their prompt, among groups of similar length.
-        longest = [max(len(a.ids) for a in answers[i:i + args.group])
-                   for i in range(0, len(answers), args.group)]
-        alive.sort(key=lambda i: longest[i // args.group])
-        tokens = sum(len(a.ids) for a, keep in zip(answers, kept, strict=True) if keep) or 1
-        count = {"seq_mean": len(answers), "token_mean": tokens,
-                 "constant": len(answers) * args.max_new_tokens}[args.aggregate]
+            save_and_refuse(error, run, step, model, optimizer)
+        advantages = group_advantages(episode.rewards, args.scale_rewards).flatten()
+        trained = responses_to_train(episode, advantages, args)
         for _ in range(args.inner_steps):
-            loss, sums = 0.0, {"clipped": 0, "kl": 0.0, "entropy": 0.0, "gap": 0.0}
-            for part in micro_batches(alive, args.micro_batch):
-                micro = [answers[j] for j in part]
-                inputs = ([a.prompt_ids for a in micro], [a.ids for a in micro], args.temperature,
-                          tokenizer.n_vocab)
-                with autocast:
-                    logprobs, mask = completion_logprobs(model, *inputs)
-                    with torch.no_grad():
-                        ref = completion_logprobs(reference, *inputs)[0] if reference else None
-                old = torch.zeros_like(logprobs).masked_scatter(mask, torch.tensor(
-                    [p for a in micro for p in a.logprobs], device=device))
-                micro_loss, logs = grpo_loss(
-                    logprobs, old, ref, advantages[part].to(device), mask, clip_eps=args.clip_eps,
-                    clip_high=args.clip_high, kl=args.kl, kl_ratio=args.kl_ratio,
-                    aggregate=args.aggregate, count=count)
+            loss, sums = 0.0, {"clipped": 0.0, "kl": 0.0, "entropy": 0.0}
+            logprob_gap = 0.0
+            for micro in micro_batches(trained, args.micro_batch):
+                micro_loss, logs = micro_batch_loss(model, reference, episode, advantages, micro,
+                                                    tokenizer.n_vocab, args, autocast)
                 micro_loss.backward()
                 loss += micro_loss.item()
-                sums = {k: max(sums[k], v) if k == "gap" else sums[k] + v for k, v in logs.items()}
-            gap = max(all_gather(sums["gap"]))
-            loss, sums = all_reduce_sum(loss), all_reduce_sum(sums) | {"gap": gap}
+                logprob_gap = max(logprob_gap, logs["logprob_gap"])
+                for name in sums:
+                    sums[name] += logs[name]
+            loss, sums = all_reduce_sum(loss), all_reduce_sum(sums)
+            logprob_gap = max(all_gather(logprob_gap))
             lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
-            norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
-            if not math.isfinite(norm):
+            grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
+            if not math.isfinite(grad_norm):
                 break  # the log shows the last inner step
-        finished = [len(a.ids) for a in answers if a.finished]
-        trained = sum(len(answers[i].ids) for i in alive) or 1
-        run.log(step + 1, args.steps, bar, [group[0].query["prompt"] for group in groups],
-                reward=rewards.mean().item(), **{verdict(args): verified.mean().item()},
-                **({} if scores is None else {"score": scores.mean().item()}),
-                dead=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), used=used,
-                cut=1 - len(finished) / len(answers),
-                length=sum(finished) / max(1, len(finished)), loss=loss, lr=lr, grad_norm=norm,
-                entropy=sums["entropy"] / trained, kl=sums["kl"] / trained,
-                clipped=sums["clipped"] / trained, gap=sums["gap"],
-                completions=[group[0].text for group in groups[:3]])
+        tokens = sum(len(episode.answers[i].ids) for i in trained) or 1
+        per_token = {name: value / tokens for name, value in sums.items()}
+        prompts = [group[0].query["prompt"] for group in episode.groups()]
+        run.log(step + 1, args.steps, bar, prompts, **episode.metrics(args), loss=loss, lr=lr,
+                grad_norm=grad_norm, **per_token, logprob_gap=logprob_gap)
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save_state(step + 1, model, optimizer)
 
     # save
-    shown = slice(0, 4 * args.group)
-    run.save_samples(answers[shown], reward=rewards.flatten()[shown].tolist(),
+    shown = slice(0, 4 * args.num_generations)
+    run.save_samples(episode.answers[shown], reward=episode.rewards.flatten()[shown].tolist(),
                      advantage=advantages[shown].tolist())
-    result = {verdict(args): verified.mean().item(), "reward": rewards.mean().item()}
+    result = {verdict(args): episode.verified.mean().item(),
+              "reward": episode.rewards.mean().item()}
     run.finish(model, tokenizer, **result)
     return result
+
+
+def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list[int],
+                     valid_vocab: int, args: Args, autocast):
+    """Return grpo_loss of some responses of an episode, as a part of the whole step's loss."""
+    answers = [episode.answers[i] for i in micro]
+    prompts = [answer.prompt_ids for answer in answers]
+    completions = [answer.ids for answer in answers]
+    ref_logprobs = None
+    with autocast:
+        logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
+                                             valid_vocab)
+        if reference is not None:
+            with torch.no_grad():
+                ref_logprobs, _ = completion_logprobs(reference, prompts, completions,
+                                                      args.temperature, valid_vocab)
+    sampled = torch.tensor([p for answer in answers for p in answer.logprobs],
+                           device=logprobs.device)
+    old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, sampled)
+    return grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages[micro].to(logprobs.device),
+                     mask, clip_eps=args.clip_eps, clip_high=args.clip_high, kl=args.kl,
+                     loss_type=args.loss_type, count=loss_divisor(episode, args))
+
+
+def sampling_policy(model, server: VLLMClient | None, run: Run):
+    """Return who samples: the model or a server that has read its weights. pi_old is then the
+    server's policy, with its rounding."""
+    if server is None:
+        return model
+    server.load(model, run.path / "served")
+    return server
+
+
+def save_and_refuse(error: InputError, run: Run, step: int, model, optimizer) -> None:
+    """Save the steps before an error that the user can mend, so that none is lost."""
+    if WORLD > 1 or step == 0:  # one of several processes cannot save alone
+        raise error
+    run.save_state(step, model, optimizer)
+    raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
 
 
 def inspect(args: Args) -> None:

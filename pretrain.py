@@ -1,21 +1,23 @@
-"""Stage 1: pre-training on next-token prediction (report section 3).
+"""Stage 1: pre-training on next-token prediction (report section 3.1).
 
-The loss of a step, over all N_step tokens that have a next token, whatever the micro-batches:
+The loss of a step is the mean over all N_step tokens that have a next token, whatever the
+micro-batches:
 
     L = - 1/N_step * sum_t log p(x_t | x_<t)   [+ router_aux_loss_coef * L_aux for an MoE]
 
-What is the report's: the architecture, documents ended by <|endoftext|>, the domain mixture by
-token share, synthetic data, RoPE base 10,000 in the first phase. What the report does not
-disclose, so is our choice: optimizer, learning rate, batch, warm-up, mixture ratios; AdamW with
+From the report: the architecture, documents that end in <|endoftext|>, a mixture of domains by
+token share, synthetic data, and RoPE base 10,000 in the first phase. The report does not disclose
+optimizer, learning rate, batch size, warm-up or mixture ratios, so these are our choice; AdamW with
 betas 0.9/0.95 and a cosine to 10% of the peak are Qwen1's. scaling.py is the report's way to choose
-learning rate and batch size.
+the learning rate and the batch size.
 
     python pretrain.py                                             # a minute on a CPU
     python pretrain.py --data runs/demo/data --tokenizer runs/demo/tokenizer --tokens 3e6 --out ...
     python pretrain.py --data my.jsonl,more.txt --weights my=0.7,more=0.3 --model 0.5B ...
 
-Expect: the loss at step 0 is ln(vocab_size) = 7.6 for 2,048 tokens, falls below 4 within the first
-tenth and then slowly. A loss that stays near 7: learning rate too low, or shuffled targets.
+Expect: the loss at step 0 is ln(vocab_size) = 7.6 for 2,048 tokens. It falls below 4 within the
+first tenth of the run, and slowly after that. A loss that stays near 7 means that the learning rate
+is too low or that the targets are shuffled.
 """
 import math
 import random
@@ -27,53 +29,43 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data.__main__
-from data import corpus
-from data import documents
-from data import mixture
 import kernels
+from data import mixture
+from data.corpus import BUILTIN_WEIGHTS
+from data.documents import read_all
 from lib.args import cli, positive, require
-from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
-from lib.run import Run
 from lib.dist import (
-    QUIET,
-    RANK,
-    all_gather,
-    micro_batches,
-    apply_fsdp,
-    rank_slice,
-    all_reduce_sum,
-    full_model,
-)
-from model import PRESETS, Config, Qwen2, load_balancing_loss
+    QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
+from lib.optim import adamw, clip_and_step, epoch_order, lr_at, setup
+from lib.run import Run, build_once
+from lib.upcycle import upcycle
+from model import PRESETS, Qwen2, load_balancing_loss
 from tokenizer import Tokenizer
 
 
 @dataclass
 class Args:
     init: str = ""                   # continue from this model directory; empty: from scratch
-    out: str = "runs/pretrain"       # where the run goes
+    out: str = "runs/pretrain"       # run directory
     data: str = ""                   # directory or files, comma-separated; empty: built-in corpus
     weights: str = ""                # token shares "name=0.5,other=0.5"; empty: ours, or by size
     tokenizer: str = ""              # directory or qwen.tiktoken; empty: train one on the data
     vocab_size: int = 2048           # of the tokenizer trained here, control tokens included
     model: str = "tiny"              # preset of model.py
-    rope_theta: float = 0.0          # another base of RoPE, for longer rows; 0: leave it
-    upcycle: bool = False            # --init is dense: cut its FFNs into the experts of --model
+    rope_theta: float = 0.0          # new base of RoPE, for longer rows; 0: keep the model's
+    upcycle: bool = False            # --init is dense: turn its FFNs into the experts of --model
     tokens: int = 600_000            # training tokens in all
-    seq_len: int = 128               # positions a row
+    seq_len: int = 128               # positions per row
     doc_mask: bool = True            # packed documents do not see each other
-    long_share: float = 0.0          # share of rows of one long document each; 0: as they come
-    batch_tokens: int = 1024         # tokens a step: batch_tokens / seq_len rows
-    micro_batch: int = 16  # rows a forward pass: memory, not the result (MoE aux apart)
-    gradient_checkpointing: bool = (
-        False  # activations in the backward pass: less memory, 1/3 more time
-    )
+    long_share: float = 0.0          # share of rows with one long document each; 0: as they come
+    batch_tokens: int = 1024         # tokens per step: batch_tokens / seq_len rows
+    micro_batch: int = 16            # rows per forward pass: changes memory only (MoE aux apart)
+    gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lr: float = 1.5e-3               # peak learning rate
     warmup: int = 50                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
-    max_grad_norm: float = 1.0       # largest gradient norm
+    max_grad_norm: float = 1.0       # gradients are clipped to this norm
     eval_every: int = 200            # steps between held-out losses; the last step always has one
     save_every: int = 200            # steps between resumable states
     attention: str = "auto"          # kernels: auto, reference, sdpa, fused
@@ -88,163 +80,232 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
-def load_tokens(
-    args: Args,
-) -> tuple[dict[str, mixture.Tokens], dict[str, mixture.Tokens], Tokenizer]:
-    """Training and held-out documents by source, and their tokenizer. Of a directory that data/
-    has tokenised, memory-mapped; else of its texts, or files of any kind it reads, in memory. With
-    no --data, data/ builds its corpus first: real Python documentation and code, and synthetic
-    documents of the four domains."""
-    path = Path(args.data or f"{args.out}-data-seed{args.seed}")
-    if not args.data and not (path / "report.json").exists() and RANK == 0:
-        data.__main__.main(data.__main__.Args(out=str(path), seed=args.seed, overwrite=True))
-    all_gather("the corpus is there")
-    given = Tokenizer.from_pretrained(args.tokenizer or args.init) if (
-        args.tokenizer or args.init) else None
-    names = [file.name.removesuffix(".train.bin") for file in sorted(path.glob("*.train.bin"))]
-    if names:
-        tokenizer = Tokenizer.from_pretrained(path)
-        require(given is None or given.encode(__doc__) == tokenizer.encode(__doc__), f"--data "
-                f"{path} holds tokens of another tokenizer than {args.tokenizer or args.init}")
-        return *({name: mixture.read_tokens(path / f"{name}.{part}", tokenizer) for name in names}
-                 for part in ("train", "held_out")), tokenizer
+def load_tokens(args: Args):
+    """Return training documents and held-out documents, {source: Tokens} each, and the tokenizer.
+
+    A directory that `python -m data --tokenizer` has tokenized is memory-mapped. Other documents
+    are tokenized here, in memory. With no --data, `python -m data` builds its corpus first: real
+    Python documentation and code, and synthetic documents of the four domains."""
+    path = args.data
+    if not path:
+        path = f"{args.out}-data-seed{args.seed}"
+        build_once(Path(path) / "report.json",
+                   "data", "--out", path, "--seed", args.seed, "--overwrite")
+    tokenizer = None
+    if args.tokenizer or args.init:
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init)
+    if any(Path(path).glob("*.train.bin")):
+        return read_token_files(Path(path), tokenizer, args)
+    return tokenize_documents(path, tokenizer, args.vocab_size)
+
+
+def read_token_files(path: Path, expected: Tokenizer | None, args: Args):
+    """Map the token files of a directory. They must be of the expected tokenizer."""
+    tokenizer = Tokenizer.from_pretrained(path)
+    if expected is not None:
+        same = expected.encode(__doc__) == tokenizer.encode(__doc__)
+        require(same, f"--data {path} holds tokens of another tokenizer than "
+                f"{args.tokenizer or args.init}")
     train, held_out = {}, {}
-    for doc in documents.read_all(args.data or str(path)):
-        part = held_out if mixture.is_held_out(doc["text"]) else train
-        train.setdefault(doc["source"], [])  # the order of the sources is that of their first text
-        held_out.setdefault(doc["source"], [])
-        part[doc["source"]].append(doc["text"])
+    for file in sorted(path.glob("*.train.bin")):
+        name = file.name.removesuffix(".train.bin")
+        train[name] = mixture.read_tokens(path / f"{name}.train", tokenizer)
+        held_out[name] = mixture.read_tokens(path / f"{name}.held_out", tokenizer)
+    return train, held_out, tokenizer
+
+
+def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int):
+    """Read documents, train a tokenizer on them unless one is given, and encode them."""
+    train, held_out = {}, {}
+    for document in read_all(paths):
+        source, text = document["source"], document["text"]
+        train.setdefault(source, [])  # the sources keep the order of their first documents
+        held_out.setdefault(source, [])
+        part = held_out if mixture.is_held_out(text) else train
+        part[source].append(text)
     require(any(train.values()), "--data has no document to train on")
-    tokenizer = given or Tokenizer.train((t for texts in train.values() for t in texts),
-                                         args.vocab_size)
-    return *({name: mixture.tokenize(texts, tokenizer) for name, texts in part.items()}
-             for part in (train, held_out)), tokenizer
+    if tokenizer is None:
+        texts = (text for source in train.values() for text in source)
+        tokenizer = Tokenizer.train(texts, vocab_size)
+    for part in (train, held_out):
+        for source, texts in part.items():
+            part[source] = mixture.tokenize(texts, tokenizer)
+    return train, held_out, tokenizer
 
 
 def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):
-    """-> rows of --seq_len + 1 tokens, and the report of `mix`. With --long_share s, a share s of
-    the rows are each one piece of a longer document, the others hold shorter documents only: the
-    report's Turbo has 40% of its sequences at each stage's full length. Within either kind, sources
-    keep their relative weights."""
+    """Mix the sources and cut them into rows. Return PackedRows and the report of `mix`.
+
+    With --long_share s, a share s of the rows consists of pieces of longer documents, one piece per
+    row, and the other rows hold shorter documents only: Qwen2.5-Turbo trains 40% of its sequences
+    at the full length of each stage (section 3.3). Within both kinds, sources keep their relative
+    weights."""
     if not args.long_share:
         stream, report = mixture.mix(train, weights, args.tokens, args.seed)
         return mixture.PackedRows(list(train.values()), stream, args.seq_len), report
-    width, sources, streams, report = args.seq_len + 1, [], [], {}
-    full = int(args.tokens * args.long_share) // width * width
-    for kind, tokens in (("longer", full), ("shorter", args.tokens - full)):
-        docs = {name: source.long_pieces(width) if kind == "longer" else
-                source.short_documents(width) for name, source in train.items()}
-        docs = {name: docs[name] for name in docs if len(docs[name].starts) and name in weights}
-        require(len(docs) > 0, f"--long_share: no document is {kind} than {width} tokens")
-        stream, rows = mixture.mix(docs, {name: weights[name] for name in docs}, tokens, args.seed)
-        streams.append(stream + [len(sources), 0, 0])
-        sources += docs.values()
-        report |= {f"{name}, {kind}": row for name, row in rows.items()}
+    width = args.seq_len + 1
+    long_tokens = int(args.tokens * args.long_share) // width * width
+    sources, streams = [], []
+    report = {}
+    for kind, tokens in (("longer", long_tokens), ("shorter", args.tokens - long_tokens)):
+        documents = {}
+        for name, source in train.items():
+            if kind == "longer":
+                some = source.long_pieces(width)
+            else:
+                some = source.short_documents(width)
+            if name in weights and len(some.starts):
+                documents[name] = some
+        require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
+        some_weights = {name: weights[name] for name in documents}
+        stream, rows = mixture.mix(documents, some_weights, tokens, args.seed)
+        first_source = [len(sources), 0, 0]  # a stream's first column numbers its own sources
+        streams.append(stream + first_source)
+        sources.extend(documents.values())
+        for name, row in rows.items():
+            report[f"{name}, {kind}"] = row
     return mixture.PackedRows(sources, np.concatenate(streams), args.seq_len), report
+
+
+def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int):
+    """Return ids and segment_ids (rows, seq_len + 1) of at most 256 rows of held-out documents."""
+    sources = list(held_out.values())
+    stream = []
+    for number, documents in enumerate(sources):
+        for document, size in enumerate(documents.sizes):
+            stream.append((number, document, size))
+    random.Random(0).shuffle(stream)  # so that the rows are of all sources, not of the first
+    enough = sum(size for _, _, size in stream) > seq_len
+    require(enough, "--data is too small: its held-out documents, one in fifty, do not fill a row "
+            f"of --seq_len {seq_len}")
+    rows = mixture.PackedRows(sources, np.array(stream), seq_len)
+    return rows[range(min(256, len(rows)))]
 
 
 # ---------------------------------------------------------------------------------------------
 # loss
 
-def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
-    """Summed next-token loss of rows ids (B, T+1), over `count`, the targets of the whole step."""
-    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids[:, :-1] if segment_ids is not None
-                          else None, router=router)
-    return kernels.linear_cross_entropy(hidden, model.head_weight, ids[:, 1:],
-                                        reduction="sum") / count
+def lm_loss(model: Qwen2, ids, segment_ids, count: int, router: list | None = None):
+    """Return the summed next-token loss of rows ids (B, T+1), divided by `count`.
+
+    count is the number of targets of the whole step, so that micro-batches add up to its mean.
+    segment_ids (B, T+1), or None, tells packed documents apart. router: see model.Qwen2.hidden."""
+    if segment_ids is not None:
+        segment_ids = segment_ids[:, :-1]
+    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids, router=router)
+    total = kernels.linear_cross_entropy(hidden, model.head_weight, ids[:, 1:], reduction="sum")
+    return total / count
 
 
 @torch.no_grad()
-def held_out_loss(model, ids, segment_ids, micro_batch, device, autocast) -> float:
-    """Mean loss per token of the fixed held-out rows, whatever the batch size."""
+def held_out_loss(model: Qwen2, ids, segment_ids, micro_batch: int, device, autocast) -> float:
+    """Return the mean loss per token of the fixed held-out rows, whatever the batch size."""
     total = 0.0
     for i in rank_slice(range(0, len(ids), micro_batch)):
-        segments = segment_ids[i:i + micro_batch].to(device) if segment_ids is not None else None
+        some_ids = ids[i:i + micro_batch].to(device)
+        some_segments = None
+        if segment_ids is not None:
+            some_segments = segment_ids[i:i + micro_batch].to(device)
         with autocast:
-            total += lm_loss(model, ids[i:i + micro_batch].to(device), segments, 1).item()
+            total += lm_loss(model, some_ids, some_segments, 1).item()
     return all_reduce_sum(total) / ids[:, 1:].numel()
 
 
 # ---------------------------------------------------------------------------------------------
-# from dense to MoE
+# mixture of experts
 
-@torch.no_grad()
-def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen2:
-    """A dense model -> an MoE with the experts of `preset` (Qwen2 report, section 2.2.2): each FFN
-    is copied until its inner units suffice, each copy's units are shuffled, experts are cut from
-    the row and the rest is dropped; then a random half of every expert's weights is drawn anew, so
-    that experts differ. All other weights stay.
+class RouterStats:
+    """Sums over the micro-batches of a step, and which experts are starved of tokens."""
 
-    Not disclosed, so our choice, made so that the loss goes on nearer to the dense one's (LOG.md,
-    "upcycling", has numbers): the new weights have initializer_range; the shared expert is cut the
-    same way but keeps its weights; the router starts near uniform; and each output is divided by
-    the weight it will get (1/E, or 1/k if normalised, and 1/2 from the shared gate), times the
-    dense size over the active size, which makes the sum of what is active an estimate of the dense
-    FFN."""
-    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
-             "shared_expert_intermediate_size", "norm_topk_prob", "router_aux_loss_coef",
-             "decoder_sparse_step", "mlp_only_layers")
-    config = replace(dense.config, **{name: getattr(preset, name) for name in names})
-    E, k, inner = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
-    shared, F = config.shared_expert_intermediate_size, config.intermediate_size
-    scale, generator = F / (k * inner + shared), rng(seed, 11)
-    model, old = Qwen2(config), dense.state_dict()
-    for name, p in model.named_parameters():
-        if name in old:
-            p.copy_(old[name])
+    def __init__(self):
+        self.starved_steps = 0  # (MoE layers, experts): steps in a row below a tenth of fair load
+        self.reset()
 
-    def units(n):
-        copies = [torch.randperm(F, generator=generator) for _ in range(-(-n // F))]
-        return torch.cat(copies)[:n]
+    def reset(self) -> None:
+        self.aux = 0.0
+        self.load = 0.0      # (MoE layers, experts), 1 is a fair share
+        self.entropy = 0.0   # (MoE layers,) nats per token
 
-    for layer in filter(config.is_sparse, range(config.num_hidden_layers)):
-        moe, mlp = model.model.layers[layer].mlp, dense.model.layers[layer].mlp
-        gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-        cut, experts = units(E * inner).view(E, inner), moe.experts
-        experts.gate_up_proj.copy_(torch.cat((gate[cut], up[cut]), dim=1))
-        experts.down_proj.copy_(down[:, cut].transpose(0, 1)
-                                * scale * (k if config.norm_topk_prob else E))
-        for w in experts.parameters():
-            new = torch.randn(w.shape, generator=generator) * config.initializer_range
-            w.copy_(torch.where(torch.rand(w.shape, generator=generator) < fresh, new, w))
-        moe.gate.weight.normal_(0.0, config.initializer_range, generator=generator)
-        if shared:
-            cut, expert = units(shared), moe.shared_expert
-            expert.gate_proj.weight.copy_(gate[cut])
-            expert.up_proj.weight.copy_(up[cut])
-            expert.down_proj.weight.copy_(down[:, cut] * scale * 2)
-            moe.shared_expert_gate.weight.zero_()
-    return model
+    def loss(self, router: list, share: float):
+        """Return the balance loss of a micro-batch that is a `share` of the step."""
+        aux, load, entropy = load_balancing_loss(router, all_reduce=all_reduce_sum)
+        aux = aux * share
+        self.aux += aux.item()
+        self.load = self.load + load * share
+        self.entropy = self.entropy + entropy * share
+        return aux
+
+    def end_step(self, step: int) -> dict:
+        """Return what the log shows of the step, warn of starved experts, and start anew."""
+        load, entropy = all_reduce_sum(self.load), all_reduce_sum(self.entropy)
+        starved = load < 0.1
+        metrics = {"aux": all_reduce_sum(self.aux), "dead_experts": int(starved.sum()),
+                   "expert_max": rounded(load.amax(1)), "expert_min": rounded(load.amin(1)),
+                   "router_entropy": rounded(entropy)}
+        self.starved_steps = (self.starved_steps + 1) * starved
+        for layer, expert in (self.starved_steps == 100).nonzero().tolist():
+            tqdm.write(f"step {step}: expert {expert} of MoE layer {layer} got less than a tenth "
+                       "of its fair share for 100 steps: lower --lr, or raise "
+                       "router_aux_loss_coef in the config.json of --init")
+        self.reset()
+        return metrics
+
+
+def rounded(per_layer) -> list[float]:
+    return [round(value, 4) for value in per_layer.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------
+
+def load_model(args: Args, tokenizer: Tokenizer) -> Qwen2:
+    """Return the model of --init or a new one of --model, set to --seq_len and --rope_theta."""
+    preset, trained_length = PRESETS[args.model], 0
+    if args.init:
+        model = Qwen2.from_pretrained(args.init)
+        require(tokenizer.n_vocab <= model.config.vocab_size, "the tokenizer has "
+                f"{tokenizer.n_vocab} ids, the model of --init only {model.config.vocab_size}")
+        trained_length = model.config.trained_length
+    else:
+        model = Qwen2(replace(preset, vocab_size=tokenizer.padded_vocab_size(128)))
+    if args.upcycle:
+        dense = args.init and not model.config.num_experts
+        require(dense and preset.num_experts > 0, "--upcycle expects a dense --init and a --model "
+                "with experts, such as tiny-moe")
+        model = upcycle(model, preset, args.seed)
+    # YaRN and dual chunk attention extend the longest length that the model was trained at.
+    positions = max(model.config.max_position_embeddings, args.seq_len)
+    model.config = replace(
+        model.config, original_max_position_embeddings=max(trained_length, args.seq_len),
+        max_position_embeddings=positions, rope_theta=args.rope_theta or model.config.rope_theta)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    return model
+
+
+def check_args(args: Args) -> None:
+    require(args.model in PRESETS, f"--model must be one of {', '.join(PRESETS)}, got "
+            f"{args.model!r}")
+    require(args.attention in kernels.IMPLS, f"--attention must be one of "
+            f"{', '.join(kernels.IMPLS)}, got {args.attention!r}")
+    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every")
+    require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
+            f"one row of --seq_len {args.seq_len}")
+
 
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "pretrain")
     device, autocast = setup(args, args.batch_tokens // max(1, args.seq_len))
-    require(args.model in PRESETS, f"--model wants one of {', '.join(PRESETS)}, got {args.model!r}")
-    require(args.attention in kernels.IMPLS,
-            f"--attention wants one of {', '.join(kernels.IMPLS)}, got {args.attention!r}")
-    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every")
-    require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
-            f"one row of --seq_len {args.seq_len}")
+    check_args(args)
     kernels.set_default_impl(args.attention, compile=args.compile)
 
     # data
     train, held_out, tokenizer = load_tokens(args)
-    train = {name: docs for name, docs in train.items() if len(docs.ids)}
-    sizes = {name: len(docs.ids) for name, docs in train.items()}
-    builtin = sizes.keys() == corpus.BUILTIN_WEIGHTS.keys()
-    weights = mixture.parse_weights(args.weights, corpus.BUILTIN_WEIGHTS if builtin else sizes)
+    train = {name: documents for name, documents in train.items() if len(documents.ids)}
+    sizes = {name: len(documents.ids) for name, documents in train.items()}
+    builtin = sizes.keys() == BUILTIN_WEIGHTS.keys()
+    weights = mixture.parse_weights(args.weights, BUILTIN_WEIGHTS if builtin else sizes)
     packed, report = pack(train, weights, args)
-    held_out = list(held_out.values())
-    stream = [(i, j, n) for i, docs in enumerate(held_out) for j, n in enumerate(docs.sizes)]
-    random.Random(0).shuffle(stream)  # the rows kept below are of all sources, not of the first
-    require(sum(n for _, _, n in stream) > args.seq_len, "--data is too small: its held-out "
-            f"documents, one in fifty, do not fill a row of --seq_len {args.seq_len}")
-    val = mixture.PackedRows(held_out, np.array(stream), args.seq_len)
-    val_ids, val_segments = val[range(min(256, len(val)))]
+    val_ids, val_segments = held_out_rows(held_out, args.seq_len)
     if not args.doc_mask:
         val_segments = None
     for name, row in report.items():
@@ -252,30 +313,12 @@ def main(args: Args) -> dict:
               f"{row['warning']}")
 
     # model
-    trained = 0
-    if args.init:
-        model = Qwen2.from_pretrained(args.init)
-        require(tokenizer.n_vocab <= model.config.vocab_size, "the tokenizer has "
-                f"{tokenizer.n_vocab} ids, the model of --init only {model.config.vocab_size}")
-        trained = model.config.trained_length
-    else:
-        model = Qwen2(replace(PRESETS[args.model], vocab_size=tokenizer.padded_vocab_size(128)))
-    if args.upcycle:
-        preset = PRESETS[args.model]
-        require(args.init and not model.config.num_experts and preset.num_experts > 0, "--upcycle "
-                "wants a dense --init and a --model with experts, such as tiny-moe")
-        model = upcycle(model, preset, args.seed)
-    # The length that YaRN and dual chunk attention will extend is the longest one trained at.
-    config = replace(model.config, original_max_position_embeddings=max(trained, args.seq_len),
-                     max_position_embeddings=max(model.config.max_position_embeddings,
-                                                 args.seq_len))
-    model.config = replace(config, rope_theta=args.rope_theta or config.rope_theta)
-    model.to(device)
-    model.gradient_checkpointing = args.gradient_checkpointing
-    rows = max(1, args.batch_tokens // args.seq_len)
-    steps = len(packed) // rows
-    require(steps > 0, f"--tokens {args.tokens} is less than one step of {rows * args.seq_len}")
-    print(f"{model.count_parameters()} parameters, {steps} steps of {rows * args.seq_len} tokens")
+    model = load_model(args, tokenizer).to(device)
+    rows_per_step = max(1, args.batch_tokens // args.seq_len)
+    count = rows_per_step * args.seq_len  # tokens with a target, per step
+    steps = len(packed) // rows_per_step
+    require(steps > 0, f"--tokens {args.tokens} is less than one step of {count}")
+    print(f"{model.count_parameters()} parameters, {steps} steps of {count} tokens")
 
     # optimizer, resume
     model = apply_fsdp(model, autocast)
@@ -283,44 +326,30 @@ def main(args: Args) -> dict:
     start = run.start_or_resume(model, optimizer)
 
     # loop
-    starved = 0  # (MoE layers, experts): steps in a row with less than a tenth of the fair share
+    router_stats = RouterStats()
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.time()
-        batch = epoch_order(step, rows, len(packed), args.seed)
-        count, loss, aux_sum, load, entropy = rows * args.seq_len, 0.0, 0.0, 0.0, 0.0
+        batch = epoch_order(step, rows_per_step, len(packed), args.seed)
+        loss = 0.0
         for micro in micro_batches(batch, args.micro_batch):
-            ids, segments = (part.to(device) for part in packed[micro])
+            ids, segment_ids = packed[micro]
+            ids = ids.to(device)
+            segment_ids = segment_ids.to(device) if args.doc_mask else None
             router = [] if model.config.num_experts else None
             with autocast:
-                micro_loss = lm_loss(model, ids, segments if args.doc_mask else None, count, router)
+                micro_loss = lm_loss(model, ids, segment_ids, count, router)
             loss += micro_loss.item()
             if router:
-                part, (aux, *stats) = (
-                    len(micro) / rows,
-                    load_balancing_loss(router, all_reduce=all_reduce_sum),
-                )
-                aux, load, entropy = aux * part, load + stats[0] * part, entropy + stats[1] * part
-                aux_sum += aux.item()
+                aux = router_stats.loss(router, len(micro) / rows_per_step)
                 micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
-        loss, aux_sum, load, entropy = map(all_reduce_sum, (loss, aux_sum, load, entropy))
+        loss = all_reduce_sum(loss)
+        router_metrics = router_stats.end_step(step + 1) if model.config.num_experts else {}
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
-        metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
-                   "tokens": (step + 1) * count,
-                   "tokens_per_s": count / (time.time() - began)}
-        if router:
-            dead = load < 0.1
-            metrics |= {"aux": aux_sum, "dead_experts": int(dead.sum())} | {
-                name: [round(x, 4) for x in per_layer.tolist()] for name, per_layer in (
-                    ("expert_max", load.amax(1)), ("expert_min", load.amin(1)),
-                    ("router_entropy", entropy))}
-            starved = (starved + 1) * dead
-            for layer, expert in (starved == 100).nonzero().tolist():
-                tqdm.write(f"step {step + 1}: expert {expert} of MoE layer {layer} got less than a "
-                           "tenth of its fair share for 100 steps: lower --lr, or raise "
-                           "router_aux_loss_coef in the config.json of --init")
+        grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
+        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": (step + 1) * count,
+                   "tokens_per_s": count / (time.time() - began), **router_metrics}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(full_model(model), val_ids, val_segments,
                                                 args.micro_batch, device, autocast)

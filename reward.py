@@ -1,28 +1,26 @@
 """Stage 4: the reward model (report section 4.3), a Bradley-Terry scorer of responses.
 
-The language model's head is replaced by one number, read at the last token of the response, and
-trained so that the better of two responses scores higher. For k chosen and m rejected responses
+The language model's head is replaced by one that gives a single number, read at the last token of
+the response. It is trained so that the better of two responses scores higher:
 
-    L = - 1/(k m) * sum over chosen c and rejected j of log sigmoid(r(x, y_c) - r(x, y_j)),
+    L = - log sigmoid(r(x, y_chosen) - r(x, y_rejected))
 
-for k = m = 1 Bradley-Terry's loss, for all answers to a query (--listwise) Qwen2.5-Math-RM's.
-
-As the report says: responses come from checkpoints of several stages (SFT, DPO, RL) sampled at
-several temperatures, the DPO pairs are added, and the queries are those of GRPO. Here the label is
-the check's verdict; the report's labels also weigh helpfulness, conciseness and so on, by people
-(data/label.py) and models. Not disclosed, so our choice: head, loss, learning rate. The head is one
-bias-free row named score.weight, which transformers loads as Qwen2ForSequenceClassification, or
-the two layers of Qwen2.5-Math-RM.
+As in the report, responses come from checkpoints of several stages (SFT, DPO, RL), sampled at
+several temperatures, the pairs of DPO are added, and the queries are those of GRPO. Here the check
+of the query labels the responses. The report's labels also weigh helpfulness, conciseness and so
+on, judged by people (data/label.py) and by models. It does not disclose head, loss or learning
+rate, so these are our choice. The head is one bias-free row named score.weight, which transformers
+loads as Qwen2ForSequenceClassification.
 
     python reward.py --init runs/demo/sft --policies runs/demo/sft,runs/demo/dpo,runs/demo/rl_first
     python reward.py --init Qwen2.5-0.5B-Instruct --pairs mine.jsonl --queries none --held_out ...
 
-Expect: the loss starts at exactly ln 2 (the head starts at zero) and the held-out accuracy reaches
-0.7-0.9. Compare it with "the longer one wins", printed beside it for each source of answers: a
-model that does not beat that rule has learned length, and GRPO would learn length from it.
+Expect: the loss starts at exactly ln 2, since the head starts at zero, and the held-out accuracy
+reaches 0.7-0.9. Compare it with the rule "the longer one wins", printed beside it for each source
+of answers. A model that does not beat that rule has learned length, and GRPO would learn length
+from it.
 """
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,43 +28,42 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks.queries
-from data.pairs import pair_responses, read_pairs, tokenize_pairs
+from data.pairs import PairIds, pair_responses, read_pairs, tokenize_pairs
 from lib.args import cli, parse_value, positive, require
-from lib.dist import QUIET, micro_batches, apply_fsdp, all_reduce_sum, full_model
-from lib.files import read_json, write_jsonl
+from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
+from lib.files import write_jsonl
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run
 from lib.vllm_client import rollout_backend
 from model import Config, Qwen2
-from sample import load_policy, read_prompts, rollout
+from sample import Rollout, load_policy, read_prompts, rollout
 from tokenizer import Tokenizer
+
 
 @dataclass
 class Args:
     init: str = "runs/sft"           # SFT model whose body the reward model starts from
-    out: str = "runs/reward"         # where the run goes
+    out: str = "runs/reward"         # run directory
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
-    held_out: str = ""               # pairs (JSONL) to measure, and not to learn from
+    held_out: str = ""               # pairs (JSONL) to measure on, and not to learn from
     queries: str = "rl"              # query split or file, as for GRPO; "none": only the files
-    n_queries: int = 0               # at most so many; 0: all of a file, 256 of a split
+    n_queries: int = 0               # at most this many; 0: a whole file, 256 of a split
     n_held_out: int = 64             # other queries, to measure on
     policies: str = ""               # comma-separated models that answer them; empty: --init
     temperatures: str = "0.7,1.0"    # each policy samples at each of these
-    responses: int = 4               # answers sampled to each query, by policy and temperature
+    responses: int = 4               # answers per query, policy and temperature
     rollout_url: str = ""            # servers that have --policies, http://HOST:PORT/v1,...
-    pairs_per_query: int = 4         # at most so many pairs of each query's answers
+    pairs_per_query: int = 4         # at most this many pairs per query
     max_new_tokens: int = 128        # longest sampled answer
-    max_len: int = 1024              # longer prompt + response is dropped
-    two_layers: bool = False         # the head of Qwen2.5-Math-RM instead of one row
-    listwise: bool = False           # compare all answers of a prompt's pairs: its loss
+    max_len: int = 1024              # drop pairs with a longer prompt + response
     epochs: float = 2.0              # passes over the pairs
-    batch_size: int = 16             # pairs (listwise: prompts) a step
-    micro_batch: int = 32            # pairs (listwise: prompts) a forward pass: memory only
+    batch_size: int = 16             # pairs per step
+    micro_batch: int = 32            # pairs per forward pass: changes memory only
     lr: float = 5e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
-    max_grad_norm: float = 1.0       # largest gradient norm
+    max_grad_norm: float = 1.0       # gradients are clipped to this norm
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -79,11 +76,10 @@ class Args:
 # the model
 
 class RewardModel(Qwen2):
-    """Qwen2 without a language-model head, with a scalar one. Starts at zero: every response is
-    worth the same until something is learned."""
+    """Qwen2 with a head that gives one number instead of the language-model head. The head starts
+    at zero: all responses are worth the same until something is learned."""
     architecture = "ForSequenceClassification"
-    on_disk = {f"head.{name}": f"score.{name}"
-               for name in ("weight", "0.weight", "0.bias", "2.weight", "2.bias")}
+    on_disk = {"head.weight": "score.weight"}
 
     def __init__(self, config: Config):
         super().__init__(replace(config, tie_word_embeddings=True))  # so that there is no lm_head
@@ -93,117 +89,156 @@ class RewardModel(Qwen2):
 
     @classmethod
     def from_language_model(cls, model: Qwen2, tokenizer: Tokenizer) -> "RewardModel":
+        """Take over the body of a language model, not a copy of it."""
         reward_model = cls(model.config)
-        reward_model.model, reward_model.tokenizer = model.model, tokenizer
+        reward_model.model = model.model
+        reward_model.tokenizer = tokenizer
         return reward_model.to(model.head_weight.device)
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "RewardModel":
-        layers = read_json(Path(path) / "config.json").get("architectures")
-        kind = TwoLayers if str(layers).endswith("ForRewardModel']") else RewardModel
-        reward_model = super(RewardModel, kind).from_pretrained(path, dtype, device)
+        reward_model = super().from_pretrained(path, dtype, device)
         reward_model.tokenizer = Tokenizer.from_pretrained(path)
         return reward_model
 
     def forward(self, ids, lengths):
-        """ids (B, T) padded on the right, lengths (B,) -> rewards (B,) float32, read at each row's
-        last real token by its length, never by looking for a padding id (R11.1)."""
-        hidden = self.hidden(ids)
-        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.head(last).sum(1).float()  # of one number: FSDP wants no view
+        """Return the rewards (B,) float32 of rows ids (B, T), padded on the right.
 
-    @torch.no_grad()
-    def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
-        """Rewards of responses to prompts. A prompt is a string, messages, or token ids; a response
-        is a string or, straight from the sampler, token ids."""
-        pairs = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            if not prompt or not isinstance(prompt[0], int):
-                prompt = self.tokenizer.render_prompt(prompt)
-            if isinstance(response, str):
-                response = self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
-            pairs.append((tuple(prompt), response))
-        out, device = torch.zeros(len(pairs)), self.head_weight.device
-        # Responses to one prompt stay together, so that read_prompts reads it once.
-        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), pairs[i]))
-        for i in range(0, len(pairs), batch_size):
-            batch = order[i:i + batch_size]
-            _, cache = read_prompts(self, [pairs[j][0] for j in batch])
-            answers = [pairs[j][1] for j in batch]
-            last = torch.tensor([len(answer) - 1 for answer in answers], device=device)
-            hidden = self.hidden(pad_rows(answers, 0).to(device), cache=cache)
-            hidden = hidden[torch.arange(len(batch), device=device), last]
-            out[batch] = self.head(hidden).flatten().float().cpu()
-        return out.tolist()
+        A reward is read at the last real token of its row, found by lengths (B,) and not by looking
+        for a padding id, which may also be a real token."""
+        hidden = self.hidden(ids)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.head(hidden[rows, lengths - 1]).sum(1).float()  # sum: FSDP allows no view
 
     def rewards(self, rows: list[list[int]]):
+        """Return the rewards (B,) of rows of ids of any lengths."""
         device = self.head_weight.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return self(pad_rows(rows, 0).to(device), lengths)
 
+    @torch.no_grad()
+    def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
+        """Return the rewards of responses to prompts, without gradients.
 
-class TwoLayers(RewardModel):
-    """With the head of the released Qwen2.5-Math-RM."""
-    architecture = "ForRewardModel"
+        A prompt is a text, messages, or token ids. A response is a text or, straight from the
+        sampler, token ids. A prompt that comes several times is read once per batch."""
+        prompts = [self.prompt_ids(prompt) for prompt in prompts]
+        answers = [self.answer_ids(response) for response in responses]
+        device = self.head_weight.device
+        rewards = torch.zeros(len(answers))
+        # Sorting brings responses to the same prompt into the same batch.
+        order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), prompts[i], answers[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            _, cache = read_prompts(self, [prompts[i] for i in batch])
+            some = [answers[i] for i in batch]
+            hidden = self.hidden(pad_rows(some, 0).to(device), cache=cache)
+            rows = torch.arange(len(batch), device=device)
+            last = torch.tensor([len(answer) - 1 for answer in some], device=device)
+            rewards[batch] = self.head(hidden[rows, last]).flatten().float().cpu()
+        return rewards.tolist()
 
-    def __init__(self, config: Config):
-        super().__init__(config)
-        C = config.hidden_size
-        self.head = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, 1))
-        nn.init.zeros_(self.head[2].weight)
-        nn.init.zeros_(self.head[2].bias)
+    def prompt_ids(self, prompt) -> tuple[int, ...]:
+        if len(prompt) > 0 and isinstance(prompt[0], int):
+            return tuple(prompt)
+        return tuple(self.tokenizer.render_prompt(prompt))
 
-
-def sample_answers(args: Args, temperatures: list[float], device, autocast, queries: list[dict]):
-    """-> {source: answers}: of each policy at each temperature."""
-    answers, paths = {}, (args.policies or args.init).split(",")
-    urls = args.rollout_url.split(",") if args.rollout_url else [""] * len(paths)
-    require(len(urls) == len(paths), f"--rollout_url wants one for each of {', '.join(paths)}")
-    for path, url in zip(paths, urls, strict=True):
-        policy, tokenizer = load_policy(path, device)
-        policy = rollout_backend(url, policy, tokenizer)
-        for temperature in temperatures:
-            with autocast:
-                groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
-                                 temperature, args.seed, tasks.queries.score_many)
-            source = f"{path} at temperature {temperature}"
-            answers[source] = [answer for group in groups for answer in group]
-            rate = sum(a.score for a in answers[source]) / len(queries) / args.responses
-            print(f"  {source}: {rate:.1%} pass")
-    return answers
+    def answer_ids(self, response) -> list[int]:
+        if isinstance(response, str):
+            return self.tokenizer.encode(response) + [self.tokenizer.im_end_id]
+        return response
 
 
 # ---------------------------------------------------------------------------------------------
-# loss
+# loss and accuracy
 
 def preference_loss(chosen, rejected):
-    """Rewards (P,), (P,) -> Bradley-Terry losses (P,)."""
+    """Return the Bradley-Terry losses (B,) of the rewards (B,) of chosen and rejected answers."""
     return -F.logsigmoid(chosen - rejected)
 
 
-def comparisons(model: RewardModel, rows):
-    """Each chosen against each rejected answer of a row: their rewards (P,), (P,), and weights (P,)
-    that sum to 1 in each row."""
-    sizes = [len(row[side]) for side in (0, 1) for row in rows]
-    rewards = model.rewards([y for side in (0, 1) for row in rows for y in row[side]]).split(sizes)
-    both = [torch.cartesian_prod(c, j)                                     # (k m, 2)
-            for c, j in zip(rewards[:len(rows)], rewards[len(rows):], strict=True)]
-    weight = torch.cat([torch.full_like(pairs[:, 0], 1 / len(pairs)) for pairs in both])
-    return *torch.cat(both).T, weight
+def pair_rewards(model: RewardModel, rows: list[PairIds]):
+    """Return the rewards of the chosen (B,) and the rejected answers (B,), in one forward pass."""
+    chosen = [row.prompt + row.chosen for row in rows]
+    rejected = [row.prompt + row.rejected for row in rows]
+    return model.rewards(chosen + rejected).chunk(2)
 
 
 @torch.no_grad()
-def accuracies(model: RewardModel, rows) -> dict[str, float]:
-    """On held-out pairs: how often chosen > rejected, how often the trivial rules "longer wins" and
-    "shorter wins" would be right, and how far the score follows the length (R11.3)."""
-    parts = [comparisons(model, rows[i:i + 64])[:2] for i in range(0, len(rows), 64)]
-    scores = torch.stack([torch.cat(side).cpu() for side in zip(*parts, strict=True)], 1)
-    length = torch.tensor([[len(c), len(r)] for (c,), (r,) in rows], dtype=torch.float32)
-    follows = torch.corrcoef(torch.stack((scores.flatten(), length.flatten())))[0, 1].item()
-    return {"accuracy": (scores[:, 0] > scores[:, 1]).float().mean().item(),
-            "longer_wins": (length[:, 0] > length[:, 1]).float().mean().item(),
-            "shorter_wins": (length[:, 0] < length[:, 1]).float().mean().item(),
-            "score_length_correlation": follows}
+def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
+    """Measure held-out pairs: how often chosen > rejected, how often the rules "the longer one
+    wins" and "the shorter one wins" would be right, and the correlation of score and length."""
+    chosen, rejected = [], []
+    for i in range(0, len(rows), 64):
+        some_chosen, some_rejected = pair_rewards(model, rows[i:i + 64])
+        chosen.append(some_chosen.cpu())
+        rejected.append(some_rejected.cpu())
+    chosen, rejected = torch.cat(chosen), torch.cat(rejected)
+    prompt_length = torch.tensor([len(row.prompt) for row in rows])
+    chosen_length = prompt_length + torch.tensor([len(row.chosen) for row in rows])
+    rejected_length = prompt_length + torch.tensor([len(row.rejected) for row in rows])
+    scores = torch.cat((chosen, rejected))
+    lengths = torch.cat((chosen_length, rejected_length)).float()
+    correlation = torch.corrcoef(torch.stack((scores, lengths)))[0, 1]
+    return {
+        "accuracy": share(chosen > rejected),
+        "longer_wins": share(chosen_length > rejected_length),
+        "shorter_wins": share(chosen_length < rejected_length),
+        "score_length_correlation": correlation.item(),
+    }
+
+
+def share(condition) -> float:
+    return condition.float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+
+def sample_answers(args: Args, queries: list[dict], device, autocast) -> dict[str, list[Rollout]]:
+    """Let every policy answer the queries at every temperature. Return {source: answers}, where the
+    source "all" has those of all the others."""
+    paths = (args.policies or args.init).split(",")
+    urls = args.rollout_url.split(",") if args.rollout_url else [""] * len(paths)
+    require(len(urls) == len(paths), f"--rollout_url needs one for each of {', '.join(paths)}")
+    by_source = {"all": []}
+    for path, url in zip(paths, urls, strict=True):
+        policy, tokenizer = load_policy(path, device)
+        policy = rollout_backend(url, policy, tokenizer)
+        for temperature in parse_temperatures(args):
+            with autocast:
+                groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
+                                 temperature, args.seed, tasks.queries.score_many)
+            answers = [answer for group in groups for answer in group]
+            source = f"{path} at temperature {temperature}"
+            passed = sum(answer.score for answer in answers)
+            print(f"  {source}: {passed / len(answers):.1%} pass")
+            by_source[source] = answers
+            by_source["all"].extend(answers)
+    return by_source
+
+
+def parse_temperatures(args: Args) -> list[float]:
+    return [parse_value("temperatures", part, float) for part in args.temperatures.split(",")]
+
+
+def load_pairs(args: Args, run: Run, device, autocast) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Return the pairs to learn from and, by source, the held-out pairs to measure on."""
+    pairs = read_pairs(args.pairs) if args.pairs else []
+    held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
+    if args.queries == "none":
+        return pairs, held_out
+    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
+    if run.resumed:  # a server would answer otherwise this time
+        pairs = read_pairs(str(run.path / "pairs.jsonl"))
+    else:
+        answers = sample_answers(args, queries, device, autocast)["all"]
+        pairs = pairs + pair_responses(answers, args.pairs_per_query, args.seed)
+    others = tasks.queries.builtin("val", args.n_held_out, args.seed)
+    by_source = sample_answers(args, others, device, autocast)
+    for source, answers in by_source.items():
+        held_out[source] = pair_responses(answers, args.pairs_per_query, args.seed)
+    return pairs, held_out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,37 +249,19 @@ def main(args: Args) -> dict:
     device, autocast = setup(args, args.batch_size)
     positive(args, "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
+    parse_temperatures(args)  # a bad one is refused before anything is sampled
+
+    # model
     model, tokenizer = load_policy(args.init, device)
-    kind = TwoLayers if args.two_layers else RewardModel
-    model = kind.from_language_model(model, tokenizer)
-    pairs = read_pairs(args.pairs) if args.pairs else []
-    held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
-    queries = [] if args.queries == "none" else \
-        tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
-    require(bool(pairs or queries), "no preference pair to learn from: see --pairs, --queries")
-    temperatures = [parse_value("temperatures", part, float)
-                    for part in args.temperatures.split(",")]
+    model = RewardModel.from_language_model(model, tokenizer)
 
     # data
-    require(queries or tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise),
-            f"--pairs {args.pairs}: none fits into --max_len {args.max_len} tokens")
-    if queries:
-        if run.resumed:  # the pairs that it had: a server answers otherwise each time
-            pairs = read_pairs(run.path / "pairs.jsonl")
-        else:
-            sources = sample_answers(args, temperatures, device, autocast, queries)
-            pairs += pair_responses(sum(sources.values(), []), args.pairs_per_query, args.seed)
-        queries = tasks.queries.builtin("val", args.n_held_out, args.seed)
-        sources = sample_answers(args, temperatures, device, autocast, queries)
-        sources = {"all": sum(sources.values(), [])} | sources
-        held_out |= {source: pair_responses(answers, args.pairs_per_query, args.seed)
-                     for source, answers in sources.items()}
-    rows = tokenize_pairs(pairs, tokenizer, args.max_len, args.listwise)
-    held_out = {source: tokenize_pairs(some, tokenizer, args.max_len)
-                for source, some in held_out.items()}
-    require(len(rows) > 0, "no preference pair to learn from: see --pairs, --queries")
+    pairs, held_out = load_pairs(args, run, device, autocast)
+    rows = tokenize_pairs(pairs, tokenizer, args.max_len)
+    require(len(rows) > 0, f"no preference pair within --max_len {args.max_len} tokens to learn "
+            "from: see --pairs, --queries")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
-    print(f"{len(rows)} {'prompts' if args.listwise else 'pairs'}, {steps} steps")
+    print(f"{len(rows)} pairs, {steps} steps")
 
     # optimizer, resume
     model = apply_fsdp(model, autocast)
@@ -256,32 +273,36 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        batch.sort(key=lambda i: len(rows[i][0][0]))
+        batch.sort(key=lambda i: len(rows[i].prompt) + len(rows[i].chosen))  # little padding
         loss = accuracy = 0.0
         for micro in micro_batches(batch, args.micro_batch):
             with autocast:
-                chosen, rejected, weight = comparisons(model, [rows[j] for j in micro])
-            micro_loss = (preference_loss(chosen, rejected) * weight).sum() / len(batch)
+                chosen, rejected = pair_rewards(model, [rows[i] for i in micro])
+            micro_loss = preference_loss(chosen, rejected).sum() / len(batch)
             loss += micro_loss.item()
-            accuracy += ((chosen > rejected) * weight).sum().item() / len(batch)
+            accuracy += (chosen > rejected).sum().item() / len(batch)
             micro_loss.backward()
-        loss, accuracy = map(all_reduce_sum, (loss, accuracy))
+        loss = all_reduce_sum(loss)
+        accuracy = all_reduce_sum(accuracy)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
-        run.log(step + 1, steps, bar, batch, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm)
+        grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
+        run.log(step + 1, steps, bar, batch, loss=loss, accuracy=accuracy, lr=lr,
+                grad_norm=grad_norm)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
-    # save, with a look at how well it tells other pairs apart
-    scorer = full_model(model)
-    with autocast:
-        by_source = {source: {"pairs": len(some)} | accuracies(scorer, some)
-                     for source, some in held_out.items() if some}
-    for source, row in by_source.items():
-        print(f"held out, {source}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
-    result = by_source.get("all", {})
-    run.finish(model, tokenizer, **result | {"pairs": len(rows), "by_source": by_source,
-                                             "held_out_pairs": result.get("pairs", 0)})
+    # save, with a look at how well the model tells other pairs apart
+    scorer, by_source = full_model(model), {}
+    for source, some in held_out.items():
+        some_rows = tokenize_pairs(some, tokenizer, args.max_len)
+        if some_rows:
+            with autocast:
+                by_source[source] = {"pairs": len(some_rows)} | accuracies(scorer, some_rows)
+            numbers = ", ".join(f"{k} {v:.4g}" for k, v in by_source[source].items())
+            print(f"held out, {source}: {numbers}")
+    overall = by_source.get("all", {})
+    result = overall | {"pairs": len(rows), "held_out_pairs": overall.get("pairs", 0)}
+    run.finish(model, tokenizer, **result, by_source=by_source)
     return by_source
 
 

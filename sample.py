@@ -3,12 +3,11 @@
     python sample.py --init runs/demo/grpo                          # chat in the terminal
     python sample.py --init runs/demo/grpo --prompt "Compute 7 * 8 + 3."
 
-A batch of prompts is padded on the *left*, so that all rows end at the same column and one cache
-serves them; the model masks the padding and counts positions from each row's first token
-(KVCache.pads), which makes a batched row equal to the row alone (R3.3). A prompt that wants n
-responses is read once and its cache rows repeated. Rows that finish leave the batch.
+A batch of prompts is padded on the *left*: all rows then end at the same column, and one cache
+serves them. The model masks the padding and counts positions from each row's first token
+(KVCache.pads), so that a row in a batch equals the row alone. A prompt that needs n answers is read
+once, and its cache row is repeated. Rows that finish leave the batch.
 """
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -16,20 +15,25 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from lib.args import InputError, cli, positive, require
-from lib.optim import pad_rows, rng, setup
+from lib.args import cli, positive, require
+from lib.decode import DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
-from model import KVCache, MoE, GrowingKVCache, Qwen2, rope, apply_rope
+from lib.optim import pad_rows, rng, setup
+from model import GrowingKVCache, KVCache, Qwen2
 from tokenizer import Tokenizer
 
 
 def load_policy(path, device) -> tuple[Qwen2, Tokenizer]:
-    """A model directory -> model and tokenizer, refused where the two do not belong together."""
-    model, tokenizer = Qwen2.from_pretrained(path, device=device), Tokenizer.from_pretrained(path)
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{path}: the tokenizer has "
-            f"{tokenizer.n_vocab} ids, the model only {model.config.vocab_size}")
+    """Load model and tokenizer of a directory; InputError if the two do not belong together."""
+    model = Qwen2.from_pretrained(path, device=device)
+    tokenizer = Tokenizer.from_pretrained(path)
+    require(tokenizer.n_vocab <= model.config.vocab_size,
+            f"{path}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
+            f"{model.config.vocab_size}")
     return model, tokenizer
 
+
+# --- generation -----------------------------------------------------------------------------------
 
 @dataclass
 class Completion:
@@ -42,225 +46,143 @@ class Completion:
 def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop_ids=(), n: int = 1,
              valid_vocab: int | None = None, batch_size: int = 512,
-             watch=None) -> list[Completion]:
-    """n completions of each prompt, in prompt order (all n of the first prompt come first).
+             on_tokens=None) -> list[Completion]:
+    """Sample n completions per prompt, in prompt order: all n of the first prompt come first.
 
-    temperature 0 is greedy. `valid_vocab`: number of ids the tokenizer knows; the padded rows of
-    the embedding above it are never drawn (R1.6). `watch` is called with each step's tokens, to
-    show an answer while it grows. A pure function of its arguments."""
-    if not isinstance(model, Qwen2):  # lib/vllm_client.py's
+    temperature 0 is greedy decoding. valid_vocab: how many ids the tokenizer knows; the embedding's
+    padded rows above are never drawn. batch_size: rows at a time. on_tokens is called with the
+    tokens of each step, to show an answer while it grows. The result depends on the arguments only,
+    never on global random state."""
+    if not isinstance(model, Qwen2):  # lib/vllm_client.py's VLLMClient
         return model.generate(prompts, max_new_tokens, temperature, seed, stop_ids, n)
     require(all(prompts), "an empty prompt cannot be continued")
-    out, generator = [], rng(seed, device=model.head_weight.device)
-    per_batch = max(1, batch_size // n)
-    for i in range(0, len(prompts), per_batch):
-        out += generate_batch(model, prompts[i:i + per_batch], max_new_tokens, temperature, top_k,
-                              top_p, generator, stop_ids, n, valid_vocab, watch)
-    return out
+    generator = rng(seed, device=model.head_weight.device)
+
+    def draw(logits):
+        if valid_vocab is not None:
+            logits[:, valid_vocab:] = -torch.inf
+        return sample_token(logits, temperature, top_k, top_p, generator)
+
+    completions = []
+    prompts_per_batch = max(1, batch_size // n)
+    for i in range(0, len(prompts), prompts_per_batch):
+        completions += generate_batch(model, prompts[i:i + prompts_per_batch], n, max_new_tokens,
+                                      draw, stop_ids, on_tokens)
+    return completions
+
+
+def generate_batch(model, prompts, n, max_new_tokens, draw, stop_ids, on_tokens):
+    """Continue each prompt n times, until a stop id or max_new_tokens.
+
+    draw(logits (rows, V)) -> token (rows,), its log-probability (rows,)."""
+    hidden, cache = prefill(model, prompts, n, max_new_tokens)
+    decode_step = DecodeStep(model, cache)
+    B, device = len(hidden), hidden.device
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    answer = torch.arange(B, device=device)  # which answer each row of the cache belongs to
+    running = torch.ones(B, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        logits = F.linear(hidden, decode_step.head).float()  # (rows, V)
+        token, logprob = draw(logits)
+        tokens[answer, step] = token
+        logprobs[answer, step] = logprob
+        if on_tokens is not None:
+            on_tokens(token.tolist())
+
+        running &= ~torch.isin(token, stops)
+        n_running = int(running.sum())  # the only place where the host waits for the device
+        if n_running == 0 or step + 1 == max_new_tokens:
+            break
+
+        keep = rows_to_keep(running, n_running)
+        if keep is not None:
+            cache.select(keep)
+            answer = answer[keep]
+            token = token[keep]
+            running = running[keep]
+        hidden = decode_step(token)
+    return cut_at_first_stop(tokens, logprobs, stops)
 
 
 def left_pad(prompts, device):
-    """-> ids (B, T) with each prompt at the right end, and pads (B,), the padding before it."""
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
-    return (torch.tensor(ids, device=device),
-            torch.tensor([longest - len(p) for p in prompts], device=device))
+    """Return ids (B, T) with each prompt at the right end, and the padding before each, (B,)."""
+    longest = max(len(prompt) for prompt in prompts)
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(pads, device=device)
 
 
-WINDOW = 256  # on CUDA attention reads a multiple of so many columns of the cache
-
-
-class DecodeStep:
-    """model.hidden of one more token a row, written out for speed. Qwen2.hidden is the one to read,
-    and what the tests compare with. q, k and v come from one product, gate and up from another; all
-    positions' rotations are made once. On a CPU all weights are copies laid out by columns while a
-    batch lasts, so they take twice the memory: products of few rows are up to 1.5 times as fast.
-
-    On CUDA, where launching 20 kernels a layer takes longer than running them, a step is `static`:
-    captured once as a graph, replayed with one call. A graph fixes shapes and addresses, so its
-    position is a tensor, and it attends to whole WINDOWs with the columns beyond masked; it is
-    captured anew when these are outgrown or rows have left. Not for experts, which the host counts
-    unless they are one grouped product, nor dual chunk attention. Capture and replay are not yet
-    measured on a GPU."""
-
-    def __init__(self, model, cache, static=None):
-        self.model, self.cache, self.layers, self.shape = model, cache, [], None
-        config, (keys, _) = model.config, cache.layers[0]
-        dtype, device = keys.dtype, keys.device
-        self.static = device.type == "cuda" and not config.num_experts if static is None else static
-        positions = torch.arange(keys.shape[-2], device=device)[None]
-        self.cos, self.sin = (x[0, 0].to(dtype) for x in rope(positions, config))
-
-        def joined(*weights):
-            weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
-            return weight.mT.contiguous().mT if device.type == "cpu" else weight
-        for block in model.model.layers:
-            a, mlp = block.self_attn, block.mlp
-            q, k, v = a.q_proj, a.k_proj, a.v_proj
-            self.layers.append((
-                block, joined(q.weight, k.weight, v.weight),
-                torch.cat((q.bias, k.bias, v.bias)).to(dtype), joined(a.o_proj.weight),
-                None if isinstance(mlp, MoE) else
-                (joined(mlp.gate_proj.weight, mlp.up_proj.weight), joined(mlp.down_proj.weight))))
-        self.head = joined(model.head_weight)
-
-    def __call__(self, token):
-        """token (B,) -> (B, C), normalised; the cache grows by one column."""
-        cache, now = self.cache, self.cache.length
-        if self.model.config.chunk_size:
-            return self.model.hidden(token[:, None], cache=cache)[:, -1]
-        if self.static:
-            shape = len(token), min(now // WINDOW * WINDOW + WINDOW, len(self.cos))
-            if shape != self.shape or self.block is not cache.layers[0]:
-                self.shape, self.block, self.replay = shape, cache.layers[0], None  # the old graph
-                self.token, self.now = token.clone(), token.new_tensor([now])
-                for layer in cache.layers:
-                    layer[..., now:, :] = 0  # nobody wrote there, and NaN stays NaN under a mask
-                self.replay = captured(lambda: self.forward(self.token, self.now, shape[1]),
-                                       token.device)
-            self.token.copy_(token)
-            self.now.fill_(now)
-            hidden = self.replay()
-        else:
-            hidden = self.forward(token, now, now + 1)
-        cache.length = now + 1
-        return hidden
-
-    def forward(self, token, now, S):
-        """now: the new column, an int or a tensor (1,); S: the columns to read, now + 1 or more."""
-        model, config, cache = self.model, self.model.config, self.cache
-        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kernels.set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
-        if self.static or cache.pads is not None:
-            pads = token.new_zeros(1) if cache.pads is None else cache.pads       # (B or 1,)
-            cos, sin = (x[now - pads][:, None, None] for x in (self.cos, self.sin))
-            columns = torch.arange(S, device=token.device)
-            mask = ((columns <= now) & (columns >= pads[:, None]))[:, None, None]
-        else:
-            cos, sin, mask = self.cos[now], self.sin[now], None
-        new = now if self.static else slice(now, now + 1)
-        x = model.model.embed_tokens(token)
-        for (block, qkv, bias, out, mlp), (keys, values) in zip(
-                self.layers, cache.layers, strict=True):
-            heads = F.linear(block.input_layernorm(x).to(qkv.dtype), qkv, bias)
-            qk, v = heads.view(-1, H + 2 * K, 1, D).split((H + K, K), dim=1)
-            q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
-            keys[:, :, new], values[:, :, new] = k, v
-            y = kernels.decode_attention(q, keys[:, :, :S], values[:, :, :S], mask)  # (B, H, 1, D)
-            x = x + F.linear(y.flatten(1), out)
-            h = block.post_attention_layernorm(x)
-            if mlp is None:
-                x = x + block.mlp(h)
-            else:
-                gate, up = F.linear(h.to(out.dtype), mlp[0]).chunk(2, dim=-1)
-                x = x + F.linear(F.silu(gate) * up, mlp[1])
-        return model.model.norm(x)
-
-
-@functools.cache
-def side_stream(device):
-    return torch.cuda.Stream(device)  # one for all captures: cuBLAS keeps a workspace for each
-
-
-def captured(fn, device):
-    """-> a function that repeats on CUDA the kernels of fn() and returns its result, at the same
-    address each time. fn runs once before the capture, on a side stream, as torch's documentation
-    asks, for libraries set themselves up in their first call. On a CPU (in tests) fn itself."""
-    if device.type == "cpu":
-        return fn
-    with torch.cuda.device(device):
-        side, graph = side_stream(device), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            fn()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            result = fn()
-
-    def replay():
-        graph.replay()
-        return result
-    return replay
-
-
-def generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, generator, stop_ids,
-                   n, valid_vocab, watch=None):
+def prefill(model, prompts, n: int, max_new_tokens: int):
+    """Read the prompts. Return the last hidden state of each of their n answers (B, C), and a cache
+    with room for the answers."""
     device, dtype = model.head_weight.device, model.head_weight.dtype
     if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)  # of the keys and values to be cached
+        dtype = torch.get_autocast_dtype(device.type)  # keys and values have it then
     ids, pads = left_pad(prompts, device)
-    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new_tokens, device, dtype, pads)
+    rows, columns = ids.shape
+    cache = KVCache(model.config, rows, columns + max_new_tokens, device, dtype, pads)
     hidden = model.hidden(ids, cache=cache)[:, -1]
     if n > 1:
-        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        cache.select(rows)
-        hidden = hidden[rows]
-    B, advance = len(hidden), DecodeStep(model, cache)
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(B, max_new_tokens, device=device)
-    alive = torch.arange(B, device=device)               # which row each line of the cache is
-    running = torch.ones(B, dtype=torch.bool, device=device)  # of the lines in `alive`
-    stop = torch.tensor(sorted(stop_ids), device=device)
-    for step in range(max_new_tokens):
-        logits = F.linear(hidden, advance.head).float()  # (lines, V)
-        if valid_vocab is not None:
-            logits[:, valid_vocab:] = -torch.inf
-        token, logprob = sample_token(logits, temperature, top_k, top_p, generator)
-        tokens[alive, step], logprobs[alive, step] = token, logprob
-        if watch is not None:
-            watch(token.tolist())
-        running &= ~torch.isin(token, stop)
-        left = int(running.sum())  # the one host sync of a step
-        if left == 0 or step + 1 == max_new_tokens:
-            break
-        # Whole sixteens, since every new shape costs oneDNN some 2 ms; and only when it pays, since
-        # repacking copies the cache, and a graph is captured anew.
-        size = left + -left % 16 if left > 16 else left
-        if size <= (0.5 if advance.static else 0.8) * len(running):
-            keep = running.int().argsort(descending=True, stable=True)[:size]
-            cache.select(keep)
-            alive, token, running = alive[keep], token[keep], running[keep]
-        hidden = advance(token)
-    stops = torch.isin(tokens, stop).int()               # what follows a row's first one is chance
-    finished = stops.any(1)
-    lengths = torch.where(finished, stops.argmax(1) + 1, max_new_tokens).tolist()
-    return [Completion(t[:k], p[:k], f) for t, p, k, f in
-            zip(tokens.tolist(), logprobs.tolist(), lengths, finished.tolist(), strict=True)]
+        repeated = torch.arange(rows, device=device).repeat_interleave(n)
+        cache.select(repeated)
+        hidden = hidden[repeated]
+    return hidden, cache
+
+
+def cut_at_first_stop(tokens, logprobs, stops) -> list[Completion]:
+    """A row that stayed in the batch after its first stop id drew more tokens: drop them."""
+    is_stop = torch.isin(tokens, stops).int()
+    finished = is_stop.any(1)
+    lengths = torch.where(finished, is_stop.argmax(1) + 1, tokens.shape[1])
+    completions = []
+    for ids, row_logprobs, length, row_finished in zip(
+            tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True):
+        completions.append(Completion(ids[:length], row_logprobs[:length], row_finished))
+    return completions
 
 
 def sample_token(logits, temperature: float, top_k: int, top_p: float, generator):
-    """logits (B, V) float32 -> token (B,), its log-probability (B,)."""
+    """Draw one token (B,) per row of logits (B, V) float32. Return it and its log-probability (B,)
+    under the distribution it was drawn from; with temperature 0, under the model's own."""
     if temperature == 0:
-        probs, token = logits.softmax(-1), logits.argmax(-1, keepdim=True)
+        token = logits.argmax(-1)
+        probs = logits.softmax(-1)
     else:
         logits = logits / temperature
         if top_k:
             kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if top_p < 1:
-            sorted_, index = logits.sort(-1, descending=True)
-            mass = sorted_.softmax(-1)
-            # Drop what lies beyond the first p of the mass; the token that crosses p stays.
-            drop = mass.cumsum(-1) - mass > top_p
+            sorted_logits, index = logits.sort(-1, descending=True)
+            sorted_probs = sorted_logits.softmax(-1)
+            mass_before = sorted_probs.cumsum(-1) - sorted_probs
+            drop = mass_before > top_p  # so the token that crosses p stays
             logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
         probs = logits.softmax(-1)
-        # Inverse of the distribution function: one random number a row, where torch.multinomial
-        # draws one a token (a quarter of all the time at 384 rows). In float64, so that u < 1 stays
-        # below the last value and a token of probability 0 is never drawn.
+        # Invert the distribution function: one random number per row, where torch.multinomial draws
+        # one per token (a quarter of all the time at 384 rows). float64 keeps u < 1 below the last
+        # value, so that a token of probability 0 is never drawn.
         cdf = probs.double().cumsum(-1)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
-        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-    return token.flatten(), probs.gather(-1, token).log().flatten()
+        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).flatten()
+    logprob = probs.gather(-1, token[:, None]).log().flatten()
+    return token, logprob
 
+
+# --- log-probabilities of given answers -----------------------------------------------------------
 
 def read_prompts(model: Qwen2, prompts: list):
-    """-> the last hidden state of each prompt (B, 1, C) and a GrowingKVCache with a row for each. A
-    prompt that comes several times, as in GRPO's groups and DPO's pairs, is read once: with a
-    prompt of 60 tokens and 8 responses of 20, that is 220 tokens a group instead of 640."""
+    """Return the last hidden state of each prompt (B, 1, C) and a GrowingKVCache, one row each.
+
+    A prompt that occurs several times, as in GRPO's groups and DPO's pairs, is read once. With a
+    prompt of 60 tokens and 8 answers of 20, that is 220 tokens per group instead of 640."""
     device = model.model.norm.weight.device
-    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device)
-    ids, pads = left_pad(list(index), device)
+    unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
+    rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
+    ids, pads = left_pad(unique, device)
     cache = GrowingKVCache(pads)
     hidden = model.hidden(ids, cache=cache)[rows, -1:]
     cache.select(rows)
@@ -269,20 +191,25 @@ def read_prompts(model: Qwen2, prompts: list):
 
 def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
                         temperature: float = 1.0, valid_vocab: int | None = None):
-    """The sampler's numbers again, with gradients: (B, R) log-probabilities of each completion's
-    ids under softmax(logits / temperature), and the (B, R) bool mask of its length. DPO, GRPO and
-    their references all call this one, so that step 0 is exactly ln 2 and ratio 1."""
+    """Return the sampler's log-probabilities again, with gradients: (B, R) of each completion's ids
+    under softmax(logits / temperature), 0 beyond its end, and the (B, R) bool mask of its length.
+
+    DPO, GRPO and their reference policies all call this function. DPO's first loss is therefore
+    exactly ln 2, and GRPO's first ratio is 1."""
     device = model.head_weight.device
-    hidden, cache = read_prompts(model, prompts)                      # predicts the first id
+    hidden, cache = read_prompts(model, prompts)  # predicts the first id
     ids = pad_rows(completions, 0).to(device)
-    lengths = torch.tensor([[len(c)] for c in completions], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths        # (B, R), by lengths (R8.3)
     if ids.shape[1] > 1:
-        hidden = torch.cat((hidden, model.hidden(ids[:, :-1], cache=cache)), dim=1)
+        rest = model.hidden(ids[:, :-1], cache=cache)
+        hidden = torch.cat((hidden, rest), dim=1)
+    lengths = torch.tensor([[len(completion)] for completion in completions], device=device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths  # by length: any id may be text
     logprobs = kernels.token_logprobs(hidden[mask], model.head_weight, ids[mask], temperature,
                                       valid_vocab=valid_vocab)
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
 
+
+# --- rollouts -------------------------------------------------------------------------------------
 
 @dataclass
 class Rollout:
@@ -297,26 +224,35 @@ class Rollout:
 
 def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
             temperature: float = 1.0, seed: int = 0, score=None) -> list[list[Rollout]]:
-    """n scored responses to each query: a list of n for each query. No top-k or top-p here: the
-    log-probabilities must be those of the policy itself (R12.2). Several processes share the
-    queries; each gets all the answers. score(queries, texts) -> list of float, such as
-    tasks.queries.score_many; without it every score stays 0."""
-    queries, seed = rank_slice(queries), seed + 1_000_000_007 * RANK
+    """Sample n answers per query and score them; return one list of n rollouts per query.
+
+    score(queries, texts) -> list of float, such as tasks.queries.score_many; None: all stay 0.
+    There is no top-k or top-p: the log-probabilities must be those of the policy itself. Several
+    processes share the queries, and each gets all rollouts."""
+    queries = rank_slice(queries)
     prompts = [tokenizer.render_prompt(query["prompt"]) for query in queries]
-    completions = generate(model, prompts, max_new_tokens, temperature, seed=seed, n=n,
-                           stop_ids=tokenizer.stop_ids, valid_vocab=tokenizer.n_vocab)
+    completions = generate(model, prompts, max_new_tokens, temperature, n=n,
+                           seed=seed + 1_000_000_007 * RANK, stop_ids=tokenizer.stop_ids,
+                           valid_vocab=tokenizer.n_vocab)
     rows = []
-    for i, c in enumerate(completions):
-        text = tokenizer.decode(c.ids[:-1] if c.finished else c.ids)
-        rows.append(Rollout(queries[i // n], prompts[i // n], c.ids, c.logprobs, c.finished, text))
-    # A response that never ended is no answer, whatever it contains.
-    ended = [row for row in rows if row.finished]
+    for i, completion in enumerate(completions):
+        rows.append(Rollout(queries[i // n], prompts[i // n], completion.ids, completion.logprobs,
+                            completion.finished, answer_text(tokenizer, completion)))
     if score is not None:
+        ended = [row for row in rows if row.finished]  # the others score 0, whatever they contain
         scores = score([row.query for row in ended], [row.text for row in ended])
         for row, value in zip(ended, scores, strict=True):
             row.score = value
     return gather_rows([rows[i:i + n] for i in range(0, len(rows), n)])
 
+
+def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
+    """Decode a completion without its stop id."""
+    ids = completion.ids[:-1] if completion.finished else completion.ids
+    return tokenizer.decode(ids)
+
+
+# --- chat -----------------------------------------------------------------------------------------
 
 @dataclass
 class Args:
@@ -335,11 +271,15 @@ class Args:
 
 
 class Printer:
-    """Prints one answer while it grows. A character can be spread over several tokens: what ends
-    in half of one is held back until the rest has come."""
+    """Print one answer while it grows.
+
+    Several tokens can make up one character. Text that ends in half a character is held back until
+    the other half has come."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+        self.tokenizer = tokenizer
+        self.ids = []
+        self.shown = 0  # characters
 
     def __call__(self, tokens: list[int]) -> None:
         self.ids += [token for token in tokens if token not in self.tokenizer.stop_ids]
@@ -355,10 +295,13 @@ class Printer:
 def main(args: Args) -> None:
     device, autocast = setup(args)
     positive(args, "max_new_tokens", "top_p")
-    require(args.top_p <= 1, f"--top_p wants a share in (0, 1], got {args.top_p}")
+    require(args.top_p <= 1, f"--top_p must be in (0, 1], got {args.top_p}")
     model, tokenizer = load_policy(args.init, device)
     model.config = model.config.extended(args.yarn, args.dca)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    longest = model.config.max_position_embeddings
+    messages = []
+    if args.system:
+        messages.append({"role": "system", "content": args.system})
     turn = 0
     while True:
         try:
@@ -370,16 +313,16 @@ def main(args: Args) -> None:
             continue
         messages.append({"role": "user", "content": text})
         ids, _ = tokenizer.render(messages, add_generation_prompt=True)
-        if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
-            raise InputError(f"the conversation has {len(ids)} tokens; with --max_new_tokens "
-                             f"{args.max_new_tokens} it outgrows the model's "
-                             f"{model.config.max_position_embeddings} positions (--dca: 4x)")
+        require(len(ids) + args.max_new_tokens <= longest,
+                f"the conversation has {len(ids)} tokens; with --max_new_tokens "
+                f"{args.max_new_tokens} it outgrows the model's {longest} positions (--dca: 4x)")
         printer = Printer(tokenizer)
         with autocast:
-            answer = generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k,
-                              args.top_p, args.seed + turn, tokenizer.stop_ids,
-                              valid_vocab=tokenizer.n_vocab, watch=printer)[0]
-        reply = tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
+            answer, = generate(
+                model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                seed=args.seed + turn, stop_ids=tokenizer.stop_ids,
+                valid_vocab=tokenizer.n_vocab, on_tokens=printer)
+        reply = answer_text(tokenizer, answer)
         printer.show(reply + "\n")
         if not answer.finished:
             print(f"(cut at --max_new_tokens {args.max_new_tokens})", file=sys.stderr)

@@ -1,77 +1,72 @@
 """Stage 2: supervised fine-tuning on conversations (report section 4.1).
 
-The pre-training loss on a subset of positions: with m_t = 1 exactly on what the assistant says and
-on the <|im_end|> that ends its turn (tokenizer.render is the only place that decides this),
+The loss is that of pre-training on a subset of the positions. The loss mask m_t is 1 on what the
+assistant says and on the <|im_end|> that ends its turn; tokenizer.render alone decides this:
 
     L = - 1/M_step * sum_t m_t log p(x_t | x_<t),    M_step = sum of m_t over the whole step
 
-The report: over a million conversations, 2 epochs, up to 32,768 tokens, learning rate 7e-6 falling
-to 7e-7, weight decay 0.1, gradient norm 1.0. Not disclosed, so our choice: batch size, warm-up,
-cosine decay, packing. The report has one rate for all sizes; a power law through it at 7B and our
-smallest model's best (LOG.md: 2e-4 at N = 0.8M without embeddings) is lr = 7e-6 (6.5e9 / N)^0.37.
-It is no more than a start: at 106M, in 21 steps, its 3.2e-5 was too low and 1e-4 the best of three.
+The report trains on over a million conversations for 2 epochs, with up to 32,768 tokens each, at a
+learning rate that falls from 7e-6 to 7e-7, with weight decay 0.1 and a gradient norm of at most
+1.0. It does not disclose batch size, warm-up, the shape of the decay or packing: these are our
+choice. The report has one learning rate for all model sizes. A power law through it (at 7B) and the
+best rate of our smallest model is lr = 7e-6 (6.5e9 / N)^0.37, with N without embeddings. It is only
+a starting point: at 106M parameters it gives 3.2e-5, and 1e-4 was better (docs/LOG.md).
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
         --pack --batch_size 128 --micro_batch 1 --out ...                   # the report's settings
-    python sft.py --init runs/sft --queries rl --responses 8 --out ...        # rejection sampling
-    python tokenizer.py show runs/sft --chat chats.jsonl                    # look at the mask
+    python tokenizer.py show runs/sft --chat chats.jsonl                    # look at the loss mask
 
---data: JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
-"tool_calls" where there are some; every turn of the assistant is trained on. With --queries, --init
-answers these, and what passes its check is the data. With neither: verified demonstrations.
+--data is JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
+"tool_calls" where there are some. Every assistant turn is trained on. Without --data, the stage
+trains on verified demonstrations (`python -m tasks demonstrations`). `python -m tasks rejection`
+makes a file for --data by rejection sampling.
 
-Expect, with the built-in demonstrations: the loss starts far below pre-training's and falls in a
-step at each epoch's end; afterwards more than 95% of answers stop by themselves. (samples.jsonl and
-`stopped` are of built-in questions, whatever --data was.) A loss near 0 is no good sign: too high a
-rate learns the demonstrations by heart and loses what the base model could do (LOG.md, "SFT above
-the base model, DPO above SFT").
+Expect: with the demonstrations, the loss starts far below pre-training's and drops at the end of
+each epoch. Afterwards more than 95% of the answers stop by themselves. A loss near 0 is a bad sign:
+the model has memorised the demonstrations and lost some of what the base model could do
+(docs/LOG.md, "SFT above the base model, DPO above SFT").
 """
-import io
 import json
 import zlib
 from array import array
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 import kernels
-import tasks.queries
 from lib.args import InputError, cli, positive, require
-from lib.files import open_text, write_atomic
+from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
+from lib.files import open_text
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
-from lib.run import Run
-from lib.dist import QUIET, WORLD, micro_batches, apply_fsdp, all_reduce_sum, full_model
+from lib.run import Run, build_once
 from model import Qwen2
 from sample import load_policy, rollout
-from lib.vllm_client import rollout_backend
+from tokenizer import Tokenizer
 
 
 @dataclass
 class Args:
     init: str = "runs/pretrain"      # model directory to start from
-    out: str = "runs/sft"            # where the run goes
+    out: str = "runs/sft"            # run directory
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
-    queries: str = ""                # instead: what --init answers rightly to this split or file
-    n_data: int = 0                  # at most so many of them; 0: all of a file, 1000 built-in ones
-    responses: int = 8               # answers sampled to each of --queries
-    rollout_url: str = ""            # sample them on a server that has --init, http://HOST:PORT/v1
-    max_new_tokens: int = 160        # longest of these, and of the samples at the end
+    n_data: int = 0                  # read at most this many; 0: a whole file, 1000 demonstrations
     max_len: int = 512               # longer conversations are cut at the end
-    pack: bool = False               # rows of max_len tokens, of several conversations (on a GPU)
+    pack: bool = False               # sequence packing: rows of several conversations (on a GPU)
     epochs: float = 4.0              # passes over the data
-    batch_size: int = 16             # conversations a step
-    micro_batch: int = 32  # rows a forward pass: memory only
-    gradient_checkpointing: bool = (
-        False  # activations in the backward pass: less memory, 1/3 more time
-    )
+    batch_size: int = 16             # conversations per step
+    micro_batch: int = 32            # rows per forward pass: changes memory only
+    gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
     warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
-    max_grad_norm: float = 1.0       # largest gradient norm
+    max_grad_norm: float = 1.0       # gradients are clipped to this norm
+    max_new_tokens: int = 160        # longest answer in samples.jsonl
     save_every: int = 200            # steps between resumable states
-    seed: int = 0                    # of data and their order
+    seed: int = 0                    # of the demonstrations and the order of the data
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
     resume: bool = False             # continue an interrupted run
@@ -81,79 +76,132 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
+class Row(NamedTuple):
+    """A tokenized conversation."""
+    ids: list[int]
+    mask: list[int]                # loss mask: 1 where the assistant speaks
+
+
+class PackedRow(NamedTuple):
+    """Several conversations behind each other, see `pack`."""
+    ids: list[int]
+    mask: list[int]
+    segment_ids: list[int]         # number of the conversation that a token belongs to
+
+
 class Conversations:
-    """(ids, mask) by number, of a JSONL: in memory is only where each line begins. All are read
-    once before training: a bad one is refused now; one cut before the assistant's first word is
-    dropped and counted, as a step of only such would be 0/0 (R8.5)."""
+    """Tokenized conversations of a JSONL file by number.
 
-    def __init__(self, file, tokenizer, max_len: int, n: int, name: str = ""):
-        self.file, self.tokenizer, self.max_len = file, tokenizer, max_len
-        self.starts, self.dropped, start, number = array("q"), 0, 0, 0
+    Only the place where each line begins is kept in memory. All lines are read once before
+    training, so that a bad one is refused at the start. A conversation that is cut before the
+    assistant's first word has no target. It is dropped and counted: a step that consists of such
+    conversations would divide 0 by 0."""
+
+    def __init__(self, file, tokenizer: Tokenizer, max_len: int, n: int = 0, name: str = ""):
+        """file: open for reading bytes; n: read at most so many, 0: all; name: for messages."""
+        self.file = file
+        self.tokenizer = tokenizer
+        self.max_len = max_len
+        self.starts = array("q")
+        self.dropped = 0
+        number = start = 0
         try:
-            for line in file:
+            for line in self.file:
                 number += 1
-                if line.strip() and len(self) + self.dropped < n:
-                    learns = any(self.tokens(line)[1][1:])
-                    self.starts.extend([start] * learns)
-                    self.dropped += not learns
+                wanted = n == 0 or len(self.starts) + self.dropped < n
+                if line.strip() and wanted:
+                    if any(self.tokenize(line).mask[1:]):
+                        self.starts.append(start)
+                    else:
+                        self.dropped += 1
                 start += len(line)
-        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # torn .gz too
-            reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
-            raise InputError(f"{name}:{number}: {' '.join(str(reason).split())}") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{name}:{number}: not JSON ({error.msg})") from None
+        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
+            raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
-    def tokens(self, line: bytes) -> tuple[list[int], list[int]]:
+    def parse(self, line: bytes) -> dict:
         row = json.loads(line)
         require(isinstance(row, dict) and isinstance(row.get("messages"), list),
-                'want {"messages": [{"role", "content"}, ...]}')
-        ids, mask = self.tokenizer.render(row["messages"], tools=row.get("tools"))
-        return ids[:self.max_len], mask[:self.max_len]
+                'expected {"messages": [{"role", "content"}, ...]}')
+        return row
 
-    def __len__(self):
+    def tokenize(self, line: bytes) -> Row:
+        row = self.parse(line)
+        ids, mask = self.tokenizer.render(row["messages"], tools=row.get("tools"))
+        return Row(ids[:self.max_len], mask[:self.max_len])
+
+    def read_line(self, i: int) -> bytes:
+        self.file.seek(self.starts[i])
+        return self.file.readline()
+
+    def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int):
-        self.file.seek(self.starts[i])
-        return self.tokens(self.file.readline())
+    def __getitem__(self, i: int) -> Row:
+        return self.tokenize(self.read_line(i))
+
+    def prompts(self, n: int) -> list[dict]:
+        """Return what was said before the assistant's first turn in n conversations."""
+        prompts = []
+        for i in range(min(n, len(self))):
+            messages = self.parse(self.read_line(i))["messages"]
+            first_answer = [message["role"] for message in messages].index("assistant")
+            prompt = messages[:first_answer]
+            if prompt and len(self.tokenizer.render_prompt(prompt)) <= self.max_len:
+                prompts.append({"prompt": prompt})
+        return prompts
 
 
-def rejection_sample(model: Qwen2, tokenizer, args: Args) -> list[dict]:
-    """Of several responses to each query those that pass its check, each different one once."""
-    policy = rollout_backend(args.rollout_url, model, tokenizer)
-    queries = tasks.queries.load(args.queries, args.n_data, args.seed, built_in=1000)
-    groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens, 1.0,
-                     args.seed, tasks.queries.score_many)
-    passed = dict.fromkeys((a.query["prompt"], a.text) for a in sum(groups, []) if a.score)
-    return [{"messages": [{"role": "user", "content": prompt},
-                          {"role": "assistant", "content": text}]} for prompt, text in passed]
+def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
+    """Read --data, or make the built-in demonstrations first."""
+    path, n = args.data, args.n_data
+    if not path:
+        n = args.n_data or 1000
+        path = Path(args.out).parent / f"demonstrations-{n}-seed{args.seed}.jsonl"
+        build_once(path, "tasks", "demonstrations", "--n", n, "--seed", args.seed, "--out", path)
+    binary = open_text(path).detach()  # seek() needs byte offsets
+    return Conversations(binary, tokenizer, args.max_len, n, str(path))
 
 
-def pack(rows, max_len: int):
-    """(ids, mask) of conversations -> fewer, longer rows (ids, mask, number of the conversation):
-    the longest first, each into the first row with room for it. The loss stays the same: attention
-    and positions keep to a conversation, and its first token, <|im_start|>, is no target."""
+def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
+    """Pack conversations into fewer, longer rows (sequence packing).
+
+    The longest come first, each goes into the first row that has room for it. The loss does not
+    change: attention and positions stay inside a conversation (segment_ids), and its first token,
+    <|im_start|>, is never a target."""
     packed = []
-    for i, (ids, mask) in enumerate(sorted(rows, key=lambda row: -len(row[0]))):
-        row = next((row for row in packed if len(row[0]) + len(ids) <= max_len), None)
-        if row is None:
-            packed.append(row := ([], [], []))
-        for column, new in zip(row, (ids, mask, [i] * len(ids)), strict=True):
-            column += new
-    while len(packed) % WORLD:  # each process wants as many
-        packed.append(([0, 0], [0, 0], [0, 0]))
+    longest_first = sorted(rows, key=lambda row: -len(row.ids))
+    for number, conversation in enumerate(longest_first):
+        for row in packed:
+            if len(row.ids) + len(conversation.ids) <= max_len:
+                break
+        else:
+            row = PackedRow([], [], [])
+            packed.append(row)
+        row.ids.extend(conversation.ids)
+        row.mask.extend(conversation.mask)
+        row.segment_ids.extend([number] * len(conversation.ids))
+    while len(packed) % WORLD:  # every process needs the same number of rows
+        packed.append(PackedRow([0, 0], [0, 0], [0, 0]))
     return packed
 
 
 # ---------------------------------------------------------------------------------------------
 # loss
 
-def sft_loss(model: Qwen2, ids, mask, count: int, segments=None):
-    """Summed loss of ids (B, T) where mask (B, T) is 1, over `count`, the step's supervised tokens.
-    Rows are padded on the right: causal attention never looks there, and the mask is 0.
-    segments (B, T): which conversation of a packed row a token is of."""
-    segments = None if segments is None else segments[:, :-1]
-    hidden = model.hidden(ids[:, :-1], segment_ids=segments)
-    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    return kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum") / count
+def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None):
+    """Return the summed loss of ids (B, T) where mask (B, T) is 1, divided by `count`.
+
+    count is the number of supervised tokens of the whole step, so that micro-batches add up to its
+    mean. Rows are padded on the right: causal attention never looks there, and the mask is 0.
+    segment_ids (B, T) tells the conversations of a packed row apart."""
+    if segment_ids is not None:
+        segment_ids = segment_ids[:, :-1]
+    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids)
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)  # -100: no loss here
+    total = kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum")
+    return total / count
 
 
 # ---------------------------------------------------------------------------------------------
@@ -162,81 +210,69 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "epochs", "batch_size", "micro_batch", "save_every",
-             "responses", "max_new_tokens")
+    positive(args, "epochs", "batch_size", "micro_batch", "save_every", "max_new_tokens")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
-    require(not (args.data and args.queries), "--data and --queries: take one")
-    require(args.queries or not args.rollout_url, "--rollout_url wants --queries to ask there")
+
+    # model
     model, tokenizer = load_policy(args.init, device)
     longest = model.config.max_position_embeddings
-    require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest}")
-    # In tiles, a CPU skips what no token may see. On a GPU: one mask, not measured.
+    require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest} "
+            "positions")
+    model.gradient_checkpointing = args.gradient_checkpointing
+    # On a CPU the blocked attention skips the other conversations of a packed row.
     kernels.set_default_impl("fused" if args.pack and device.type == "cpu" else "auto")
 
     # data
-    built = run.path / "data.jsonl"
-    if args.data or args.resume and built.exists():
-        file = open_text(args.data or built).detach()
-    else:
-        with autocast:
-            found = rejection_sample(model, tokenizer, args) if args.queries else \
-                tasks.queries.demonstrations(args.n_data or 1000, args.seed)
-        file = io.BytesIO("".join(json.dumps(row) + "\n" for row in found).encode())
-    n = args.n_data if args.data and args.n_data else 10**9
-    rows = Conversations(file, tokenizer, args.max_len, n, args.data)
-    require(len(rows) > 0, f"--data {args.data or args.queries}: {rows.dropped} conversations, none"
-            f" with an answer of the assistant within --max_len {args.max_len} tokens")
-    steps = max(1, int(args.epochs * len(rows) / args.batch_size))
-    print(f"{len(rows)} conversations ({rows.dropped} dropped: no answer within --max_len), "
-          f"{steps} steps")
+    conversations = load_conversations(args, tokenizer)
+    require(len(conversations) > 0, f"--data {args.data}: {conversations.dropped} conversations, "
+            f"none with an answer of the assistant within --max_len {args.max_len} tokens")
+    steps = max(1, int(args.epochs * len(conversations) / args.batch_size))
+    print(f"{len(conversations)} conversations ({conversations.dropped} dropped: no answer within "
+          f"--max_len), {steps} steps")
 
     # optimizer, resume
-    model.gradient_checkpointing = args.gradient_checkpointing
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)
-    if isinstance(file, io.BytesIO):
-        write_atomic(built, file.getvalue().decode())
 
     # loop
     bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=QUIET)
     for step in bar:
-        batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        parts = sorted((rows[i] for i in batch), key=lambda row: len(row[0]))  # little padding
-        count, loss = sum(sum(mask[1:]) for _, mask in parts), 0.0
-        parts = pack(parts, args.max_len) if args.pack else parts
-        for micro in micro_batches(parts, args.micro_batch):
-            ids, mask, *segments = (pad_rows(column, pad).to(device) for column, pad in zip(
-                zip(*micro, strict=True), (tokenizer.pad_id, 0, -1), strict=False))
+        batch = epoch_order(step, args.batch_size, len(conversations), args.seed)
+        rows = [conversations[i] for i in batch]
+        rows.sort(key=lambda row: len(row.ids))  # neighbours of similar length: little padding
+        count = sum(sum(row.mask[1:]) for row in rows)
+        if args.pack:
+            rows = pack(rows, args.max_len)
+        loss = 0.0
+        for micro in micro_batches(rows, args.micro_batch):
+            ids = pad_rows([row.ids for row in micro], tokenizer.pad_id).to(device)
+            mask = pad_rows([row.mask for row in micro], 0).to(device)
+            segment_ids = None
+            if args.pack:
+                segment_ids = pad_rows([row.segment_ids for row in micro], -1).to(device)
             with autocast:
-                micro_loss = sft_loss(model, ids, mask, count, *segments)
+                micro_loss = sft_loss(model, ids, mask, count, segment_ids)
             loss += micro_loss.item()
             micro_loss.backward()
         loss = all_reduce_sum(loss)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
-        norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
-        run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=norm, targets=count,
-                epoch=(step + 1) * args.batch_size / len(rows))
+        grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
+        epoch = (step + 1) * args.batch_size / len(conversations)
+        run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=grad_norm, targets=count,
+                epoch=epoch)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
-    # save, with a look at what it says now
+    # save, with a look at what the model answers now
     with autocast:
-        groups = rollout(
-            full_model(model),
-            tokenizer,
-            tasks.queries.builtin("val", 32, args.seed),
-            1,
-            args.max_new_tokens,
-            1.0,
-            args.seed,
-            tasks.queries.score_many,
-        )
+        groups = rollout(full_model(model), tokenizer, conversations.prompts(32), 1,
+                         args.max_new_tokens, 1.0, args.seed)
     answers = [group[0] for group in groups]
-    stopped = sum(a.finished for a in answers) / len(answers)
+    stopped = sum(answer.finished for answer in answers) / max(1, len(answers))
     print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")
     run.save_samples(answers)
-    run.finish(model, tokenizer, loss=loss, stopped=stopped, conversations=len(rows))
+    run.finish(model, tokenizer, loss=loss, stopped=stopped, conversations=len(conversations))
     return {"loss": loss, "stopped": stopped}
 
 

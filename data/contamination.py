@@ -1,68 +1,94 @@
-"""Test items in training documents."""
+"""Decontamination: training documents must not hold test items (report section 5).
+
+The report drops a training sequence s_t if, for some test sequence s_e, their longest common
+subsequence (LCS) has at least 13 tokens and at least 0.6 min(|s_t|, |s_e|) tokens; a shared 13-gram
+finds the candidates. Three things are our choice:
+
+- The rule is for sequences, and in a whole long document almost any tokens turn up in order. So s_t
+  is the stretch of 2|s_e| tokens around the place where the 13-gram puts s_e. A hit drops the whole
+  document.
+- Tokens are words without case and punctuation, as in Qwen2.5-Math; this needs no tokenizer. Pass
+  `encode=tokenizer.encode` for token ids.
+- tasks/ writes generated documents and test prompts from the same templates, so 60% in common only
+  means two changed numbers. In a document of kind "synthetic" all tokens must match.
+
+A test item with fewer than 13 tokens cannot be found by this rule.
+"""
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 
 from data.dedup import ngram_hashes, word_ids
-from data.filters import filter_documents
+
+MIN_COMMON = 13  # tokens
+MIN_SHARE = 0.6  # of the shorter sequence
+
 
 def lcs_length(a, b) -> int:
-    """Longest common subsequence in len(b) steps on len(a)-bit integers (Hyyro 2004): bit i of
-    `row` is 0 where a[:i+1] has a longer LCS with the b read so far than a[:i] has."""
+    """Return the length of the longest common subsequence, in len(b) steps on integers of len(a)
+    bits (Hyyro 2004). Bit i of `row` is 0 where a[:i+1] has a longer LCS with the part of b read so
+    far than a[:i] has."""
     where = defaultdict(int)
     for i, token in enumerate(a):
         where[token] |= 1 << i
-    full = row = (1 << len(a)) - 1
+    full = (1 << len(a)) - 1
+    row = full
     for token in b:
         match = row & where.get(token, 0)
         row = (row + match | row - match) & full
     return len(a) - row.bit_count()
 
 
+class Hit(NamedTuple):
+    item: int    # index of the test item, or -1
+    common: int  # tokens of the longest common subsequence
+
+
 class Contamination:
-    """A stage that drops test items, by the report's rule (section 5): s_t goes if for some test
-    sequence s_e the longest common subsequence has >= 13 tokens and >= 0.6 min(|s_t|, |s_e|); a
-    shared 13-gram finds candidates.
+    """A stage that drops documents which hold a test item."""
 
-    The rule is for sequences: in a whole long document almost any tokens turn up in order. So s_t
-    is the stretch of 2|s_e| tokens around where the 13-gram puts s_e; a hit drops the document.
-    `encode` gives integers. Its default, words without case and punctuation, follows Qwen2.5-Math
-    and needs no tokenizer. Test items below 13 tokens cannot be found by this rule.
-
-    `tasks` writes documents and test prompts from the same templates and splits them by prompt. In
-    these 60% would take two changed numbers for a copy: of kind "synthetic", all must match."""
-
-    def __init__(self, tests: list[str], encode=word_ids, *, minimum: int = 13, ratio: float = 0.6):
-        self.tests, self.encode, self.minimum, self.ratio = tests, encode, minimum, ratio
+    def __init__(self, tests: list[str], encode=word_ids):
+        self.tests = tests
+        self.encode = encode  # text -> integers
         self.ids = [np.asarray(encode(text), dtype=np.uint64) for text in tests]
-        self.index = defaultdict(list)  # 13-gram -> [(test, position in it)]
-        for e, ids in enumerate(self.ids):
-            for q, gram in enumerate(ngram_hashes(ids, minimum).tolist()):
-                self.index[gram].append((e, q))
-        self.known = np.array(sorted(self.index), dtype=np.uint64)
+        self.places = defaultdict(list)  # 13-gram -> [(test item, position in it)]
+        for item, ids in enumerate(self.ids):
+            for position, gram in enumerate(ngram_hashes(ids, MIN_COMMON).tolist()):
+                self.places[gram].append((item, position))
+        self.grams = np.array(sorted(self.places), dtype=np.uint64)
 
-    def find(self, text: str, kind: str = "prose") -> tuple[int, int]:
-        """-> (test item, common tokens), (-1, 0) where there is none."""
-        ids, tried = np.asarray(self.encode(text), dtype=np.uint64), set()
-        grams, ratio = ngram_hashes(ids, self.minimum), 1.0 if kind == "synthetic" else self.ratio
-        places = np.searchsorted(self.known[:-1], grams)  # of the first that is not smaller
-        for p in np.flatnonzero(self.known[places] == grams) if len(self.known) else ():
-            for e, q in self.index[int(grams[p])]:
-                m = len(self.ids[e])
-                start = int(p) - q - m // 2
-                if (e, start // (m // 4 + 1)) in tried:
-                    continue  # the 13-grams of one passage give nearly the same stretch
-                tried.add((e, start // (m // 4 + 1)))
-                stretch = ids[max(0, start):start + 2 * m]
-                lcs = lcs_length(self.ids[e].tolist(), stretch.tolist())
-                if lcs >= max(self.minimum, ratio * min(m, len(ids))):
-                    return e, lcs
-        return -1, 0
+    def shared_grams(self, ids: np.ndarray):
+        """Yield (position in ids, test item, position in the item) for each shared 13-gram."""
+        if len(self.grams) == 0:
+            return
+        grams = ngram_hashes(ids, MIN_COMMON)
+        nearest = np.searchsorted(self.grams[:-1], grams)  # the first that is not smaller
+        for position in np.flatnonzero(self.grams[nearest] == grams).tolist():
+            for item, offset in self.places[int(grams[position])]:
+                yield position, item, offset
+
+    def find(self, text: str, kind: str = "prose") -> Hit:
+        """Return the first test item that the document holds, or Hit(-1, 0)."""
+        ids = np.asarray(self.encode(text), dtype=np.uint64)
+        min_share = 1.0 if kind == "synthetic" else MIN_SHARE
+        tried = set()
+        for position, item, offset in self.shared_grams(ids):
+            size = len(self.ids[item])
+            start = position - offset - size // 2
+            # The 13-grams of one passage give nearly the same stretch: one of them is enough.
+            passage = (item, start // (size // 4 + 1))
+            if passage in tried:
+                continue
+            tried.add(passage)
+            stretch = ids[max(0, start):start + 2 * size]
+            common = lcs_length(self.ids[item].tolist(), stretch.tolist())
+            if common >= max(MIN_COMMON, min_share * min(size, len(ids))):
+                return Hit(item, common)
+        return Hit(-1, 0)
 
     def __call__(self, text: str, kind: str = "prose") -> str:
-        e, lcs = self.find(text, kind)
-        return "" if e < 0 else f"{lcs} words in common with test item {self.tests[e][:60]!r}"
-
-
-def decontaminate(documents, eval_texts, encode=word_ids) -> tuple[list[dict], dict]:
-    return filter_documents(documents, {"contaminated": Contamination(list(eval_texts), encode)})
+        item, common = self.find(text, kind)
+        if item < 0:
+            return ""
+        return f"{common} words in common with test item {self.tests[item][:60]!r}"

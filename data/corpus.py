@@ -1,4 +1,11 @@
-"""The built-in corpus: real text that comes with every Python."""
+"""The built-in corpus: real text that comes with every Python, and generated questions.
+
+With it every stage runs on any machine, without a network. The real text is Python's language
+reference, and the docstrings and code of its standard library. The generated documents are
+questions with answers from tasks/: the report's synthetic data (section 3.1) at a small scale.
+
+    python -m data --max_mb 6 --synthetic_mb 2 --out runs/data
+"""
 import ast
 import os
 import sysconfig
@@ -9,68 +16,83 @@ import numpy as np
 
 from lib.args import require
 
-# ---------------------------------------------------------------------------------------------
-# the built-in corpus: real text that comes with every Python
-
+# Tests are data more than text. pydoc_data holds the language reference, which is read apart.
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages",
-           "pydoc_data", "__pycache__"}  # tests are data more than text; pydoc_data is read apart
+           "pydoc_data", "__pycache__"}
 
-# Token shares of the built-in corpus, our choice: a little real text, the rest synthetic questions.
+# Shares of tokens, our choice: a little real text, the rest generated questions.
 BUILTIN_WEIGHTS = {"stdlib_reference": 0.01, "stdlib_docstrings": 0.02, "stdlib_code": 0.01,
                    "mathematics": 0.34, "code": 0.12, "instruction": 0.24, "logic": 0.26}
 
 
 def stdlib_files(root: str) -> list[str]:
-    """Paths below root, sorted: the order of a directory listing differs between machines."""
+    """Return the paths of the modules below root. They are sorted, because the order of a directory
+    listing differs between machines."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in SKIPPED]  # not even walked: large
-        found += [os.path.relpath(os.path.join(folder, f), root).replace(os.sep, "/")
-                  for f in files if f.endswith(".py")
-                  and not f.startswith(("test_", "_sysconfigdata"))]  # the latter: local paths
+        folders[:] = [name for name in folders if name not in SKIPPED]  # os.walk skips them
+        for name in files:
+            unwanted = name.startswith(("test_", "_sysconfigdata"))  # the latter has local paths
+            if name.endswith(".py") and not unwanted:
+                path = os.path.relpath(os.path.join(folder, name), root)
+                found.append(path.replace(os.sep, "/"))
     return sorted(found)
 
 
 def docstrings(node: ast.AST, name: str):
-    """Yields "name, newline, dedented docstring" of a module, then of all it defines, in order."""
-    if text := ast.get_docstring(node):
+    """Yield the name and the docstring of a module, then of all it defines, in order."""
+    text = ast.get_docstring(node)
+    if text:
         yield f"{name}\n{text}"
     for child in node.body:
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield from docstrings(child, f"{name}.{child.name}")
 
 
-def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
-    """{source: documents} from the running Python: the language reference (`help("topics")`), and
-    docstrings and code of up to `max_mb` of standard library files, sampled by `seed`. (So a
-    docstring is in two sources.) The same on every machine with the same Python version. Raises
-    InputError where Python comes without its sources (embedded distributions)."""
-    root, code, docs, size = sysconfig.get_path("stdlib"), [], [], 0
-    names = stdlib_files(root)
-    require(len(names) > 0, "this Python has no standard library sources: pass --input")
-    for i in np.random.default_rng(seed).permutation(len(names)):
-        text = Path(root, names[i]).read_text(encoding="utf-8", errors="replace")
-        if (size := size + len(text)) > max_mb * 1e6:
-            break
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules
-            doc = "\n\n".join(docstrings(ast.parse(text), names[i][:-3].replace("/", ".")))
-        code.append({"text": text, "source": "stdlib_code", "kind": "code", "name": names[i]})
-        docs.append({"text": doc, "source": "stdlib_docstrings", "name": names[i]})
+def reference_topics() -> dict[str, str]:
+    """Return the language reference by topic: what `help("topics")` shows."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it apart
-        topics = {}
-    reference = [{"text": text, "source": "stdlib_reference", "name": name}
-                 for name, text in sorted(topics.items())]
+        return {}
+    return topics
+
+
+def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
+    """Return {source: documents}: the language reference, and the docstrings and code of up to
+    `max_mb` of standard library files, sampled by `seed`. (Each docstring is also in the code.)
+    The corpus depends on the Python version, not on the machine. Raises InputError if this Python
+    comes without its sources, as embedded distributions do."""
+    reference = [{"text": text, "source": "stdlib_reference", "name": topic}
+                 for topic, text in sorted(reference_topics().items())]
+    root = sysconfig.get_path("stdlib")
+    names = stdlib_files(root)
+    require(len(names) > 0, "this Python has no standard library sources: pass --input")
+    docs = []
+    code = []
+    size = 0
+    for i in np.random.default_rng(seed).permutation(len(names)):
+        name = names[i]
+        text = Path(root, name).read_text(encoding="utf-8", errors="replace")
+        size += len(text)
+        if size > max_mb * 1e6:
+            break
+        module = name.removesuffix(".py").replace("/", ".")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            documentation = "\n\n".join(docstrings(ast.parse(text), module))
+        code.append({"text": text, "source": "stdlib_code", "kind": "code", "name": name})
+        docs.append({"text": documentation, "source": "stdlib_docstrings", "name": name})
     return {"stdlib_reference": reference, "stdlib_docstrings": docs, "stdlib_code": code}
 
 
 def synthetic(domain: str, n_bytes: int, seed: int) -> list[str]:
-    """Generated texts of one of tasks.queries.DOMAINS, until they hold n_bytes."""
-    import tasks.queries  # here, because only this share needs what it imports
-    texts, stream = [], tasks.queries.documents(domain, seed)
+    """Return generated texts of one of tasks.queries.DOMAINS that hold at least n_bytes."""
+    import tasks.queries  # here, because only this share of the corpus needs it
+    texts = []
+    stream = tasks.queries.documents(domain, seed)
     while n_bytes > 0:
-        texts.append(next(stream))
-        n_bytes -= len(texts[-1].encode())
+        text = next(stream)
+        texts.append(text)
+        n_bytes -= len(text.encode())
     return texts

@@ -1,31 +1,43 @@
-"""Near-duplicates."""
+"""Near-duplicate documents, found by MinHash.
+
+The Qwen2.5 report does not say how its corpus was de-duplicated; the Qwen1 report names exact
+matches, MinHash and LSH. Here a document is dropped if it equals an earlier kept document but for
+white space, or if it shares most of its runs of five words with one. The settings are FineWeb's
+(14 bands of 8 hashes); the threshold is our choice. `python -m data` runs this as one stage:
+
+    stage = NearDuplicates(threshold=0.75)
+    stage(text)         # "" the first time, then "100% like 'The council met ...'"
+"""
 import hashlib
 import re
 import sqlite3
 from functools import lru_cache
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 
-from data.filters import filter_documents
+SHINGLE = 5  # words per shingle: documents are compared by their sets of 5-grams
 
 # ---------------------------------------------------------------------------------------------
-# near-duplicates and contamination: both compare sequences of words
+# hashes of words and of runs of words; data/contamination.py uses them too
 
-# Lower-case words without punctuation; a Han or Kana character is a word by itself.
+# A word is lower-case and without punctuation; a Han or Kana character is a word by itself.
 WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
 @lru_cache(1)  # two stages ask for the same text
 def word_ids(text: str) -> np.ndarray:
-    """(words,) uint64, the CRC-32 of each word: Python's own hash differs from run to run."""
-    return np.array([crc32(w.encode("utf-8", "replace")) for w in WORD.findall(text.lower())],
-                    dtype=np.uint64)
+    """Return the CRC-32 of each word, (words,) uint64. Python's own hash changes with each run."""
+    words = WORD.findall(text.lower())
+    return np.array([crc32(word.encode("utf-8", "replace")) for word in words], dtype=np.uint64)
 
 
 def ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """(T,) uint64 -> (T - n + 1,) uint64: a polynomial in the n ids modulo 2^64, then the
-    splitmix64 finaliser, because MinHash needs every bit to depend on every id."""
+    """Hash each run of n ids: (T,) uint64 -> (T - n + 1,) uint64.
+
+    A polynomial in the n ids modulo 2^64 goes through splitmix64's finaliser, because MinHash needs
+    every bit to depend on every id."""
     h = np.zeros(max(0, len(ids) - n + 1), dtype=np.uint64)
     for k in range(n):
         h = h * np.uint64(0x9E3779B97F4A7C15) + ids[k:k + len(h)]
@@ -35,79 +47,111 @@ def ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def minhash(shingles: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n,) shingles -> (len(a),) signature, min over the set of a*x + b modulo 2^64. Two sets agree
-    at a position with probability their Jaccard similarity (Broder 1997)."""
+    """Return the signature of a set of shingles: (n,) -> (len(a),), all uint64.
+
+    Entry k is the minimum of a[k] x + b[k] modulo 2^64 over the set. Two sets agree in one entry
+    with a probability that is their Jaccard similarity (Broder 1997)."""
     signature = np.full(len(a), np.iinfo(np.uint64).max, dtype=np.uint64)
-    for start in range(0, len(shingles), 2048):  # blocks of 2 MB stay in cache
+    for start in range(0, len(shingles), 2048):  # blocks of 2 MB stay in the cache
         block = shingles[None, start:start + 2048] * a[:, None] + b[:, None]
         np.minimum(signature, block.min(1), out=signature)
     return signature
 
 
+# ---------------------------------------------------------------------------------------------
+# the stage
+
+class Match(NamedTuple):
+    index: int         # of the kept document that this one repeats, or -1
+    similarity: float  # estimated Jaccard similarity
+
+
+NO_MATCH = Match(-1, 0.0)
+
+
 class NearDuplicates:
-    """A stage that drops what equals an earlier kept document but for spaces, or nearly does (of
-    generated ones, kind "synthetic", only what is equal).
+    """A stage that drops documents which repeat an earlier kept one.
 
-    Near: MinHash over word 5-grams, `bands` bands of `rows` hashes. A pair of Jaccard similarity s
-    meets in some band with probability 1 - (1 - s^rows)^bands: 5% at 0.5, 77% at 0.75, 99.96% at
-    0.9 (FineWeb's setting). Over the half million pairs among 1000 pages of one template 5% is too
-    many, so a pair must also agree in a share `threshold` of all hashes (an estimate of s, +-0.04);
-    threshold=0 follows the bare curve. Only kept documents are matched: no chain A~B~C drops C.
+    A pair of Jaccard similarity s has one band of `rows` hashes in common with probability
+    1 - (1 - s^rows)^bands: 5% at s = 0.5, 77% at 0.75, 99.96% at 0.9. Among the half million pairs
+    of 1000 pages from one template, 5% is too many. So a pair must also agree in a share
+    `threshold` of all hashes, which estimates s to within 0.04; threshold=0 gives the bare curve.
 
-    What was seen, 1.5 KB a document, lies in a temporary file of SQLite: memory stays flat."""
+    Only kept documents are matched, so a chain A~B~C does not drop C. Generated documents (kind
+    "synthetic") are only dropped if they are equal: questions that differ in one number are alike
+    on purpose. The memory stays flat: what was seen, 1.5 KB per document, lies in a temporary file
+    of SQLite."""
 
-    def __init__(self, threshold: float = 0.75, *, ngram: int = 5, bands: int = 14, rows: int = 8,
-                 seed: int = 0):
+    def __init__(self, threshold: float = 0.75, *, bands: int = 14, rows: int = 8, seed: int = 0):
         random = np.random.default_rng(seed)
         self.a = random.integers(0, 2**64, bands * rows, dtype=np.uint64) | np.uint64(1)
         self.b = random.integers(0, 2**64, bands * rows, dtype=np.uint64)
-        self.threshold, self.ngram, self.rows, self.count = threshold, ngram, rows, 0
-        self.seen = sqlite3.connect("")  # no name: removed with the process
+        self.threshold = threshold
+        self.rows = rows
+        self.count = 0
+        self.seen = sqlite3.connect("")  # without a name: it goes with the process
         self.seen.executescript("""
             pragma journal_mode = off; pragma cache_size = -32768;
             create table texts (digest blob primary key, id integer) without rowid;
             create table kept (id integer primary key, start text, signature blob);
             create table bands (key integer, id integer, primary key (key, id)) without rowid""")
 
-    def find(self, text: str, kind: str = "prose") -> tuple[int, float]:
-        """-> (index of the kept document that this one repeats, estimated similarity), or (-1, 0);
-        then it counts as kept. Documents are counted by calls."""
-        index, self.count = self.count, self.count + 1
-        digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"),
-                                 digest_size=16).digest()
-        known = self.seen.execute("select id from texts where digest = ?", (digest,)).fetchone()
-        if known:
-            return known[0], 1.0
-        match, score, signature = -1, 0.0, None
-        # Generated questions that differ in a number are alike on purpose.
-        ids = word_ids(text) if kind != "synthetic" else ()
-        if len(ids):
-            signature = minhash(ngram_hashes(ids, min(self.ngram, len(ids))), self.a, self.b)
-            keys = ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
-            near = self.seen.execute(
-                "select id, signature from kept where id in (select id from bands where key "
-                f"in ({','.join('?' * len(keys))}))", keys)
-            agree = [(float((np.frombuffer(other, np.uint64) == signature).mean()), -j)
-                     for j, other in near]
-            best, first = max(agree, default=(-1.0, 0))
-            if best >= self.threshold:
-                match, score = -first, best
-            else:
-                self.seen.executemany("insert into bands values (?, ?)",
-                                      ((key, index) for key in keys))
-        if match < 0:
+    def find(self, text: str, kind: str = "prose") -> Match:
+        """Return the Match of this document, and remember it as kept if there is none. Documents
+        are numbered by calls."""
+        index = self.count
+        self.count += 1
+        content = " ".join(text.split()).encode("utf-8", "replace")
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        match = self.find_exact(digest)
+        if match != NO_MATCH:
+            return match
+        signature = None if kind == "synthetic" else self.sign(text)
+        keys = [] if signature is None else self.band_keys(signature)
+        match = self.find_near(signature, keys)
+        if match == NO_MATCH:
             self.seen.execute("insert into kept values (?, ?, ?)", (index, text[:60], signature))
-        self.seen.execute("insert into texts values (?, ?)",
-                          (digest, index if match < 0 else match))
-        return match, score
+            bands = [(key, index) for key in keys]
+            self.seen.executemany("insert into bands values (?, ?)", bands)
+        repeated = index if match == NO_MATCH else match.index
+        self.seen.execute("insert into texts values (?, ?)", (digest, repeated))
+        return match
+
+    def find_exact(self, digest: bytes) -> Match:
+        query = "select id from texts where digest = ?"
+        row = self.seen.execute(query, (digest,)).fetchone()
+        return Match(row[0], 1.0) if row else NO_MATCH
+
+    def sign(self, text: str) -> np.ndarray | None:
+        """Return the MinHash signature, (bands * rows,) uint64, or None if there are no words."""
+        ids = word_ids(text)
+        if len(ids) == 0:
+            return None
+        return minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
+
+    def band_keys(self, signature: np.ndarray) -> list[int]:
+        """Hash each band into one key. SQLite has signed integers only."""
+        return ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
+
+    def find_near(self, signature: np.ndarray | None, keys: list[int]) -> Match:
+        """Return the most similar kept document that shares a band, if it is similar enough; among
+        equally similar ones the first."""
+        marks = ",".join("?" * len(keys))
+        sharing = f"select id from bands where key in ({marks})"
+        candidates = self.seen.execute(
+            f"select id, signature from kept where id in ({sharing}) order by id", keys)
+        best = NO_MATCH
+        for index, other in candidates:
+            agree = np.frombuffer(other, np.uint64) == signature
+            match = Match(index, float(agree.mean()))
+            if best == NO_MATCH or match.similarity > best.similarity:
+                best = match
+        return best if best.similarity >= self.threshold else NO_MATCH
 
     def __call__(self, text: str, kind: str = "prose") -> str:
-        match, score = self.find(text, kind)
-        if match < 0:
+        match = self.find(text, kind)
+        if match == NO_MATCH:
             return ""
-        start = self.seen.execute("select start from kept where id = ?", (match,)).fetchone()[0]
-        return f"{score:.0%} like {start!r}"
-
-
-def deduplicate(documents, threshold: float = 0.75) -> tuple[list[dict], dict]:
-    return filter_documents(documents, {"duplicate": NearDuplicates(threshold)})
+        query = "select start from kept where id = ?"
+        start = self.seen.execute(query, (match.index,)).fetchone()[0]
+        return f"{match.similarity:.0%} like {start!r}"

@@ -1,4 +1,12 @@
-"""Documents in and out."""
+"""Documents in and out: .txt, .jsonl and .parquet files become one stream of dicts.
+
+A document is {"text", "source", "kind"}. The source names the file that it is written to, and the
+weight that a mixture gives it. The kind is prose, code or synthetic, and sets the limits of the
+filters. Everything reads and writes one document at a time, so the input need not fit in memory.
+
+    for document in read_all("web/,books.parquet,notes.txt.gz"):
+        print(document["source"], document["text"][:60])
+"""
 import json
 import re
 from collections import Counter
@@ -7,84 +15,115 @@ from pathlib import Path
 
 from data.filters import LIMITS
 from lib.args import InputError, require
-from lib.files import open_text, read_jsonl, atomic_path
+from lib.files import atomic_path, open_text, read_jsonl
 
 # ---------------------------------------------------------------------------------------------
 # reading
 
 def read_documents(path: str | Path, source: str = ""):
-    """Yields the documents of a .txt (split at lines that read <|endoftext|>, else one document),
-    .jsonl or .parquet (field "text"; "source" and "kind" if given); .gz too for the first two.
-    The source is by default `source` or the file's name, and becomes a file name: no slashes, dots.
-    Raises InputError with file and line."""
+    """Yield the documents of one .txt, .jsonl (either may end in .gz) or .parquet file.
+
+    A row has a "text", and optionally a "source" and a "kind". Without one, the source is `source`
+    or else the file's name, and the kind is prose. Raises InputError with the file and the line."""
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if name.endswith(".txt"):
-        with open_text(path) as file:
-            try:
-                parts = re.split(r"(?m)^<\|endoftext\|>\s*$", file.read())
-            except (UnicodeDecodeError, EOFError, OSError) as error:
-                raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        rows = ((f"{path}", {"text": part}) for part in parts if part.strip())
+        rows = read_text(path)
     elif name.endswith(".jsonl"):
         rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-    else:
-        require(name.endswith(".parquet"), f"{path}: no directory, .txt, .jsonl (.gz) or .parquet")
+    elif name.endswith(".parquet"):
         rows = read_parquet(path)
+    else:
+        raise InputError(f"{path}: no directory, .txt, .jsonl (.gz) or .parquet")
+    default_source = source or name.rpartition(".")[0]
     for where, row in rows:
-        require(isinstance(row.get("text"), str), f'{where}: want a string under "text"')
-        require(row.get("kind") in (None, *LIMITS), f'{where}: "kind" is one of {list(LIMITS)}')
-        found = re.sub(r"[^\w-]", "_", str(row.get("source") or source or name.rsplit(".", 1)[0]))
-        yield {"text": row["text"], "source": found, "kind": row.get("kind") or "prose"}
+        yield to_document(row, where, default_source)
+
+
+def to_document(row: dict, where: str, default_source: str) -> dict:
+    text = row.get("text")
+    kind = row.get("kind")
+    require(isinstance(text, str), f'{where}: "text" must be a string')
+    require(kind is None or kind in list(LIMITS), f'{where}: "kind" must be one of {list(LIMITS)}')
+    source = str(row.get("source") or default_source)
+    source = re.sub(r"[^\w-]", "_", source)  # it becomes a file name: no slashes, no dots
+    return {"text": text, "source": source, "kind": kind or "prose"}
+
+
+def read_text(path: Path):
+    """Yield (where, row) for the documents of a text file. Lines that read <|endoftext|> separate
+    them; without such a line the file is one document."""
+    with open_text(path) as file:
+        try:
+            text = file.read()
+        except (UnicodeDecodeError, EOFError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    for part in re.split(r"(?m)^<\|endoftext\|>\s*$", text):
+        if part.strip():
+            yield str(path), {"text": part}
 
 
 def read_parquet(path: Path):
+    """Yield (where, row) for the rows of a Parquet file."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    number = 0
     try:
-        parts = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = enumerate((row for part in parts for row in part.to_pylist()), 1)
-        yield from ((f"{path}: row {number}", row) for number, row in rows)
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a parquet file ({error})") from None
 
 
 def read_all(paths: str):
-    """The documents of files and directories, comma-separated. Of a directory all .jsonl, .jsonl.gz
-    and .parquet files are read, which are one source if they name none."""
-    for path in map(Path, paths.split(",")):
-        files = [path]
+    """Yield the documents of files and directories, whose names are separated by commas. In a
+    directory, all .jsonl, .jsonl.gz and .parquet files are read; they are one source unless their
+    rows name others."""
+    for name in paths.split(","):
+        path = Path(name)
         if path.is_dir():
-            files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet")
-                           for file in path.glob(pattern))
+            files = []
+            for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet"):
+                files.extend(path.glob(pattern))
             require(len(files) > 0, f"{path}: no .jsonl or .parquet files in it")
-        for file in files:
-            yield from read_documents(file, path.name if path.is_dir() else "")
+            for file in sorted(files):
+                yield from read_documents(file, path.name)
+        else:
+            yield from read_documents(path)
 
+
+# ---------------------------------------------------------------------------------------------
+# writing
 
 def new_directory(path: str, overwrite: bool) -> Path:
-    """An --out. report.json is written last: no report, no finished run."""
+    """Return --out as a Path, without what a former run left there. A finished run has a
+    report.json, which is written last; only --overwrite removes such a run."""
     out = Path(path)
-    if (out / "report.json").exists():
+    report = out / "report.json"
+    if report.exists():
         require(overwrite, f"{out} holds a finished run: pass --overwrite or another --out")
-        (out / "report.json").unlink()
-        for file in [*out.glob("*.jsonl"), *out.glob("*.bin"), *out.glob("*.ends")]:
-            file.unlink()
+        report.unlink()
+        for pattern in ("*.jsonl", "*.bin", "*.ends"):
+            for file in out.glob(pattern):
+                file.unlink()
     return out
 
 
 def write_sources(out: Path, documents) -> dict[str, int]:
-    """Documents to {source}.jsonl, one at a time -> how many each source got."""
+    """Write each document to {source}.jsonl, and return how many each source got. The files appear
+    under their names when all documents are written."""
     counts = Counter()
+    files = {}
     with ExitStack() as stack:
-        files = {}
-        for doc in documents:
-            name = doc["source"]
-            if name not in files:
-                temporary = stack.enter_context(atomic_path(out / f"{name}.jsonl"))
-                files[name] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
-            files[name].write(json.dumps(doc, ensure_ascii=False) + "\n")
-            counts[name] += 1
+        for document in documents:
+            source = document["source"]
+            if source not in files:
+                temporary = stack.enter_context(atomic_path(out / f"{source}.jsonl"))
+                files[source] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            files[source].write(json.dumps(document, ensure_ascii=False) + "\n")
+            counts[source] += 1
     return dict(counts)

@@ -1,30 +1,53 @@
-"""Cleaning: normalise, then filters that each give a reason."""
+"""Rules that drop bad documents, each with a stated reason (report section 3.1, filtering).
+
+The report filters with Qwen2-Instruct models that score each document; data/quality.py does that.
+The rules here come before: they are cheap, and each one says why it drops a document. The report
+discloses no rules. These follow Gopher (Rae et al. 2021, table A1) and StarCoder (Li et al. 2023,
+section 3). Where a limit differs from theirs, it is our choice, made by reading what the built-in
+corpus lost.
+
+    for verdict in run_filters(documents, FILTERS):
+        print(verdict.stage, verdict.reason)
+
+A stage is any function (text, kind) -> reason, where "" means keep. `NearDuplicates` and
+`Contamination` are stages too. `python -m data` runs them all.
+"""
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
 
 from data.language import language
 
-# ---------------------------------------------------------------------------------------------
-# cleaning: normalise, then filters that each give a reason
 
-# Gopher (Rae et al. 2021, table A1) and StarCoder (Li et al. 2023, section 3) publish such limits;
-# where a value differs it is our choice, made by reading what the built-in corpus lost.
+@dataclass(frozen=True)
+class Limits:
+    """What a document of one kind may have. The defaults let everything pass."""
+    min_bytes: int = 1
+    max_bytes: float = 1e9
+    mean_line: float = inf    # characters per line
+    max_line: float = inf     # characters in the longest line
+    symbols: float = 1.0      # share of the non-space characters
+    digits: float = 1.0       # share of the non-space characters
+    repeated: float = 1.0     # share of the characters that stand in repeated lines
+    top_4gram: float = 1.0    # share of the characters in the most frequent four words
+
+
 LIMITS = {
-    "prose": {"min_bytes": 80, "max_bytes": 1e9,       # Gopher: 50 words; a worked sum has fewer
-              "mean_line": 1e9, "max_line": 1e9,       # a paragraph is often one line
-              "symbols": 0.30, "digits": 0.40,         # of the non-space characters
-              "repeated": 0.20, "top_4gram": 0.16},    # of the characters, as Gopher
-    "code": {"min_bytes": 80, "max_bytes": 1e6, "mean_line": 100, "max_line": 1000,  # StarCoder
-             "symbols": 0.50, "digits": 0.25, "repeated": 0.50, "top_4gram": 0.30},
-    # What damns a web page says nothing about generated questions: sums are all digits.
-    "synthetic": {"min_bytes": 1, "max_bytes": 1e9, "mean_line": 1e9, "max_line": 1e9,
-                  "symbols": 1, "digits": 1, "repeated": 1, "top_4gram": 1},
+    # Gopher asks for 50 words, but a worked sum has fewer. A paragraph is often one line.
+    "prose": Limits(min_bytes=80, symbols=0.30, digits=0.40, repeated=0.20, top_4gram=0.16),
+    "code": Limits(min_bytes=80, max_bytes=1e6, mean_line=100, max_line=1000,  # StarCoder's
+                   symbols=0.50, digits=0.25, repeated=0.50, top_4gram=0.30),
+    # Limits for web pages say nothing about generated questions: a sum consists of digits.
+    "synthetic": Limits(),
 }
-# Joiners (200C, 200D) carry meaning and stay; a lone surrogate could not be written as UTF-8.
+
+# The joiners U+200C and U+200D carry meaning and stay. A lone surrogate has no UTF-8 form.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b\ufeff\ud800-\udfff]")
-SYMBOL = re.compile(r"[!-/:-@\[-`{-~\u2010-\u2bff]")  # no \W: it would count Indic vowel signs
-# U+FFFD, C1 controls, and UTF-8 read as Latin-1 or cp1252 (e-acute becomes two characters).
+SYMBOL = re.compile(r"[!-/:-@\[-`{-~\u2010-\u2bff]")  # \W would also match Indic vowel signs
+# U+FFFD, C1 controls, and UTF-8 that was read as Latin-1 or cp1252: e-acute becomes two characters.
 MOJIBAKE = re.compile("\ufffd|[\x80-\x9f]|[\xc2\xc3][\xa0-\xbf]|\xe2\u20ac")
 FURNITURE = re.compile(r"cookie policy|privacy policy|terms of (use|service)|all rights reserved|"
                        r"enable javascript|sign up for|subscribe to|click here|log in to", re.I)
@@ -32,111 +55,153 @@ GENERATED = re.compile(r"auto-?\s?generated|generated (by|from|automatically)|do
 
 
 def normalise(text: str) -> str:
-    """NFC (as the tokenizer does), newlines only, no control characters (a BOM, a form feed), no
-    trailing spaces, at most two blank lines in a row."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"[ \t]+$", "", CONTROL.sub("", text), flags=re.M)
+    """Return the text in NFC (as the tokenizer has it), with \\n as its only line end, without
+    control characters or trailing spaces, and with at most two blank lines in a row."""
+    text = unicodedata.normalize("NFC", text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = CONTROL.sub("", text)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 
+# ---------------------------------------------------------------------------------------------
+# the filters: (text, kind) -> the reason to drop the document, or ""
+
 def length(text: str, kind: str = "prose") -> str:
-    """Bytes, not words: Chinese has no spaces."""
+    """Drop what is too short or too long. We count bytes because Chinese has no spaces."""
     size = len(text.encode("utf-8", "replace"))
-    inside = LIMITS[kind]["min_bytes"] <= size <= LIMITS[kind]["max_bytes"]
-    return "" if inside else f"{size} bytes"
+    if LIMITS[kind].min_bytes <= size <= LIMITS[kind].max_bytes:
+        return ""
+    return f"{size} bytes"
 
 
 def encoding(text: str, kind: str = "prose") -> str:
-    """Decoding damage above one character in 1000, so that a page about mojibake survives."""
+    """Drop text with more than one damaged character in 1000; a page about mojibake survives."""
     damage = len(MOJIBAKE.findall(text))
     return f"{damage} damaged characters" if damage > len(text) / 1000 else ""
 
 
 def long_lines(text: str, kind: str = "prose") -> str:
-    """Minified code and data in code."""
+    """Drop minified code, and data inside code."""
     sizes = [len(line) for line in text.split("\n")]
-    longest, mean = max(sizes), sum(sizes) / len(sizes)
-    bad = longest > LIMITS[kind]["max_line"] or mean > LIMITS[kind]["mean_line"]
-    return f"{mean:.0f} characters a line, at most {longest}" if bad else ""
+    longest = max(sizes)
+    mean = sum(sizes) / len(sizes)
+    if longest <= LIMITS[kind].max_line and mean <= LIMITS[kind].mean_line:
+        return ""
+    return f"{mean:.0f} characters a line, at most {longest}"
+
+
+def count_visible(text: str) -> int:
+    """Count the characters that are no spaces: indentation would dilute a share of all."""
+    return len("".join(text.split()))
 
 
 def symbols(text: str, kind: str = "prose") -> str:
-    """Rulers, ASCII art, markup. Spaces do not count: indentation would dilute it in code."""
-    ratio = len(SYMBOL.findall(text)) / max(1, len("".join(text.split())))
-    return f"{ratio:.0%} symbols" if ratio > LIMITS[kind]["symbols"] else ""
+    """Drop rulers, ASCII art and markup."""
+    share = len(SYMBOL.findall(text)) / max(1, count_visible(text))
+    return f"{share:.0%} symbols" if share > LIMITS[kind].symbols else ""
 
 
 def digits(text: str, kind: str = "prose") -> str:
-    """Tables, logs, character maps: nothing to learn but the numbers themselves."""
-    ratio = len(re.findall(r"\d", text)) / max(1, len("".join(text.split())))
-    return f"{ratio:.0%} digits" if ratio > LIMITS[kind]["digits"] else ""
+    """Drop tables, logs and character maps: they teach nothing but the numbers themselves."""
+    share = len(re.findall(r"\d", text)) / max(1, count_visible(text))
+    return f"{share:.0%} digits" if share > LIMITS[kind].digits else ""
+
+
+def repeated_lines(text: str) -> float:
+    """Return the share of the characters that stand in lines seen before (Gopher)."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    total = sum(len(line) for line in lines)
+    distinct = sum(len(line) for line in set(lines))
+    return 1 - distinct / max(1, total)
 
 
 def repetition(text: str, kind: str = "prose") -> str:
-    """Two of Gopher's measures: characters in lines seen before, and characters covered by the most
-    frequent 4 words. A phrase counts from its 4th use: in a short text 2 uses are already 16%."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    ratio = 1 - sum(map(len, set(lines))) / max(1, sum(map(len, lines)))
-    if ratio > LIMITS[kind]["repeated"]:
-        return f"{ratio:.0%} in repeated lines"
+    """Drop text that repeats its lines, or in which one phrase of four words covers too many of
+    the characters (Gopher). A phrase counts from its fourth use: in a short text two uses already
+    cover 16%."""
+    repeated = repeated_lines(text)
+    if repeated > LIMITS[kind].repeated:
+        return f"{repeated:.0%} in repeated lines"
     words = text.split()
-    grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-    gram, count = max(grams.items(), key=lambda item: item[1], default=((), 0))
-    ratio = count * sum(map(len, gram)) / max(1, sum(map(len, words)))
-    bad = count >= 4 and ratio > LIMITS[kind]["top_4gram"]
-    return f"{ratio:.0%} is {' '.join(gram)[:40]!r}" if bad else ""
+    phrases = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    if not phrases:
+        return ""
+    phrase, uses = phrases.most_common(1)[0]
+    covered = uses * sum(len(word) for word in phrase)
+    share = covered / sum(len(word) for word in words)
+    if uses >= 4 and share > LIMITS[kind].top_4gram:
+        return f"{share:.0%} is {' '.join(phrase)[:40]!r}"
+    return ""
 
 
 def boilerplate(text: str, kind: str = "prose") -> str:
-    """Code: a machine-made file says so at its top. Prose: filler, or page furniture on a tenth of
-    the lines (C4 cuts such lines out; a page that consists of them we drop)."""
+    """Drop code that says at its top that a program made it. Drop prose that is filler, or that has
+    page furniture on a tenth of its lines. (C4 removes such lines; we drop such pages.)"""
     if kind == "code":
-        found = GENERATED.search("\n".join(text.split("\n", 6)[:6]))
+        top = "\n".join(text.split("\n", 6)[:6])
+        found = GENERATED.search(top)
         return f"says {found[0]!r}" if found else ""
     if "lorem ipsum" in text.lower():
         return "lorem ipsum"
     lines = [line for line in text.split("\n") if line.strip()]
-    found = sum(FURNITURE.search(line) is not None for line in lines)
-    bad = found > max(1, len(lines) / 10)  # a copyright line alone is harmless
-    return f"{found} of {len(lines)} lines are furniture" if bad else ""
+    furniture = sum(FURNITURE.search(line) is not None for line in lines)
+    allowed = max(1, len(lines) / 10)  # a copyright line alone is harmless
+    return f"{furniture} of {len(lines)} lines are furniture" if furniture > allowed else ""
 
 
 def other_language(text: str, kind: str = "prose", wanted=()) -> str:
-    """A page where not even one word in twenty is a frequent one of its language is "unknown"."""
+    """Drop prose in a language that is not in `wanted`; with nothing wanted, keep all. A page is
+    "unknown" if not even one word in twenty is a frequent word of its language."""
     if not wanted or kind != "prose":
         return ""
     found, share = language(text)
-    found = found if share > 0.05 else "unknown"
+    if share <= 0.05:
+        found = "unknown"
     return "" if found in wanted else f"language {found}"
 
 
-# The first reason counts, so the counts add up. Gopher's stop-word test is left out: it drops
-# every language but English.
-FILTERS = {f.__name__: f for f in
-           (length, encoding, long_lines, symbols, digits, repetition, boilerplate)}
+# We leave out Gopher's stop-word test: it drops every language but English.
+FILTERS = {stage.__name__: stage for stage in (
+    length, encoding, long_lines, symbols, digits, repetition, boilerplate)}
+
+
+# ---------------------------------------------------------------------------------------------
+# running them
+
+class Verdict(NamedTuple):
+    document: dict  # with its text normalised
+    stage: str      # the stage that drops it, or "kept"
+    reason: str     # why; "" if the document is kept
 
 
 def run_filters(documents, stages: dict):
-    """Yields (document, stage, reason): each document normalised, with the first stage that gives a
-    reason to drop it, or ("kept", "")."""
-    for doc in documents:
-        doc = doc | {"text": normalise(doc["text"])}
-        reasons = ((name, f(doc["text"], doc.get("kind", "prose"))) for name, f in stages.items())
-        yield doc, *next((pair for pair in reasons if pair[1]), ("kept", ""))
+    """Yield a Verdict for each document. The first stage that gives a reason decides, so the counts
+    add up and later stages never see a dropped document."""
+    for document in documents:
+        document = document | {"text": normalise(document["text"])}
+        yield apply_stages(document, stages)
+
+
+def apply_stages(document: dict, stages: dict) -> Verdict:
+    for name, stage in stages.items():
+        reason = stage(document["text"], document.get("kind", "prose"))
+        if reason:
+            return Verdict(document, name, reason)
+    return Verdict(document, "kept", "")
 
 
 def filter_documents(documents, stages: dict) -> tuple[list[dict], dict]:
-    """`verdicts` for lists that fit in memory -> documents kept, report {"kept": n, "dropped":
-    {stage: n}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
-    kept, dropped, samples = [], Counter(), defaultdict(list)
-    for doc, name, reason in run_filters(documents, stages):
+    """Filter documents that fit in memory. Return those kept, and a report {"kept": count,
+    "dropped": {stage: count}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
+    kept = []
+    dropped = Counter()
+    samples = defaultdict(list)
+    for document, stage, reason in run_filters(documents, stages):
         if not reason:
-            kept.append(doc)
+            kept.append(document)
             continue
-        dropped[name] += 1
-        samples[name] = (samples[name] + [[reason, doc["text"][:200]]])[:3]
+        dropped[stage] += 1
+        if len(samples[stage]) < 3:
+            samples[stage].append([reason, document["text"][:200]])
     return kept, {"kept": len(kept), "dropped": dict(dropped), "samples": dict(samples)}
-
-
-def clean(documents) -> tuple[list[dict], dict]:
-    return filter_documents(documents, FILTERS)

@@ -1,17 +1,16 @@
-"""Review of preference pairs (report sections 4.2 and 4.3): by programs, and by people.
+"""Review of preference pairs by people (report sections 4.2 and 4.3).
 
-dpo.py calls `review`, which drops what nothing should be learned from. The rest of this file is a
-terminal in which a person judges pairs, blind: what the automatic label says is not shown, and the
-two answers stand in a random order. Labels are appended as they are typed; started again, it goes
-on where it stopped.
+A person judges pairs in the terminal, blind: the automatic label is not shown, and the two answers
+stand in a random order. Each label is written as soon as it is typed, and a second start continues
+where the first one stopped.
 
-    python -m data.label --pairs runs/dpo/pairs.jsonl --out ada.jsonl  # one file each
+    python -m data.label --pairs runs/dpo/pairs.jsonl --out ada.jsonl  # one file per person
     python -m data.label --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write out.jsonl
 
-The second line says how far people agree with the automatic labels and, by Cohen's kappa, with each
-other; with --write it also writes the pairs as the majority sees them, for `dpo.py --data` and
-`reward.py --pairs`. The criteria are the report's six for reward labels; how its people weighed
-them is not disclosed: here a verdict is theirs to give, and criteria are noted beside it.
+The second command reports how often people agree with the automatic labels and, by Cohen's kappa,
+with each other. --write also writes the pairs as the majority sees them, for `dpo.py --data` and
+`reward.py --pairs`. The criteria are the report's six for reward labels. It does not disclose how
+its people weighed them: here a person gives the verdict, and may note criteria beside it.
 """
 import hashlib
 import json
@@ -26,7 +25,13 @@ from pathlib import Path
 
 from data.pairs import read_pairs
 from lib.args import cli, require
-from lib.files import read_jsonl, write_jsonl, disk_errors
+from lib.files import disk_errors, read_jsonl, write_jsonl
+
+try:
+    import termios
+    import tty
+except ImportError:  # Windows
+    termios = None
 
 CRITERIA = {"t": "truthfulness", "h": "helpfulness", "c": "conciseness", "r": "relevance",
             "s": "harmlessness", "d": "debiasing"}
@@ -39,43 +44,44 @@ one pair back: u   stop: q"""
 @dataclass
 class Args:
     pairs: str = "runs/dpo/pairs.jsonl"  # preference pairs (JSONL)
-    out: str = "labels.jsonl"        # where labels go, one file a person
+    out: str = "labels.jsonl"        # where labels go, one file per person
     report: str = ""                 # label files joined by commas: compare them instead
     write: str = ""                  # with --report: the pairs as most people see them (JSONL)
     seed: int = 0                    # with --out: of the order, and of which answer is A
 
 
-# ---------------------------------------------------------------------------------------------
-# by people
-
 def draw(seed, pair: str) -> int:
-    """A number that looks random but is always the same for this seed and pair."""
+    """Return a number that looks random but is always the same for this seed and pair."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {pair}".encode(), digest_size=6).digest(), "big")
 
 
 def by_id(path: str) -> dict[str, dict]:
-    """Pairs by a hash of what they say, so that labels survive another order of the file."""
-    def name(pair):
+    """Return the pairs by a hash of their text: labels survive another order of the file."""
+    pairs = {}
+    for pair in read_pairs(path):
         said = json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True)
-        return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
-    return {name(pair): pair for pair in read_pairs(path)}
+        name = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+        pairs[name] = pair
+    return pairs
 
+
+# ---------------------------------------------------------------------------------------------
+# a session
 
 def text_of(side) -> str:
-    """A text or messages, for a terminal: control characters could move its cursor or colour it."""
+    """Return a text, or messages, for a terminal. Control characters could move its cursor or
+    colour it, so they become U+FFFD."""
     if not isinstance(side, str):
-        side = "\n".join(f"{m['role']}: {m['content']}" for m in side)
-    return "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c
-                   for c in side)
+        side = "\n".join(f"{message['role']}: {message['content']}" for message in side)
+    shown = []
+    for character in side:
+        control = unicodedata.category(character)[0] == "C" and character not in "\n\t"
+        shown.append("\ufffd" if control else character)
+    return "".join(shown)
 
 
 def keystrokes():
-    """Characters as they are typed; from a pipe, or on Windows, whole lines of them."""
-    try:
-        import termios
-        import tty
-    except ImportError:
-        termios = None
+    """Yield characters as they are typed; from a pipe, or on Windows, line by line."""
     if termios is None or not sys.stdin.isatty():
         for line in sys.stdin:
             yield from line.strip()
@@ -90,10 +96,11 @@ def keystrokes():
 
 
 def judge(keys, a: str, b: str) -> dict:
-    """Keys up to a verdict, shown as they are typed -> the verdict, and what was noted by which
-    criterion, in terms of the pair: "chosen" or "rejected", whichever is A and whichever B."""
+    """Read keys up to a verdict, and show each. `a` and `b` say which of the pair, "chosen" or
+    "rejected", is A and B; the verdict and the noted criteria are in these terms."""
     verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "u": "undo", "q": "quit"}
-    typed, noted = "", {}
+    typed = ""
+    noted = {}
     for key in keys:
         typed += key
         print(text_of(key), end="", flush=True)
@@ -104,23 +111,40 @@ def judge(keys, a: str, b: str) -> dict:
     return {"verdict": "quit"}
 
 
-def label(args: Args) -> None:
-    pairs, path = by_id(args.pairs), Path(args.out)
+def labelled_pairs(path: Path) -> set[str]:
+    """Return the pairs that a label file holds, after cutting off half a last line: what a full
+    disk or a crash leaves. Creates the file."""
     with disk_errors(path):
         path.touch()
-        whole = path.read_bytes()
-        os.truncate(path, whole.rfind(b"\n") + 1)  # half a line, of a full disk or a lost machine
-    done = {row.get("pair") for _, row in read_jsonl(path)}
-    # Each person's own order and sides: with the same ones, two who always press A would agree.
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return {row.get("pair") for _, row in read_jsonl(path)}
+
+
+def append_label(path: Path, row: dict) -> None:
+    line = json.dumps(row).encode() + b"\n"
+    with disk_errors(path), open(path, "ab", buffering=0) as file:  # one line in one write
+        file.write(line)
+        os.fsync(file.fileno())
+
+
+def label(args: Args) -> None:
+    """Show each pair that has no label yet, and append what the person types."""
+    pairs = by_id(args.pairs)
+    path = Path(args.out)
+    # Order and sides depend on the person's file: else two who always press A would agree.
     seed = f"{args.seed} {path.name}"
-    todo = sorted(pairs.keys() - done, key=lambda pair: draw(seed, pair))
+    todo = sorted(pairs.keys() - labelled_pairs(path), key=lambda name: draw(seed, name))
     print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs are labelled in {path}\n{HELP}")
-    keys, at = keystrokes(), 0
+    keys = keystrokes()
+    at = 0
     while at < len(todo):
-        pair, started = pairs[todo[at]], time.time()
-        a, b = ("chosen", "rejected") if draw(seed, todo[at]) % 2 else ("rejected", "chosen")
-        for name, side in ((f"question {at + 1} of {len(todo)}", "prompt"), ("A", a), ("B", b)):
-            print(f"\n---- {name} ----\n{text_of(pair[side])}")
+        name = todo[at]
+        pair = pairs[name]
+        started = time.time()
+        a, b = ("chosen", "rejected") if draw(seed, name) % 2 else ("rejected", "chosen")
+        print(f"\n---- question {at + 1} of {len(todo)} ----\n{text_of(pair['prompt'])}")
+        print(f"\n---- A ----\n{text_of(pair[a])}")
+        print(f"\n---- B ----\n{text_of(pair[b])}")
         print("\na b = x u q > ", end="", flush=True)
         row = judge(keys, a, b)
         print()
@@ -129,24 +153,23 @@ def label(args: Args) -> None:
         if row["verdict"] == "undo":
             at = max(0, at - 1)
             continue
-        row = {"pair": todo[at], "a": a, "seconds": round(time.time() - started, 1)} | row
-        with disk_errors(path), open(path, "ab", buffering=0) as file:  # one line in one write
-            file.write(json.dumps(row).encode() + b"\n")
-            os.fsync(file.fileno())
+        seconds = round(time.time() - started, 1)
+        append_label(path, {"pair": name, "a": a, "seconds": seconds} | row)
         at += 1
     print(f"pairs left: {len(todo) - at}; labels are in {path}")
 
 
 # ---------------------------------------------------------------------------------------------
-# report
+# the report
 
 def kappa(first: list, second: list) -> float:
-    """Cohen's kappa: agreement beyond chance, (p_o - p_e) / (1 - p_e), where p_e is how often two
-    people who answer at random, each as often this or that as these two did, would agree."""
+    """Return Cohen's kappa: agreement beyond chance, (p_o - p_e) / (1 - p_e). Here p_e is how often
+    two people would agree who answer at random, but each answer as often as these two."""
     n = len(first)
     observed = sum(x == y for x, y in zip(first, second, strict=True)) / n
-    a, b = Counter(first), Counter(second)
-    expected = sum(a[k] * b[k] for k in a) / n**2
+    a = Counter(first)
+    b = Counter(second)
+    expected = sum(a[answer] * b[answer] for answer in a) / n**2
     return (observed - expected) / (1 - expected) if expected < 1 else 1.0
 
 
@@ -155,48 +178,83 @@ def share(hits, n: int) -> str:
 
 
 def report(args: Args) -> None:
-    pairs, people = by_id(args.pairs), {}
+    """Print how people agree with the label and with each other; --write what they agree on."""
+    pairs = by_id(args.pairs)
+    people = {}  # label file -> {pair: label}
     for path in args.report.split(","):
-        rows = {row["pair"]: row for _, row in read_jsonl(path) if row.get("pair") in pairs}
-        require(len(rows) > 0, f"{path}: no label of a pair in {args.pairs}")
-        people[path] = rows  # the last line on a pair counts
-    for path, rows in people.items():
-        sides = [r for r in rows.values() if r["verdict"] in ("chosen", "rejected")]
-        agree = sum(r["verdict"] == "chosen" for r in sides)
-        print(f"{path}: agrees with the automatic label in {share(agree, len(sides))}; "
-              f"{len(rows) - len(sides)} ties or skipped; A preferred in "
-              f"{share(sum(r['verdict'] == r['a'] for r in sides), len(sides))}")
-        for name in CRITERIA.values():
-            noted = [r["criteria"][name] for r in rows.values() if name in r["criteria"]]
-            if noted:
-                print(f"  by {name}: with the label in {share(noted.count('chosen'), len(noted))}")
+        labels = {row["pair"]: row for _, row in read_jsonl(path) if row.get("pair") in pairs}
+        require(len(labels) > 0, f"{path}: no label of a pair in {args.pairs}")
+        people[path] = labels  # the last line on a pair counts
+    for path, labels in people.items():
+        report_person(path, list(labels.values()))
     for one, two in combinations(people, 2):
         both = sorted(people[one].keys() & people[two].keys())
-        # "chosen" and "rejected" would tell what neither could see: half of the pairs are turned.
-        turn = {"chosen": "rejected", "rejected": "chosen"}
-        votes = [[turn.get(v, v) if draw("kappa", pair) % 2 else v for pair in both
-                  for v in [people[who][pair]["verdict"]]] for who in (one, two)]
-        same = sum(x == y for x, y in zip(*votes, strict=True))
-        print(f"{one} and {two}: agree in {share(same, len(both))}"
-              + (f", Cohen's kappa {kappa(*votes):.3f}" if both else ""))
+        first = blind_verdicts(people[one], both)
+        second = blind_verdicts(people[two], both)
+        same = sum(x == y for x, y in zip(first, second, strict=True))
+        beyond_chance = f", Cohen's kappa {kappa(first, second):.3f}" if both else ""
+        print(f"{one} and {two}: agree in {share(same, len(both))}{beyond_chance}")
     if args.write:
-        out, counts = [], Counter()
-        for name, pair in pairs.items():
-            votes = Counter(rows[name]["verdict"] for rows in people.values() if name in rows)
-            (best, n), *others = votes.most_common() or [("chosen", 1)]  # nobody's: as it was
-            best = "drawn" if others and others[0][1] == n else best
-            counts[best if votes else "not judged"] += 1
-            if best == "rejected":
-                pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-            if best in ("chosen", "rejected"):
-                out.append(pair)
-        write_jsonl(args.write, out)
-        print(f"{args.write}: {len(out)} of {len(pairs)} pairs; " + ", ".join(
-            f"{n} {what}" for what, n in counts.items()))
+        write_majority(args.write, pairs, list(people.values()))
+
+
+def report_person(path: str, labels: list[dict]) -> None:
+    decided = [row for row in labels if row["verdict"] in ("chosen", "rejected")]
+    agree = sum(row["verdict"] == "chosen" for row in decided)
+    chose_a = sum(row["verdict"] == row["a"] for row in decided)
+    print(f"{path}: agrees with the automatic label in {share(agree, len(decided))}; "
+          f"{len(labels) - len(decided)} ties or skipped; "
+          f"A preferred in {share(chose_a, len(decided))}")
+    for name in CRITERIA.values():
+        noted = [row["criteria"][name] for row in labels if name in row["criteria"]]
+        if noted:
+            print(f"  by {name}: with the label in {share(noted.count('chosen'), len(noted))}")
+
+
+def blind_verdicts(labels: dict[str, dict], names: list[str]) -> list[str]:
+    """Return the verdicts on these pairs, with half of the pairs turned round. Else a good
+    automatic label, which nobody sees, would make most verdicts "chosen" and so raise p_e."""
+    turned = {"chosen": "rejected", "rejected": "chosen"}
+    verdicts = []
+    for name in names:
+        verdict = labels[name]["verdict"]
+        turn = draw("kappa", name) % 2
+        verdicts.append(turned.get(verdict, verdict) if turn else verdict)
+    return verdicts
+
+
+def majority(verdicts: list[str]) -> str:
+    """Return the most frequent verdict, "drawn" if there are two, or "not judged"."""
+    ranked = Counter(verdicts).most_common(2)
+    if not ranked:
+        return "not judged"
+    if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
+        return "drawn"
+    return ranked[0][0]
+
+
+def write_majority(path: str, pairs: dict[str, dict], people: list[dict]) -> None:
+    """Write the pairs as most people see them. What nobody judged stays as it was; a tie, a draw
+    and what most would skip is left out."""
+    out = []
+    counts = Counter()
+    for name, pair in pairs.items():
+        verdict = majority([labels[name]["verdict"] for labels in people if name in labels])
+        counts[verdict] += 1
+        if verdict == "rejected":
+            pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+        if verdict in ("chosen", "rejected", "not judged"):
+            out.append(pair)
+    write_jsonl(path, out)
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    print(f"{path}: {len(out)} of {len(pairs)} pairs; {summary}")
 
 
 def main(args: Args) -> None:
-    (report if args.report else label)(args)
+    if args.report:
+        report(args)
+    else:
+        label(args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
-"""Which language a text is in."""
+"""Guess the language of a text, without a model.
+
+The script of the letters decides first: a text in Hangul is Korean. Languages that share a script
+are told apart by their most frequent words. Thirty languages are known (tests/test_filters.py).
+data/filters.py keeps the prose of wanted languages with it, and tasks/ifeval.py checks the
+instruction to answer in a given language.
+"""
 import unicodedata
 from collections import Counter
 
-# Frequent words that the other languages of the same script hardly use
+# Frequent words that the other languages of the same script hardly use.
 WORDS = {name: set(words.split()) for name, words in {
     "en": "the of and to in is that it was for with as you on are this be have not",
     "de": "der die und das ist nicht ein eine zu den mit sich auf für von dem ich auch",
@@ -21,28 +27,38 @@ WORDS = {name: set(words.split()) for name, words in {
     "ar": "في من على أن إلى التي هذا لا ما كل أو عن مع كان هذه الذي و",
     "fa": "و در به از که این را با است برای آن یک هر می دارد شود های",
     "ur": "کے میں کی اور ہے کا سے کو کہ یہ نہیں پر ہیں ایک جو کرنے بھی"}.items()}
-SCRIPTS = {  # as in the first word of a character's name -> languages told apart by their words
+# Script -> its languages. A script is named as in the first word of a character's Unicode name.
+SCRIPTS = {
     "LATIN": "en de fr es it pt fi sw vi", "CYRILLIC": "ru bg", "ARABIC": "ar fa ur",
     "DEVANAGARI": "hi mr ne", "BENGALI": "bn", "GUJARATI": "gu", "GURMUKHI": "pa", "KANNADA": "kn",
     "TAMIL": "ta", "TELUGU": "te", "MALAYALAM": "ml", "THAI": "th", "HANGUL": "ko", "GREEK": "el",
     "HEBREW": "he", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh"}
 
 
-def language(text: str) -> tuple[str, float]:
-    """The ISO code of the language that most of the text is in ("" if it is none of ours), and how
-    sure that is: the share of words that are frequent ones of it, or 1 if the script says it."""
-    text, scripts = unicodedata.normalize("NFC", text), Counter()
+def main_script(text: str) -> str:
+    """Return the script of most of the letters, or "" if there are none."""
+    counts = Counter()
     for letter, count in Counter(filter(str.isalpha, text)).items():
         script = unicodedata.name(letter, "?").split()[0]
-        # Code, names and terms are Latin in any language.
-        scripts[script] += count / 4 if script == "LATIN" else count
-    if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * scripts.total():
-        return "ja", 1.0
-    candidates = SCRIPTS.get(max(scripts, key=scripts.get, default=""), "").split()
-    if len(candidates) < 2:
-        return "".join(candidates), float(len(candidates))
+        # Code, names and terms are Latin in any language: four such letters count as one.
+        counts[script] += count / 4 if script == "LATIN" else count
+    kana = counts["HIRAGANA"] + counts["KATAKANA"]
+    if kana > 0.1 * counts.total():
+        return "HIRAGANA"  # Japanese text has more Han characters than kana
+    return max(counts, key=counts.get, default="")
+
+
+def language(text: str) -> tuple[str, float]:
+    """Return the ISO code of the text's main language, or "" if we do not know it, and a confidence
+    in [0, 1]: 1 if the script alone decides, else the share of words that are frequent ones."""
+    text = unicodedata.normalize("NFC", text)
+    candidates = SCRIPTS.get(main_script(text), "").split()
+    if not candidates:
+        return "", 0.0
+    if len(candidates) == 1:
+        return candidates[0], 1.0
     words = [word.strip(".,;:!?\"'()*।،؟«»“”") for word in text.lower().split()]
     known = {name: sum(word in WORDS[name] for word in words) for name in candidates}
-    # The first candidate where none of the words is known: English for "<<emerald isle>>"
+    # Without a known word this is the first candidate: English for "<<emerald isle>>".
     best = max(candidates, key=known.get)
     return best, known[best] / len(words)

@@ -1,8 +1,19 @@
-"""Tokens: documents -> mixture -> packed rows."""
+"""From documents to training rows: token ids, a mixture of sources, packed rows.
+
+The report samples some domains down (e-commerce, social media, entertainment) and others up
+(technology, science, academic work); its ratios are not disclosed (section 3.1). Here a weight is a
+share of *tokens*: by documents, a source of long ones would take far more.
+
+    sources = {"web": tokenize(web_texts, tokenizer), "code": tokenize(code_texts, tokenizer)}
+    stream, report = mix(sources, {"web": 0.7, "code": 0.3}, tokens=1_000_000, seed=0)
+    rows = PackedRows(list(sources.values()), stream, seq_len=128)
+    ids, segment_ids = rows[[3, 8]]  # two rows of 129 tokens each
+"""
 import hashlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -11,151 +22,214 @@ import torch
 from lib.args import InputError, require
 from lib.files import atomic_path
 
+
 def is_held_out(text: str) -> bool:
-    """One document in fifty, by its hash, is for measuring the loss only: the same ones whatever
-    the order, the mixture or the seed."""
+    """Say whether a document only measures the loss: one in fifty, chosen by its hash, so that the
+    same ones are held out whatever the order, the mixture or the seed."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest()
     return int.from_bytes(digest, "big") % 50 == 0
 
 
 # ---------------------------------------------------------------------------------------------
-# tokens: documents -> mixture -> packed rows
+# token ids
 
 @dataclass
 class Tokens:
-    """Documents as one long array of ids, in memory or memory-mapped, with the places where each
-    starts and ends."""
-    ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    """Tokenized documents: one long array of ids, in memory or memory-mapped, and the places where
+    each document starts and ends. Documents may overlap or leave gaps."""
+    ids: np.ndarray     # (tokens,) uint16 or uint32
+    starts: np.ndarray  # (documents,) int64
+    ends: np.ndarray    # (documents,) int64
 
     @property
     def sizes(self) -> np.ndarray:
         return self.ends - self.starts
 
     def long_pieces(self, length: int) -> "Tokens":
-        """Pieces of exactly `length`, as many as the documents hold."""
-        n = self.sizes // length
-        starts = np.repeat(self.starts - length * (n.cumsum() - n), n) + length * np.arange(n.sum())
+        """Cut the documents into pieces of exactly `length`, and leave out their rests."""
+        counts = self.sizes // length          # pieces per document
+        earlier = counts.cumsum() - counts     # pieces of the documents before it
+        number = np.arange(counts.sum()) - np.repeat(earlier, counts)  # within its document
+        starts = np.repeat(self.starts, counts) + length * number
         return Tokens(self.ids, starts, starts + length)
 
     def short_documents(self, length: int) -> "Tokens":
-        some = self.sizes < length
-        return Tokens(self.ids, self.starts[some], self.ends[some])
+        """Select the documents with fewer than `length` tokens."""
+        short = self.sizes < length
+        return Tokens(self.ids, self.starts[short], self.ends[short])
 
 
-def id_arrays(texts, tok):
-    """An array per text, each ending in <|endoftext|> as in Qwen's packed pre-training. uint16 if
-    the vocabulary fits, else uint32: int64 is 2-4 times it."""
+def id_type(tokenizer):
+    """Return the smallest type that holds every id: int64 takes two to four times the space."""
+    n_ids = max(tokenizer.n_vocab, tokenizer.eos_id + 1)
+    return np.uint16 if n_ids <= 2**16 else np.uint32
+
+
+def id_arrays(texts, tokenizer):
+    """Yield the ids of each text, with <|endoftext|> at the end as in Qwen's pre-training."""
     texts = iter(texts)
     while chunk := list(islice(texts, 1000)):  # Python's lists of ints live 1000 texts at a time
-        for ids in tok.encode_batch(chunk):
-            yield np.array([*ids, tok.eos_id], dtype=id_type(tok))
+        for ids in tokenizer.encode_batch(chunk):
+            yield np.array([*ids, tokenizer.eos_id], dtype=id_type(tokenizer))
 
 
-def id_type(tok):
-    return np.uint16 if max(tok.n_vocab, tok.eos_id + 1) <= 2**16 else np.uint32
+def tokenize(texts, tokenizer) -> Tokens:
+    nothing = np.empty(0, id_type(tokenizer))  # np.concatenate refuses an empty list
+    arrays = [nothing]
+    arrays.extend(id_arrays(texts, tokenizer))
+    bounds = np.cumsum([len(ids) for ids in arrays])
+    return Tokens(np.concatenate(arrays), bounds[:-1], bounds[1:])
 
 
-def tokenize(texts, tok) -> Tokens:
-    arrays = [np.empty(0, id_type(tok)), *id_arrays(texts, tok)]
-    ends = np.cumsum([len(ids) for ids in arrays])
-    return Tokens(np.concatenate(arrays), ends[:-1], ends[1:])
-
-
-def write_tokens(stem: Path, texts, tok) -> None:
-    """{stem}.bin, the ids, and {stem}.ends, int64: what `read_tokens` maps into memory."""
+def write_tokens(stem: Path, texts, tokenizer) -> None:
+    """Write {stem}.bin (ids) and {stem}.ends (int64): what `read_tokens` maps into memory."""
     end = 0
-    with atomic_path(f"{stem}.bin") as ids, atomic_path(f"{stem}.ends") as ends:
-        with open(ids, "wb") as ids_file, open(ends, "wb") as ends_file:
-            for array in id_arrays(texts, tok):
-                end += len(array)
-                ids_file.write(array)
+    with atomic_path(f"{stem}.bin") as ids_path, atomic_path(f"{stem}.ends") as ends_path:
+        with open(ids_path, "wb") as ids_file, open(ends_path, "wb") as ends_file:
+            for ids in id_arrays(texts, tokenizer):
+                end += len(ids)
+                ids_file.write(ids)
                 ends_file.write(np.int64(end))
 
 
-def read_tokens(stem: Path, tok) -> Tokens:
-    size = Path(f"{stem}.bin").stat().st_size  # an empty file cannot be mapped
-    ids = np.memmap(f"{stem}.bin", id_type(tok), "r") if size else np.empty(0, id_type(tok))
-    ends = np.fromfile(f"{stem}.ends", np.int64)
-    require(len(ids) == (ends[-1] if len(ends) else 0),
-            f"{stem}.bin and .ends are not of one piece: run data/ again")
-    return Tokens(ids, np.append(0, ends)[:-1], ends)
+def read_tokens(stem: Path, tokenizer) -> Tokens:
+    """Map the files of `write_tokens` into memory. Raises InputError if they do not match."""
+    path = Path(f"{stem}.bin")
+    ids = np.empty(0, id_type(tokenizer))
+    if path.stat().st_size > 0:  # an empty file cannot be mapped
+        ids = np.memmap(path, id_type(tokenizer), "r")
+    bounds = np.append(0, np.fromfile(f"{stem}.ends", np.int64))
+    require(len(ids) == bounds[-1],
+            f"{stem}.bin and {stem}.ends are not of one piece: run python -m data again")
+    return Tokens(ids, bounds[:-1], bounds[1:])
 
+
+# ---------------------------------------------------------------------------------------------
+# the mixture
 
 def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
-    """ "a=0.7,b=0.3" -> {source: weight}; empty -> the default."""
+    """Parse "a=0.7,b=0.3" into {source: weight}; an empty text means the default."""
+    weights = {}
     try:
-        pairs = (part.split("=") for part in text.split(",") if part)
-        return {name.strip(): float(value) for name, value in pairs} or dict(default)
+        for part in filter(None, text.split(",")):
+            name, value = part.split("=")
+            weights[name.strip()] = float(value)
     except ValueError:
-        raise InputError(f"--weights wants name=0.5,name=0.5, got {text!r}") from None
+        raise InputError(f"--weights must be name=0.5,name=0.5, got {text!r}") from None
+    return weights or dict(default)
+
+
+class Item(NamedTuple):
+    """A row of a stream: the first `size` tokens of one document."""
+    source: int
+    document: int
+    size: int
 
 
 def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
         seed: int) -> tuple[np.ndarray, dict]:
-    """A stream of `tokens` tokens in which each source has its weight's share of the *tokens*
-    (R2.5): by documents, a source of long ones would take far more than its weight.
+    """Choose and order documents so that each source has its weight's share of `tokens` tokens.
 
-    A source is read in random order, a new one in every epoch; its last document is cut to meet the
-    share (and keeps its end token). Sources are spread evenly, so that every long stretch of the
-    stream has the shares. A pure function. Returns (stream (n, 3): number of the source in
-    `sources`, document, tokens of it; report {source: {weight, share, tokens, available, documents,
-    epochs, warning}}); raises InputError."""
-    unknown, total = set(weights) - set(sources), sum(weights.values())
-    require(not unknown, f"weights for {sorted(unknown)}, but the sources are {sorted(sources)}")
+    Each source is read in random order, in a new one in each epoch. Its last document is cut to
+    meet the share (and keeps its end token). Sources are spread evenly, so that every long stretch
+    of the stream has the shares. Returns the stream, (n, 3) int32 with `Item`'s columns, and a
+    report {source: {weight, share, tokens, available, documents, epochs, warning}}. Raises
+    InputError if the weights do not fit the sources."""
+    unknown = sorted(set(weights) - set(sources))
+    require(not unknown, f"weights for {unknown}, but the sources are {sorted(sources)}")
+    total = sum(weights.values())
     require(total > 0 and min(weights.values()) >= 0, f"weights must be >= 0, got {weights}")
-    stream, places, report = [], [], {}
+    streams = []
+    places = []
+    report = {}
     for name, weight in weights.items():
-        want, done, epoch, count = round(tokens * weight / total), 0, 0, 0
-        sizes, number = sources[name].sizes, list(sources).index(name)
-        available = int(sizes.sum())
-        require(available > 0 or want == 0, f"source {name} is empty, but its weight is {weight}")
-        while done < want:
-            # Keyed by name, so that adding a source leaves the order within the others as it was.
-            random = np.random.default_rng([seed, crc32(name.encode()), epoch])
-            docs = random.permutation(len(sizes))
-            before = done + np.append(0, sizes[docs].cumsum()[:-1])
-            docs, before = docs[before < want], before[before < want]
-            size = np.minimum(sizes[docs], want - before)
-            places.append((before + random.random(len(docs)) * size) / want)
-            stream.append(np.stack((np.full(len(docs), number), docs, size), 1).astype(np.int32))
-            done, count, epoch = int(before[-1] + size[-1]), count + len(docs), epoch + 1
-        # Muennighoff et al. 2023: up to 4 epochs are nearly as good as new text.
-        epochs = want / max(1, available)
-        report[name] = {"weight": weight, "share": want / tokens, "tokens": want,
-                        "available": available, "documents": count, "epochs": round(epochs, 2),
-                        "warning": "read more than 4 times" if epochs > 4 else ""}
+        wanted = round(tokens * weight / total)
+        available = int(sources[name].sizes.sum())
+        require(available > 0 or wanted == 0, f"source {name} is empty, but its weight is {weight}")
+        number = list(sources).index(name)
+        sizes = sources[name].sizes
+        documents = 0
+        for items, place in read_epochs(name, number, sizes, wanted, seed):
+            streams.append(items)
+            places.append(place)
+            documents += len(items)
+        epochs = wanted / max(1, available)
+        # Up to 4 epochs are nearly as good as new text (Muennighoff et al. 2023).
+        warning = "read more than 4 times" if epochs > 4 else ""
+        report[name] = {"weight": weight, "share": wanted / tokens, "tokens": wanted,
+                        "available": available, "documents": documents,
+                        "epochs": round(epochs, 2), "warning": warning}
     order = np.argsort(np.concatenate(places), kind="stable")
-    return np.concatenate(stream)[order], report
+    return np.concatenate(streams)[order], report
 
+
+def read_epochs(name: str, number: int, sizes: np.ndarray, wanted: int, seed: int):
+    """Yield the items of each epoch over one source, (n, 3), and their places in the stream, (n,)
+    from 0 to 1, until it has given `wanted` tokens."""
+    done = 0
+    epoch = 0
+    while done < wanted:
+        # Keyed by the name, so that adding a source keeps the order within the others.
+        random = np.random.default_rng([seed, crc32(name.encode()), epoch])
+        documents = random.permutation(len(sizes))
+        before = done + np.append(0, sizes[documents].cumsum()[:-1])  # tokens ahead of each
+        needed = before < wanted
+        documents = documents[needed]
+        before = before[needed]
+        taken = np.minimum(sizes[documents], wanted - before)
+        columns = (np.full_like(documents, number), documents, taken)
+        place = (before + random.random(len(documents)) * taken) / wanted
+        yield np.column_stack(columns).astype(np.int32), place
+        done = int(before[-1] + taken[-1])
+        epoch += 1
+
+
+# ---------------------------------------------------------------------------------------------
+# sequence packing
 
 class PackedRows:
-    """The documents of a stream (see `mix`), one after another, cut into rows of seq_len + 1
-    tokens. rows[[3, 8]] reads two of them: ids and segment_ids, both (2, seq_len + 1) int64. Inputs
-    are [:, :-1], targets [:, 1:]; a segment id is the document's place in the stream, for attention
-    that stays inside documents. What fills no row is dropped; InputError if that is all."""
+    """The documents of a stream, one after another, cut into rows of seq_len + 1 tokens.
+
+    rows[[3, 8]] reads two rows: ids and segment_ids, both (2, seq_len + 1) int64. Inputs are
+    [:, :-1], targets are [:, 1:]. A segment id is the document's place in the stream; attention
+    uses it to stay inside documents. The tokens that do not fill the last row are dropped. Raises
+    InputError if they do not fill one row."""
 
     def __init__(self, sources: list[Tokens], stream: np.ndarray, seq_len: int):
-        self.sources, self.stream, self.width = sources, stream, seq_len + 1
-        self.ends = np.cumsum(stream[:, 2], dtype=np.int64)
-        self.n = int(self.ends[-1]) // self.width if len(stream) else 0
-        require(self.n > 0, f"{stream[:, 2].sum()} tokens do not fill one row of {seq_len} + 1")
+        self.sources = sources
+        self.stream = stream
+        self.width = seq_len + 1
+        self.ends = np.cumsum(stream[:, 2], dtype=np.int64)  # of each item in the stream
+        tokens = int(stream[:, 2].sum())
+        self.n_rows = tokens // self.width
+        require(self.n_rows > 0, f"{tokens} tokens do not fill one row of {seq_len} + 1")
 
     def __len__(self) -> int:
-        return self.n
+        return self.n_rows
 
     def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
-        out = np.empty((2, len(rows), self.width), dtype=np.int64)
-        for r, row in enumerate(rows):
-            done, i = 0, int(np.searchsorted(self.ends, row * self.width, side="right"))
-            while done < self.width:
-                source, doc, size = self.stream[i].tolist()
-                tokens, skip = self.sources[source], row * self.width + done - self.ends[i] + size
-                n, start = min(size - skip, self.width - done), tokens.starts[doc] + skip
-                out[0, r, done:done + n] = tokens.ids[start:start + n]
-                out[1, r, done:done + n] = i
-                done, i = done + n, i + 1
-                if skip + n == size:  # also of a document that was cut
-                    out[0, r, done - 1] = tokens.ids[tokens.ends[doc] - 1]
-        return torch.from_numpy(out[0]), torch.from_numpy(out[1])
+        ids = np.empty((len(rows), self.width), dtype=np.int64)
+        segment_ids = np.empty((len(rows), self.width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            self.fill(row, ids[i], segment_ids[i])
+        return torch.from_numpy(ids), torch.from_numpy(segment_ids)
+
+    def fill(self, row: int, ids: np.ndarray, segment_ids: np.ndarray) -> None:
+        """Write row number `row` into ids and segment_ids, both (seq_len + 1,)."""
+        row_start = row * self.width  # in the stream
+        place = int(np.searchsorted(self.ends, row_start, side="right"))
+        filled = 0
+        while filled < self.width:
+            item = Item._make(self.stream[place].tolist())
+            tokens = self.sources[item.source]
+            item_start = self.ends[place] - item.size  # in the stream
+            skipped = row_start + filled - item_start  # its tokens that earlier rows hold
+            count = min(item.size - skipped, self.width - filled)
+            start = tokens.starts[item.document] + skipped
+            end = filled + count
+            ids[filled:end] = tokens.ids[start:start + count]
+            segment_ids[filled:end] = place
+            if skipped + count == item.size:  # a document that was cut keeps its end token
+                ids[end - 1] = tokens.ids[tokens.ends[item.document] - 1]
+            filled = end
+            place += 1

@@ -1,16 +1,16 @@
-"""Models that judge pre-training data (report section 3.1): which documents are good, which domain
-they are of, which generated answers to believe.
+"""Models that judge pre-training data: which documents are good, which domain they belong to, and
+which generated answers to believe (report section 3.1).
 
-The report scores every document by Qwen2-Instruct models along several dimensions, balances
-domains that these models tell apart, and filters synthetic data by reward models. Its prompts,
-dimensions and thresholds are not disclosed: those below are our choice. Two scorers:
+The report scores every document with Qwen2-Instruct models along several dimensions, balances the
+domains that such models tell apart, and filters synthetic data with reward models. Its prompts,
+dimensions and thresholds are not disclosed; those below are our choice. There are two scorers:
 
-  judge       a Qwen2 directory reads the document, then one question a dimension, and the score is
-              the expectation over the tokens 1 to 5. Sampling one digit would tell five levels
-              apart; the probabilities rank documents even where a small model always says 3.
-  classifier  softmax regression on hashed word 1- and 2-grams: seconds to train, the cheap stand-in
-              where a judge cannot read everything. It learns from numbers (people's verdicts, or a
-              judge's scores of a sample) what is good, from names which domain is which.
+  judge       A Qwen2 directory reads the document, then one question per dimension. The score is
+              the expectation over the tokens 1 to 5: sampling one digit would give five levels,
+              but the probabilities rank documents even where a small model always says 3.
+  classifier  Softmax regression on hashed word 1- and 2-grams, trained in seconds: the cheap
+              stand-in where a judge cannot read everything. From numbers (people's verdicts, or a
+              judge's scores of a sample) it learns what is good, from names which domain is which.
 
     python -m data.quality --labels web_labels.jsonl                    # cross-validated AUC
     python -m data.quality --labels web_labels.jsonl --data runs/data --keep 0.5 --out runs/good
@@ -18,11 +18,12 @@ dimensions and thresholds are not disclosed: those below are our choice. Two sco
     python -m data.quality --judge runs/demo/grpo --data runs/data --out runs/judged
     python -m data.quality --generate 1000 --policy runs/demo/grpo --reward_model runs/rm ...
 
---out gets a .jsonl a source (a domain, where names were learned: weights of pretrain.py then sample
-domains down and up), each document with its "scores", and report.json.
+--out gets report.json and one .jsonl per source, each document with its "scores". With domain names
+as labels it gets one .jsonl per domain, and the weights of pretrain.py sample domains down and up.
 """
 import json
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from os.path import commonprefix
 
 import numpy as np
@@ -31,22 +32,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import tasks.queries
 from data import dedup
 from data import documents
-import tasks.queries
 from lib.args import cli, positive, require
 from lib.files import read_jsonl, write_atomic
 from lib.optim import pad_rows, rng, setup
 from reward import RewardModel
 from sample import load_policy, read_prompts, rollout
-
-DIMENSIONS = {
-    "knowledge": "How much could a student learn from this text?",
-    "clarity": "How clear and well written is this text?",
-    "reasoning": "How much does this text explain and reason?",
-    "cleanliness": "How free of advertisements, menus and broken pieces is this text?",
-}
-QUESTION = "\n\n{} Answer with a number from 1 (not at all) to 5 (very)."
 
 
 @dataclass
@@ -57,11 +50,11 @@ class Args:
     label: str = "label"             # their field: numbers (more is better) or names (domains)
     folds: int = 5                   # of the cross-validation on --labels
     judge: str = ""                  # model directory that scores documents
-    judge_tokens: int = 512          # of a document that the judge reads
+    judge_tokens: int = 512          # tokens of a document that the judge reads
     keep: float = 1.0                # share of the text to keep, the best first
     generate: int = 0                # questions that --policy answers; instead of all the above
     policy: str = ""                 # chat model that answers them
-    responses: int = 4               # answers a question
+    responses: int = 4               # answers per question
     reward_model: str = ""           # orders the answers that pass their check; empty: all stay
     seed: int = 0                    # of folds, training and sampling
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -72,40 +65,80 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # the judge
 
+DIMENSIONS = {
+    "knowledge": "How much could a student learn from this text?",
+    "clarity": "How clear and well written is this text?",
+    "reasoning": "How much does this text explain and reason?",
+    "cleanliness": "How free of advertisements, menus and broken pieces is this text?",
+}
+QUESTION = "\n\n{} Answer with a number from 1 (not at all) to 5 (very)."
+
+
 @torch.no_grad()
 def judge(model, tokenizer, text: str, max_tokens: int = 512) -> dict[str, float]:
-    """A score in [1, 5] a dimension. The questions come last, so the document is read once."""
+    """Score a document per dimension, from 1 to 5, and give the mean. The questions come last, so
+    that the model reads the document once."""
     text = tokenizer.decode(tokenizer.encode(text)[:max_tokens]).rstrip("\ufffd")
-    prompts = [tokenizer.render([{"role": "user", "content": text + QUESTION.format(question)}],
-                                add_generation_prompt=True)[0] for question in DIMENSIONS.values()]
+    prompts = [tokenizer.render_prompt(text + QUESTION.format(question))
+               for question in DIMENSIONS.values()]
     shared = len(commonprefix(prompts))
     _, cache = read_prompts(model, [prompt[:shared] for prompt in prompts])
-    rest = [prompt[shared:] for prompt in prompts]
-    hidden = model.hidden(pad_rows(rest, 0).to(model.head_weight.device), cache=cache)
-    last = hidden[torch.arange(len(rest)), [len(row) - 1 for row in rest]]
+    questions = [prompt[shared:] for prompt in prompts]
+    hidden = model.hidden(pad_rows(questions, 0).to(model.head_weight.device), cache=cache)
+    ends = [len(question) - 1 for question in questions]
+    last = hidden[torch.arange(len(questions)), ends].float()
     digits = torch.tensor([tokenizer.encode(digit)[0] for digit in "12345"])
-    logits = (last.float()[:, None] * model.head_weight[digits]).sum(-1)  # no autocast: rank finely
-    scores = (logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)).tolist()  # among the five
-    return dict(zip(DIMENSIONS, scores, strict=True)) | {"mean": sum(scores) / len(scores)}
+    # Not as a matrix product, which autocast would round to bfloat16: scores must rank finely.
+    logits = (last[:, None] * model.head_weight[digits]).sum(-1)  # (dimensions, 5)
+    expected = logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)
+    scores = dict(zip(DIMENSIONS, expected.tolist(), strict=True))
+    scores["mean"] = sum(scores.values()) / len(scores)
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------
 # the classifier
 
 BUCKETS = 2**17
-QUALITY = "quality"  # the score that numbers teach
+EPOCHS = 8           # so few are the only regularisation
+QUALITY = "quality"  # the class, and the score, that numbers teach
+
+
+def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[str]]:
+    """Return texts, targets (n, classes) and class names. A name becomes a class. A number becomes
+    the probability of "quality" against "low", by its place between the least and the greatest."""
+    texts = []
+    labels = []
+    for number, row in read_jsonl(path):
+        row = row | row.get("scores", {})  # written by an earlier run with a judge
+        text = row.get("text")
+        label = row.get(field)
+        require(isinstance(text, str) and isinstance(label, (int, float, str)),
+                f'{path}:{number}: must have a "text" and a number or a name under "{field}"')
+        texts.append(text)
+        labels.append(label)
+    types = {isinstance(label, str) for label in labels}
+    require(len(types) == 1 and len(set(labels)) > 1,
+            f'{path}: "{field}" must hold numbers only or names only, and more than one of them')
+    if isinstance(labels[0], str):
+        classes = sorted(set(labels))
+        targets = torch.eye(len(classes))[[classes.index(label) for label in labels]]
+        return texts, targets, classes
+    least = min(labels)
+    high = (torch.tensor(labels).float() - least) / (max(labels) - least)
+    return texts, torch.stack((1 - high, high), 1), ["low", QUALITY]
 
 
 def features(text: str) -> torch.Tensor:
-    """(n,) int64: the buckets of the words and word pairs that occur, each once."""
+    """Return the bag of a text: (n,) int64, the buckets of its words and word pairs, each once."""
     ids = dedup.word_ids(text)
-    grams = np.concatenate([dedup.ngram_hashes(ids, n) for n in (1, 2)]) % np.uint64(BUCKETS)
-    return torch.from_numpy(np.unique(grams).astype(np.int64))
+    grams = np.concatenate([dedup.ngram_hashes(ids, 1), dedup.ngram_hashes(ids, 2)])
+    return torch.from_numpy(np.unique(grams % np.uint64(BUCKETS)).astype(np.int64))
 
 
 class Classifier(nn.Module):
-    """Logits of a bag = bias + sum of its features' rows / sqrt(how many). Without the root, long
-    documents saturate; with a mean, they say nothing."""
+    """Logits of a bag = bias + the sum of its features' rows / sqrt(number of features). Without
+    the root, long documents saturate; with a mean, they say nothing."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -114,16 +147,18 @@ class Classifier(nn.Module):
 
     def forward(self, bags: list[torch.Tensor]):
         sizes = torch.tensor([len(bag) for bag in bags])
-        return self.bias + F.embedding_bag(
-            torch.cat(bags), self.weight, sizes.cumsum(0) - sizes, mode="sum",
-            per_sample_weights=sizes.clamp_min(1).rsqrt().repeat_interleave(sizes))
+        starts = sizes.cumsum(0) - sizes
+        scale = sizes.clamp_min(1).rsqrt().repeat_interleave(sizes)
+        return self.bias + F.embedding_bag(torch.cat(bags), self.weight, starts, mode="sum",
+                                           per_sample_weights=scale)
 
 
-def train(bags: list, targets: torch.Tensor, seed: int, epochs: int = 8) -> Classifier:
-    """targets (n, classes): probabilities. Few epochs are the regularisation."""
-    model, generator = Classifier(targets.shape[1]), rng(seed)
+def train(bags: list, targets: torch.Tensor, seed: int) -> Classifier:
+    """Fit a classifier to targets, (n, classes) probabilities."""
+    model = Classifier(targets.shape[1])
+    generator = rng(seed)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for batch in torch.randperm(len(bags), generator=generator).split(64):
             loss = F.cross_entropy(model([bags[i] for i in batch]), targets[batch])
             optimizer.zero_grad()
@@ -133,20 +168,25 @@ def train(bags: list, targets: torch.Tensor, seed: int, epochs: int = 8) -> Clas
 
 
 def classify(model: Classifier, classes: list[str], text: str) -> dict[str, float]:
-    probs = dict(zip(classes, model([features(text)])[0].softmax(-1).tolist(), strict=True))
-    return {QUALITY: probs[QUALITY]} if QUALITY in probs else probs
+    """Return the probability of each domain, or of "quality" alone."""
+    probs = model([features(text)])[0].softmax(-1).tolist()
+    scores = dict(zip(classes, probs, strict=True))
+    return {QUALITY: scores[QUALITY]} if QUALITY in scores else scores
 
 
 def cross_validate(texts: list[str], bags: list, targets: torch.Tensor, folds: int, seed: int):
-    """(n, classes) probabilities, each by a model that saw neither the text nor a near-duplicate:
-    these fall into one fold together."""
+    """Return (n, classes) probabilities, each by a model that saw neither the text nor a
+    near-duplicate of it: near-duplicates fall into one fold together."""
     near = dedup.NearDuplicates()
-    first = [near.find(text)[0] for text in texts]
-    group = [i if j < 0 else j for i, j in enumerate(first)]
-    fold = torch.randperm(len(texts), generator=rng(seed, 1))[group] % folds
+    groups = []
+    for i, text in enumerate(texts):
+        match = near.find(text)
+        groups.append(i if match.index < 0 else match.index)
+    fold = torch.randperm(len(texts), generator=rng(seed, 1))[groups] % folds
     probs = torch.zeros_like(targets)
     for k in range(folds):
-        seen, new = ((fold != k).nonzero().flatten(), (fold == k).nonzero().flatten())
+        seen = (fold != k).nonzero().flatten()
+        new = (fold == k).nonzero().flatten()
         if len(new):
             model = train([bags[i] for i in seen], targets[seen], seed)
             probs[new] = model([bags[i] for i in new]).detach().softmax(-1)
@@ -154,88 +194,95 @@ def cross_validate(texts: list[str], bags: list, targets: torch.Tensor, folds: i
 
 
 def auc(scores, labels) -> float:
-    """The probability that a good document outscores a bad one; ties count half."""
-    scores, good = np.asarray(scores), np.asarray(labels, dtype=bool)
+    """Return the probability that a good document outscores a bad one; ties count half."""
+    scores = np.asarray(scores)
+    good = np.asarray(labels, dtype=bool)
     gap = scores[good][:, None] - scores[~good]
     return float((gap > 0).mean() + (gap == 0).mean() / 2)
 
 
+def agreement(probs, targets, classes) -> dict:
+    """Return how well the held-out predictions agree with the labels."""
+    right = probs.argmax(-1) == targets.argmax(-1)
+    result = {"documents": len(targets), "agreement": right.float().mean().item()}
+    if QUALITY in classes:
+        result["auc"] = auc(probs[:, 1], targets[:, 1] > 0.5)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# what is kept
+
 def best(scores, sizes, keep: float) -> np.ndarray:
-    """(n,) bool: the documents of highest score that hold a share `keep` of all the text. By
-    documents, a score that likes long ones would hardly drop anything."""
+    """Select the documents of highest score that hold a share `keep` of all the text: (n,) bool.
+    By number of documents, a score that prefers long ones would hardly drop anything."""
     order = np.argsort(-np.asarray(scores), kind="stable")
     kept = np.zeros(len(order), dtype=bool)
     kept[order] = np.cumsum(np.asarray(sizes)[order]) <= keep * np.sum(sizes)
     return kept
 
 
-def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[str]]:
-    """-> texts, targets (n, classes), names of the classes. Numbers become probabilities of "low"
-    and "quality" by their place between the least and the greatest."""
+def best_documents(args: Args, scorers: list, classes: list[str]):
+    """Yield the documents of --data to keep, with their scores. If the classes are domains, the
+    most probable one becomes the source. What is kept depends on all scores, and documents need
+    not fit in memory, so --data is read twice."""
     rows = []
-    for number, row in read_jsonl(path):
-        row = row | row.get("scores", {})  # a judge's, of another run
-        good = isinstance(row.get("text"), str) and isinstance(row.get(field), (int, float, str))
-        require(good, f'{path}:{number}: want a "text" and a number or a name under "{field}"')
-        rows.append((row["text"], row[field]))
-    texts, labels = zip(*rows, strict=True) if rows else ((), ())
-    named = {isinstance(label, str) for label in labels}
-    require(len(named) == 1 and len(set(labels)) > 1,
-            f'{path}: want numbers only or names only under "{field}", and more than one of them')
-    if named == {True}:
-        classes = sorted(set(labels))
-        return texts, torch.eye(len(classes))[[classes.index(x) for x in labels]], classes
-    high = (torch.tensor(labels).float() - min(labels)) / (max(labels) - min(labels))
-    return texts, torch.stack((1 - high, high), 1), ["low", QUALITY]
-
-
-def agreement(probs, targets, classes) -> dict:
-    """How the held-out folds agree with the labels."""
-    right = probs.argmax(-1) == targets.argmax(-1)
-    more = {"auc": auc(probs[:, 1], targets[:, 1] > 0.5)} if QUALITY in classes else {}
-    return {"documents": len(targets), "agreement": right.float().mean().item(), **more}
+    sizes = []
+    for document in tqdm(documents.read_all(args.data), "scores", disable=None):
+        scores = {}
+        for scorer in scorers:
+            scores |= scorer(document["text"])
+        rows.append(scores)
+        sizes.append(len(document["text"]))
+    ranks = [scores.get(QUALITY, scores.get("mean", 0.0)) for scores in rows]
+    kept = best(ranks, sizes, args.keep)
+    for document, scores, good in zip(documents.read_all(args.data), rows, kept, strict=True):
+        if good:
+            if classes and QUALITY not in classes:
+                document["source"] = max(classes, key=scores.get)
+            yield document | {"scores": scores}
 
 
 # ---------------------------------------------------------------------------------------------
 # synthetic data
 
-def generated(args: Args, device, autocast):
-    """Yields documents: --policy answers questions of the split that pre-training documents are
-    made of, what fails its check goes (report 3.1 and 4.1), and of a question's passing answers
-    the one with the highest reward stays; last, the share --keep of highest reward."""
+def passing_answers(args: Args, device, autocast) -> list:
+    """Let --policy answer questions of the split that pre-training documents are made of, and
+    return the distinct answers that pass their check (report sections 3.1 and 4.1)."""
     policy, tokenizer = load_policy(args.policy, device)
     queries = tasks.queries.builtin("sft", args.generate, args.seed)
     with autocast:
-        groups = rollout(
-            policy,
-            tokenizer,
-            queries,
-            args.responses,
-            128,
-            seed=args.seed,
-            score=tasks.queries.score_many,
-        )
-    passed = [a for group in groups for a in {a.text: a for a in group if a.score == 1}.values()]
-    total = args.generate * args.responses
-    print(f"  {len(passed)} different answers of {total} pass their check")
-    rewards = [0.0] * len(passed)
+        groups = rollout(policy, tokenizer, queries, args.responses, 128, seed=args.seed,
+                         score=tasks.queries.score_many)
+    passed = []
+    for group in groups:
+        distinct = {answer.text: answer for answer in group if answer.score == 1}
+        passed.extend(distinct.values())
+    n_answers = args.generate * args.responses
+    print(f"  {len(passed)} different answers of {n_answers} pass their check")
+    return passed
+
+
+def generated(args: Args, device, autocast):
+    """Yield documents made of the answers that pass their check. With --reward_model, only the
+    best answer to each question stays, and of these the share --keep of highest reward."""
+    passed = passing_answers(args, device, autocast)
+    chosen = [(0.0, answer) for answer in passed]
     if args.reward_model and passed:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
+        prompts = [answer.query["prompt"] for answer in passed]
         with autocast:
-            rewards = scorer.score([a.query["prompt"] for a in passed], [a.text for a in passed])
-        best = {a.query["prompt"]: (r, a) for r, a in sorted(
-            zip(rewards, passed, strict=True), key=lambda pair: pair[0])}
-        ranked = sorted(best.values(), key=lambda pair: -pair[0])
-        rewards, passed = zip(*ranked[:round(args.keep * len(ranked))], strict=True)
-    for i, (reward, a) in enumerate(zip(rewards, passed, strict=True)):
-        yield {
-            "text": tasks.queries.FORMS[i % len(tasks.queries.FORMS)].format(
-                a.query["prompt"], a.text
-            ),
-            "source": f"generated_{a.query['domain']}",
-            "kind": "synthetic",
-            "scores": {"reward": reward},
-        }
+            rewards = scorer.score(prompts, [answer.text for answer in passed])
+        best = {}
+        for reward, answer in sorted(zip(rewards, passed, strict=True), key=itemgetter(0)):
+            best[answer.query["prompt"]] = (reward, answer)  # the later one has the higher reward
+        chosen = sorted(best.values(), key=lambda pair: -pair[0])
+        chosen = chosen[:round(args.keep * len(chosen))]
+    for i, (reward, answer) in enumerate(chosen):
+        form = tasks.queries.FORMS[i % len(tasks.queries.FORMS)]
+        yield {"text": form.format(answer.query["prompt"], answer.text),
+               "source": f"generated_{answer.query['domain']}", "kind": "synthetic",
+               "scores": {"reward": reward}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,9 +290,11 @@ def generated(args: Args, device, autocast):
 def main(args: Args) -> dict:
     device, autocast = setup(args)
     positive(args, "folds", "judge_tokens", "keep", "responses")
-    require(args.labels or args.judge or args.generate, "want --labels, --judge or --generate")
+    require(args.labels or args.judge or args.generate, "pass --labels, --judge or --generate")
     out = documents.new_directory(args.out, args.overwrite)
-    report, scorers, classes = {"args": asdict(args)}, [], []
+    report = {"args": asdict(args)}
+    scorers = []
+    classes = []
     if args.generate:
         report["sources"] = documents.write_sources(out, generated(args, device, autocast))
     if args.judge:
@@ -265,23 +314,11 @@ def main(args: Args) -> dict:
         scorers.append(lambda text: classify(classifier, classes, text))
     if args.judge and QUALITY in classes:
         rows = [by_judge(text) for text in tqdm(texts, "judge", disable=None)]
-        report["judge"] = {name: auc([row[name] for row in rows], targets[:, 1] > 0.5)
-                           for name in rows[0]}
+        good = targets[:, 1] > 0.5
+        report["judge"] = {name: auc([row[name] for row in rows], good) for name in rows[0]}
         print(f"judge, AUC: {report['judge']}")
     if args.data:
-        # Two passes: what is kept depends on all scores, and documents need not fit in memory.
-        rows, sizes = [], []
-        for doc in tqdm(documents.read_all(args.data), "scores", disable=None):
-            rows.append({k: v for scorer in scorers for k, v in scorer(doc["text"]).items()})
-            sizes.append(len(doc["text"]))
-        keep = best([row.get(QUALITY, row.get("mean", 0.0)) for row in rows], sizes, args.keep)
-
-        def kept():
-            for doc, row, good in zip(documents.read_all(args.data), rows, keep, strict=True):
-                if good:
-                    domain = max(classes, key=row.get) if classes and QUALITY not in row else None
-                    yield doc | {"source": domain or doc["source"], "scores": row}
-        report["sources"] = documents.write_sources(out, kept())
+        report["sources"] = documents.write_sources(out, best_documents(args, scorers, classes))
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"quality: {out} ready: {report.get('sources', {})}")
     return report

@@ -1,27 +1,34 @@
-"""The report of a whole run: what each stage cost, what it gained and how sure that is, its curves,
-and answers worth reading, before and after.
+"""Report a whole run: what each stage cost, what it gained and how sure that is, its curves, and
+answers worth reading, before and after.
 
     python -m lib.report --run runs/demo
 
-reads run.json, log.jsonl and what evaluate.py left in each stage's directory, and writes there
-report.md (for a terminal or a repository), report.html (one file, no network, no scripts: open it
-in any browser) and report.json (for programs).
+It reads run.json, log.jsonl and what evaluate.py left in each stage's directory. It writes
+report.md (for a terminal or a repository), report.html (one file without scripts, for any browser)
+and report.json (for programs) into the run's directory.
 """
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from evaluate import cell, interval, table
 from lib.args import cli, require
 from lib.files import read_json, read_jsonl, write_atomic
+from lib.tables import Table, cell, interval, metric_tables
 
-# Stage by stage, the numbers of its log that say whether it went well.
-CURVES = {"pretrain": ("loss", "val_loss", "grad_norm"), "sft": ("loss", "grad_norm"),
-          "sft_control": ("loss", "grad_norm"),
-          "dpo": ("accuracy", "reward_chosen", "reward_rejected", "loss"),
-          "rl_first": ("pass", "reward", "entropy", "dead"), "reward": ("accuracy", "loss"),
-          "grpo": ("pass", "own", "reward", "entropy", "dead", "length", "kl")}
+# The stages in their order, each with the numbers of its log that show whether it went well.
+CURVES = {
+    "pretrain": ("loss", "val_loss", "grad_norm"),
+    "sft": ("loss", "grad_norm"),
+    "sft_control": ("loss", "grad_norm"),
+    "dpo": ("accuracy", "reward_chosen", "reward_rejected", "loss"),
+    "rl_first": ("pass_rate", "reward", "entropy", "frac_zero_std"),
+    "reward": ("accuracy", "loss"),
+    "grpo": ("pass_rate", "own", "reward", "entropy", "frac_zero_std", "length", "kl"),
+}
+COMPARISONS = (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
+               ("sft", "sft_control"), ("sft_control", "grpo"))
 
 
 @dataclass
@@ -33,195 +40,203 @@ class Args:
 # reading
 
 def gains(chats: dict[str, list[dict]]) -> list[dict]:
-    """Stage against stage, query by query: what all queries have in common, how hard they are,
-    cancels, so these intervals are narrower than those of the two means."""
+    """Compare stages query by query. How hard a query is cancels out, so these intervals are
+    narrower than those of the two means."""
     out = []
-    for before, after in (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
-                          ("sft", "sft_control"), ("sft_control", "grpo")):
-        old, new = chats.get(before, []), chats.get(after, [])
-        if old and [row["prompt"] for row in old] == [row["prompt"] for row in new]:
-            out.append({"from": before, "to": after} | {
-                name: interval([b[key] - a[key] for a, b in zip(old, new, strict=True)], least=-1.0)
-                for name, key in (("pass@1", "pass@1"), ("greedy", "greedy_score"))})
+    for before, after in COMPARISONS:
+        old = chats.get(before, [])
+        new = chats.get(after, [])
+        same_queries = [row["prompt"] for row in old] == [row["prompt"] for row in new]
+        if not old or not same_queries:
+            continue
+        gain = {"from": before, "to": after}
+        for name, key in (("pass@1", "pass@1"), ("greedy", "greedy_score")):
+            differences = [b[key] - a[key] for a, b in zip(old, new, strict=True)]
+            gain[name] = interval(differences, least=-1.0)
+        out.append(gain)
     return out
 
 
-def collect(root: Path):
-    """-> what goes into report.json, each stage's log, each stage's answers."""
-    found = [s for s in CURVES if (root / s / "run.json").exists()]
-    require(len(found) > 0, f"--run {root}: want a directory that holds those of stages "
+def collect(root: Path) -> tuple[dict, dict, dict]:
+    """Return what goes into report.json, the log of each stage, and the answers of each stage."""
+    found = [name for name in CURVES if (root / name / "run.json").exists()]
+    require(len(found) > 0, f"--run {root}: must be a directory that holds those of stages "
             f"({', '.join(CURVES)})")
-    stages, logs, chats, asked = [], {}, {}, {}
+    stages = []
+    logs = {}
+    chats = {}
+    asked = {}      # what an evaluation asked -> a stage that was asked it
     for name in found:
         folder = root / name
-        run, path = read_json(folder / "run.json"), folder / "eval.json"
-        evaluation = read_json(path) if path.exists() else {}
-        stages.append({"name": name, "seconds": run.get("seconds"),
-                       "peak_rss_mb": run.get("peak_rss_mb"),
-                       "command": "python " + run["command"], "result": run.get("result", {}),
-                       "metrics": evaluation.get("metrics", {})})
-        if evaluation:
+        run = read_json(folder / "run.json")
+        evaluation = {"metrics": {}}
+        if (folder / "eval.json").exists():
+            evaluation = read_json(folder / "eval.json")
             settings = evaluation["settings"]
-            asked[tuple(settings.get(key, "") for key in ("queries", "n", "reward"))] = name
+            question = (settings.get("queries"), settings.get("n"), settings.get("reward"))
+            asked[question] = name
         if (folder / "log.jsonl").exists():
             logs[name] = [row for _, row in read_jsonl(folder / "log.jsonl")]
         if (folder / "eval_samples.jsonl").exists():
             chats[name] = [row for _, row in read_jsonl(folder / "eval_samples.jsonl")]
+        stages.append({
+            "name": name, "seconds": run.get("seconds"), "peak_rss_mb": run.get("peak_rss_mb"),
+            "command": "python " + run["command"], "result": run.get("result", {}),
+            "metrics": evaluation["metrics"],
+        })
     require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
             "queries or by another --reward; run evaluate.py again")
-    total = sum(s["seconds"] or 0 for s in stages)
+
+    seconds = sum(stage["seconds"] or 0 for stage in stages)
     if (root / "started").exists():  # demo.sh's clock: data, tokenizer, evaluations included
         ended = max(path.stat().st_mtime for path in root.glob("*/*.json"))
-        total = ended - float((root / "started").read_text())
-    report = {"name": root.name, "stages": stages, "gains": gains(chats), "seed": run["seed"],
-              "total_seconds": round(total),
-              "sampled": "mean" if any(reward for *_, reward in asked) else "pass@1"}
+        seconds = ended - float((root / "started").read_text())
+    own_reward = any(reward for _, _, reward in asked)
+    report = {
+        "name": root.name, "stages": stages, "gains": gains(chats), "seed": run["seed"],
+        "total_seconds": round(seconds), "sampled": "mean" if own_reward else "pass@1",
+    }
     return report, logs, chats
 
 
-def turned(before: list[dict], after: list[dict], sign: int) -> tuple[int, list[tuple]]:
-    """How many queries' greedy scores rose (sign 1) or fell (-1), and which did most in each
-    domain."""
-    some = [(sign * (b["greedy_score"] - a["greedy_score"]), a, b)
-            for a, b in zip(before, after, strict=False)]
-    some = [(a, b) for gain, a, b in sorted(some, key=lambda row: -row[0]) if gain > 0]
-    return len(some), [pair for domain in sorted({a["domain"] for a, _ in some})
-                       for pair in [p for p in some if p[0]["domain"] == domain][:1]]
-
-
 # ---------------------------------------------------------------------------------------------
-# markdown
+# tables, which both formats show
 
-def stage_rows(report: dict) -> list[list[str]]:
-    return [[s["name"], "not finished" if s["seconds"] is None else f"{s['seconds']:.0f}",
-             str(s["peak_rss_mb"] or ""), s["command"]] for s in report["stages"]]
-
-
-def as_markdown(report: dict, root: Path, chats: dict) -> str:
-    lines = [f"# {report['name']}: seed {report['seed']}, {report['total_seconds'] / 60:.1f} "
-             "minutes in all", ""]
-    rows = [(s["name"], s["metrics"]) for s in report["stages"] if s["metrics"]]
-    if rows:
-        lines += ["Held-out queries, mean [95% interval]; each cell's n is in report.json.", "",
-                  table(rows, report["sampled"])]
-    else:
-        lines.append(f"No stage is evaluated yet; `python evaluate.py --init {root}/…` does it.")
+def tables_of(report: dict, chats: dict) -> list[Table]:
+    tables = []
+    stages = report["stages"]
+    evaluated = [(stage["name"], stage["metrics"]) for stage in stages if stage["metrics"]]
+    if evaluated:
+        tables += metric_tables(evaluated, report["sampled"])
     if report["gains"]:
-        lines += ["", "Gains on the same queries, in points:", "",
-                  f"| from | to | {report['sampled']} | greedy |", "|---|---|---|---|"]
-        lines += [f"| {g['from']} | {g['to']} | {cell(g['pass@1'], '+.1f')} | "
-                  f"{cell(g['greedy'], '+.1f')} |" for g in report["gains"]]
-    lines += ["", "| stage | seconds | peak MB | command |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} | `{command}` |" for *row, command in stage_rows(report)]
+        tables.append(gains_table(report))
+    tables.append(costs_table(stages))
     if "sft" in chats and "grpo" in chats:
-        lines += ["", "## The same question, after SFT and after GRPO (greedy)", ""]
-        for label, sign in (("learned", 1), ("lost", -1)):
-            n, pairs = turned(chats["sft"], chats["grpo"], sign)
-            lines += [f"{n} queries {label}; the first of each domain:", ""]
-            for before, after in pairs:
-                lines += [f"- **{before['prompt']}**", f"  - SFT: `{before['greedy']!r}`",
-                          f"  - GRPO: `{after['greedy']!r}`"]
-            lines.append("")
-    return "\n".join(lines) + "\n"
+        tables.append(changes_table("Learned", chats["sft"], chats["grpo"], 1))
+        tables.append(changes_table("Lost", chats["sft"], chats["grpo"], -1))
+    if chats:
+        last = list(chats)[-1]
+        tables.append(wrong_table(last, chats[last]))
+    return tables
+
+
+def gains_table(report: dict) -> Table:
+    rows = []
+    for gain in report["gains"]:
+        sampled = cell(gain["pass@1"], "+.1f")
+        greedy = cell(gain["greedy"], "+.1f")
+        rows.append([gain["from"], gain["to"], sampled, greedy])
+    return Table("Gains on the same queries, in points",
+                 ["from", "to", report["sampled"], "greedy"], rows)
+
+
+def costs_table(stages: list[dict]) -> Table:
+    rows = []
+    for stage in stages:
+        seconds = "not finished" if stage["seconds"] is None else f"{stage['seconds']:.0f}"
+        memory = str(stage["peak_rss_mb"] or "")
+        bits = stage["metrics"].get("bits_per_byte")
+        bits = "" if bits is None else f"{bits:.3f}"
+        rows.append([stage["name"], seconds, memory, f"`{stage['command']}`", bits])
+    return Table("Stages", ["stage", "seconds", "peak MB", "command", "bits per byte"], rows)
+
+
+def changes_table(verb: str, before: list[dict], after: list[dict], sign: int) -> Table:
+    """Count the queries whose greedy score rose (sign 1) or fell (sign -1), and show the largest
+    change of each domain."""
+    changes = []
+    for old, new in zip(before, after, strict=False):
+        gain = sign * (new["greedy_score"] - old["greedy_score"])
+        if gain > 0:
+            changes.append((gain, old, new))
+    changes.sort(key=lambda change: -change[0])
+    rows = {}
+    for _, old, new in changes:
+        row = [f"**{old['prompt']}**", f"`{old['greedy']}`", f"`{new['greedy']}`"]
+        rows.setdefault(old["domain"], row)
+    title = f"{verb} between SFT and GRPO: {len(changes)} queries {verb.lower()}"
+    return Table(title, ["query", "SFT", "GRPO"], [rows[domain] for domain in sorted(rows)])
+
+
+def wrong_table(name: str, chats: list[dict]) -> Table:
+    """Show two queries of each domain that are still answered wrongly."""
+    wrong = [row for row in chats if row["greedy_score"] < 1]
+    shown = defaultdict(list)
+    for row in wrong:
+        check = json.dumps(row["check"], ensure_ascii=False)
+        shown[row["domain"]].append([row["domain"], row["prompt"], f"`{row['greedy']}`", check])
+    rows = []
+    for domain in sorted(shown):
+        rows += shown[domain][:2]
+    title = f"Still wrong after {name}: {len(wrong)} queries"
+    return Table(title, ["domain", "query", "answer", "checked by"], rows)
 
 
 # ---------------------------------------------------------------------------------------------
-# html
+# formats
+
+def as_markdown(title: str, tables: list[Table]) -> str:
+    lines = [f"# {title}", ""]
+    for table in tables:
+        lines += [f"## {table.title}", "", table.markdown(), ""]
+    return "\n".join(lines)
+
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a202c; --soft: #5a6578; --line: #d5dbe5; --fill: #f4f6fa;
-  --blue: #2b6cb0; --red: #b7471d; --paper: #fff; }
+  --blue: #2b6cb0; --paper: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf2; --soft: #9aa5b8; --line: #39414f;
-  --fill: #1d222b; --blue: #73b3f2; --red: #f2935e; --paper: #13161b; } }
+  --fill: #1d222b; --blue: #73b3f2; --paper: #13161b; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } h3 { font-size: 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; white-space: nowrap }
-small, figcaption, .soft { color: var(--soft); font-size: .85rem }
+  vertical-align: top }
+code { white-space: pre-wrap; overflow-wrap: anywhere }
+figcaption { color: var(--soft); font-size: .85rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 figure { margin: 0 } svg { width: 100%; height: auto; display: block; background: var(--fill) }
 .raw { stroke: var(--soft); opacity: .45 } .smooth { stroke: var(--blue); stroke-width: 2 }
 .raw, .smooth { fill: none; vector-effect: non-scaling-stroke }
-article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .9rem;
-  margin: .8rem 0; overflow-wrap: anywhere }
-pre { white-space: pre-wrap; margin: .3rem 0; background: var(--fill); padding: .4rem .6rem }
-.good { color: var(--blue) } .bad { color: var(--red) } code { overflow-wrap: anywhere }
 """
 
 
 def curve(rows: list[dict], name: str) -> str:
-    """One small picture: the numbers of each step, and their mean over a fiftieth of the run."""
-    points = [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
+    """Draw the numbers of each step, and their mean over a fiftieth of the run."""
+    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     if len(points) < 2:
         return ""
-    steps, values = zip(*points, strict=True)
-    low, high, half = min(values), max(values), len(values) // 50
-    means = [sum(part) / len(part) for i in range(len(values))
-             if (part := values[max(0, i - half):i + half + 1])]
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    half = len(values) // 50
+    means = []
+    for i in range(len(values)):
+        near = values[max(0, i - half):i + half + 1]
+        means.append(sum(near) / len(near))
+    low, high = min(values), max(values)
 
-    def line(ys) -> str:
-        return " ".join(f"{300 * (x - steps[0]) / (steps[-1] - steps[0]):.1f},"
-                        f"{95 - 90 * (y - low) / (high - low or 1):.1f}"
-                        for x, y in zip(steps, ys, strict=True))
+    def polyline(kind: str, ys: list[float]) -> str:
+        corners = []
+        for step, y in zip(steps, ys, strict=True):
+            left = 300 * (step - steps[0]) / (steps[-1] - steps[0])
+            top = 95 - 90 * (y - low) / (high - low or 1)      # an svg's y runs downwards
+            corners.append(f"{left:.1f},{top:.1f}")
+        return f'<polyline class="{kind}" points="{" ".join(corners)}"/>'
     return (f'<figure><svg viewBox="0 0 300 100" role="img" aria-label="{escape(name)}">'
-            f'<polyline class="raw" points="{line(values)}"/>'
-            f'<polyline class="smooth" points="{line(means)}"/></svg><figcaption><b>{escape(name)}'
-            f'</b>: {values[0]:.4g} → {values[-1]:.4g}, from {low:.4g} to {high:.4g}, steps '
-            f'{steps[0]}–{steps[-1]}</figcaption></figure>')
+            f'{polyline("raw", values)}{polyline("smooth", means)}</svg>'
+            f'<figcaption><b>{escape(name)}</b>: {values[0]:.4g} → {values[-1]:.4g}, '
+            f'from {low:.4g} to {high:.4g}, steps {steps[0]}–{steps[-1]}</figcaption></figure>')
 
 
-def html_table(head: list[str], rows: list[list[str]]) -> str:
-    return ('<div class="wide"><table><tr>' + "".join(f"<th>{escape(h)}</th>" for h in head)
-            + "</tr>" + "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>"
-                                for row in rows) + "</table></div>")
-
-
-def answer(label: str, row: dict) -> str:
-    good = row["greedy_score"] == 1
-    return (f'<div><span class="{"good" if good else "bad"}">{"✓" if good else "✗"} '
-            f'{escape(label)}</span><pre>{escape(row["greedy"])}</pre></div>')
-
-
-def as_html(report: dict, logs: dict, chats: dict) -> str:
-    title = f"{report['name']}: seed {report['seed']}, {report['total_seconds'] / 60:.1f} minutes"
-    evaluated = [s for s in report["stages"] if s["metrics"]]
+def as_html(title: str, tables: list[Table], logs: dict) -> str:
     parts = [f"<h1>{escape(title)}</h1>"]
-    for metric in ("pass@1", "greedy") if evaluated else ():
-        domains = list(evaluated[0]["metrics"][metric])
-        n = evaluated[0]["metrics"][metric]["total"]["n"]
-        label = metric.replace("pass@1", report["sampled"])
-        parts += [f"<h2>{label} on {n} held-out queries, % [95% interval]</h2>",
-                  html_table(["stage", *domains], [
-                      [s["name"], *(cell(s["metrics"][metric][d]) for d in domains)]
-                      for s in evaluated])]
-    if report["gains"]:
-        parts += ["<h2>Gains, query by query, in points</h2>", html_table(
-            ["from", "to", report["sampled"], "greedy"],
-            [[g["from"], g["to"], cell(g["pass@1"], "+.1f"), cell(g["greedy"], "+.1f")]
-             for g in report["gains"]])]
-    parts += ["<h2>Stages</h2>", html_table(
-        ["stage", "seconds", "peak MB", "command"], stage_rows(report)), "<h2>Curves</h2>"]
+    for table in tables:
+        parts += [f"<h2>{escape(table.title)}</h2>", table.html()]
+    parts.append("<h2>Curves</h2>")
     for name, rows in logs.items():
-        if figures := "".join(curve(rows, metric) for metric in CURVES[name]):
-            parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
-    if "sft" in chats and "grpo" in chats:
-        for label, sign in (("Learned", 1), ("Lost", -1)):
-            n, pairs = turned(chats["sft"], chats["grpo"], sign)
-            parts.append(f"<h2>{label} between SFT and GRPO: {n} queries</h2>")
-            parts += [f"<article><b>{escape(a['prompt'])}</b>{answer('SFT', a)}{answer('GRPO', b)}"
-                      "</article>" for a, b in pairs]
-    if chats:
-        last = list(chats)[-1]
-        wrong = [row for row in chats[last] if row["greedy_score"] < 1]
-        parts.append(f"<h2>Still wrong after {last}: {len(wrong)} queries</h2>")
-        for domain in sorted({row["domain"] for row in wrong}):
-            for row in [row for row in wrong if row["domain"] == domain][:2]:
-                check = json.dumps(row["check"], ensure_ascii=False)
-                parts.append(f"<article><b>{escape(row['prompt'])}</b>{answer(last, row)}"
-                             f'<div class="soft">{domain}; checked by {escape(check)}</div>'
-                             "</article>")
+        figures = "".join(curve(rows, metric) for metric in CURVES[name])
+        parts.append(f'<h3>{name}</h3><div class="grid">{figures}</div>')
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>'
             "</head><body>" + "\n".join(parts) + "</body></html>\n")
@@ -232,12 +247,17 @@ def as_html(report: dict, logs: dict, chats: dict) -> str:
 def main(args: Args) -> dict:
     root = Path(args.run)
     report, logs, chats = collect(root)
-    markdown = as_markdown(report, root, chats)
+    minutes = report["total_seconds"] / 60
+    title = f"{report['name']}: seed {report['seed']}, {minutes:.1f} minutes in all"
+    tables = tables_of(report, chats)
+    markdown = as_markdown(title, tables)
+    if not any(stage["metrics"] for stage in report["stages"]):
+        markdown += f"No stage is evaluated yet; `python evaluate.py --init {root}/…` does it.\n"
     write_atomic(root / "report.json", json.dumps(report, indent=1))
     write_atomic(root / "report.md", markdown)
-    write_atomic(root / "report.html", as_html(report, logs, chats))
+    write_atomic(root / "report.html", as_html(title, tables, logs))
     print("\n".join(markdown.splitlines()[:40]))
-    print(f"\nwritten: {', '.join(str(root / f'report.{end}') for end in ('md', 'html', 'json'))}")
+    print(f"\nwritten: {root}/report.md, report.html and report.json")
     return report
 
 

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from lib.args import InputError, require
-from lib.dist import RANK, WORLD, full_model, full_state, load_full_state
+from lib.dist import RANK, WORLD, all_gather, full_model, full_state, load_full_state
 from lib.files import (
     atomic_path, disk_errors, json_safe, read_json, read_jsonl, write_atomic, write_jsonl)
 
@@ -34,6 +34,23 @@ MAX_BAD_STEPS = 5  # so many in a row are no accident of one batch: the run stop
 
 class Diverged(InputError):
     """Raised when loss or gradient were not finite for MAX_BAD_STEPS steps in a row."""
+
+
+def build_once(path: str | Path, *command) -> None:
+    """Make `path` with `python -m command...` unless it exists.
+
+    The first process does it, the others wait. The command is printed, so that a reader can run and
+    change it."""
+    if RANK == 0 and not Path(path).exists():
+        words = [str(word) for word in command]
+        print("$ python -m " + " ".join(words), flush=True)
+        here = Path(__file__).resolve().parents[1]
+        environment = os.environ | {"PYTHONPATH": str(here)}
+        for name in ("RANK", "WORLD_SIZE"):  # torchrun's: the program must not join the group
+            environment.pop(name, None)
+        done = subprocess.run([sys.executable, "-m", *words], env=environment)
+        require(done.returncode == 0, f"`python -m {' '.join(words)}` failed, see above")
+    all_gather(None)
 
 
 class Run:
@@ -216,7 +233,7 @@ class Run:
         answer, as lists."""
         rows = []
         for i, rollout in enumerate(rollouts):
-            row = {"domain": rollout.query["domain"], "prompt": rollout.query["prompt"],
+            row = {"domain": rollout.query.get("domain", ""), "prompt": rollout.query["prompt"],
                    "response": rollout.text, "score": rollout.score, "finished": rollout.finished}
             for name, values in columns.items():
                 row[name] = values[i]

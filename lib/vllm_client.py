@@ -1,7 +1,7 @@
-"""Answers from a server: --rollout_url of sft.py, dpo.py, reward.py, grpo.py and evaluate.py.
+"""Sample on a server: --rollout_url of sft.py, dpo.py, reward.py, grpo.py and evaluate.py.
 
-Any server with OpenAI's protocol and vLLM's token ids: recipes/multi_gpu.md says how to start one.
-GRPO's must also read new weights at every step, and is checked each time to have done so.
+Any server with OpenAI's protocol and vLLM's token ids will do; recipes/multi_gpu.md says how to
+start one. For GRPO it must also read new weights at every step, and we check each time that it did.
 """
 import http.client
 import json
@@ -19,35 +19,39 @@ from model import Qwen2
 from sample import Completion, completion_logprobs
 from tokenizer import Tokenizer
 
+
 class VLLMClient:
-    """--rollout_url: the same model behind an OpenAI-compatible server, as `vllm serve DIR` of
-    vLLM 0.10.2 or later, which on a GPU answers far more requests a second than sample.py's loop.
-    Ids go out and ids come back: text would be tokenised again, and sometimes otherwise (R12.5)."""
+    """The same model behind a server, such as `vllm serve DIR` of vLLM 0.10.2 or later, which on a
+    GPU answers far more requests per second than sample.py's loop. Ids go out and ids come back:
+    text would be tokenised again, and not always into the same ids."""
     timeout = 600  # seconds for one prompt's answers, among all the others
 
     def __init__(self, url: str, tokenizer: Tokenizer):
         require(url.startswith(("http://", "https://")),
-                f"--rollout_url wants http://HOST:PORT/v1, got {url!r}")
-        self.url, self.tokenizer = url.rstrip("/").removesuffix("/v1"), tokenizer
+                f"--rollout_url must be http://HOST:PORT/v1, got {url!r}")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.tokenizer = tokenizer
         self.name = self.ask("v1/models", None, lambda reply: reply["data"][0]["id"])
 
     def check(self, model: Qwen2) -> None:
-        """Other weights than the model's are seen by what they think of an answer. Rounding to
-        bfloat16 is some 0.02; a checkpoint a few steps away is not told from it."""
+        """Raise an InputError if the server has other weights than `model`, which its
+        log-probabilities of an answer show. Rounding to bfloat16 changes them by about 0.02 per
+        token; a checkpoint that is only a few steps away cannot be told apart."""
         prompt = self.tokenizer.render_prompt("Who are you?")
-        (answer,) = self.generate([prompt], 16, 0.0, 0, self.tokenizer.stop_ids, 1)
+        answer = self.generate([prompt], 16, 0.0, 0, self.tokenizer.stop_ids, 1)[0]
         with torch.no_grad():
             own = completion_logprobs(model, [prompt], [answer.ids])[0].flatten().tolist()
-        gap = sum(abs(a - b) for a, b in zip(own, answer.logprobs, strict=True)) / len(own)
+        gaps = [abs(ours - theirs) for ours, theirs in zip(own, answer.logprobs, strict=True)]
+        gap = sum(gaps) / len(gaps)
         require(gap < 0.2, f"--rollout_url {self.url} serves {self.name}, which is not the model "
-                f"here: log-probabilities differ by {gap:.2g} a token")
+                f"here: log-probabilities differ by {gap:.2g} per token")
 
     def load(self, model: Qwen2, path: Path) -> None:
-        """From now on answer with this model: its weights are written to `path`, and read there by
-        the server, which keeps no keys and values of the ones before. Both are calls of vLLM's
+        """Answer with this model from now on. We write its weights to `path`; the server reads them
+        there and forgets its keys and values of earlier weights. Both calls belong to vLLM's
         development mode (VLLM_SERVER_DEV_MODE=1)."""
         if RANK == 0:
-            self.forget()  # without the development mode nothing is written
+            self.forget()  # first: without the development mode nothing is written
             with disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
                 model.save_pretrained(path)
@@ -58,62 +62,80 @@ class VLLMClient:
         self.check(model)
 
     def forget(self) -> None:
+        """Empty the server's cache of keys and values."""
         done = self.ask("reset_prefix_cache", {}, lambda reply: reply["success"])
         require(done is True, f"--rollout_url {self.url}: it keeps its prefix cache; do others "
                 "ask it as well?")
 
     def ask(self, path: str, body: dict | None, read):
-        """read(the answer's JSON); GET without a body."""
+        """Send one request (a GET if there is no body) and return read(the JSON of the reply).
+        InputError, in one line, for a server that is gone or late or replies something else."""
         try:
-            data = None if body is None else json.dumps(body).encode()
-            request = urllib.request.Request(f"{self.url}/{path}", data,
-                                             {"Content-Type": "application/json"})
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return read(json.load(reply))
-            except urllib.error.HTTPError as error:  # its text tells more
-                raise OSError(f"{error}: {error.read(300).decode('utf-8', 'replace')}") from None
+            return read(self.request(path, body))
         except InputError:
             raise
         except (OSError, http.client.HTTPException) as error:  # gone, late, cut off, 4xx, 5xx
             reason = str(error)
         except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
-            reason = f"no answer of the form wanted ({type(error).__name__}: {error})"
-        raise InputError(f"--rollout_url {self.url}/{path}: {' '.join(reason.split())}")
+            reason = f"the reply has another form ({type(error).__name__}: {error})"
+        reason = " ".join(reason.split())
+        raise InputError(f"--rollout_url {self.url}/{path}: {reason}")
 
-    def generate(self, prompts, max_new_tokens, temperature, seed, stop_ids, n):
-        # With all that a server would else take from the model's generation_config.json, such as
-        # Qwen2.5's top_k 20 and repetition penalty: the answers must be the policy's own (R12.2).
-        # vLLM's log-probabilities are those of temperature 1, and only for the check above.
+    def request(self, path: str, body: dict | None):
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            text = error.read(300).decode("utf-8", "replace")  # says more than the status
+            raise OSError(f"{error}: {text}") from None
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int,
+                 stop_ids, n: int) -> list[Completion]:
+        """Return what sample.generate would: n completions per prompt, in the order of prompts."""
+        # A server would take whatever is not set here from the model's generation_config.json, such
+        # as Qwen2.5's top_k 20 and repetition penalty. But the answers must be the policy's own.
+        # vLLM's log-probabilities are those of temperature 1, and only for `check`.
         body = {"model": self.name, "max_tokens": max_new_tokens, "temperature": temperature,
                 "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "n": n,
                 "stop_token_ids": list(stop_ids), "logprobs": 0, "return_token_ids": True}
 
-        def read(reply):
-            out = []
-            for choice in sorted(reply["choices"], key=lambda choice: choice["index"]):
-                ids = array("q", choice["token_ids"]).tolist()  # of integers, or TypeError
-                logprobs = array("d", choice["logprobs"]["token_logprobs"]).tolist()
-                finished = ids[-1] in stop_ids
-                require(0 <= min(ids) and max(ids) < self.tokenizer.n_vocab
-                        and len(ids) == len(logprobs) and not set(ids[:-1]) & set(stop_ids)
-                        and (finished or len(ids) == max_new_tokens),
-                        f"--rollout_url {self.url}: an answer that cannot be this "
-                        f"tokenizer's: {len(ids)} ids, among them {max(ids)}, the last {ids[-1]}, "
-                        f"{choice.get('finish_reason')}")
-                out.append(Completion(ids, logprobs, finished))
-            require(len(out) == n, f"--rollout_url {self.url}: {len(out)} answers, not {n}")
-            return out
+        def read(reply) -> list[Completion]:
+            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+            completions = [self.parse(choice, max_new_tokens, stop_ids) for choice in choices]
+            require(len(completions) == n,
+                    f"--rollout_url {self.url}: {len(completions)} answers, not {n}")
+            return completions
 
-        def answer(i):  # a seed for each of the n, which vLLM counts up from the request's
-            more = {"prompt": prompts[i], "seed": seed + i * n}
-            return self.ask("v1/completions", body | more, read)
+        def answer(i: int) -> list[Completion]:
+            # vLLM counts up from a request's seed, so that each of the n has its own.
+            request = body | {"prompt": prompts[i], "seed": seed + i * n}
+            return self.ask("v1/completions", request, read)
+
+        completions = []
         with ThreadPoolExecutor(64) as pool:  # the server batches what comes at the same time
-            return [c for answers in pool.map(answer, range(len(prompts))) for c in answers]
+            for group in pool.map(answer, range(len(prompts))):
+                completions += group
+        return completions
+
+    def parse(self, choice: dict, max_new_tokens: int, stop_ids) -> Completion:
+        """Read one answer; InputError if this tokenizer cannot have written it."""
+        ids = array("q", choice["token_ids"]).tolist()  # TypeError unless all are integers
+        logprobs = array("d", choice["logprobs"]["token_logprobs"]).tolist()
+        finished = ids[-1] in stop_ids
+        known = min(ids) >= 0 and max(ids) < self.tokenizer.n_vocab
+        stops_early = len(set(ids[:-1]) & set(stop_ids)) > 0
+        complete = finished or len(ids) == max_new_tokens
+        require(known and complete and not stops_early and len(ids) == len(logprobs),
+                f"--rollout_url {self.url}: an answer that cannot be this tokenizer's: {len(ids)} "
+                f"ids, among them {max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}")
+        return Completion(ids, logprobs, finished)
 
 
 def rollout_backend(url: str, model, tokenizer):
-    """What samples: the model here or, with a --rollout_url, a server that has the same one."""
+    """Return what samples: the model here or, with a --rollout_url, a server that has the same."""
     if not url:
         return model
     server = VLLMClient(url, tokenizer)

@@ -66,7 +66,7 @@ def web_pages(folder: Path) -> tuple[list[dict], list[float]]:
     stages = filters.FILTERS | {"duplicate": dedup.NearDuplicates()}
     files = [folder / "c4_demo.jsonl", folder / "cc_en_head.jsonl", labelled]
     documents = (doc for file in files for doc in data.documents.read_documents(file))
-    pages = [doc for doc, stage, _ in filters.run_filters(documents, stages) if stage == "kept"]
+    pages, _ = filters.filter_documents(documents, stages)
     scores = [known.get(doc["text"], quality.classify(
         model, ["low", quality.QUALITY], doc["text"])[quality.QUALITY]) for doc in pages]
     return pages, scores

@@ -125,8 +125,8 @@ kept = [line for line in rows if json.loads(line)["prompt"] in mixed]
 (out / "mixed.jsonl").write_text("".join(kept), "utf-8")
 END
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/mixed.jsonl" \
-  --n_queries "$N_RL" --order random --steps "$STEPS" --batch_queries "$BATCH" \
-  --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --normalise none --save_every 4
+  --n_queries "$N_RL" --query_order random --steps "$STEPS" --batch_queries "$BATCH" \
+  --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --scale_rewards none --save_every 4
 evaluate grpo
 
 "$PYTHON" -m lib.report --run "$OUT"

@@ -1,8 +1,92 @@
-"""A few queries, demonstrations and verdicts."""
-from tasks.queries import builtin, demonstrations
+"""Look at the tasks, and write conversations for SFT whose answers passed their checks.
+
+    python -m tasks                                     # a few queries, demonstrations, verdicts
+    python -m tasks demonstrations --n 1000 --out demonstrations.jsonl
+    python -m tasks rejection --init runs/sft --queries rl --out passed.jsonl
+    python sft.py --init runs/sft --data passed.jsonl --out runs/rejection
+
+`demonstrations` writes answers of the built-in generators. `rejection` is rejection sampling: it
+samples several responses to each query from the model in --init, and keeps the distinct ones that
+pass (report 4.1 keeps what passes execution, answer matching or its constraints). The report does
+not disclose the number of responses or the temperature; 8 and 1.0 are our choice.
+"""
+from dataclasses import dataclass
+
+from lib.args import cli, positive, require
+from lib.files import write_jsonl
+from lib.optim import setup
+from lib.vllm_client import rollout_backend
+from sample import load_policy, rollout
+from tasks import queries
+
+SHOWN = 8  # queries that `python -m tasks` prints
+
+
+@dataclass
+class Args:
+    out: str = ""                # JSONL file to write the conversations to
+    n: int = 0                   # at most so many queries; 0: all of a file, 1000 built-in ones
+    seed: int = 0                # seed of the queries and of sampling
+    init: str = "runs/sft"       # rejection: model directory that answers
+    queries: str = "rl"          # rejection: split or file of queries (see tasks/queries.py)
+    responses: int = 8           # rejection: responses sampled per query
+    max_new_tokens: int = 160    # rejection: longest response, in tokens
+    rollout_url: str = ""        # rejection: sample on a server of --init, http://HOST:PORT/v1
+    device: str = "auto"         # rejection: auto, cpu, cuda[:N]
+    dtype: str = "auto"          # rejection: auto, float32, bfloat16
+
+
+def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_new_tokens: int,
+                     seed: int) -> list[dict]:
+    """Sample several responses per query; return a conversation for each distinct one that passes.
+
+    policy: a model, or a server with the same weights. Responses that were cut at max_new_tokens
+    score 0, so none of them is kept."""
+    groups = rollout(policy, tokenizer, asked, responses, max_new_tokens, temperature=1.0,
+                     seed=seed, score=queries.score_many)
+    passed = {}  # a dict, because it keeps the order
+    for group in groups:
+        for answer in group:
+            if answer.score > 0:
+                passed[answer.query["prompt"], answer.text] = True
+    return [queries.conversation(prompt, text) for prompt, text in passed]
+
+
+def main(args: Args) -> None:
+    """Print a few queries with their checks, and demonstrations with their verdicts."""
+    for query in queries.builtin("rl", SHOWN, args.seed):
+        print(f"[{query['domain']}] {query['prompt']}\n    {query['check']}\n")
+    for query, answer in queries.distinct("sft", SHOWN, args.seed):
+        print(f"user: {query['prompt']}\nassistant: {answer}")
+        verdict = queries.score(query, answer)
+        echo_verdict = queries.score(query, query["prompt"])
+        print(f"    scores {verdict}; the question repeated as an answer scores {echo_verdict}\n")
+
+
+def demonstrations(args: Args) -> None:
+    """Write verified demonstrations of the sft split: --n, --seed, --out FILE.jsonl"""
+    require(args.out != "", "--out must name the JSONL file to write")
+    rows = queries.demonstrations(args.n or 1000, args.seed)
+    write_jsonl(args.out, rows)
+    print(f"{len(rows)} conversations in {args.out}")
+
+
+def rejection(args: Args) -> None:
+    """Write the sampled responses that pass: --init, --queries, --n, --responses, --out, ..."""
+    require(args.out != "", "--out must name the JSONL file to write")
+    positive(args, "responses", "max_new_tokens")
+    device, autocast = setup(args)
+    asked = queries.load(args.queries, args.n, args.seed, built_in=1000)
+    model, tokenizer = load_policy(args.init, device)
+    with autocast:
+        policy = rollout_backend(args.rollout_url, model, tokenizer)
+        rows = rejection_sample(policy, tokenizer, asked, args.responses, args.max_new_tokens,
+                                args.seed)
+    require(len(rows) > 0, f"--init {args.init}: no response to {args.queries} passes its check")
+    write_jsonl(args.out, rows)
+    print(f"{len(rows)} conversations in {args.out}: distinct responses to {len(asked)} queries "
+          "that pass their checks")
+
 
 if __name__ == "__main__":
-    for query in builtin("rl", 12):
-        print(f"[{query['domain']}] {query['prompt']}\n    {query['check']}")
-    for row in demonstrations(8):
-        print("\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]) + "\n")
+    cli(main, Args, demonstrations=demonstrations, rejection=rejection)

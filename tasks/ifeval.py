@@ -1,146 +1,168 @@
-r"""Instructions whose following a program can check: the 25 kinds of IFEval (Zhou et al. 2023).
+"""Instructions whose following a program can check: the 25 kinds of IFEval (Zhou et al. 2023).
 
-A query names its constraints, "length_constraints:number_words" with {"relation": "at least",
-"num_words": 300}, and `follows` says of a response whether it keeps one. Strict is the response as
-it stands; loose is right if any of 8 versions of it is: with or without its first line, its last
-line and its asterisks (a preamble like "Sure, here it is:" then does no harm). Rewards and the
-report's figure are strict, and want all of a prompt's constraints.
+The report filters instructions in this way (section 4.1: verification code), and measures IFEval by
+its strict accuracy on prompts. A query names its constraints by kind, such as
+"length_constraints:number_words" with {"relation": "at least", "num_words": 300}; `follows` decides
+one of them. A reward requires all constraints of a prompt.
 
-    python -m tasks.ifeval FILE...  # responses with constraints: shares kept, agreement by kind
+The checks follow the paper's descriptions and the verdicts of the public checker. We know of two
+differences:
 
-Written from the paper's descriptions and verdicts of the public checker. Known differences:
+- The language comes from the script, then from frequent words (data/language.py): this needs no
+  library and gives the same answer every time. A text without letters is in no language; the public
+  checker lets it pass.
+- Our own rules below tell sentences and words apart, where the public checker uses NLTK.
 
-- The language comes from the script, then from common words (`language`): no library, and the same
-  answer every time. A text without letters is in no language; the public checker lets it pass.
-- Sentences and words are told apart by the rules below, where the public checker has NLTK's.
-
-The same kinds make prompts for training: `queries` draws one to three constraints that go together
-(tests/test_ifeval.py keeps all of them at once) on a subject that no benchmark asks about. A right
-answer is not known: let the policy find it (sft.py --queries, dpo.py, grpo.py).
+`queries` makes prompts for training, which is our choice: one to three constraints that go
+together, on a subject that no benchmark asks about. No right answer is known in advance, so the
+policy has to find it (python -m tasks rejection, dpo.py, grpo.py).
 """
 import json
 import re
-import sys
-from itertools import product
+from collections.abc import Iterator
+from random import Random
+from typing import NamedTuple
 
-from data.language import language
-from lib.args import InputError, exit_on_input_error, require
-from lib.files import read_jsonl
+from data.language import language as language_of
 
 # ---------------------------------------------------------------------------------------------
 # checks
 
-def follows(text: str, kind: str, kw: dict) -> bool:
-    """Does the response keep one constraint? An empty one never does. LookupError for an unknown
-    kind or a missing argument."""
-    bare, low = text.strip(), text.lower()
-    if not bare:
-        return False
-    match kind:
-        # words
-        case "keywords:existence":
-            return all(word.lower() in low for word in kw["keywords"])
-        case "keywords:forbidden_words":
-            return not any(re.search(rf"\b{re.escape(word.lower())}\b", low)
-                           for word in kw["forbidden_words"])
-        case "keywords:frequency":
-            return related(low.count(kw["keyword"].lower()), kw["relation"], kw["frequency"])
-        case "keywords:letter_frequency":
-            return related(low.count(kw["letter"].lower()), kw["let_relation"],
-                           kw["let_frequency"])
-        case "punctuation:no_comma":
-            return "," not in text
-        # language and case
-        case "language:response_language":
-            return language(text)[0] == kw["language"]
-        case "change_case:english_capital":
-            return text.isupper() and language(text)[0] == "en"
-        case "change_case:english_lowercase":
-            return text.islower() and language(text)[0] == "en"
-        case "change_case:capital_word_frequency":
-            capital = [word for word in re.findall(r"[^\W_][\w'.&-]*", text) if word.isupper()]
-            return related(len(capital), kw["capital_relation"], kw["capital_frequency"])
-        # length
-        case "length_constraints:number_words":
-            return related(len(re.findall(r"\w+", text)), kw["relation"], kw["num_words"])
-        case "length_constraints:number_sentences":
-            return related(len(sentences(text)), kw["relation"], kw["num_sentences"])
-        case "length_constraints:number_paragraphs":
-            parts = framed(re.split(r"\s?\*\*\*\s?", text))
-            return len(parts) == kw["num_paragraphs"] and all(parts)
-        case "length_constraints:nth_paragraph_first_word":
-            parts, nth = [part.strip() for part in text.split("\n\n")], kw["nth_paragraph"] - 1
-            first = parts[nth].lstrip("'\"").lower() if nth < len(parts) else ""
-            return (sum(map(bool, parts)) == kw["num_paragraphs"]
-                    and re.match(r"[^\s.,?!'\"]*", first)[0] == kw["first_word"].lower())
-        # form
-        case "detectable_content:postscript":
-            dots = r"\.\s?".join(kw["postscript_marker"].lower().strip(".").split("."))
-            return bool(re.search(dots, low))
-        case "detectable_content:number_placeholders":
-            return len(re.findall(r"\[.*?\]", text)) >= kw["num_placeholders"]
-        case "detectable_format:number_bullet_lists":
-            bullets = re.findall(r"^\s*(?:\*[^*\n]|-).*$", text, re.M)
-            return len(bullets) == kw["num_bullets"]
-        case "detectable_format:number_highlighted_sections":
-            marked = re.findall(r"\*([^\n*]*)\*", text) + re.findall(r"\*\*([^\n*]*)\*\*", text)
-            return sum(bool(part.strip()) for part in marked) >= kw["num_highlights"]
-        case "detectable_format:multiple_sections":
-            heads = re.findall(rf"{re.escape(kw['section_spliter'])}\s?\d+", text)
-            return len(heads) >= kw["num_sections"]
-        case "detectable_format:title":
-            return any(title.strip("<> ") for title in re.findall(r"<<[^\n]+>>", text))
-        case "detectable_format:json_format":
-            return is_json(re.sub(r"^```(?:json)?|```$", "", bare, flags=re.I))
-        case "detectable_format:constrained_response":
-            return any(option in text for option in OPTIONS)
-        case "combination:two_responses":
-            parts = framed(text.split("******"))
-            return len(parts) == 2 and all(parts) and parts[0] != parts[1]
-        case "combination:repeat_prompt":
-            return bare.lower().startswith(kw["prompt_to_repeat"].strip().lower())
-        case "startend:end_checker":
-            return bare.strip('"').lower().endswith(kw["end_phrase"].strip().lower())
-        case "startend:quotation":
-            return len(bare) > 1 and bare[0] == bare[-1] == '"'
-    raise LookupError(f"unknown constraint {kind}")
-
-
 OPTIONS = [f"My answer is {word}." for word in ("yes", "no", "maybe")]
+
+
+def follows(text: str, kind: str, kw: dict) -> bool:
+    """Return whether the response follows one constraint; an empty one never does.
+
+    LookupError for an unknown kind, TypeError for missing or unknown arguments."""
+    if not text.strip():
+        return False
+    if kind not in CHECKS:
+        raise LookupError(f"unknown constraint {kind}")
+    return CHECKS[kind](text, **kw)
 
 
 def related(count: int, relation: str, bound: int) -> bool:
     return count < bound if relation == "less than" else count >= bound
 
 
-def framed(parts: list[str]) -> list[str]:
-    """Stripped parts; before the first and behind the last separator there may be nothing."""
-    parts = [part.strip() for part in parts]
-    return parts[not parts[0]:len(parts) - (not parts[-1])]
+def occurrences(text: str, part: str) -> int:
+    return text.lower().count(part.lower())
+
+
+def has_word(text: str, word: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(word.lower())}\b", text.lower()))
+
+
+def is_in_language(text: str, language: str = "en") -> bool:
+    return language_of(text)[0] == language
+
+
+def capital_words(text: str) -> int:
+    words = re.findall(r"[^\W_][\w'.&-]*", text)
+    return sum(word.isupper() for word in words)
 
 
 def sentences(text: str) -> list[str]:
-    """A sentence ends in . ! ? (or their like) before a blank; not behind a title, an initial, or
-    the number of a list, and a line of its own is one, too."""
+    """Split a text into sentences. A sentence ends in . ! ? (or their like) before a blank, or with
+    its line. The full stop of a title, an initial or a list number does not end one."""
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|[A-Z]|^\s*\d+)\.", r"\1", text,
                   flags=re.M)
-    return [part for part in re.split(r"(?<=[.!?])[\"')*]*\s+|[。！？।]|\n+", text)
-            if re.search(r"\w", part)]
+    parts = re.split(r"(?<=[.!?])[\"')*]*\s+|[。！？।]|\n+", text)
+    return [part for part in parts if re.search(r"\w", part)]
+
+
+def framed(parts: list[str]) -> list[str]:
+    """Strip the parts; drop an empty first and an empty last part, which frame the separators."""
+    parts = [part.strip() for part in parts]
+    start = 0 if parts[0] else 1
+    end = len(parts) if parts[-1] else len(parts) - 1
+    return parts[start:end]
+
+
+def has_paragraphs(text: str, num_paragraphs: int) -> bool:
+    parts = framed(re.split(r"\s?\*\*\*\s?", text))
+    return len(parts) == num_paragraphs and all(parts)
+
+
+def paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    parts = [part.strip() for part in text.split("\n\n")]
+    if sum(part != "" for part in parts) != num_paragraphs or nth_paragraph > len(parts):
+        return False
+    paragraph = parts[nth_paragraph - 1].lstrip("'\"").lower()
+    return re.match(r"[^\s.,?!'\"]*", paragraph)[0] == first_word.lower()
+
+
+def has_postscript(text: str, postscript_marker: str) -> bool:
+    letters = postscript_marker.lower().strip(".").split(".")
+    return bool(re.search(r"\.\s?".join(letters), text.lower()))
+
+
+def highlights(text: str) -> int:
+    parts = re.findall(r"\*([^\n*]*)\*", text) + re.findall(r"\*\*([^\n*]*)\*\*", text)
+    return sum(part.strip() != "" for part in parts)
 
 
 def is_json(text: str) -> bool:
+    bare = re.sub(r"^```(?:json)?|```$", "", text.strip(), flags=re.I)
     try:
-        json.loads(text)
+        json.loads(bare)
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def loose(text: str, kind: str, kw: dict) -> bool:
-    lines = text.split("\n")
-    cuts = ["\n".join(lines[a:len(lines) - b]).strip() for a, b in product((0, 1), (0, 1))]
-    return any(follows(version, kind, kw)
-               for cut in [text, *cuts[1:]] for version in (cut, cut.replace("*", "")))
+def has_two_responses(text: str) -> bool:
+    parts = framed(text.split("******"))
+    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
+
+
+def is_quoted(text: str) -> bool:
+    bare = text.strip()
+    return len(bare) > 1 and bare[0] == bare[-1] == '"'
+
+
+CHECKS = {  # kind: the check of a text, whose arguments have IFEval's names
+    "keywords:existence": lambda text, keywords:
+        all(occurrences(text, word) > 0 for word in keywords),
+    "keywords:forbidden_words": lambda text, forbidden_words:
+        not any(has_word(text, word) for word in forbidden_words),
+    "keywords:frequency": lambda text, keyword, relation, frequency:
+        related(occurrences(text, keyword), relation, frequency),
+    "keywords:letter_frequency": lambda text, letter, let_relation, let_frequency:
+        related(occurrences(text, letter), let_relation, let_frequency),
+    "punctuation:no_comma": lambda text: "," not in text,
+    "language:response_language": is_in_language,
+    "change_case:english_capital": lambda text: text.isupper() and is_in_language(text),
+    "change_case:english_lowercase": lambda text: text.islower() and is_in_language(text),
+    "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency:
+        related(capital_words(text), capital_relation, capital_frequency),
+    "length_constraints:number_words": lambda text, relation, num_words:
+        related(len(re.findall(r"\w+", text)), relation, num_words),
+    "length_constraints:number_sentences": lambda text, relation, num_sentences:
+        related(len(sentences(text)), relation, num_sentences),
+    "length_constraints:number_paragraphs": has_paragraphs,
+    "length_constraints:nth_paragraph_first_word": paragraph_starts,
+    "detectable_content:postscript": has_postscript,
+    "detectable_content:number_placeholders": lambda text, num_placeholders:
+        len(re.findall(r"\[.*?\]", text)) >= num_placeholders,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets:
+        len(re.findall(r"^\s*(?:\*[^*\n]|-).*$", text, re.M)) == num_bullets,
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights:
+        highlights(text) >= num_highlights,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
+        len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", text)) >= num_sections,
+    "detectable_format:title": lambda text:
+        any(title.strip("<> ") for title in re.findall(r"<<[^\n]+>>", text)),
+    "detectable_format:json_format": is_json,
+    "detectable_format:constrained_response": lambda text:
+        any(option in text for option in OPTIONS),
+    "combination:two_responses": has_two_responses,
+    "combination:repeat_prompt": lambda text, prompt_to_repeat:
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "startend:end_checker": lambda text, end_phrase:
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "startend:quotation": is_quoted}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,129 +183,110 @@ LANGUAGE_NAMES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italia
                   "pt": "Portuguese", "ru": "Russian", "hi": "Hindi", "ar": "Arabic",
                   "ko": "Korean", "ja": "Japanese", "vi": "Vietnamese", "fi": "Finnish"}
 
-# kind: (what of a response it decides on, the sentence that asks for it, its arguments: which of
-# the things drawn below). Kinds that decide on something in common do not go together.
+
+class Request(NamedTuple):
+    """How a prompt asks for one kind of constraint."""
+    decides: str      # what it decides about a response; kinds that share a word are not combined
+    words: str        # the sentence that asks for it, with the values drawn by `draw_values`
+    arguments: dict   # argument of the check: name of the drawn value
+
+
 PROMPTS = {
-    "keywords:existence": (
+    "keywords:existence": Request(
         "words", "Use the words {pair[0]} and {pair[1]}.", {"keywords": "pair"}),
-    "keywords:forbidden_words": (
+    "keywords:forbidden_words": Request(
         "words", "Do not use the words {pair[0]} or {pair[1]}.", {"forbidden_words": "pair"}),
-    "keywords:frequency": (
+    "keywords:frequency": Request(
         "words", "The word {keyword} should appear {relation} {few} times.",
         {"keyword": "keyword", "relation": "relation", "frequency": "few"}),
-    "keywords:letter_frequency": (
+    "keywords:letter_frequency": Request(
         "words", "The letter {letter} should appear {relation} {several} times.",
         {"letter": "letter", "let_relation": "relation", "let_frequency": "several"}),
-    "punctuation:no_comma": ("comma", "Do not use any commas.", {}),
-    "language:response_language": (
+    "punctuation:no_comma": Request("comma", "Do not use any commas.", {}),
+    "language:response_language": Request(
         "case words start end length", "Write everything in {language_name}.",
         {"language": "language"}),
-    "change_case:english_capital": (
+    "change_case:english_capital": Request(
         "case", "Answer in English and in capital letters only.", {}),
-    "change_case:english_lowercase": (
+    "change_case:english_lowercase": Request(
         "case", "Answer in English and in small letters only, without any capital.", {}),
-    "change_case:capital_word_frequency": (
+    "change_case:capital_word_frequency": Request(
         "case end", "Words in all capital letters should appear {relation} {few} times.",
         {"capital_relation": "relation", "capital_frequency": "few"}),
-    "length_constraints:number_words": (
+    "length_constraints:number_words": Request(
         "length", "Write {relation} {many} words.", {"relation": "relation", "num_words": "many"}),
-    "length_constraints:number_sentences": (
+    "length_constraints:number_sentences": Request(
         "length", "Write {relation} {several} sentences.",
         {"relation": "relation", "num_sentences": "several"}),
-    "length_constraints:number_paragraphs": (
+    "length_constraints:number_paragraphs": Request(
         "shape length", "Write exactly {few} paragraphs and put *** between two paragraphs.",
         {"num_paragraphs": "few"}),
-    "length_constraints:nth_paragraph_first_word": (
+    "length_constraints:nth_paragraph_first_word": Request(
         "shape length words start end", "Write exactly {few} paragraphs with an empty line between "
         "two of them; paragraph {nth} must start with the word {keyword}.",
         {"num_paragraphs": "few", "nth_paragraph": "nth", "first_word": "keyword"}),
-    "detectable_content:postscript": (
+    "detectable_content:postscript": Request(
         "case end", "Add a postscript that starts with {marker}", {"postscript_marker": "marker"}),
-    "detectable_content:number_placeholders": (
+    "detectable_content:number_placeholders": Request(
         "marks", "Leave at least {few} placeholders in square brackets to fill in, such as [name].",
         {"num_placeholders": "few"}),
-    "detectable_format:number_bullet_lists": (
+    "detectable_format:number_bullet_lists": Request(
         "shape", "Include exactly {few} bullet points in markdown, each a line that starts with *",
         {"num_bullets": "few"}),
-    "detectable_format:number_highlighted_sections": (
+    "detectable_format:number_highlighted_sections": Request(
         "marks shape", "Highlight at least {few} parts with markdown, like *this part*.",
         {"num_highlights": "few"}),
-    "detectable_format:multiple_sections": (
+    "detectable_format:multiple_sections": Request(
         "shape case length", "Divide it into {few} sections that begin with {head} 1 and so on.",
         {"section_spliter": "head", "num_sections": "few"}),
-    "detectable_format:title": (
+    "detectable_format:title": Request(
         "title", "Give it a title in double angle brackets, such as <<title>>.", {}),
-    "detectable_format:json_format": (
+    "detectable_format:json_format": Request(
         "shape start end comma marks", "The whole answer must be valid JSON.", {}),
-    "detectable_format:constrained_response": (
+    "detectable_format:constrained_response": Request(
         "case", f"Include one of these phrases: {' '.join(OPTIONS)}", {}),
-    "combination:two_responses": (
+    "combination:two_responses": Request(
         "shape start end", "Give two different versions and put six asterisks between them: ******",
         {}),
-    "combination:repeat_prompt": (
+    "combination:repeat_prompt": Request(
         "start case words", "First repeat the sentence above word for word, then answer it.",
         {"prompt_to_repeat": "request"}),
-    "startend:end_checker": (
+    "startend:end_checker": Request(
         "case end", "Finish with exactly this sentence and nothing after it: {ending}",
         {"end_phrase": "ending"}),
-    "startend:quotation": ("start end", "Put the whole answer in double quotation marks.", {})}
+    "startend:quotation": Request(
+        "start end", "Put the whole answer in double quotation marks.", {})}
 
 
-def queries(r):
-    """Endless queries of one to three constraints, drawn from the random.Random r."""
+def draw_values(r: Random, request: str) -> dict:
+    """Draw the values that the sentences of PROMPTS may name."""
+    few = r.randint(2, 5)
+    language = r.choice(list(LANGUAGE_NAMES))
+    pair = r.sample(KEYWORDS, 2)
+    return {"request": request, "few": few, "several": few + 5, "many": few * 40, "pair": pair,
+            "keyword": pair[0], "language": language, "language_name": LANGUAGE_NAMES[language],
+            "letter": r.choice("jkqvwxz"), "nth": r.randint(1, few),
+            "relation": r.choice(["at least", "less than"]), "ending": r.choice(ENDINGS),
+            "marker": r.choice(["P.S.", "P.P.S"]), "head": r.choice(["Section", "Part", "Chapter"])}
+
+
+def queries(r: Random) -> Iterator[dict]:
+    """Yield queries of one to three constraints without end."""
     while True:
         request = f"Write {r.choice(FORMS)} about {r.choice(SUBJECTS)}."
-        texts, kinds, kwargs, taken = [request], [], [], set()
+        texts = [request]
+        kinds = []
+        kwargs = []
+        decided = set()
         for kind in r.sample(list(PROMPTS), r.choice([1, 2, 2, 3])):
-            places, text, arguments = PROMPTS[kind]
-            if taken & {*places.split()}:
+            decides = set(PROMPTS[kind].decides.split())
+            if decided & decides:
                 continue
-            few, language = r.randint(2, 5), r.choice(list(LANGUAGE_NAMES))
-            pair = r.sample(KEYWORDS, 2)
-            drawn = {"pair": pair, "keyword": pair[0], "letter": r.choice("jkqvwxz"),
-                     "few": few, "several": few + 5, "many": few * 40, "nth": r.randint(1, few),
-                     "relation": r.choice(["at least", "less than"]), "language": language,
-                     "language_name": LANGUAGE_NAMES[language], "ending": r.choice(ENDINGS),
-                     "marker": r.choice(["P.S.", "P.P.S"]), "request": request,
-                     "head": r.choice(["Section", "Part", "Chapter"])}
-            texts.append(text.format(**drawn))
+            decided |= decides
+            values = draw_values(r, request)
+            arguments = PROMPTS[kind].arguments
+            texts.append(PROMPTS[kind].words.format(**values))
             kinds.append(kind)
-            kwargs.append({name: drawn[what] for name, what in arguments.items()})
-            taken |= {*places.split()}
+            kwargs.append({name: values[value] for name, value in arguments.items()})
         yield {"prompt": " ".join(texts), "domain": "instruction",
                "check": {"kind": "ifeval", "instruction_id_list": kinds, "kwargs": kwargs}}
-
-
-# ---------------------------------------------------------------------------------------------
-# responses with constraints, and the public checker's verdicts where the file has them
-
-def main(paths: list[str]) -> None:
-    require(len(paths) > 0, "name files of responses with constraints")
-    rows, strict, relaxed = {}, [], []
-    for where, row in ((f"{path}:{n}", row) for path in paths for n, row in read_jsonl(path)):
-        try:
-            kinds = row.get("instruction_id_list") or [row["instruction_id"]]
-            kwargs = row["kwargs"] if "instruction_id_list" in row else [row["kwargs"]]
-            labels = row.get("follow_strict") or [row.get("follow")] * len(kinds)
-            cases = [*zip(kinds, kwargs, labels, strict=True)]
-            verdicts = [[check(row["response"], kind, kw) for check in (follows, loose)]
-                        for kind, kw, _ in cases]
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: want response, instruction_id_list and kwargs "
-                             f"({error!r})") from None
-        for (kind, _, label), pair in zip(cases, verdicts, strict=True):
-            rows.setdefault(kind, []).append((*pair, label))
-        strict.append(all(a for a, _ in verdicts))
-        relaxed.append(all(b for _, b in verdicts))
-    print(f"{'kind':48}{'n':>5}{'strict':>9}{'loose':>9}{'agree with the verdicts':>26}")
-    for kind, got in [*sorted(rows.items()), ("all constraints", sum(rows.values(), []))]:
-        labelled = [(a, label) for a, _, label in got if label is not None]
-        agree = f"{sum(a == label for a, label in labelled)} of {len(labelled)}"
-        print(f"{kind:48}{len(got):5}{sum(a for a, *_ in got) / len(got):9.1%}"
-              f"{sum(b for _, b, _ in got) / len(got):9.1%}{agree:>26}")
-    print(f"{'prompts with all of theirs kept':48}{len(strict):5}{sum(strict) / len(strict):9.1%}"
-          f"{sum(relaxed) / len(relaxed):9.1%}")
-
-
-if __name__ == "__main__":
-    exit_on_input_error(main, sys.argv[1:])

@@ -1,4 +1,8 @@
-r"""When are two mathematical answers the same? And readers of the public benchmark files.
+r"""When do two mathematical answers mean the same?
+
+The report keeps a sampled response if its answer matches the annotated one (section 4.1), and
+rewards it for that in reinforcement learning (section 4.3). It does not disclose the matcher; this
+one is our choice.
 
     answer                  against               same?
     1,000                   1000                  yes, but (1,000) is the pair of 1 and 0
@@ -21,128 +25,162 @@ r"""When are two mathematical answers the same? And readers of the public benchm
     (B) 12                  B                     yes
     1 2 3 4 5               3                     no: a list of guesses
 
-A reward that pays for wrong answers is found and exploited by GRPO, so the matcher is a whitelist:
-what its small grammar cannot read is compared as text, and nothing is ever evaluated as code. An
-answer goes through four steps, each a section below:
+GRPO finds and exploits a reward that pays for wrong answers. So the matcher is a whitelist: what
+its small grammar cannot read is compared as text, and nothing is ever evaluated as code. An answer
+goes through four steps, each a section below:
 
-    extract_answer   "So \boxed{x = \dfrac12}."  -> "x = \dfrac12"      where is it?
-    normal_text      -> "x=\frac{1}{2}"                                 one spelling
-    parse            -> Value(1/2), or a text, or (kind, parts)         one tree
-    same             compares two trees
+    extract_answer   "So \boxed{x = \dfrac12}."  -> "x = \dfrac12"      find the final answer
+    normal_text      -> "x=\frac{1}{2}"                                 give it one spelling
+    parse            -> Value(1/2), or a text, or Node(kind, parts)     read it as a tree
+    same             compare two trees
 
 Not covered, so compared as text: functions (sin, log, |x|, 5!), number bases, 2x - y = 0 against
-y = 2x. i*i is not -1. Upper and lower case are one, and units are dropped, as public graders do, so
-5 cm = 5 kg. `python bench/answers.py FILE...` measures how often all this is wrong.
+y = 2x. i*i is not -1. As in public graders, upper and lower case are the same, and units are
+dropped, so 5 cm = 5 kg. `python bench/answers.py FILE...` measures how often the matcher is wrong.
 """
 import math
 import re
 import zlib
 from fractions import Fraction
+from typing import NamedTuple
 
-# 9^9^9^9 is seven characters of endless arithmetic; these limits keep any input far below 0.1 s.
-MAX_CHARS, MAX_NESTED, MAX_BITS = 300, 50, 4096
+# 9^9^9^9 is seven characters of endless arithmetic. With these limits no input takes 0.1 s.
+MAX_CHARS, MAX_NESTED = 300, 50
+MAX_BITS = 4096
 TOLERANCE = 1e-9  # for roots and for float noise such as 17.999999999999996
 
 # ---------------------------------------------------------------------------------------------
-# 1. where is the answer?
+# 1. find the final answer
 
 BOX = re.compile(r"(\\{1,2}f?box(?:ed)?\s*\{)|\\[{}\\]|([{}])")
-# Between boxes that are one answer: "," "and" ", y =" "or x =". But a mere "or" is a correction
+# Stands between boxes that are one answer: "," "and" ", y =" "or x =". A mere "or" is a correction.
 CHAIN = re.compile(r"[\s$]*(?:,|;|\++|,? ?and|,? ?or(?=.*=))[\s$]*(?:[a-z]\s*=\s*)?")
 PHRASE = re.compile(r"(?:^[ \t]*\**A(?:nswer)?\**[ \t]*[:：]|\b[Aa]nswer\**[ \t]*(?:is|[:：])|"
                     r"答案[是为：:])[ \t:：*]*(?=\S)", re.M)
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\\\[(.{1,300}?)\\\]|\\\((.{1,300}?)\\\)|"
-                     r"\$((?:\\.|[^$\\\n]){1,300})\$(?!\d)", re.S)      # "$5 or $6" is no formula
+                     r"\$((?:\\.|[^$\\\n]){1,300})\$(?!\d)", re.S)  # "$5 or $6" is no formula
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?!\d)(?:/\d+)?%?")
 
 
+class Box(NamedTuple):
+    start: int  # of \boxed{...} in the text
+    end: int
+    content: str
+
+
 def extract_answer(text: str, strict: bool = False) -> str | None:
-    r"""The last \boxed{}, else the line behind ####, else behind the last "A:" or "answer is".
-    Else, unless `strict`, a text that is an answer itself, the last formula, the last number. None
-    if there is none: a parse failure, to be counted."""
-    if (answer := last_box(text)) is not None:
-        pass  # even if empty: no second chance elsewhere
-    elif "####" in text:
-        answer = text.rsplit("####", 1)[1].strip().partition("\n")[0]
-    elif len(found := PHRASE.split(text)) > 1:
-        answer = re.split(r"\n|。|\.(?:\s|$)", found[-1])[0].strip("* ")  # to the sentence's end
-    elif strict:
-        answer = ""
-    elif not re.search(r"[a-z][\s$]+[a-z]", text) and not parse_failed(text):
-        answer = text
-    else:
-        found = [*filter(None, (FORMULA.findall(text) or [[]])[-1])] or NUMBER.findall(text)
-        answer = found[-1] if found else ""
-    return answer.strip() or None
+    r"""Return the final answer of a response. None is a parse failure, which is worth counting.
+
+    The answer is the last \boxed{}, else the line behind ####, else what follows the last "A:" or
+    "answer is". Else, unless `strict`, it is the text itself, its last formula or last number."""
+    answer = last_box(text)
+    if answer is None:  # an empty box gets no second chance elsewhere
+        answer = marked_answer(text)
+    if answer is None and not strict:
+        answer = bare_answer(text)
+    return (answer or "").strip() or None
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of each closed \boxed{...}, by last brace: outer after inner."""
-    stack, found = [], []
+def marked_answer(text: str) -> str | None:
+    """Return the answer behind the last #### or behind a phrase such as "the answer is"."""
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip().partition("\n")[0]
+    parts = PHRASE.split(text)
+    if len(parts) == 1:
+        return None
+    return re.split(r"\n|。|\.(?:\s|$)", parts[-1])[0].strip("* ")  # to the sentence's end
+
+
+def bare_answer(text: str) -> str | None:
+    """Return the text if it can be read as an answer itself, else its last formula or number."""
+    has_words = re.search(r"[a-z][\s$]+[a-z]", text)
+    if not has_words and not parse_failed(text):
+        return text
+    if formulas := FORMULA.findall(text):
+        return "".join(formulas[-1])  # one of four groups, the others are empty
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def boxes(text: str) -> list[Box]:
+    r"""Return each closed \boxed{...} in the order of closing: outer boxes after inner ones."""
+    opened, found = [], []
     for match in BOX.finditer(text):
         if match[1] or match[2] == "{":
-            stack.append(match)
-        elif match[2] and stack and (start := stack.pop())[1]:
-            found.append((start.start(), match.end(), text[start.end():match.start()]))
+            opened.append(match)
+        elif match[2] and opened:
+            start = opened.pop()
+            if start[1]:
+                content = text[start.end():match.start()]
+                found.append(Box(start.start(), match.end(), content))
     return found
 
 
 def last_box(text: str) -> str | None:
-    r"""The last box. "\boxed{1} and \boxed{2}" is one answer in two: "1, 2"."""
-    start, parts = None, []
-    for begin, end, content in boxes(text)[:-11:-1]:  # backwards
+    r"""Return the content of the last box; "\boxed{1} and \boxed{2}" is one answer: "1, 2"."""
+    start = None
+    parts = []
+    for box in boxes(text)[:-11:-1]:  # the last ten, backwards
         if start is None:
-            parts = [content]
-        elif end > start:
-            continue  # it stands within the box behind it
-        elif not CHAIN.fullmatch(text[end:start]):
+            parts = [box.content]
+        elif box.end > start:
+            continue  # this box stands within the one behind it
+        elif not CHAIN.fullmatch(text[box.end:start]):
             break
-        elif not math_equal(content, parts[0]):  # "\boxed{1/2}, \boxed{0.5}" says one thing twice
-            parts.insert(0, content)
-        start = begin
+        elif not math_equal(box.content, parts[0]):  # "\boxed{1/2}, \boxed{0.5}" repeats itself
+            parts.insert(0, box.content)
+        start = box.start
     return ", ".join(parts) if parts else None
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. many spellings -> one
+# 2. give it one spelling
 
 UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "，": ",", "&": ",", "²": "^2", "³": "^3",
     "°": r"^\circ ", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
     "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ",
     "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
-NAMES = "frac|sqrt|alpha|beta|theta|lambda|omega|infty|pi"
-# Words behind a number that are no unit: without them "5 dozen" would be 5, and "3 or 4" be 3
-NOT_UNIT = (rf"(?:{NAMES}|or|and|not|but|mod|more|less|than|pct|percent|percentage|am|pm"
+COMMANDS = "frac|sqrt|alpha|beta|theta|lambda|omega|infty|pi"
+# Words behind a number that are no unit: otherwise "5 dozen" would be 5, and "3 or 4" be 3.
+NOT_UNIT = (rf"(?:{COMMANDS}|or|and|not|but|mod|more|less|than|pct|percent|percentage|am|pm"
             r"|[a-z]*illion|hundred|thousand|dozens?|half|halves|thirds?|quarters?|factorial"
             r"|squared|cubed)\b")
 TEXT = re.compile(r"\\(?:text|mbox|math)(?:rm|bf|it)?\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(,\d{3})+(?!,?\d)")
+
+
+def join_thousands(match) -> str:
+    return THOUSANDS.sub(lambda number: number[0].replace(",", ""), match[0])
+
+
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    # ornament. (?<!\\): the row break \\ of a matrix stays whole
-    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,)(?=\d{3})", ""),            # 10{,}000  32,\!348  10\,000
+    # Ornament. (?<!\\) keeps the row break \\ of a matrix whole.
+    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,)(?=\d{3})", ""),  # 10{,}000  32,\!348  10\,000
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-z])|~", " "),
     (r"\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[cf]\b)?|\\degrees?(?![a-z])", ""),
-    # LaTeX
-    (r"\\begin\{(?:[pbv]?matrix|array)\}(?:\{[lcr| ]*\})?", "["),  # a matrix is [1,0;0,1;]
-    (r"(?:\\\\\s*)?\\end\{(?:[pbv]?matrix|array)\}", ";]"), (r"\\\\", ";"),
+    # LaTeX. A matrix becomes [1,0;0,1;]
+    (r"\\begin\{(?:[pbv]?matrix|array)\}(?:\{[lcr| ]*\})?", "["),
+    (r"(?:\\\\\s*)?\\end\{(?:[pbv]?matrix|array)\}", ";]"),
+    (r"\\\\", ";"),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),                 # \frac34: TeX takes a digit each
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac34: TeX takes one digit for each part
     (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\*\*", "^"),
     (r"\\leq?(?:slant)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant)?(?![a-z])|>=", "≥"),
-    (r"\\neq?(?![a-z])", "≠"), (r"\\lt(?![a-z])", "<"),
-    (r"\\gt(?![a-z])", ">"), (r"([_^])\s*\{(\w+)\}", r"\1\2"),
-    # numbers. 2e-3 is 0.002; 2e - 3, with blanks, has a letter e
-    (r"(?<=\d)e([+-]?\d+)\b", r"*10^\1"), (r"(?<=\d)\s*hundred\b", "*10^2"),
-    (r"(?<=\d)\s*thousand\b", "*10^3"), (r"(?<=\d)\s*million\b", "*10^6"),
-    (r"(?<=\d)\s*billion\b", "*10^9"), (r"(?<=\d)\s*(?:percent(?:age)?|pct)\b|\s*\\?%", "%"),
-    # 12,345 is a number; in (12,345) the comma separates. Now, while "1,000, 2,000" has its blank
-    (r"^(?!.*(?:[(\[]|\\\{)).*", lambda text: THOUSANDS.sub(
-        lambda number: number[0].replace(",", ""), text[0])),
-    # lists, then blanks; but never join: "1 2" is not 12
-    (r"^(?=.*[<>≤≥])(.*)\bor\b", r"\1\\cup "),                    # x < 1 or x > 2
-    (r"(?<=[\d})])\s*,?\s+(?:or|and)\s", ","), (r"(?<!\w)\s+|\s+(?!\w)", ""),
+    (r"\\neq?(?![a-z])", "≠"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"([_^])\s*\{(\w+)\}", r"\1\2"),
+    # Numbers. 2e-3 is 0.002, but 2e - 3, with blanks, has a letter e.
+    (r"(?<=\d)e([+-]?\d+)\b", r"*10^\1"),
+    (r"(?<=\d)\s*hundred\b", "*10^2"), (r"(?<=\d)\s*thousand\b", "*10^3"),
+    (r"(?<=\d)\s*million\b", "*10^6"), (r"(?<=\d)\s*billion\b", "*10^9"),
+    (r"(?<=\d)\s*(?:percent(?:age)?|pct)\b|\s*\\?%", "%"),
+    # 12,345 is a number, but in (12,345) the comma separates. "1,000, 2,000" still has its blank.
+    (r"^(?!.*(?:[(\[]|\\\{)).*", join_thousands),
+    # Lists, then blanks. Numbers are never joined: "1 2" is not 12.
+    (r"^(?=.*[<>≤≥])(.*)\bor\b", r"\1\\cup "),  # x < 1 or x > 2
+    (r"(?<=[\d})])\s*,?\s+(?:or|and)\s", ","),
+    (r"(?<!\w)\s+|\s+(?!\w)", ""),
     # 1\frac{4}{5} and 1 4/5 are sums
     (r"(?<![\d.^_])(?<!\d )(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
     (r"(?<![\d.^_])(?<!\d )(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
@@ -150,12 +188,12 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
 
 
 def normal_text(answer: str) -> str:
-    """The one spelling that equal text answers share, and that the grammar below reads."""
+    """Return the one spelling that equal text answers share, and that the grammar below reads."""
     if found := boxes(answer):
-        answer = found[-1][2]
+        answer = found[-1].content
     text = answer.casefold().translate(UNICODE)
     if not re.search("matrix|array", text):
-        text = re.sub(r"\\\\(?=[a-z]{2})", r"\\", text)  # \\frac: escaped once too often
+        text = re.sub(r"\\\\(?=[a-z]{2})", r"\\", text)  # \\frac was escaped once too often
     text = TEXT.sub(text_command, " ".join(text.split())).strip()
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
@@ -163,62 +201,73 @@ def normal_text(answer: str) -> str:
 
 
 def text_command(match) -> str:
-    r"""\text{m} behind a number is a unit and goes; elsewhere \text{} holds the answer."""
-    behind_number = re.search(r"[\d)}]$|\\pi$", match.string[:match.start()].rstrip())
+    r"""Drop \text{m} behind a number: it is a unit. Elsewhere \text{} holds the answer."""
+    before = match.string[:match.start()].rstrip()
+    behind_number = re.search(r"[\d)}]$|\\pi$", before)
     if behind_number and not re.match(rf"\s*{NOT_UNIT}|.*\d", match[1]):
         return ""
     return f" {match[1].strip()}{match[2] or ''} "
 
 
 # ---------------------------------------------------------------------------------------------
-# 3a. one value: recursive descent over a whitelist of tokens; anything else is a ValueError
+# 3a. read one value: recursive descent over a whitelist of tokens; anything else is a ValueError
 
-TOKEN = re.compile(rf"\s*(?:(\d+\.?\d*|\.\d+)|\\?({NAMES})(?![a-z])|([a-z](?:_\w)?)|"
+TOKEN = re.compile(rf"\s*(?:(\d+\.?\d*|\.\d+)|\\?({COMMANDS})(?![a-z])|([a-z](?:_\w)?)|"
                    r"([-+*/^(){}\[\]]))", re.A)
-# What counts as worked out. Without it "37*12+5" answers "What is 37*12+5?", and "10/5" 10 : 5.
+# What counts as worked out. Otherwise "37*12+5" would answer "What is 37*12+5?", and "10/5" 10 : 5.
 NUMERAL = re.compile(r"[-+]?\(?[-+]?[\d.]+\)?(?:\*10\^[({]?[-+]?\d+[)}]?)?")
 FRACTION = re.compile(r"[-+]?\(?[-+]?(?:\d+\+)?(?:[\d.]+/[-+]?[\d.]+|"
                       r"\\frac\{[-+]?[\d.]+\}\{[-+]?[\d.]+\})\)?")
 
 
-class Value:
-    """An expression: its `number` (Fraction, or float after a root), the `symbols` that occur in
-    it, and whether it is worked out (`final`): a numeral, or a fraction that is no integer.
+def read_tokens(text: str) -> list[str]:
+    """Return the tokens of an expression. ValueError if it holds anything else."""
+    tokens = [match[match.lastindex] for match in TOKEN.finditer(text)]
+    rest = TOKEN.sub("", text)
+    nested = sum(token in ("(", "{", "^", "frac", "sqrt") for token in tokens)
+    if rest or nested > MAX_NESTED:
+        raise ValueError(text)
+    # xy is x*y, but a word is no product: "read" must not equal "dear".
+    for word in re.findall("[a-z]+", text):
+        if word not in COMMANDS.split("|") and (len(word) > 2 or word == "ln"):
+            raise ValueError(text)
+    return tokens
 
-    Letters and pi stand for fixed arbitrary fractions, and two expressions are equal when their
-    numbers are: different polynomials agree at an arbitrary point with probability about
-    degree / 2^31 (Schwartz-Zippel), so (x-2)(x+2) = x^2-4 needs no algebra system."""
+
+class Value:
+    """An expression with its number, its symbols, and whether it is worked out (`final`).
+
+    number: a Fraction, or a float after a root. final: it is a numeral, or a fraction that is no
+    integer. Letters and pi stand for fixed arbitrary fractions, and two expressions are equal if
+    their numbers are: different polynomials agree at an arbitrary point with a probability of about
+    degree / 2^31 (Schwartz-Zippel). So (x-2)(x+2) = x^2-4 needs no algebra system."""
 
     def __init__(self, text: str, point: str = ""):
-        # xy is x*y, but a word is no product: "read" must not equal "dear"
-        words = set(re.findall("[a-z]+", text)) - set(NAMES.split("|"))
-        self.tokens = [match[match.lastindex] for match in TOKEN.finditer(text)][::-1]  # a stack
-        nested = sum(token in ("(", "{", "^", "frac", "sqrt") for token in self.tokens)
-        if (TOKEN.sub("", text) or nested > MAX_NESTED
-                or any(len(word) > 2 or word == "ln" for word in words)):
-            raise ValueError(text)
-        self.symbols, self.point = set(), point
+        self.tokens = read_tokens(text)[::-1]  # a stack: the next token is the last
+        self.point = point
+        self.symbols = set()
         self.number = self.sum()
         if self.tokens:
             raise ValueError(text)
+        is_fraction = FRACTION.fullmatch(text) and self.number.denominator != 1
+        self.final = bool(NUMERAL.fullmatch(text) or is_fraction)
         self.percent = False
-        self.final = bool(NUMERAL.fullmatch(text) or (
-            FRACTION.fullmatch(text) and self.number.denominator != 1))
 
     def take(self, *wanted: str) -> str:
-        """Pops the next token if it is one of `wanted`; else returns ''."""
+        """Pop the next token if it is one of `wanted`, else return ""."""
         return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else ""
 
     def sum(self):
         """sum = product {(+|-) product}"""
         total = self.product()
         while sign := self.take("+", "-"):
-            total = bounded(total + self.product() * (1 if sign == "+" else -1))
+            product = self.product()
+            total = bounded(total + product if sign == "+" else total - product)
         return total
 
     def product(self):
-        """product = factor {[*|/] factor}; without a sign (2x) no number may follow, since a list
-        of guesses "1 2 3" must not come out as a number."""
+        """product = factor {[*|/] factor}. Without a sign (2x) no number may follow: a list of
+        guesses "1 2 3" must not become a number."""
         value = self.factor()
         while self.tokens and re.match(r"[*/({a-z]", self.tokens[-1]):
             sign = self.take("*", "/")
@@ -227,7 +276,7 @@ class Value:
         return value
 
     def factor(self):
-        """factor = {+|-} atom [^ factor]; so -2^2 = -4, as in print"""
+        """factor = {+|-} atom [^ factor]. So -2^2 = -4, as in print."""
         negative = False
         while sign := self.take("+", "-"):
             negative ^= sign == "-"
@@ -249,61 +298,79 @@ class Value:
         if token == "frac":
             return bounded(self.atom() / self.atom())
         if token == "sqrt":
-            degree = Fraction(2)
-            if self.take("[") and ((degree := self.atom()) not in (2, 3, 4) or not self.take("]")):
-                raise ValueError("root")
-            return power(self.atom(), 1 / degree)
+            return self.root()
         if not token[:1].isalpha():
             raise ValueError(token)
-        self.symbols.add(token)  # crc32, since hash() differs by process
-        return 1 + Fraction(zlib.crc32((token + self.point).encode()), 2**31 - 1)
+        self.symbols.add(token)
+        checksum = zlib.crc32((token + self.point).encode())  # hash() differs by process
+        return 1 + Fraction(checksum, 2**31 - 1)
+
+    def root(self):
+        """What follows sqrt: [degree] atom"""
+        degree = Fraction(2)
+        if self.take("["):
+            degree = self.atom()
+            if degree not in (2, 3, 4) or not self.take("]"):
+                raise ValueError("root")
+        return power(self.atom(), 1 / degree)
+
+
+def bits(number) -> int:
+    """Return the length of the longer of numerator and denominator."""
+    return max(part.bit_length() for part in number.as_integer_ratio())
 
 
 def bounded(number):
-    """Keeps chains of products small, and infinity out (OverflowError): inf == inf would match."""
-    if max(part.bit_length() for part in number.as_integer_ratio()) > MAX_BITS:
+    """Return the number. ValueError if it is long, OverflowError if it is infinite (inf == inf)."""
+    if bits(number) > MAX_BITS:
         raise ValueError("too large")
     return number
 
 
 def power(base, exponent):
-    """Exact for whole exponents; negative bases with others are complex and refused."""
-    whole = exponent == int(exponent)
-    if base < 0 and not whole:
+    """Return base^exponent, exact for whole exponents. ValueError for a complex result."""
+    is_whole = exponent == int(exponent)
+    if base < 0 and not is_whole:
         raise ValueError("exponent")
-    if isinstance(base, float) or not whole:
+    if isinstance(base, float) or not is_whole:
         return bounded(float(base) ** float(exponent))
-    if max(part.bit_length() for part in base.as_integer_ratio()) * abs(exponent) > MAX_BITS:
-        raise ValueError("too large")  # asked before computing, not after
+    if bits(base) * abs(exponent) > MAX_BITS:  # asked before computing, not after
+        raise ValueError("too large")
     return base ** int(exponent)
 
 
 # ---------------------------------------------------------------------------------------------
-# 3b. a whole answer -> a node: a Value, a text, or (kind, nodes). The kind is a pair of brackets
-# like "(]", or what separates a list without brackets, or the "=" of an equation
+# 3b. read a whole answer as a node: a Value, a text, or a Node
 
-NAME = re.compile(r"^(?:\\?[a-z]+(?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))"  # x  f(x)  (x,y)
-                  r"(?:=|\\in(?![a-z]) ?)")
-SHORT = "(?:mm|cm|km/h|km|m/s|kg|mg|ml|mph|lbs?|oz|ft)"
-UNIT = rf"(?:{SHORT}|(?!{NOT_UNIT})(?:in|of|[a-z]{{3,}}))"
+# What may stand before the answer: "x =", "f(x) =", "(x,y) =", "x \in"
+LEADING_NAME = re.compile(r"^(?:\\?[a-z]+(?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))"
+                          r"(?:=|\\in(?![a-z]) ?)")
+SHORT_UNIT = "(?:mm|cm|km/h|km|m/s|kg|mg|ml|mph|lbs?|oz|ft)"
+UNIT = rf"(?:{SHORT_UNIT}|(?!{NOT_UNIT})(?:in|of|[a-z]{{3,}}))"
 # "5 apples", "60 miles per hour", "\frac{1}{2}cm^2"; but not "3abc", which is a product
-UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{SHORT}|(?<=[ )}}]){UNIT})(?:[ /]{UNIT}){{0,3}}"
-                   r"(?:\^\d)?\.?")
+WITH_UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{SHORT_UNIT}|(?<=[ )}}]){UNIT})"
+                        rf"(?:[ /]{UNIT}){{0,3}}(?:\^\d)?\.?")
+INTERVAL = re.compile(r"(?:([^<>≤≥]+)([<≤]))?(?:\\?[a-z](?:_\w)?|\\[a-z]+)(?:([<≤])([^<>≤≥]+))?")
+BRACKETS = re.compile(r"(\\\{|[{(\[])(.+?)\\?([})\]])")
+PLUS_MINUS = re.compile(r"\\pm(?![a-z]) ?")
+MIRROR = str.maketrans("<>≤≥", "><≥≤")
+
+
+class Node(NamedTuple):
+    kind: str    # a pair of brackets like "(]"; or what separates a list without brackets; or "="
+    parts: list  # of "=": the Values of left - right at two points
 
 
 def parse(text: str):
-    """Normal text -> node. What cannot be read stays a text, so nothing raises."""
-    text = interval(NAME.sub("", text))
-    kind, parts = parts_of(text)
+    """Return the node of a normal text. What cannot be read stays a text, so nothing raises."""
+    text = interval(LEADING_NAME.sub("", text))
+    kind, texts = parts_of(text)
     if not kind:
         return leaf(text)
-    nodes = [parse(part) for part in parts]
-    return nodes[0] if kind == "()" and len(nodes) == 1 else (kind, nodes)  # (x) is mere grouping
-
-
-INTERVAL = re.compile(r"(?:([^<>≤≥]+)([<≤]))?(?:\\?[a-z](?:_\w)?|\\[a-z]+)(?:([<≤])([^<>≤≥]+))?")
-PLUS_MINUS = re.compile(r"\\pm(?![a-z]) ?")
-MIRROR = str.maketrans("<>≤≥", "><≥≤")
+    parts = [parse(part) for part in texts]
+    if kind == "()" and len(parts) == 1:  # mere grouping
+        return parts[0]
+    return Node(kind, parts)
 
 
 def interval(text: str) -> str:
@@ -315,29 +382,35 @@ def interval(text: str) -> str:
     if not match or not any(match.groups()):
         return text
     low, left, right, high = match.groups()
-    low, high = low or r"-\infty", high or r"\infty"
-    return f"{'[' if left == '≤' else '('}{low},{high}{']' if right == '≤' else ')'}"
+    opening = "[" if left == "≤" else "("
+    closing = "]" if right == "≤" else ")"
+    return opening + (low or r"-\infty") + "," + (high or r"\infty") + closing
 
 
 def parts_of(text: str) -> tuple[str, list[str]]:
-    """-> kind, texts of the parts; ("", [text]) if it is no list."""
+    """Return the kind and the texts of the parts; ("", [text]) if the text is no list."""
     kind, parts = "", [text]
-    if match := re.fullmatch(r"(\\\{|[{(\[])(.+?)\\?([})\]])", text):
-        inner = split(match[2], ",")
-        if len(inner) > 1 or (inner and match[1] != "{"):  # TeX groups with {x}
-            kind, parts = match[1][-1] + match[3], inner
+    if match := BRACKETS.fullmatch(text):
+        opening, inner, closing = match.groups()
+        found = split(inner, ",")
+        if len(found) > 1 or (found and opening != "{"):  # TeX groups with {x}
+            kind, parts = opening[-1] + closing, found
     for separator in (",", ";", r"\cup"):  # the last to be found is the outermost
-        if len(found := split(text, separator)) > 1:
-            kind, parts = separator, found[:-1] if separator == ";" else found  # a row ends in ;
+        found = split(text, separator)
+        if len(found) > 1:
+            kind = separator
+            parts = found[:-1] if separator == ";" else found  # every row ends in ;
     if kind in ("", ",", "{}") and PLUS_MINUS.search(text):
         kind = "{}"
-        parts = [*dict.fromkeys(PLUS_MINUS.sub(sign, part) for part in parts for sign in "+-")]
+        signed = [PLUS_MINUS.sub(sign, part) for part in parts for sign in "+-"]
+        parts = list(dict.fromkeys(signed))
     return kind, parts
 
 
 def split(text: str, separator: str) -> list[str]:
-    """Splits outside brackets; [] if they do not close. Any closes any: "(a,b]" is an interval."""
-    parts, start, depth = [], 0, 0
+    """Split outside brackets; [] if they do not close. Any closes any: "(a,b]" is an interval."""
+    parts = []
+    start = depth = 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
         if depth < 0:
@@ -345,17 +418,20 @@ def split(text: str, separator: str) -> list[str]:
         if depth == 0 and text.startswith(separator, i):
             parts.append(text[start:i].strip())
             start = i + len(separator)
-    return [*parts, text[start:].strip()] if depth == 0 else []
+    return parts + [text[start:].strip()] if depth == 0 else []
 
 
 def leaf(text: str):
-    """A number with or without its unit or percent sign, an expression, an equation, or a text."""
-    number = (match[1] if (match := UNITS.fullmatch(text)) else text).removesuffix("%")
+    """Return a number with or without its unit or percent sign, an expression, an equation, or the
+    text itself."""
+    match = WITH_UNITS.fullmatch(text)
+    number = (match[1] if match else text).removesuffix("%")
+    if len(number) > 1 and number.isalpha() and number not in COMMANDS.split("|"):
+        return text  # a word
     try:
-        if len(number) > 1 and number.isalpha() and number not in NAMES.split("|"):
-            raise ValueError("a word")
         if number.count("=") == 1:
-            return equation(*number.split("="))
+            left, right = number.split("=")
+            return equation(left, right)
         value = Value(number)
         value.percent = text.endswith("%")
         return value
@@ -363,55 +439,67 @@ def leaf(text: str):
         return text
 
 
-def equation(left: str, right: str):
-    """left - right at two points: where two equations have the same ratio at both, one is a
+def equation(left: str, right: str) -> Node:
+    """Return left - right at two points. If two equations have the same ratio at both, one is a
     multiple of the other (with the probability above)."""
-    values = [Value(f"({left})-({right})", point) for point in ("", "'")]
-    if not values[0].symbols or 0 in (values[0].number, values[1].number):
+    first = Value(f"({left})-({right})")
+    second = Value(f"({left})-({right})", point="'")
+    if not first.symbols or first.number == 0 or second.number == 0:
         raise ValueError("it says nothing")
-    return "=", values
+    return Node("=", [first, second])
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. are two trees the same?
+# 4. compare two trees
 
 def same(a, b) -> bool:
-    """Prediction a against gold b. The order matters only to `final`."""
+    """Return whether prediction a means the same as gold b. Their order matters only to `final`."""
     if isinstance(a, Value) and isinstance(b, Value):
         return same_value(a, b)
     if isinstance(a, str) or isinstance(b, str):
         return a == b
-    if isinstance(a, Value) or isinstance(b, Value):  # 5 against {5}
-        a, b = [("{}", [node]) if isinstance(node, Value) else node for node in (a, b)]
-    (kind_a, a), (kind_b, b) = a, b
-    if kind_a == kind_b == "=":
-        (p, q), (r, s) = [[value.number for value in values] for values in (a, b)]
-        return a[0].symbols == b[0].symbols and close(p * s, q * r)
-    if len(a) != len(b) or (kind_a != kind_b and {kind_a, kind_b} != {",", "{}"}):
-        return False  # but a set may be written without its braces
-    if "{}" not in (kind_a, kind_b) and kind_a != r"\cup":
-        return all(map(same, a, b))
+    if isinstance(a, Value):  # 5 against {5}
+        a = Node("{}", [a])
+    if isinstance(b, Value):
+        b = Node("{}", [b])
+    kinds = {a.kind, b.kind}
+    if kinds == {"="}:
+        left, right = a.parts, b.parts
+        ratios_agree = close(left[0].number * right[1].number, left[1].number * right[0].number)
+        return left[0].symbols == right[0].symbols and ratios_agree
+    # A set may be written without its braces.
+    if len(a.parts) != len(b.parts) or (len(kinds) == 2 and kinds != {",", "{}"}):
+        return False
+    if "{}" in kinds or kinds == {r"\cup"}:
+        return same_in_any_order(a.parts, b.parts)
+    return all(same(x, y) for x, y in zip(a.parts, b.parts, strict=True))
+
+
+def same_value(a: Value, b: Value) -> bool:
+    # Echoed arithmetic is no answer, and no number may hit the value that stands for a letter.
+    if (b.final and not a.final) or a.symbols != b.symbols:
+        return False
+    share_a = a.number / 100 if a.percent else a.number
+    share_b = b.number / 100 if b.percent else b.number
+    return close(a.number, b.number) or close(share_a, share_b)  # 10% is like 10 and like 0.1
+
+
+def same_in_any_order(a: list, b: list) -> bool:
     rest = list(b)
     for item in a:
-        if (hit := next((other for other in rest if same(item, other)), None)) is None:
+        hit = next((other for other in rest if same(item, other)), None)
+        if hit is None:
             return False
         rest.remove(hit)
     return True
 
 
-def same_value(a: Value, b: Value) -> bool:
-    """Echoed arithmetic is no answer, and no number may hit the value that stands for a letter."""
-    if (b.final and not a.final) or a.symbols != b.symbols:
-        return False
-    x, y = (value.number / 100 if value.percent else value.number for value in (a, b))
-    return close(a.number, b.number) or close(x, y)  # 10% is like 10 and like 0.1
-
-
 def close(a, b) -> bool:
-    """Equal, but for the noise of floats."""
-    if a == b or (isinstance(a, Fraction) and isinstance(b, Fraction)
-                  and a.denominator == b.denominator == 1):
-        return a == b  # tolerance is for decimals: 10^12 is not 10^12 + 1
+    """Return whether two numbers are equal but for the noise of floats."""
+    if a == b:
+        return True
+    if isinstance(a, Fraction) and isinstance(b, Fraction) and a.denominator == b.denominator == 1:
+        return False  # tolerance is for decimals: 10^12 is not 10^12 + 1
     return math.isclose(a, b, rel_tol=TOLERANCE) and float(b) != 0  # 0: 10^-400 is not 10^-500
 
 
@@ -420,18 +508,18 @@ LONE_LETTER = re.compile(r"\(?[a-e]\)?")
 
 
 def choice(answer: str) -> str:
-    r"""The letter of "(B) 12", "b. twelve", \text{(B)}, "option B"; "" if none, or several."""
+    r"""Return the letter of "(B) 12", "b. twelve", \text{(B)}, "option B"; else ""."""
     text = TEXT.sub(r" \1 ", answer).strip("$ ").casefold()
-    letters = {*re.findall(r"(?<![\w\\])([b-e]|a(?=[).]|$))(?![\w^])", text)}  # "a" may be a word
+    letters = set(re.findall(r"(?<![\w\\])([b-e]|a(?=[).]|$))(?![\w^])", text))  # "a" may be a word
     begins = re.match(r"(?:option |choice )?\(?([a-e])(?:[).](?=\s|$)|$)", text)
     return begins[1] if begins and letters == {begins[1]} else ""
 
 
 def math_equal(prediction: str, gold: str) -> bool:
-    """Do two final answers mean the same? Blank never matches. Never raises, never hangs.
+    """Return whether two final answers mean the same. Blank never matches. Never raises or hangs.
 
-    A worked-out gold wants a worked-out prediction: 2^10 is not 1024, but 1024 is 2^10. Algebra has
-    no such test: x(x+1) equals x^2+x, so "expand" and "factor" make bad tasks for this check."""
+    If the gold is worked out, the prediction must be, too: 2^10 is not 1024, but 1024 is 2^10.
+    Algebra has no such test: x(x+1) equals x^2+x, so do not use it for "expand" and "factor"."""
     if not (isinstance(prediction, str) and isinstance(gold, str)):
         return False
     if max(len(prediction), len(gold)) > MAX_CHARS:
@@ -440,20 +528,22 @@ def math_equal(prediction: str, gold: str) -> bool:
     if not a or not b:
         return False
     if LONE_LETTER.fullmatch(a) or LONE_LETTER.fullmatch(b):
-        a, b = choice(prediction) or a, choice(gold) or b
-    if DECIMAL_COMMA.fullmatch(a) and "." in b or DECIMAL_COMMA.fullmatch(b) and "." in a:
+        a = choice(prediction) or a
+        b = choice(gold) or b
+    if (DECIMAL_COMMA.fullmatch(a) and "." in b) or (DECIMAL_COMMA.fullmatch(b) and "." in a):
         a, b = a.replace(",", "."), b.replace(",", ".")  # 1,22 beside 1.22 is no list
     try:
         return a == b or same(parse(a), parse(b))
-    except OverflowError:  # a root, or a fraction, beside what is beyond all floats
+    except OverflowError:  # a root or a fraction beside a number beyond all floats
         return False
 
 
 def parse_failed(answer: str) -> bool:
-    """True if a part of the answer is only text to the matcher: a metric of its own (R9.5)."""
-    nodes = [parse(normal_text(answer) if len(answer) <= MAX_CHARS else "")]
-    for node in nodes:  # grows while we walk: breadth first
-        if isinstance(node, str):
-            return True
-        nodes += node[1] if isinstance(node, tuple) else []
-    return False
+    """Return whether a part of the answer is only text to the matcher."""
+    return len(answer) > MAX_CHARS or has_text(parse(normal_text(answer)))
+
+
+def has_text(node) -> bool:
+    if isinstance(node, Node):
+        return any(has_text(part) for part in node.parts)
+    return isinstance(node, str)

@@ -1,101 +1,131 @@
-"""Queries whose answers a program can check, in the four domains of the report's offline and
-online RL (sections 4.2, 4.3): mathematics, code, instruction following, logic.
+"""Queries whose answers a program can check: their splits, their sources and their scores.
 
-The built-in queries are generated, so that the whole pipeline runs with no download. Every prompt
+A query is {"prompt": str, "domain": str, "check": {...}}, and score(query, response) is 1.0 or 0.0.
+The report checks answers in the same way for rejection sampling, DPO's pairs and GRPO's rewards
+(sections 4.1 to 4.3). Queries come from three sources: the built-in generators (toy.py), prompts
+with IFEval's kinds of constraints (ifeval.py), and the public benchmark files (benchmarks.py).
+
+The built-in queries are our choice, so that the whole pipeline runs without a download. A prompt
 belongs to exactly one split, by a hash of its text, so no two splits share a query:
 
-    sft 40%   demonstrations for SFT and the worked examples inside pre-training text
-    rl  40%   queries without answers: DPO, the reward model and GRPO ("a new query set", 4.2)
-    val 10%   for choosing settings            test 10%   for the report, and for nothing else
+    sft  40%  demonstrations for SFT, and the worked examples inside pre-training text
+    rl   40%  queries without answers for DPO, the reward model and GRPO ("a new query set", 4.2)
+    val  10%  for choosing settings
+    test 10%  for the report, and for nothing else
 
-Demonstrations come in several styles, as collected data does: some show their work, some state
-the answer at once. All of them are right. Which style a model of a given size should use is for
-reinforcement learning to find out.
+Demonstrations come in several styles, as collected data does: some show their work, some state the
+answer at once. All of them are right. Reinforcement learning has to find out which style suits a
+model of a given size.
 
-A query is {"prompt": str, "domain": str, "check": {...}}; `score(query, response)` is 1.0 or 0.0.
-Beside the built-in ones, `load` gives prompts of IFEval's kinds (ifeval.py) and reads the public
-benchmark files (benchmarks.py).
-
-    python -m tasks                       # a few queries, demonstrations and verdicts
+    python -m tasks             # print a few queries, demonstrations and verdicts
 """
 import hashlib
-import math
 import random
 import re
+from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
-from tasks import ifeval
-from tasks import sandbox
-from lib.args import InputError, require
+from lib.args import require
 from lib.files import read_jsonl
+from tasks import ifeval, sandbox, toy
 from tasks.benchmarks import load_file
-from tasks.custom import line_in, own_reward
+from tasks.custom import own_reward, own_score
 from tasks.math_answers import extract_answer, math_equal
-from tasks.toy import code, follows, instruction, logic, mathematics, words_of
 
-DOMAINS = ("mathematics", "code", "instruction", "logic")
+GENERATORS = {"mathematics": toy.mathematics, "code": toy.code, "instruction": toy.instruction,
+              "logic": toy.logic}
+DOMAINS = tuple(GENERATORS)
 SPLITS = {"test": range(0, 10), "val": range(10, 20), "rl": range(20, 60), "sft": range(60, 100)}
+
+# Collected text asks questions in more than one layout; the chat template, which SFT introduces, is
+# then one more. (We tried six layouts as well: docs/LOG.md, "SFT above the base model".)
+FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
+
+
+class Example(NamedTuple):
+    query: dict
+    answer: str  # a right one
 
 
 def split_of(prompt: str) -> str:
-    bucket = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big") % 100
+    """Return the split that a prompt belongs to, by a hash of its text."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "big") % 100
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
 # ---------------------------------------------------------------------------------------------
-# scoring
+# scores
+
+class Program(NamedTuple):
+    code: str
+    language: str
+    tests: str
+
+
+# In RL many programs come again in later steps, so we remember whether the latest ones passed.
+VERDICTS: dict[Program, bool] = {}
+MAX_VERDICTS = 20_000  # some 20 MB of text
+
 
 def extract_code(response: str) -> str:
-    """The last fenced block, or the whole response when there is none."""
+    """Return the last fenced block, or the whole response if there is none."""
     blocks = re.findall(r"```(?:\w+)?\n(.*?)```", response, re.S)
     return blocks[-1] if blocks else response
 
 
-VERDICTS: dict[tuple, bool] = {}  # of the latest programs: in RL, many come again in later steps
-MAX_VERDICTS = 20_000  # some 20 MB of text
+def run_programs(programs: list[Program]) -> dict[Program, bool]:
+    """Return whether each program passes its tests. Those without a verdict run in the sandbox."""
+    new = [program for program in dict.fromkeys(programs) if program not in VERDICTS]
+    results = sandbox.run_many([program._asdict() for program in new])
+    for program, result in zip(new, results, strict=True):
+        VERDICTS[program] = result.passed
+    passed = {program: VERDICTS[program] for program in programs}
+    for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
+        del VERDICTS[oldest]
+    return passed
+
+
+def answers_rightly(check: dict, response: str) -> bool:
+    """Return whether the response states a final answer that equals the annotated one."""
+    answer = extract_answer(response, strict=True)
+    return answer is not None and math_equal(answer, check["answer"])
+
+
+def follows_all(query: dict, response: str) -> bool:
+    """Return whether the response follows every constraint of the query."""
+    # The prompt names the topic and the words to use, so an echo of it must earn nothing.
+    is_echo = toy.words_of(query["prompt"]) == toy.words_of(response)
+    if is_echo or not response.strip():
+        return False
+    check = query["check"]
+    follows = ifeval.follows if check["kind"] == "ifeval" else toy.follows
+    rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
+    return all(follows(response, rule, arguments) for rule, arguments in rules)
 
 
 def score_many(queries: list[dict], responses: list[str]) -> list[float]:
-    """1.0 where the response passes its query's check, else 0.0. Code runs in the sandbox, several
-    programs at a time, equal ones once while VERDICTS has them."""
-    scores, jobs = [0.0] * len(queries), {}
+    """Return 1.0 for each response that passes its query's check, else 0.0.
+
+    A reward of one's own may give any number from 0 to 1. Code runs in the sandbox, several
+    programs at a time."""
+    scores = [0.0] * len(queries)
+    programs = {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
         if check["kind"] == "code":
-            jobs[i] = (check.get("prefix", "") + extract_code(response), check["language"],
-                       check["tests"])
+            code = check.get("prefix", "") + extract_code(response)
+            programs[i] = Program(code, check["language"], check["tests"])
         elif check["kind"] == "math":
-            answer = extract_answer(response, strict=True)
-            scores[i] = float(answer is not None and math_equal(answer, check["answer"]))
+            scores[i] = float(answers_rightly(check, response))
         elif check["kind"] == "own":
-            try:
-                value = own_reward(check["function"])(query, response)
-            except Exception as error:  # whatever stands in it
-                raise InputError(f"{check['function']}{line_in(check['function'], error)}: "
-                                 f"{type(error).__name__}: {error}, for the response "
-                                 f"{response[:200]!r} to {str(query['prompt'])[:200]!r}") from None
-            try:  # numpy's and torch's numbers too
-                scores[i] = math.nan if isinstance(value, str) else float(value)
-            except (TypeError, ValueError):
-                scores[i] = math.nan
-            require(0 <= scores[i] <= 1,
-                    f"{check['function']} gave {value!r}: want a number from 0 to 1, for the "
-                    f"response {response[:200]!r}")
+            scores[i] = own_score(check["function"], query, response)
         else:
-            follow = ifeval.follows if check["kind"] == "ifeval" else follows
-            rules = zip(check["instruction_id_list"], check["kwargs"], strict=True)
-            # The question names the topic and the words to use: saying it back must earn nothing.
-            echo = words_of(query["prompt"]) == words_of(response)
-            scores[i] = float(bool(response.strip()) and not echo
-                              and all(follow(response, rule, kw) for rule, kw in rules))
-    new = list(dict.fromkeys(job for job in jobs.values() if job not in VERDICTS))
-    results = sandbox.run_many([dict(zip(("code", "language", "tests"), job, strict=True))
-                                for job in new])
-    VERDICTS.update((job, result.passed) for job, result in zip(new, results, strict=True))
-    for i, job in jobs.items():
-        scores[i] = float(VERDICTS[job])
-    for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
-        del VERDICTS[oldest]
+            scores[i] = float(follows_all(query, response))
+    passed = run_programs(list(programs.values()))
+    for i, program in programs.items():
+        scores[i] = float(passed[program])
     return scores
 
 
@@ -104,104 +134,149 @@ def score(query: dict, response: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
-# queries, demonstrations, documents
+# built-in queries, demonstrations, documents
 
-GENERATORS = {"mathematics": mathematics, "code": code, "instruction": instruction, "logic": logic}
+def items(split: str, domain: str, seed: int, worked: float = 0.6) -> Iterator[Example]:
+    """Yield examples of one split and domain without end; prompts may repeat.
 
-
-def items(split: str, domain: str, seed: int, worked: float = 0.6):
-    """Endless (query, demonstration) of one split and domain; prompts may come again. worked: the
-    share of the demonstrations in mathematics and logic that show their work."""
+    worked: the share of the answers in mathematics and logic that show their work."""
     r = random.Random(f"{split} {domain} {seed}")
     while True:
-        prompt, check, right = GENERATORS[domain](r)
-        demonstration = right[len(right) > 1 and r.random() < worked]
-        if split_of(prompt) == split:
-            yield {"prompt": prompt, "domain": domain, "check": check}, demonstration
+        task = GENERATORS[domain](r)
+        answer = task.responses[0]
+        if len(task.responses) > 1 and r.random() < worked:
+            answer = task.responses[1]
+        if split_of(task.prompt) == split:
+            query = {"prompt": task.prompt, "domain": domain, "check": task.check}
+            yield Example(query, answer)
 
 
-def distinct(split: str, n: int, seed: int) -> list[tuple[dict, str]]:
-    """n (query, demonstration) with n different prompts, the four domains in turn."""
-    streams, seen, out = [items(split, domain, seed) for domain in DOMAINS], set(), []
-    while len(out) < n:
-        stream, repeats = streams[len(out) % len(DOMAINS)], 0
-        pair = next(stream)
-        while pair[0]["prompt"] in seen:
-            pair, repeats = next(stream), repeats + 1
-            require(repeats < 100_000, f"the built-in {split} split has no {n} different queries")
-        seen.add(pair[0]["prompt"])
-        out.append(pair)
-    return out
+def distinct(split: str, n: int, seed: int) -> list[Example]:
+    """Return n examples with n different prompts, the four domains in turn."""
+    streams = [items(split, domain, seed) for domain in DOMAINS]
+    seen = set()
+    examples = []
+    while len(examples) < n:
+        stream = streams[len(examples) % len(DOMAINS)]
+        new = (example for example in islice(stream, 100_000)
+               if example.query["prompt"] not in seen)
+        example = next(new, None)
+        require(example is not None, f"the built-in {split} split has no {n} different queries")
+        seen.add(example.query["prompt"])
+        examples.append(example)
+    return examples
 
 
 def builtin(split: str, n: int, seed: int = 0) -> list[dict]:
-    """n different queries, the four domains in turn."""
-    return [query for query, _ in distinct(split, n, seed)]
+    """Return n different queries, the four domains in turn."""
+    return [example.query for example in distinct(split, n, seed)]
+
+
+def conversation(prompt: str, answer: str) -> dict:
+    """Return a row of SFT's data: one question of a user and the assistant's answer."""
+    user = {"role": "user", "content": prompt}
+    assistant = {"role": "assistant", "content": answer}
+    return {"messages": [user, assistant]}
 
 
 def demonstrations(n: int, seed: int = 0) -> list[dict]:
-    """n conversations of the sft split, each verified by its own check (report 4.1: only what
+    """Return n conversations of the sft split that pass their own checks (report 4.1: only what
     passes execution or answer matching is kept)."""
-    pairs = distinct("sft", n, seed)
-    passed = score_many([query for query, _ in pairs], [text for _, text in pairs])
-    return [{"messages": [{"role": "user", "content": query["prompt"]},
-                          {"role": "assistant", "content": text}], "domain": query["domain"]}
-            for (query, text), ok in zip(pairs, passed, strict=True) if ok]
+    examples = distinct("sft", n, seed)
+    queries = [example.query for example in examples]
+    scores = score_many(queries, [example.answer for example in examples])
+    rows = []
+    for example, passed in zip(examples, scores, strict=True):
+        if passed:
+            row = conversation(example.query["prompt"], example.answer)
+            rows.append(row | {"domain": example.query["domain"]})
+    return rows
+
+
+def as_text(examples: list[Example], form: str) -> str:
+    return "\n\n".join(form.format(example.query["prompt"], example.answer)
+                       for example in examples)
 
 
 def few_shot(query: dict, k: int, seed: int = 0) -> str:
-    """The query as plain text after k worked examples of its domain, in the first of FORMS: how a
-    base model is asked."""
-    stream = items("sft", query["domain"], seed, worked=1.0)
-    shots = [next(stream) for _ in range(k)]
-    return "".join(FORMS[0].format(q["prompt"], text) + "\n\n" for q, text in shots) \
-        + FORMS[0].format(query["prompt"], "").rstrip()
+    """Return the query as plain text after k worked examples of its domain. This is how a base
+    model is asked."""
+    shots = list(islice(items("sft", query["domain"], seed, worked=1.0), k))
+    return as_text([*shots, Example(query, "")], FORMS[0]).rstrip()
 
 
-# Collected text puts questions in more ways than one; the chat template, first met in SFT, is then
-# only another. (Six layouts were tried as well: LOG.md, "SFT above the base model".)
-FORMS = ("Question: {}\nAnswer: {}", "Problem: {}\nSolution:\n{}", "User: {}\nAssistant:\n{}")
+def documents(domain: str, seed: int = 0) -> Iterator[str]:
+    """Yield plain-text documents for pre-training without end: answered questions of the sft split.
 
-
-def documents(domain: str, seed: int = 0):
-    """Endless plain-text documents for pre-training: answered questions of the sft split, nearly
-    always one a document: with several in view, which of them is being answered is the hardest
-    thing for a small model to find out (LOG.md). The report's synthetic data is written
-    by larger models; a generator that knows the answer is the small-scale stand-in."""
-    r, stream = random.Random(f"documents {domain} {seed}"), items("sft", domain, seed + 1, 0.75)
+    Nearly every document holds one question. With several in view, a small model finds it hardest
+    to tell which one is being answered (docs/LOG.md). The report's synthetic data is written by
+    larger models; a generator that knows the answer is our small-scale stand-in."""
+    r = random.Random(f"documents {domain} {seed}")
+    stream = items("sft", domain, seed + 1, worked=0.75)
     while True:
         form = r.choice(FORMS)
-        shots = [next(stream) for _ in range(1 if r.random() < 0.95 else 2)]
-        yield "\n\n".join(form.format(q["prompt"], text) for q, text in shots)
+        count = 1 if r.random() < 0.95 else 2
+        yield as_text(list(islice(stream, count)), form)
 
+
+# ---------------------------------------------------------------------------------------------
+# queries by name
 
 def load(name: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400) -> list[dict]:
-    """Queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a split
-    ("ifeval:rl"), or of a file (see `load_file`): n of them, or with n = 0 all of a file and
-    `built_in` of a split. With `reward`, "file.py:function", that function takes the place of the
-    checks, and a file needs nothing but a "prompt" a row."""
-    kind, _, split = name.rpartition(":")
-    is_file = split not in SPLITS or kind not in ("", "ifeval")
+    """Return the queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a
+    split ("ifeval:rl"), or of a file (see `benchmarks.load_file`).
+
+    n: how many; 0: all of a file, and `built_in` of a split. reward: "file.py:function", which
+    takes the place of the checks; the rows of a file then need nothing but a "prompt"."""
     if reward:
-        own_reward(reward)
-        rows = list(read_jsonl(name)) if is_file else enumerate(load(name, n or built_in, seed), 1)
-        rows = list(islice(rows, n or None))
-        require(rows, f"{name}: no query in it")
-        for line, row in rows:
-            require(row.get("prompt"), f'{name}:{line}: want a "prompt", got {", ".join(row)}')
-        check = {"kind": "own", "function": reward}
-        return [{"domain": "own", **row, "check": check} for _, row in rows]
-    if is_file:
-        queries, here = load_file(name)[:n or None], sandbox.languages()
-        for query in queries:  # refuse now what cannot run, not while training
-            lack = here.get(query["check"].get("language", "python"), "is unknown")
-            require(not lack, f"{name}: a check in {query['check'].get('language')}: {lack}")
-        return queries
-    n, made = n or built_in, {}
-    if not kind:
-        return builtin(name, n, seed)
+        return load_for_own_reward(name, n, seed, reward, built_in)
+    if not is_split(name):
+        return load_runnable_file(name, n)
+    if name in SPLITS:
+        return builtin(name, n or built_in, seed)
+    return ifeval_queries(name, n or built_in, seed)
+
+
+def is_split(name: str) -> bool:
+    return name.removeprefix("ifeval:") in SPLITS
+
+
+def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
+    """Return n different queries of "ifeval:SPLIT"."""
+    split = name.removeprefix("ifeval:")
+    queries = {}
     for query in ifeval.queries(random.Random(f"{name} {seed}")):
-        if len(made) == n:
-            return list(made.values())
+        if len(queries) == n:
+            break
         if split_of(query["prompt"]) == split:
-            made[query["prompt"]] = query
+            queries[query["prompt"]] = query
+    return list(queries.values())
+
+
+def load_runnable_file(path: str, n: int) -> list[dict]:
+    """Return the queries of a file. Refuse now what cannot run on this machine, not in training."""
+    queries = load_file(path)[:n or None]
+    problems = sandbox.languages()
+    for query in queries:
+        check = query["check"]
+        if check["kind"] == "code":
+            problem = problems.get(check["language"], "is unknown")
+            require(not problem, f"{path}: a check in {check['language']}: {problem}")
+    return queries
+
+
+def load_for_own_reward(name: str, n: int, seed: int, reward: str, built_in: int) -> list[dict]:
+    """Return queries whose check is the user's own function."""
+    own_reward(reward)  # refuse now a file or function that is not there
+    if is_split(name):
+        rows = enumerate(load(name, n or built_in, seed), 1)
+    else:
+        rows = read_jsonl(name)
+    check = {"kind": "own", "function": reward}
+    queries = []
+    for line, row in islice(rows, n or None):
+        require(row.get("prompt"),
+                f'{name}:{line}: a row must have a "prompt", got {", ".join(row)}')
+        queries.append({"domain": "own", **row, "check": check})
+    require(len(queries) > 0, f"{name}: the file holds no queries")
+    return queries

@@ -1,237 +1,395 @@
-"""The built-in queries."""
-import re
+"""The built-in queries: generators of mathematics, logic, code and instructions.
 
+The report's post-training covers these four areas among others (section 4.1). The generators are
+our choice: they make problems that a model of a million parameters can learn in five minutes and
+often gets wrong, so that the whole pipeline runs without a download. Published numbers depend on
+them: another draw, or another order of draws, changes every query.
+"""
+import re
+import textwrap
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
 
 NAMES = "Ann Ben Carla David Emma Hugo Kate Liam Maria Paul Rosa Sam".split()
 ITEMS = "apples books cards coins eggs pens shells stamps".split()
 
 
-# ---------------------------------------------------------------------------------------------
-# mathematics: two steps with small numbers: what a model of a million parameters can learn in five
-# minutes, and often gets wrong. Each function -> (prompt, answer, steps)
-
-def gain_and_loss(r):
-    name, other, item = *r.sample(NAMES, 2), r.choice(ITEMS)
-    a, b = r.randint(2, 9), r.randint(2, 9)
-    c = r.randint(1, min(9, a + b - 1))
-    verb = r.choice(["buys", "finds", "gets"])
-    return (f"{name} has {a} {item}. {name} {verb} {b} more and gives {c} to {other}. "
-            f"How many {item} does {name} have now?", a + b - c,
-            [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"])
+class Problem(NamedTuple):
+    """A question of mathematics or logic."""
+    prompt: str
+    answer: int | str
+    steps: list[str]  # of the work that leads to the answer
 
 
-def boxes(r):
-    name, item, box = r.choice(NAMES), r.choice(ITEMS), r.choice(["box", "bag", "basket", "jar"])
-    n, k, c = r.randint(2, 6), r.randint(2, 6), r.randint(1, 9)
-    plural = "boxes" if box == "box" else box + "s"
-    return (f"Each {box} holds {n} {item}. {name} fills {k} {plural} and has {c} {item} left. "
-            f"How many {item} are there in all?", n * k + c,
-            [f"{k} * {n} = {n * k}", f"{n * k} + {c} = {n * k + c}"])
-
-
-def together(r):
-    (a_name, b_name), item = r.sample(NAMES, 2), r.choice(ITEMS)
-    a, b = r.randint(2, 9), r.randint(1, 9)
-    more = a - b < 1 or r.random() < 0.5
-    x = a + b if more else a - b
-    return (f"{a_name} has {a} {item}. {b_name} has {b} {'more' if more else 'fewer'} than "
-            f"{a_name}. How many {item} do they have together?", a + x,
-            [f"{a} {'+' if more else '-'} {b} = {x}", f"{a} + {x} = {a + x}"])
-
-
-def change(r):
-    name, item = r.choice(NAMES), r.choice(ITEMS)[:-1]
-    p, k = r.randint(2, 6), r.randint(2, 6)
-    m = r.choice([m for m in (10, 20, 50) if m > p * k])
-    return (f"One {item} costs {p} dollars. {name} buys {k} of them and pays with {m} dollars. "
-            f"How many dollars does {name} get back?", m - p * k,
-            [f"{k} * {p} = {p * k}", f"{m} - {p * k} = {m - p * k}"])
-
-
-def share(r):
-    name, item = r.choice(NAMES), r.choice(ITEMS)
-    k, g, c = r.randint(2, 5), r.randint(2, 5), r.randint(1, 9)
-    return (f"{name} has {k * g + c} {item}, keeps {c} and shares the rest equally among {k} "
-            f"friends. How many {item} does each friend get?", g,
-            [f"{k * g + c} - {c} = {k * g}", f"{k * g} / {k} = {g}"])
-
-
-def perimeter(r):
-    place = r.choice(["garden", "room", "field", "yard"])
-    a, b = r.randint(2, 9), r.randint(2, 9)
-    return (f"A {place} is {a} metres long and {b} metres wide. What is its perimeter in metres?",
-            2 * (a + b), [f"{a} + {b} = {a + b}", f"2 * {a + b} = {2 * (a + b)}"])
-
-
-def mathematics(r):
-    """-> (prompt, check, right responses): one states the answer at once, one shows its work."""
-    prompt, answer, steps = r.choice(
-        [gain_and_loss, boxes, together, change, share, perimeter])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, direct_and_worked(steps, answer)
+class Task(NamedTuple):
+    """What every generator returns."""
+    prompt: str
+    check: dict            # of a query, see tasks/queries.py
+    responses: list[str]   # right ones; where there are two, the second shows its work
 
 
 def direct_and_worked(steps: list[str], answer) -> list[str]:
+    """Return two right responses: one states the answer at once, one shows its work first."""
     direct = f"The answer is \\boxed{{{answer}}}."
     return [direct, ". ".join([*steps, direct])]
 
 
-# ---------------------------------------------------------------------------------------------
-# logic. Each function -> (prompt, answer, steps)
+def answer_task(problem: Problem) -> Task:
+    """Return the task whose response must end in the problem's answer."""
+    check = {"kind": "math", "answer": str(problem.answer)}
+    return Task(problem.prompt, check, direct_and_worked(problem.steps, problem.answer))
 
-def swap(r):
+
+# ---------------------------------------------------------------------------------------------
+# mathematics: word problems of two steps with small numbers
+
+def gain_and_loss(r: Random) -> Problem:
+    name, other = r.sample(NAMES, 2)
+    item = r.choice(ITEMS)
+    had, gained = r.randint(2, 9), r.randint(2, 9)
+    total = had + gained
+    given = r.randint(1, min(9, total - 1))
+    verb = r.choice(["buys", "finds", "gets"])
+    return Problem(
+        f"{name} has {had} {item}. {name} {verb} {gained} more and gives {given} to {other}. "
+        f"How many {item} does {name} have now?",
+        total - given,
+        [f"{had} + {gained} = {total}", f"{total} - {given} = {total - given}"])
+
+
+def boxes(r: Random) -> Problem:
+    name, item = r.choice(NAMES), r.choice(ITEMS)
+    box = r.choice(["box", "bag", "basket", "jar"])
+    size, count = r.randint(2, 6), r.randint(2, 6)
+    left = r.randint(1, 9)
+    plural = "boxes" if box == "box" else box + "s"
+    packed = count * size
+    return Problem(
+        f"Each {box} holds {size} {item}. {name} fills {count} {plural} and has {left} {item} "
+        f"left. How many {item} are there in all?",
+        packed + left,
+        [f"{count} * {size} = {packed}", f"{packed} + {left} = {packed + left}"])
+
+
+def together(r: Random) -> Problem:
+    first, second = r.sample(NAMES, 2)
+    item = r.choice(ITEMS)
+    count, difference = r.randint(2, 9), r.randint(1, 9)
+    if count - difference < 1 or r.random() < 0.5:
+        word, other = "more", count + difference
+        step = f"{count} + {difference} = {other}"
+    else:
+        word, other = "fewer", count - difference
+        step = f"{count} - {difference} = {other}"
+    return Problem(
+        f"{first} has {count} {item}. {second} has {difference} {word} than {first}. "
+        f"How many {item} do they have together?",
+        count + other,
+        [step, f"{count} + {other} = {count + other}"])
+
+
+def change(r: Random) -> Problem:
+    name = r.choice(NAMES)
+    item = r.choice(ITEMS).removesuffix("s")
+    price, count = r.randint(2, 6), r.randint(2, 6)
+    cost = count * price
+    paid = r.choice([note for note in (10, 20, 50) if note > cost])
+    return Problem(
+        f"One {item} costs {price} dollars. {name} buys {count} of them and pays with {paid} "
+        f"dollars. How many dollars does {name} get back?",
+        paid - cost,
+        [f"{count} * {price} = {cost}", f"{paid} - {cost} = {paid - cost}"])
+
+
+def share(r: Random) -> Problem:
+    name, item = r.choice(NAMES), r.choice(ITEMS)
+    friends, each = r.randint(2, 5), r.randint(2, 5)
+    kept = r.randint(1, 9)
+    shared = friends * each
+    return Problem(
+        f"{name} has {shared + kept} {item}, keeps {kept} and shares the rest equally among "
+        f"{friends} friends. How many {item} does each friend get?",
+        each,
+        [f"{shared + kept} - {kept} = {shared}", f"{shared} / {friends} = {each}"])
+
+
+def perimeter(r: Random) -> Problem:
+    place = r.choice(["garden", "room", "field", "yard"])
+    length, width = r.randint(2, 9), r.randint(2, 9)
+    half = length + width
+    return Problem(
+        f"A {place} is {length} metres long and {width} metres wide. "
+        "What is its perimeter in metres?",
+        2 * half,
+        [f"{length} + {width} = {half}", f"2 * {half} = {2 * half}"])
+
+
+def mathematics(r: Random) -> Task:
+    make = r.choice([gain_and_loss, boxes, together, change, share, perimeter])
+    return answer_task(make(r))
+
+
+# ---------------------------------------------------------------------------------------------
+# logic
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+JOBS = "baker singer doctor painter pilot teacher writer gardener runner farmer".split()
+THINGS_TO_SWAP = "book ball key hat cup".split()
+
+
+def swap(r: Random) -> Problem:
     people = r.sample(NAMES, 3)
-    has = dict(zip(people, r.sample(["book", "ball", "key", "hat", "cup"], 3), strict=True))
-    text = " ".join(f"{p} has the {t}." for p, t in has.items())
+    has = dict(zip(people, r.sample(THINGS_TO_SWAP, 3), strict=True))
+    facts = " ".join(f"{person} has the {thing}." for person, thing in has.items())
     a, b = r.sample(people, 2)
     has[a], has[b] = has[b], has[a]
-    who = r.choice(people)
-    return (f"{text} {a} and {b} swap. What does {who} have now?", has[who],
-            [", ".join(f"{p} {t}" for p, t in has.items())])
+    asked = r.choice(people)
+    state = ", ".join(f"{person} {thing}" for person, thing in has.items())
+    return Problem(f"{facts} {a} and {b} swap. What does {asked} have now?", has[asked], [state])
 
 
-def weekday(r):
-    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-    i, n = r.randrange(7), r.randint(2, 5)
-    back = r.random() < 0.5
-    walk = [days[(i + (-k if back else k)) % 7] for k in range(n + 1)]
-    ask = f"what day was it {n} days ago" if back else f"what day is it in {n} days"
+def weekday(r: Random) -> Problem:
+    today = r.randrange(7)
+    distance = r.randint(2, 5)
+    if r.random() < 0.5:
+        step = -1
+        question = f"what day was it {distance} days ago"
+    else:
+        step = 1
+        question = f"what day is it in {distance} days"
+    days = [DAYS[(today + step * i) % 7] for i in range(distance + 1)]
     opening = r.choice(["Today is", "It is", "Suppose today is"])
-    return f"{opening} {days[i]}. So {ask}?", walk[-1], ["Count: " + ", ".join(walk)]
+    count = "Count: " + ", ".join(days)
+    return Problem(f"{opening} {DAYS[today]}. So {question}?", days[-1], [count])
 
 
-def syllogism(r):
+def syllogism(r: Random) -> Problem:
+    """Draw two rules and a fact. If the fact is what the rules lead to, nothing follows from it:
+    the answer is "unknown"."""
     name = r.choice(NAMES)
-    a, b, c = r.sample(["baker", "singer", "doctor", "painter", "pilot", "teacher", "writer",
-                        "gardener", "runner", "farmer"], 3)
-    kind = r.choice(["yes", "no", "unknown"])
-    second = f"No {b} is a {c}." if kind == "no" else f"Every {b} is a {c}."
-    fact, ask = (f"{name} is a {c}.", a) if kind == "unknown" else (f"{name} is a {a}.", c)
-    rules = [f"Every {a} is a {b}.", second]
+    a, b, c = r.sample(JOBS, 3)
+    answer = r.choice(["yes", "no", "unknown"])
+    rules = [f"Every {a} is a {b}.", f"Every {b} is a {c}."]
+    fact = f"{name} is a {a}."
+    asked = c
+    step = f"{name} is a {a}, so a {b}, so a {c}"
+    if answer == "no":
+        rules[1] = f"No {b} is a {c}."
+        step = f"{name} is a {a}, so a {b}, so not a {c}"
+    elif answer == "unknown":
+        fact = f"{name} is a {c}."
+        asked = a
+        step = f"A {c} need not be a {a}"
     r.shuffle(rules)
-    steps = {"yes": [f"{name} is a {a}, so a {b}, so a {c}"],
-             "no": [f"{name} is a {a}, so a {b}, so not a {c}"],
-             "unknown": [f"A {c} need not be a {a}"]}[kind]
-    return (f"{' '.join(rules)} {fact} Is {name} a {ask}? Answer yes, no or unknown.", kind, steps)
+    prompt = f"{' '.join(rules)} {fact} Is {name} a {asked}? Answer yes, no or unknown."
+    return Problem(prompt, answer, [step])
 
 
-def logic(r):
-    """-> (prompt, check, right responses), as in mathematics."""
-    prompt, answer, steps = r.choice([swap, weekday, syllogism])(r)
-    return prompt, {"kind": "math", "answer": str(answer)}, direct_and_worked(steps, answer)
+def logic(r: Random) -> Task:
+    make = r.choice([swap, weekday, syllogism])
+    return answer_task(make(r))
 
 
 # ---------------------------------------------------------------------------------------------
-# code: a function to write, checked by running it. Each function -> (prompt, signature, solutions,
-# example inputs); the first solution is the reference that the hidden tests are made from.
+# code: a function to write, checked by running it
 
-def list_function(r):
+class Exercise(NamedTuple):
+    """A function to write. The first solution is the reference that makes the hidden tests."""
+    task: str             # completes "Write a Python function `f(x)` that"
+    signature: str
+    solutions: list[str]  # bodies of the function
+    inputs: list          # arguments of the hidden tests
+
+
+LIST_FILTERS = {  # words for some numbers of a list: the condition on x
+    "numbers": "",
+    "even numbers": "x % 2 == 0", "odd numbers": "x % 2 == 1",
+    "positive numbers": "x > 0", "negative numbers": "x < 0",
+    "numbers greater than {k}": "x > {k}", "numbers less than {k}": "x < {k}",
+    "numbers divisible by {k}": "x % {k} == 0"}
+LIST_VALUES = {  # words for what is taken of each number: the expression of x
+    "the": "x",
+    "the squares of the": "x * x", "the doubles of the": "x * 2",
+    "{m} times the": "x * {m}", "the absolute values of the": "abs(x)"}
+
+# Each paragraph is a task, its solution in one line, and its solution in several lines.
+STRING_TASKS = """
+returns how many words in the string s have more than {k} letters
+    return sum(1 for w in s.split() if len(w) > {k})
+    n = 0
+    for w in s.split():
+        if len(w) > {k}:
+            n += 1
+    return n
+
+returns how often the letter {letter} is in the string s
+    return s.count('{letter}')
+    n = 0
+    for c in s:
+        if c == '{letter}':
+            n += 1
+    return n
+
+returns the string s reversed and in upper case
+    return s[::-1].upper()
+    s = s.upper()
+    return s[::-1]
+
+returns the first {k} letters of the string s in upper case
+    return s[:{k}].upper()
+    start = s[:{k}]
+    return start.upper()
+
+returns the string s without the letter {letter}
+    return s.replace('{letter}', '')
+    out = ''
+    for c in s:
+        if c != '{letter}':
+            out += c
+    return out
+
+returns the words of the string s that start with the letter {letter}
+    return [w for w in s.split() if w.startswith('{letter}')]
+    out = []
+    for w in s.split():
+        if w.startswith('{letter}'):
+            out.append(w)
+    return out
+
+returns the string s repeated {k} times
+    return s * {k}
+    return s * {k}
+
+returns the last {k} letters of the string s
+    return s[-{k}:]
+    return s[-{k}:]
+"""
+NUMBER_TASKS = """
+returns True if n is divisible by {a} and not by {b}, else False
+    return n % {a} == 0 and n % {b} != 0
+    if n % {a} == 0 and n % {b} != 0:
+        return True
+    return False
+
+returns True if n is greater than {a} or divisible by {b}, else False
+    return n > {a} or n % {b} == 0
+    if n > {a} or n % {b} == 0:
+        return True
+    return False
+
+returns n times {a} plus {b}
+    return n * {a} + {b}
+    product = n * {a}
+    return product + {b}
+
+returns {a} if n is even, else {b}
+    return {a} if n % 2 == 0 else {b}
+    if n % 2 == 0:
+        return {a}
+    return {b}
+
+returns n minus {a} if n is greater than {b}, else n times {c}
+    return n - {a} if n > {b} else n * {c}
+    if n > {b}:
+        return n - {a}
+    return n * {c}
+
+returns the sum of the numbers from 1 to n that are divisible by {a}
+    return sum(i for i in range(1, n + 1) if i % {a} == 0)
+    total = 0
+    for i in range(1, n + 1):
+        if i % {a} == 0:
+            total += i
+    return total
+"""
+
+
+def loop_body(start: str, condition: str, update: str, result: str) -> str:
+    """Return a function body that loops over xs, with an `if` where there is a condition."""
+    if condition:
+        update = f"if {condition}:\n        {update}"
+    return textwrap.indent(f"{start}\nfor x in xs:\n    {update}\nreturn {result}", "    ")
+
+
+def list_function(r: Random) -> Exercise:
     k = r.randint(2, 5)
-    where, keep = r.choice([("", ""), ("even ", "x % 2 == 0"), ("odd ", "x % 2 == 1"),
-                            ("positive ", "x > 0"), ("negative ", "x < 0"),
-                            (f" greater than {k}", f"x > {k}"), (f" less than {k}", f"x < {k}"),
-                            (f" divisible by {k}", f"x % {k} == 0")])
+    numbers = r.choice(list(LIST_FILTERS))
+    condition = LIST_FILTERS[numbers].format(k=k)
     m = r.randint(2, 5)
-    phrase, value = r.choice([("", "x"), ("the squares of ", "x * x"), ("the doubles of ", "x * 2"),
-                              (f"{m} times ", f"x * {m}"), ("the absolute values of ", "abs(x)")])
-    numbers = f"numbers{where} in xs" if where.startswith(" ") else f"{where}numbers in xs"
-    name, xs = r.choice(["solve", "compute", "f", "process"]), "for x in xs"
-    test = f" if {keep}" if keep else ""
-    body = f"        if {keep}:\n    " if keep else ""
+    values = r.choice(list(LIST_VALUES))
+    value = LIST_VALUES[values].format(m=m)
+    name = r.choice(["solve", "compute", "f", "process"])
+    loop = f"for x in xs if {condition}" if condition else "for x in xs"
     how = r.choice(["sum", "count", "list", "largest"])
     if how == "count":
-        prompt = f"returns how many {numbers.replace(' in xs', '')} are in the list xs"
-        one = f"sum(1 {xs}{test})" if keep else "len(xs)"
-        loop = f"    n = 0\n    {xs}:\n{body}        n += 1\n    return n"
+        task = f"returns how many {numbers} are in the list xs"
+        short = f"sum(1 {loop})" if condition else "len(xs)"
+        body = loop_body("n = 0", condition, "n += 1", "n")
     elif how == "sum":
-        prompt = f"returns the sum of {phrase or 'the '}{'the ' * bool(phrase)}{numbers}"
-        one = f"sum({value} {xs}{test})"
-        loop = f"    total = 0\n    {xs}:\n{body}        total += {value}\n    return total"
+        task = f"returns the sum of {values} {numbers} in xs"
+        short = f"sum({value} {loop})"
+        body = loop_body("total = 0", condition, f"total += {value}", "total")
     elif how == "list":
-        prompt = f"returns a list of {phrase or 'the '}{'the ' * bool(phrase)}{numbers}"
-        one = f"[{value} {xs}{test}]"
-        loop = f"    out = []\n    {xs}:\n{body}        out.append({value})\n    return out"
+        task = f"returns a list of {values} {numbers} in xs"
+        short = f"[{value} {loop}]"
+        body = loop_body("out = []", condition, f"out.append({value})", "out")
     else:
-        prompt = f"returns the largest of {phrase or 'the '}{'the ' * bool(phrase)}{numbers}, " \
-                 "or 0 if there are none"
-        one = f"max([{value} {xs}{test}], default=0)"
-        loop = (f"    values = [{value} {xs}{test}]\n    if not values:\n        return 0\n"
-                "    return max(values)")
-    inputs = [f"{[r.randint(-9, 20) for _ in range(r.randint(3, 7))]}" for _ in range(4)] + ["[]"]
-    return prompt, f"{name}(xs)", [f"    return {one}", loop], inputs
+        task = f"returns the largest of {values} {numbers} in xs, or 0 if there are none"
+        short = f"max([{value} {loop}], default=0)"
+        body = (f"    values = [{value} {loop}]\n"
+                "    if not values:\n        return 0\n    return max(values)")
+    inputs = []
+    for _ in range(4):
+        length = r.randint(3, 7)
+        inputs.append([r.randint(-9, 20) for _ in range(length)])
+    inputs.append([])
+    return Exercise(task.format(k=k, m=m), f"{name}(xs)", [f"    return {short}", body], inputs)
 
 
-def string_function(r):
-    k, letter = r.randint(2, 5), r.choice("aeiost")
+def template_exercise(template: str, signature: str, inputs: list, **values) -> Exercise:
+    """Return the exercise of one paragraph of STRING_TASKS or NUMBER_TASKS."""
+    task, short, body = template.strip("\n").format(**values).split("\n", 2)
+    return Exercise(task, signature, [short, body], inputs)
+
+
+def string_function(r: Random) -> Exercise:
+    k = r.randint(2, 5)
+    letter = r.choice("aeiost")
     name = r.choice(["solve", "convert", "g", "handle"])
-    prompt, one, loop = r.choice([
-        (f"returns how many words in the string s have more than {k} letters",
-         f"sum(1 for w in s.split() if len(w) > {k})",
-         f"    n = 0\n    for w in s.split():\n        if len(w) > {k}:\n            n += 1\n"
-         "    return n"),
-        (f"returns how often the letter {letter} is in the string s", f"s.count('{letter}')",
-         f"    n = 0\n    for c in s:\n        if c == '{letter}':\n            n += 1\n"
-         "    return n"),
-        ("returns the string s reversed and in upper case", "s[::-1].upper()",
-         "    s = s.upper()\n    return s[::-1]"),
-        (f"returns the first {k} letters of the string s in upper case", f"s[:{k}].upper()",
-         f"    start = s[:{k}]\n    return start.upper()"),
-        (f"returns the string s without the letter {letter}", f"s.replace('{letter}', '')",
-         f"    out = ''\n    for c in s:\n        if c != '{letter}':\n            out += c\n"
-         "    return out"),
-        (f"returns the words of the string s that start with the letter {letter}",
-         f"[w for w in s.split() if w.startswith('{letter}')]",
-         f"    out = []\n    for w in s.split():\n        if w.startswith('{letter}'):\n"
-         "            out.append(w)\n    return out"),
-        (f"returns the string s repeated {k} times", f"s * {k}", f"    return s * {k}"),
-        (f"returns the last {k} letters of the string s", f"s[-{k}:]", f"    return s[-{k}:]")])
+    template = r.choice(STRING_TASKS.split("\n\n"))
     words = "the sea is at rest and a small stone sits on its edge tonight".split()
-    inputs = [repr(" ".join(r.sample(words, r.randint(2, 5)))) for _ in range(4)]
-    return prompt, f"{name}(s)", [f"    return {one}", loop], inputs
+    inputs = [" ".join(r.sample(words, r.randint(2, 5))) for _ in range(4)]
+    return template_exercise(template, f"{name}(s)", inputs, k=k, letter=letter)
 
 
-def number_function(r):
+def number_function(r: Random) -> Exercise:
     a, b, c = r.sample(range(2, 10), 3)
     name = r.choice(["check", "solve", "f", "rule"])
-    prompt, one, loop = r.choice([
-        (f"returns True if n is divisible by {a} and not by {b}, else False",
-         f"n % {a} == 0 and n % {b} != 0",
-         f"    if n % {a} == 0 and n % {b} != 0:\n        return True\n    return False"),
-        (f"returns True if n is greater than {a} or divisible by {b}, else False",
-         f"n > {a} or n % {b} == 0",
-         f"    if n > {a} or n % {b} == 0:\n        return True\n    return False"),
-        (f"returns n times {a} plus {b}", f"n * {a} + {b}",
-         f"    product = n * {a}\n    return product + {b}"),
-        (f"returns {a} if n is even, else {b}", f"{a} if n % 2 == 0 else {b}",
-         f"    if n % 2 == 0:\n        return {a}\n    return {b}"),
-        (f"returns n minus {a} if n is greater than {b}, else n times {c}",
-         f"n - {a} if n > {b} else n * {c}",
-         f"    if n > {b}:\n        return n - {a}\n    return n * {c}"),
-        (f"returns the sum of the numbers from 1 to n that are divisible by {a}",
-         f"sum(i for i in range(1, n + 1) if i % {a} == 0)",
-         f"    total = 0\n    for i in range(1, n + 1):\n        if i % {a} == 0:\n"
-         "            total += i\n    return total")])
-    inputs = [str(n) for n in r.sample(range(0, 40), 4)] + [str(a * c)]
-    return prompt, f"{name}(n)", [f"    return {one}", loop], inputs
+    template = r.choice(NUMBER_TASKS.split("\n\n"))
+    inputs = r.sample(range(0, 40), 4) + [a * c]
+    return template_exercise(template, f"{name}(n)", inputs, a=a, b=b, c=c)
 
 
-def code(r):
-    """-> (prompt, check, right responses): one, in one of two styles."""
-    what, signature, bodies, inputs = r.choice(
-        [list_function, list_function, string_function, number_function])(r)
-    prompt = f"Write a Python function `{signature}` that {what}."
-    name = signature.partition("(")[0]
+def code(r: Random) -> Task:
+    """Return a function to write. This executes the exercise's own reference solution, which stands
+    above, to make the tests; the code of a model runs in the sandbox only."""
+    make = r.choice([list_function, list_function, string_function, number_function])
+    exercise = make(r)
+    name = exercise.signature.partition("(")[0]
     namespace = {}
-    exec(f"def {signature}:\n{bodies[0]}", namespace)  # our own reference, not a model's output
-    tests = "\n".join(f"assert {name}({x}) == {namespace[name](eval(x))!r}" for x in inputs)
-    body = r.choice(bodies)
-    return prompt, {"kind": "code", "language": "python", "tests": tests}, \
-        [f"```python\ndef {signature}:\n{body}\n```"]
+    exec(f"def {exercise.signature}:\n{exercise.solutions[0]}", namespace)
+    tests = [f"assert {name}({x!r}) == {namespace[name](x)!r}" for x in exercise.inputs]
+    check = {"kind": "code", "language": "python", "tests": "\n".join(tests)}
+    solution = r.choice(exercise.solutions)
+    return Task(f"Write a Python function `{exercise.signature}` that {exercise.task}.", check,
+                [f"```python\ndef {exercise.signature}:\n{solution}\n```"])
 
 
 # ---------------------------------------------------------------------------------------------
-# instruction following: constraints that a program checks, on a text of one sentence. Named as in
-# IFEval where it has them, but stricter than there: words are whole words. IFEval's own 25 kinds,
-# which no model of a million parameters follows, are in tasks/ifeval.py.
+# instruction following: constraints that a program checks, on a text of one sentence. They have
+# IFEval's names where IFEval has them, but are stricter: a word must be a whole word. IFEval's own
+# 25 kinds, which no model of a million parameters follows, are in tasks/ifeval.py.
 
 THINGS = {  # noun: (adjectives, what it does)
     "sea": ("blue deep wide calm", "moves in the wind|sings at night|meets the sky|hides ships"),
@@ -259,65 +417,92 @@ CATEGORIES = {
 }
 
 
-def sentence(r, topic: str) -> list[str]:
-    adjectives, does = THINGS[topic]
+@dataclass
+class Draft:
+    """An instruction that constraints are added to, and a text that follows all of them."""
+    prompt: str
+    text: str
+    names: list[str]
+    arguments: list[dict]
+
+    def add(self, words: str, name: str, **arguments) -> None:
+        """Add a constraint; `words` say it in the prompt."""
+        self.prompt += words
+        self.names.append(name)
+        self.arguments.append(arguments)
+
+
+def list_draft(r: Random) -> Draft:
+    """Return the instruction to list things of one category."""
+    category = r.choice(list(CATEGORIES))
+    n = r.randint(2, 6)
+    things = r.sample(CATEGORIES[category], n)
+    draft = Draft(f"List {n} {category}", ", ".join(things), [], [])
+    draft.add("", "ours:items", category=category, n=n)
+    if r.random() < 0.3:
+        draft.text = "\n".join(f"* {thing}" for thing in things)
+        draft.add(" as bullet points", "detectable_format:number_bullet_lists", num_bullets=n)
+    else:
+        draft.prompt += ", separated by commas"
+    return draft
+
+
+def sentence(r: Random, topic: str) -> list[str]:
+    """Return the words of a sentence about the topic."""
+    adjectives, actions = THINGS[topic]
     words = [r.choice(["The", "A", "Every", "One", "This"])]
-    words += r.sample(adjectives.split(), r.randint(0, 2)) + [topic]
-    words += r.choice(does.split("|")).split()
-    words += r.choice(PLACES).split() if r.random() < 0.5 else []
-    words += [r.choice(EXTRA)] if r.random() < 0.4 else []
+    words += r.sample(adjectives.split(), r.randint(0, 2))
+    words.append(topic)
+    words += r.choice(actions.split("|")).split()
+    if r.random() < 0.5:
+        words += r.choice(PLACES).split()
+    if r.random() < 0.4:
+        words.append(r.choice(EXTRA))
     return words
 
 
-def instruction(r):
-    """-> (prompt, check, right responses): one, to one or two constraints on a short text."""
-    if r.random() < 0.25:
-        kind, n = r.choice(list(CATEGORIES)), r.randint(2, 6)
-        names = r.sample(CATEGORIES[kind], n)
-        rules = [("ours:items", {"category": kind, "n": n})]
-        prompt, text = f"List {n} {kind}, separated by commas", ", ".join(names)
-        if r.random() < 0.3:
-            prompt, text = prompt.replace(", separated by commas", " as bullet points"), \
-                "\n".join(f"* {name}" for name in names)
-            rules.append(("detectable_format:number_bullet_lists", {"num_bullets": n}))
-    else:
-        topic = r.choice(list(THINGS))
-        words = sentence(r, topic)
-        rules = [("keywords:existence", {"keywords": [topic]})]
-        prompt = f"Write a sentence about the {topic}"
-        kind = r.choice(["words", "words", "keyword", "start", "end", "without", "plain"])
-        if kind == "words":
-            prompt += f" with exactly {len(words)} words"
-            rules.append(("ours:exact_words", {"n": len(words)}))
-        elif kind == "keyword":
-            used = r.sample([w for w in words[1:] if w != topic], 2)
-            prompt += f" with the words {used[0]} and {used[1]}"
-            rules[0][1]["keywords"] += used
-        elif kind == "start":
-            prompt += f" that starts with the word {words[0]}"
-            rules.append(("ours:start_word", {"word": words[0]}))
-        elif kind == "end":
-            prompt += f" that ends with the word {words[-1]}"
-            rules.append(("startend:end_checker", {"end_phrase": words[-1] + "."}))
-        elif kind == "without":
-            forbidden = r.choice([w for w in ("the", "a", "in") if w not in map(str.lower, words)]
-                                 or ["and"])
-            prompt += f" without the word {forbidden}"
-            rules.append(("keywords:forbidden_words", {"forbidden_words": [forbidden]}))
-        text = " ".join(words) + "."
+def sentence_draft(r: Random) -> Draft:
+    """Return the instruction to write a sentence about a topic, mostly with one more constraint."""
+    topic = r.choice(list(THINGS))
+    words = sentence(r, topic)
+    keywords = [topic]
+    draft = Draft(f"Write a sentence about the {topic}", " ".join(words) + ".", [], [])
+    draft.add("", "keywords:existence", keywords=keywords)
+    kind = r.choice(["words", "words", "keyword", "start", "end", "without", "plain"])
+    if kind == "words":
+        draft.add(f" with exactly {len(words)} words", "ours:exact_words", n=len(words))
+    elif kind == "keyword":
+        first, second = r.sample([word for word in words[1:] if word != topic], 2)
+        keywords += [first, second]
+        draft.prompt += f" with the words {first} and {second}"
+    elif kind == "start":
+        draft.add(f" that starts with the word {words[0]}", "ours:start_word", word=words[0])
+    elif kind == "end":
+        draft.add(f" that ends with the word {words[-1]}", "startend:end_checker",
+                  end_phrase=words[-1] + ".")
+    elif kind == "without":
+        used = [word.lower() for word in words]
+        unused = [word for word in ("the", "a", "in") if word not in used]
+        word = r.choice(unused or ["and"])
+        draft.add(f" without the word {word}", "keywords:forbidden_words", forbidden_words=[word])
+    return draft
+
+
+def instruction(r: Random) -> Task:
+    """Return an instruction with one to three constraints."""
+    draft = list_draft(r) if r.random() < 0.25 else sentence_draft(r)
     style = r.random()
     if style < 0.2:
-        prompt, text = prompt + ", in capital letters", text.upper()
-        rules.append(("change_case:english_capital", {}))
+        draft.text = draft.text.upper()
+        draft.add(", in capital letters", "change_case:english_capital")
     elif style < 0.4:
-        prompt, text = prompt + ", in lower case", text.lower()
-        rules.append(("change_case:english_lowercase", {}))
-    elif style < 0.5 and "\n" not in text:
-        prompt, text = prompt + ", in double quotes", f'"{text}"'
-        rules.append(("startend:quotation", {}))
-    check = {"kind": "rules", "instruction_id_list": [i for i, _ in rules],
-             "kwargs": [k for _, k in rules]}
-    return prompt + ".", check, [text]
+        draft.text = draft.text.lower()
+        draft.add(", in lower case", "change_case:english_lowercase")
+    elif style < 0.5 and "\n" not in draft.text:
+        draft.text = f'"{draft.text}"'
+        draft.add(", in double quotes", "startend:quotation")
+    check = {"kind": "rules", "instruction_id_list": draft.names, "kwargs": draft.arguments}
+    return Task(draft.prompt + ".", check, [draft.text])
 
 
 def words_of(text: str) -> list[str]:
@@ -325,12 +510,13 @@ def words_of(text: str) -> list[str]:
 
 
 def follows(response: str, rule: str, kw: dict) -> bool:
-    """One constraint -> followed or not; an unknown rule is not followed."""
-    text, words = response.strip(), [w.lower() for w in words_of(response)]
+    """Return whether the response follows one constraint. An unknown rule is never followed."""
+    text = response.strip()
+    words = [word.lower() for word in words_of(response)]
     if rule == "keywords:existence":
-        return all(k.lower() in words for k in kw["keywords"])
+        return all(word.lower() in words for word in kw["keywords"])
     if rule == "keywords:forbidden_words":
-        return not any(k.lower() in words for k in kw["forbidden_words"])
+        return not any(word.lower() in words for word in kw["forbidden_words"])
     if rule == "ours:exact_words":
         return len(words) == kw["n"]
     if rule == "ours:start_word":
@@ -346,8 +532,13 @@ def follows(response: str, rule: str, kw: dict) -> bool:
     if rule == "detectable_format:number_bullet_lists":
         return len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"]
     if rule == "ours:items":
-        allowed = {name.lower() for name in CATEGORIES[kw["category"]]}
-        parts = re.split(r",|\n", text.strip('".').lower())
-        items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
-        return len(items) == len(set(items)) == kw["n"] and set(items) <= allowed
+        return lists_items(text, kw["category"], kw["n"])
     return False
+
+
+def lists_items(text: str, category: str, n: int) -> bool:
+    """Return whether the text is n different things of the category, by commas or by lines."""
+    allowed = {thing.lower() for thing in CATEGORIES[category]}
+    parts = re.split(r",|\n", text.strip('".').lower())
+    items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
+    return len(items) == len(set(items)) == n and set(items) <= allowed

@@ -1,8 +1,10 @@
 """What several test files use: the import order, a small tokenizer, a small run directory."""
 import importlib.util
 import os
+import random
 import subprocess
 import sys
+import types
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -24,7 +26,7 @@ except ImportError:
         raise
 sys.path.insert(0, str(ROOT))
 
-from helpers import wake  # noqa: E402
+from helpers import nonsense, wake  # noqa: E402
 
 from model import PRESETS, Qwen2, replace  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -120,3 +122,21 @@ def micro_run(tokenizer, tmp_path_factory):
     wake(Qwen2(config)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def fake_tasks(monkeypatch):
+    """The generator and the test set, small: `tasks` has tests of its own."""
+    import tasks.queries
+
+    def documents(domain, seed):
+        r = random.Random(f"{domain} {seed}")
+        while True:
+            yield f"{domain}: " + " ".join(nonsense(r, 30))
+    test = next(documents("logic", 0)).removeprefix("logic: ")
+    fake = types.SimpleNamespace(
+        DOMAINS=("mathematics", "code", "instruction", "logic"),
+        documents=documents, load=lambda name: [{"prompt": test}])
+    for name in ("DOMAINS", "documents", "load"):
+        monkeypatch.setattr(tasks.queries, name, getattr(fake, name))
+    return fake

@@ -1,6 +1,7 @@
 """What the tests of the stages share: short arguments, logs, weights, an interruption."""
 import json
 import os
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,8 @@ class Answer:
 def no_samples(monkeypatch, module) -> None:
     """The look at samples that ends a stage takes longer than its few steps here: skip it."""
     monkeypatch.setattr(module, "rollout", lambda *args: [[Answer()]])
-    monkeypatch.setattr(module.tasks.queries, "builtin", lambda *args: [])
+    if hasattr(module, "tasks"):  # sft.py asks its own data instead
+        monkeypatch.setattr(module.tasks.queries, "builtin", lambda *args: [])
 
 
 def refuses(call, *words) -> str:
@@ -151,3 +153,33 @@ def refuses(call, *words) -> str:
 
 def gradients(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ---------------------------------------------------------------------------------------------
+# documents
+
+PROSE = ("The council met on Tuesday to discuss the new bridge. Two members asked for a cheaper "
+         "plan, but the engineer explained why the river bed needs deeper foundations there.")
+CODE = ("import os\n\n\ndef sizes(folder):\n    for name in sorted(os.listdir(folder)):\n"
+        "        path = os.path.join(folder, name)\n        yield name, os.path.getsize(path)\n")
+
+
+def doc(text, **more):
+    return {"text": text, **more}
+
+
+def nonsense(r, n, prefix="w"):
+    """n words that occur nowhere else."""
+    return [f"{prefix}{r.getrandbits(48):x}" for _ in range(n)]
+
+
+def filler(shared, n_bytes, seed=0):
+    """Documents of about 3 KB: shuffled paragraphs of real text, so that none repeats another."""
+    r = random.Random(seed)
+    files = ("wikitext2_valid.txt", "sherlock.txt", "wiki_demo.txt", "tinyshakespeare.txt")
+    text = " ".join((shared / "text" / name).read_text("utf-8") for name in files)
+    lines = [text[i:i + 120] for i in range(0, len(text), 120)]
+    while n_bytes > 0:
+        document = "\n".join(r.choices(lines, k=25))
+        n_bytes -= len(document)
+        yield document

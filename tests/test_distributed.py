@@ -11,8 +11,8 @@ import pytest
 import ranks
 import torch
 from helpers import log, weights
-from test_faults import MOE, STAGES, inputs  # noqa: F401  the same runs of six steps
-from test_server import Peer
+from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
+from test_vllm_client import Peer
 
 from sample import load_policy
 
@@ -124,7 +124,7 @@ def test_two_processes_share_a_server(inputs, tmp_path):  # noqa: F811
     peer.http.shutdown()
     assert codes == [0, 0], told
     rows = log(tmp_path / "run")
-    assert peer.loaded == 1 + len(rows) == 7 and all(row["gap"] < 1e-5 for row in rows)
+    assert peer.loaded == 1 + len(rows) == 7 and all(row["logprob_gap"] < 1e-5 for row in rows)
     assert sum(row["grad_norm"] for row in rows) > 0
 
 

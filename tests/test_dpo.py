@@ -10,7 +10,7 @@ from helpers import (
     interrupt_at, log, no_samples, refuses, same_weights, stage_args, tiny_model, write_rows)
 
 import dpo
-from dpo import OnlineMerging, content_hash, dpo_loss
+from dpo import OnlineMerging, dpo_loss
 from data.pairs import pair_responses, read_pairs, tokenize_pair
 from sample import Rollout, completion_logprobs
 
@@ -82,8 +82,8 @@ def test_sequence_logprob_is_the_brute_force_sum():
 
 def test_answer_is_content_and_end(tokenizer):
     """R10.2, R8.2: the three parts of a pair put together are what SFT would train on."""
-    prompt, chosen, rejected = tokenize_pair(tokenizer, {
-        "prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "Five<|im_end|>"})
+    prompt, chosen, rejected = tokenize_pair({
+        "prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "Five<|im_end|>"}, tokenizer)
     ids, mask = tokenizer.render([{"role": "user", "content": "2 + 2?"},
                                   {"role": "assistant", "content": "It is 4."}])
     assert prompt + chosen == ids[:len(prompt + chosen)]
@@ -181,7 +181,7 @@ def test_ondare_is_unbiased():
     """The survivors are divided by p: over many masks F(x) has mean x, and keeps a share p."""
     x = torch.tensor([1.0, -2.0, 0.5, 3.0])
     optimizer = OnlineMerging([torch.zeros(4, requires_grad=True)], [x], 0.1, 0.1, 0.25)
-    drawn = torch.stack([optimizer.drop(x, step, 0) for step in range(4000)])
+    drawn = torch.stack([optimizer.sparsify(x, step, 0) for step in range(4000)])
     assert ((drawn == 0) | torch.isclose(drawn, x / 0.25)).all()
     assert (drawn != 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(drawn.mean(0), x, rtol=0.12, atol=0)  # 4.4 standard errors
@@ -194,9 +194,16 @@ def test_masks_are_a_function_of_seed_step_and_tensor():
     def optimizer(seed):
         return OnlineMerging([torch.zeros(400, requires_grad=True)], [x], 0.1, 0.1, 0.5, seed)
     a, b = optimizer(1), optimizer(1)
-    assert torch.equal(a.taus[0], b.taus[0]) and torch.equal(a.drop(x, 3, 0), b.drop(x, 3, 0))
-    for other in (a.drop(x, 4, 0), a.drop(x, 3, 1), optimizer(2).drop(x, 3, 0), a.taus[0]):
-        assert 100 < (a.drop(x, 3, 0) != other).sum() < 300
+    assert torch.equal(a.taus[0], b.taus[0]) and torch.equal(
+        a.sparsify(x, 3, 0), b.sparsify(x, 3, 0)
+    )
+    for other in (
+        a.sparsify(x, 4, 0),
+        a.sparsify(x, 3, 1),
+        optimizer(2).sparsify(x, 3, 0),
+        a.taus[0],
+    ):
+        assert 100 < (a.sparsify(x, 3, 0) != other).sum() < 300
     before = a.taus[0].clone()
     quadratic(lambda params: OnlineMerging(params, [torch.ones_like(p) for p in params], 0.05, 0.1,
                                            0.5), steps=2)
@@ -271,7 +278,7 @@ def test_trl_files_load_unchanged(tokenizer, tmp_path):
             {"prompt": [user], "chosen": [yes], "rejected": [no]},
             {"prompt": "Is it?", "chosen": [user, yes], "rejected": [user, no], "score_chosen": 9}]
     pairs = read_pairs(write_rows(tmp_path / "trl.jsonl", rows))
-    first, second, third = (tokenize_pair(tokenizer, pair) for pair in pairs)
+    first, second, third = (tokenize_pair(pair, tokenizer) for pair in pairs)
     assert first == second == third
 
 
@@ -349,49 +356,19 @@ def test_resume_is_bit_exact(micro_run, base_run, tmp_path, monkeypatch, merging
     assert not same_weights(tmp_path / "whole", micro_run)
 
 
-def test_a_second_run_reads_the_reference(micro_run, tmp_path, monkeypatch):
-    """R10.3: what is cached is what a forward pass gives, to 1e-6; a run with the same weights and
-    data computes none of it again and logs the same; --overwrite in place does not either."""
+def test_reference_is_the_policy_before_its_first_step(micro_run, tmp_path, monkeypatch):
+    """R10.3: what training compares with is what a forward pass of --init gives, to 1e-6, whatever
+    the micro-batch."""
     from model import Qwen2
     from tokenizer import Tokenizer
-    no_samples(monkeypatch, dpo)
-    cache, passes, real = tmp_path / "cache", [], dpo.completion_logprobs
-
-    def counted(*args):
-        passes.append(torch.is_grad_enabled())
-        return real(*args)
-    monkeypatch.setattr(dpo, "completion_logprobs", counted)
-    run(micro_run, tmp_path, "one", cache=str(cache))
-    assert passes.count(False) == 3
-    (file,) = cache.iterdir()
     tokenizer, model = Tokenizer.from_pretrained(micro_run), Qwen2.from_pretrained(micro_run)
-    rows = [tokenize_pair(tokenizer, p) for p in read_pairs(str(tmp_path / "pairs.jsonl"))]
-    want = [[real(model, [r[0]], [r[k]])[0].sum().item() for k in (1, 2)] for r in rows]
-    got = torch.tensor(json.loads(file.read_text("utf-8"))["logprobs"])
-    torch.testing.assert_close(got, torch.tensor(want), rtol=1e-6, atol=1e-6)
-    run(micro_run, tmp_path, "two", cache=str(cache))
-    assert log(tmp_path / "one") == log(tmp_path / "two")
-    run(micro_run, tmp_path, "two", cache=str(cache), overwrite=True, lr=1e-2)
-    assert passes.count(False) == 3
-
-
-def test_a_stale_reference_is_impossible(micro_run, tokenizer):
-    """Another weight, token, pair order, dtype or batch is another name; equal things have one."""
-    from model import Qwen2
-    model, rows = Qwen2.from_pretrained(micro_run), [([1, 2], [3], [4]), ([1], [2, 3], [4])]
-    names = [content_hash(model, rows, "cpu", torch.float32, 32)]
-    assert names == [content_hash(Qwen2.from_pretrained(micro_run), list(rows), "cpu",
-                                  torch.float32, 32)]
-    names += [content_hash(model, *other) for other in (
-        (rows[::-1], "cpu", torch.float32, 32), (rows[:1], "cpu", torch.float32, 32),
-        ([([1, 2], [3], [5]), rows[1]], "cpu", torch.float32, 32),
-        ([([1], [2, 3], [4]), rows[1]], "cpu", torch.float32, 32),
-        (rows, "cpu", torch.bfloat16, 32), (rows, "cpu", torch.float32, 16))]
-    for p in model.parameters():
-        with torch.no_grad():
-            p.view(-1)[-1] += 1e-6 + 1e-6 * p.view(-1)[-1].abs()
-        names.append(content_hash(model, rows, "cpu", torch.float32, 32))
-    assert len(set(names)) == len(names) > 20
+    rows = [tokenize_pair(p, tokenizer) for p in read_pairs(pairs(tmp_path / "pairs.jsonl"))]
+    want = [[dpo.completion_logprobs(model, [r[0]], [r[k]])[0].sum().item() for k in (1, 2)]
+            for r in rows]
+    autocast = torch.autocast("cpu", enabled=False)
+    for micro_batch in (1, 4, 32):
+        got = dpo.reference_logprobs(model, rows, micro_batch, autocast)
+        torch.testing.assert_close(got, torch.tensor(want), rtol=1e-6, atol=1e-6)
 
 
 def test_pairs_are_reviewed_before_they_are_learned(micro_run, tmp_path, monkeypatch, capsys):
@@ -417,7 +394,7 @@ def test_micro_batch_changes_memory_only(micro_run, tmp_path, monkeypatch):
     only, so the norms are compared)."""
     no_samples(monkeypatch, dpo)
     for name, size in (("four", 4), ("three", 3)):
-        run(micro_run, tmp_path, name, micro_batch=size, nll=0.2, lr=1e-5)
+        run(micro_run, tmp_path, name, micro_batch=size, rpo_alpha=0.2, lr=1e-5)
     for a, b in zip(log(tmp_path / "four"), log(tmp_path / "three"), strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -430,13 +407,13 @@ def test_base_of_another_shape_is_refused(micro_run, tmp_path, tokenizer):
 
 
 def test_nll_adds_the_chosen_answers_loss(micro_run, tmp_path, monkeypatch):
-    """--nll w: loss + w * mean over pairs of -log pi(chosen) / its tokens."""
+    """--rpo_alpha w: loss + w * mean over pairs of -log pi(chosen) / its tokens."""
     from model import Qwen2
     from tokenizer import Tokenizer
     no_samples(monkeypatch, dpo)
-    run(micro_run, tmp_path, "run", nll=0.5, batch_size=10, epochs=1)
+    run(micro_run, tmp_path, "run", rpo_alpha=0.5, batch_size=10, epochs=1)
     tokenizer, model = Tokenizer.from_pretrained(micro_run), Qwen2.from_pretrained(micro_run)
-    rows = [tokenize_pair(tokenizer, p) for p in read_pairs(str(tmp_path / "pairs.jsonl"))]
+    rows = [tokenize_pair(p, tokenizer) for p in read_pairs(str(tmp_path / "pairs.jsonl"))]
     nll = sum(-brute_force(model, r[0], r[1]) / len(r[1]) for r in rows) / len(rows)
     (row,) = log(tmp_path / "run")
     assert row["loss"] == pytest.approx(math.log(2) + 0.5 * nll, abs=1e-4)

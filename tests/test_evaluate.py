@@ -10,7 +10,8 @@ from helpers import micro_model, refuses, stage_args, tiny_model, write_rows
 import evaluate
 import tasks.queries
 from data.mixture import is_held_out
-from evaluate import bits_per_byte, by_domain, interval
+from evaluate import Answer, bits_per_byte, by_domain
+from lib.tables import interval
 from model import Qwen2
 from reward import RewardModel
 from sample import Completion, rollout
@@ -152,8 +153,7 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
 
 def test_best_of_by_hand():
     """Three queries of four answers: chance is the mean; the majority counts equal final answers,
-    however they are reached, and chance decides a draw; the reward model takes its favourite; one
-    vote of sigmoid(3) beats two of sigmoid(-2), three of sigmoid(0) beat sigmoid(1)."""
+    however they are reached, and chance decides a draw; the reward model takes its favourite."""
     class Scorer:
         def score(self, prompts, responses):
             assert prompts == ["p"] * 4 + ["q"] * 4 + ["r"] * 4
@@ -162,13 +162,13 @@ def test_best_of_by_hand():
                 ("no", 0.0), ("no?", 0.0)],
                [("a?", 0.0), ("a?", 0.0), ("b!!!", 1.0), ("c?", 0.0)],
                [("a", 1.0), ("a", 1.0), ("b!", 0.0), ("a", 1.0)]]
+    sampled = [[Answer(text, score) for text, score in group] for group in sampled]
     got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
     assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
-        "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3, "weighted majority": 1.0,
-        "reward model - chance": 0.5 / 3, "reward model - majority": 0.0,
-        "weighted majority - chance": 0.5, "weighted majority - majority": 1 / 3})
-    lead = got["weighted majority - majority"]  # 0, 1, 0: standard error 1/3
-    assert lead["low"] == pytest.approx(1 / 3 - 1.96 / 3)
+        "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3,
+        "reward model - chance": 0.5 / 3, "reward model - majority": 0.0})
+    lead = got["reward model - majority"]  # 0, 1, -1: deviation 1, so 1.96 / sqrt(3)
+    assert lead["low"] == max(-1.0, -1.96 / math.sqrt(3))
 
 
 def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
@@ -179,7 +179,6 @@ def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
     metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
     assert metrics["best_of"]["reward model"] == metrics["best_of"]["chance"]
     assert metrics["best_of"]["chance"]["mean"] == metrics["pass@1"]["total"]["mean"]
-    assert metrics["best_of"]["weighted majority"] == metrics["best_of"]["majority"]
     assert metrics["best_of"]["chance"]["n"] == 6
 
 
@@ -189,7 +188,7 @@ def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(ids, [], False)])
     query = {"prompt": "p", "domain": "logic", "check": {"kind": "math", "answer": "7"}}
     args = stage_args(evaluate, few_shot=1)
-    assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [
+    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [
         [("The answer is \\boxed{7}.", 1.0)]]
 
 
@@ -201,7 +200,7 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     query = {"prompt": "p", "domain": "instruction", "check": {
         "kind": "rules", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
     args = stage_args(evaluate, few_shot=1)
-    assert evaluate.answer(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
+    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
 
 
 def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
@@ -214,7 +213,6 @@ def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
     assert "| mean, % | total |" in (said := capsys.readouterr().out) and "pass@1" not in said
     assert metrics["pass@2"]["total"]["mean"] == (rows[0]["pass@1"] > 0) / 6
-    assert json.loads((micro_run / "eval.json").read_text())["settings"]["reward"] == own["reward"]
 
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):

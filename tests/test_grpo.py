@@ -14,10 +14,10 @@ import lib.args
 import tasks.custom
 import grpo
 from grpo import (
-    group_advantages, grpo_loss, overlong_punishment, query_order, sample_groups, shaped_reward)
+    group_advantages, grpo_loss, query_order, sample_episode, shaped_reward)
 from sample import Rollout, completion_logprobs, generate, rollout
 
-AGGREGATES = ["seq_mean", "token_mean", "constant"]
+LOSS_TYPES = ["grpo", "dapo", "dr_grpo"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -70,14 +70,6 @@ def test_shaped_reward():
     assert shaped_reward(torch.tensor([1.0, 0.0])).tolist() == [1, 0]
 
 
-def test_overlong_punishment():
-    """DAPO eq. 13, halved: nothing up to 80 of 100 tokens, then in a straight line to -1/2; so the
-    longest right answer, 1/2, is still worth more than the shortest wrong one, 0 (R12.8)."""
-    lengths = torch.tensor([[1, 80, 85], [90, 99, 100]])
-    assert overlong_punishment(lengths, 100).flatten().tolist() == pytest.approx(
-        [0, 0, -0.125, -0.25, -0.475, -0.5])
-
-
 def test_query_order():
     """Population variance over each row, highest first, ties in their order (report 4.3)."""
     scores = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])
@@ -98,7 +90,7 @@ def case(seed=0, lengths=(3, 5, 1, 4)):
     return logprobs, old, ref, torch.randn(B, generator=g), mask
 
 
-def by_hand(logprobs, old, ref, advantages, mask, eps, high, kl, kl_ratio, aggregate):
+def by_hand(logprobs, old, ref, advantages, mask, eps, high, kl, loss_type):
     """DeepSeekMath eq. 3, DAPO eq. 8 to 10 in plain Python floats, token by token."""
     rows, tokens, clipped = [], 0, 0
     for i in range(len(mask)):
@@ -112,35 +104,34 @@ def by_hand(logprobs, old, ref, advantages, mask, eps, high, kl, kl_ratio, aggre
             clipped += ratio > 1 + high or ratio < 1 - eps
             if ref is not None:
                 x = ref[i, t].item() - logprobs[i, t].item()
-                value -= kl * (ratio if kl_ratio else 1) * (math.exp(x) - x - 1)
+                value -= kl * ratio * (math.exp(x) - x - 1)
             row.append(-value)
             tokens += 1
         rows.append(row)
     total = sum(map(sum, rows))
-    return {"seq_mean": sum(sum(row) / len(row) for row in rows) / len(rows),
-            "token_mean": total / tokens, "constant": total / mask.numel()}[aggregate], clipped
+    return {"grpo": sum(sum(row) / len(row) for row in rows) / len(rows),
+            "dapo": total / tokens, "dr_grpo": total / mask.numel()}[loss_type], clipped
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("kl,kl_ratio", [(0.0, True), (0.3, True), (0.3, False)])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
 @pytest.mark.parametrize("high", [0.0, 0.5])
-def test_loss_equals_the_formula(aggregate, kl, kl_ratio, high):
+def test_loss_equals_the_formula(loss_type, kl, high):
     """R12.4: each aggregation against the sums written out; the clip and the KL are active."""
     logprobs, old, ref, advantages, mask = case()
     loss, logs = grpo_loss(logprobs, old, ref if kl else None, advantages, mask, clip_eps=0.2,
-                           clip_high=high, kl=kl, kl_ratio=kl_ratio, aggregate=aggregate)
+                           clip_high=high, kl=kl, loss_type=loss_type)
     want, clipped = by_hand(logprobs, old, ref if kl else None, advantages, mask, 0.2, high or 0.2,
-                            kl, kl_ratio, aggregate)
+                            kl, loss_type)
     assert loss.item() == pytest.approx(want, abs=1e-5)
     assert logs["clipped"] == clipped and 0 < clipped < mask.sum()
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("loss_type,aggregate", [
-    ("grpo", "seq_mean"), ("dr_grpo", "constant"), ("dapo", "token_mean"), ("bnpo", "token_mean")])
-@pytest.mark.parametrize("kl_ratio", [True, False])
-def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio, tmp_path,
-                                                 tokenizer, compare):
+@pytest.mark.parametrize("theirs_type,loss_type", [
+    ("grpo", "grpo"), ("dr_grpo", "dr_grpo"), ("dapo", "dapo"), ("bnpo", "dapo")])
+def test_loss_gradients_and_advantages_equal_trl(theirs_type, loss_type, tmp_path, tokenizer,
+                                                 compare):
     """TRL's GRPOTrainer on random completions and rewards, off-policy, with KL and clip-higher. Its
     std is Bessel's, with 1e-4 added, ours the paper's with 1e-6; bnpo divides by the tokens of one
     micro-batch and dapo by the step's, which are the same here."""
@@ -154,10 +145,10 @@ def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio,
     tokenizer.save_pretrained(tmp_path / "0")
     theirs, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / str(i),
                                                               dtype=torch.float32) for i in (0, 1))
-    scale = "none" if loss_type == "dr_grpo" else "group"
+    scale = "none" if theirs_type == "dr_grpo" else "group"
     trainer = trl.GRPOTrainer(
         theirs, lambda **kwargs: rewards, trl.GRPOConfig(
-            str(tmp_path / "trl"), loss_type=loss_type, beta=0.3, use_bias_correction_kl=kl_ratio,
+            str(tmp_path / "trl"), loss_type=theirs_type, beta=0.3, use_bias_correction_kl=True,
             epsilon=0.2, epsilon_high=0.28, scale_rewards=scale, num_generations=G,
             max_completion_length=longest, temperature=0.7,
             per_device_train_batch_size=2 * G, gradient_accumulation_steps=1, use_cpu=True,
@@ -194,14 +185,13 @@ def test_loss_gradients_and_advantages_equal_trl(loss_type, aggregate, kl_ratio,
         want.backward()
         loss, logs = grpo_loss(
             logprobs, old, ref, advantages.flatten(), mask, clip_eps=0.2, clip_high=0.28, kl=0.3,
-            kl_ratio=kl_ratio, aggregate=aggregate,
-            count=2 * G * longest if aggregate == "constant" else None)
+            loss_type=loss_type, count=2 * G * longest if loss_type == "dr_grpo" else None)
         loss.backward()
         assert logs["clipped"] > 0
-        compare(f"GRPO loss, TRL {loss_type}", loss, want, 1e-5)
+        compare(f"GRPO loss, TRL {theirs_type}", loss, want, 1e-5)
         for name, p in ours[0].named_parameters():
             other = theirs.get_parameter(name)
-            compare(f"GRPO gradients, TRL {loss_type}", p.grad, other.grad, 1e-5)
+            compare(f"GRPO gradients, TRL {theirs_type}", p.grad, other.grad, 1e-5)
             p.grad = other.grad = None
 
 
@@ -223,22 +213,22 @@ def test_seq_mean_weighs_responses_and_token_mean_tokens():
     """One token of A = 1 and three of A = -1: -(1 - 1)/2 and -(1 - 3)/4 and -(1 - 3)/6."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=torch.bool)
     zeros, a = torch.zeros(2, 3), torch.tensor([1.0, -1.0])
-    losses = [grpo_loss(zeros, zeros, None, a, mask, aggregate=x)[0].item() for x in AGGREGATES]
+    losses = [grpo_loss(zeros, zeros, None, a, mask, loss_type=x)[0].item() for x in LOSS_TYPES]
     assert losses == pytest.approx([0, 0.5, 1 / 3], abs=1e-7)
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_loss_is_invariant(aggregate):
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_is_invariant(loss_type):
     """R12.4: padding (whatever it holds), row order and micro-batches with the step's count."""
     logprobs, old, ref, advantages, mask = case(1, (3, 5, 1, 4, 2))
-    count = {"seq_mean": 5, "token_mean": 15, "constant": 5 * 8}[aggregate]
+    count = {"grpo": 5, "dapo": 15, "dr_grpo": 5 * 8}[loss_type]
 
     def loss(index, extra=0, junk=0.0):
         pad = [torch.nn.functional.pad(x[index], (0, extra), value=v)
                for x, v in ((logprobs, junk), (old, 0.0), (ref, -junk), (mask, False))]
         pad[0] = pad[0].requires_grad_()
         value = grpo_loss(pad[0], pad[1], pad[2], advantages[index], pad[3], kl=0.1,
-                          aggregate=aggregate, count=count)[0]
+                          loss_type=loss_type, count=count)[0]
         (g,) = torch.autograd.grad(value, pad[0])
         assert extra == 0 or g[:, 5:].abs().max() == 0
         return value.item(), g[:, :5]
@@ -277,11 +267,12 @@ def test_kl_gradient_is_the_true_one():
     estimate, naive = torch.zeros(2, 6, dtype=torch.float64)
     for action in range(6):
         x = logp[action].view(1, 1)
-        for total, kl_ratio in ((estimate, True), (naive, False)):
-            loss, _ = grpo_loss(x, x.detach(), ref[action].view(1, 1),
-                                torch.zeros(1, dtype=torch.float64),
-                                torch.ones(1, 1, dtype=torch.bool), kl=1.0, kl_ratio=kl_ratio)
-            total += p[action] * torch.autograd.grad(loss, theta, retain_graph=True)[0]
+        loss, _ = grpo_loss(x, x.detach(), ref[action].view(1, 1),
+                            torch.zeros(1, dtype=torch.float64),
+                            torch.ones(1, 1, dtype=torch.bool), kl=1.0)
+        k3 = (ref[action] - logp[action]).exp() - (ref[action] - logp[action]) - 1
+        for total, value in ((estimate, loss), (naive, k3)):
+            total += p[action] * torch.autograd.grad(value, theta, retain_graph=True)[0]
     torch.testing.assert_close(estimate, true, rtol=1e-9, atol=1e-12)
     assert (naive - true).norm() > 0.1 * true.norm()
     (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), theta)
@@ -305,18 +296,18 @@ def test_first_step_has_ratio_one_and_a_gradient():
         mask, torch.tensor([p for c in out for p in c.logprobs]))
     rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]])
     loss, logs = grpo_loss(logprobs, old, None, group_advantages(rewards).flatten(), mask)
-    assert logs["gap"] < 1e-4 and logs["clipped"] == 0
+    assert logs["logprob_gap"] < 1e-4 and logs["clipped"] == 0
     assert abs(loss.item()) < 1e-4
     loss.backward()
     assert gradients(model).norm() > 1e-2
     wrong = completion_logprobs(model, [p for p in prompts for _ in range(4)],
                                 [c.ids for c in out], 1.0, 90)[0]
-    assert grpo_loss(wrong, old, None, rewards.flatten(), mask)[1]["gap"] > 0.1  # R12.2
+    assert grpo_loss(wrong, old, None, rewards.flatten(), mask)[1]["logprob_gap"] > 0.1  # R12.2
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_bandit_is_learned(aggregate, inner_steps):
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_bandit_is_learned(loss_type, inner_steps):
     """R12.9: three arms of eight pay, responses of two to four pulls; the share of paying pulls
     reaches 0.95 with one and with three inner steps, where the clip is active."""
     torch.manual_seed(0)
@@ -334,7 +325,7 @@ def test_bandit_is_learned(aggregate, inner_steps):
         advantages = group_advantages(rewards.view(8, 8)).flatten()
         for _ in range(inner_steps):
             new = theta.log_softmax(-1).expand(64, 4, 8).gather(-1, arms[..., None])[..., 0]
-            loss, logs = grpo_loss(new, old, None, advantages, mask, aggregate=aggregate)
+            loss, logs = grpo_loss(new, old, None, advantages, mask, loss_type=loss_type)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -354,27 +345,27 @@ def policy(tokenizer, tmp_path):
 
 def run(policy, tmp_path, name, **values):
     args = {"init": str(policy), "out": str(tmp_path / name), "steps": 6, "batch_queries": 2,
-            "group": 8, "max_new_tokens": 8, "lr": 1e-3, "save_every": 2, "warmup": 1,
+            "num_generations": 8, "max_new_tokens": 8, "lr": 1e-3, "save_every": 2, "warmup": 1,
             "queries": letter_queries(tmp_path / "q.jsonl"), **values}
     return grpo.main(stage_args(grpo, **args))
 
 
 @pytest.mark.parametrize("values", [
-    {}, {"inner_steps": 3, "aggregate": "token_mean", "normalise": "none"},
-    {"aggregate": "constant", "kl": 0.01, "micro_batch": 5}], ids=["paper", "inner", "kl"])
+    {}, {"inner_steps": 3, "loss_type": "dapo", "scale_rewards": "none"},
+    {"loss_type": "dr_grpo", "kl": 0.01, "micro_batch": 5}], ids=["paper", "inner", "kl"])
 def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     """R12.9, R12.8: sampler, verifier, loss and optimizer together: "A" becomes the answer, and
     each step logs what a reader needs; loss 0 at ratio 1 is normal, a gap is not."""
-    run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, group=16, **values)
+    run(policy, tmp_path, "run", steps=16, save_every=99, lr=3e-3, num_generations=16, **values)
     rows = log(tmp_path / "run")
-    assert rows[0]["pass"] <= 0.8 and sum(row["pass"] for row in rows[-4:]) / 4 >= 0.9
-    assert {"reward", "pass", "dead", "used", "cut", "length", "entropy", "kl", "clipped",
-            "gap", "grad_norm"} <= rows[0].keys()
+    assert rows[0]["pass_rate"] <= 0.8 and sum(row["pass_rate"] for row in rows[-4:]) / 4 >= 0.9
+    assert {"reward", "pass_rate", "frac_zero_std", "truncated", "length", "entropy", "kl",
+            "clipped", "logprob_gap", "grad_norm"} <= rows[0].keys()
     assert [len(row["completions"]) for row in rows] == [2] * 16  # of the 2 queries' groups
     for row in rows:
-        assert 0 <= row["dead"] <= 1 and 0 <= row["clipped"] <= 1
+        assert 0 <= row["frac_zero_std"] <= 1 and 0 <= row["clipped"] <= 1
         if values.get("inner_steps", 1) == 1:
-            assert row["gap"] < 1e-4 and row["clipped"] == 0
+            assert row["logprob_gap"] < 1e-4 and row["clipped"] == 0
         if not values:
             assert abs(row["loss"]) < 1e-4
     if values.get("kl"):
@@ -385,7 +376,7 @@ def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     rewards, advantages = (torch.tensor([row[name] for row in rows]).view(2, 16)
                            for name in ("reward", "advantage"))
     torch.testing.assert_close(advantages, group_advantages(
-        rewards, values.get("normalise", "group")))
+        rewards, values.get("scale_rewards", "group")))
     capsys.readouterr()
     grpo.inspect(stage_args(grpo, out=str(tmp_path / "run")))
     shown = capsys.readouterr().out
@@ -400,7 +391,7 @@ def test_a_reward_of_ones_own_is_no_pass(policy, tmp_path):
         "def score(query, response):\n    return response.count('A') / (1 + len(response))\n")
     result = run(policy, tmp_path, "own", steps=2, reward=f"{tmp_path / 'mine.py'}:score")
     rows = log(tmp_path / "own")
-    assert 0 < rows[0]["own"] == rows[0]["reward"] < 0.6 and "pass" not in rows[0]
+    assert 0 < rows[0]["own"] == rows[0]["reward"] < 0.6 and "pass_rate" not in rows[0]
     assert result["own"] == pytest.approx(rows[-1]["own"], rel=1e-6)
 
 
@@ -436,11 +427,11 @@ def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == grpo.inspect.__doc__ + "\n"
 
 
-@pytest.mark.parametrize("values", [{"kl": 0.01}, {"resample": 2, "order": "random"}],
-                         ids=["kl", "resample"])
+@pytest.mark.parametrize("values", [{"kl": 0.01}, {"query_order": "random"}],
+                         ids=["kl", "random"])
 def test_resume_is_bit_exact(policy, tmp_path, monkeypatch, values):
-    """R4.4: 6 steps == Ctrl-C in the fourth, then --resume: with the KL's reference, and with
-    dynamic sampling in the middle of the queries."""
+    """R4.4: 6 steps == Ctrl-C in the fourth, then --resume: with the KL's reference, and in the
+    middle of the queries."""
     run(policy, tmp_path, "whole", **values)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, grpo, 4)
@@ -464,12 +455,11 @@ def test_dead_share_counts_groups_also_with_kl(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "rollout", paid_alike)
     for kl in (0.0, 0.1):
         run(policy, tmp_path, f"kl{kl}", steps=1, kl=kl)
-        assert log(tmp_path / f"kl{kl}")[0]["dead"] == 0.5
+        assert log(tmp_path / f"kl{kl}")[0]["frac_zero_std"] == 0.5
 
 
-def test_cut_responses_have_no_gradient_when_masked(policy, tmp_path, monkeypatch):
-    """--overlong mask: the trainer never reads a cut response, and the tokens of token_mean do not
-    count it; otherwise it is a wrong answer like any other; with soft, worth less than one."""
+def test_truncated_responses_are_wrong_answers_like_any_other(policy, tmp_path, monkeypatch):
+    """The trainer reads them, and the tokens of the step's mean count theirs."""
     read, real = [], grpo.completion_logprobs
     monkeypatch.setattr(grpo, "completion_logprobs",
                         lambda model, prompts, ids, *rest: read.extend(ids) or real(
@@ -482,34 +472,26 @@ def test_cut_responses_have_no_gradient_when_masked(policy, tmp_path, monkeypatc
         return [[Rollout(q, [5], [6, 7 + i], [-1.0] * 2, i % 2 == 0, "x", float(i == 0))
                  for i in range(8)] for q in queries]
     monkeypatch.setattr(grpo, "rollout", half_cut)
-    for overlong, ends, tokens in (("mask", {7, 9, 11, 13}, 16), ("wrong", set(range(7, 15)), 32)):
-        read.clear()
-        run(policy, tmp_path, overlong, steps=1, overlong=overlong, aggregate="token_mean")
-        assert {ids[-1] for ids in read} == ends and counts[-1] == tokens
-    run(policy, tmp_path, "soft", steps=1, overlong="soft", max_new_tokens=2)
-    assert log(tmp_path / "soft")[0]["reward"] == pytest.approx(1 / 8 - 0.5)
+    run(policy, tmp_path, "wrong", steps=1, loss_type="dapo")
+    assert {ids[-1] for ids in read} == set(range(7, 15)) and counts[-1] == 32
 
 
-def test_dead_groups_are_resampled(monkeypatch):
-    """DAPO: of up to 1 + resample batches of its own, a step takes the first batch_queries mixed
-    groups in their order, then dead ones; it stops sampling when it has enough."""
-    mixed, seeds = set("bcfh"), []
+def test_a_step_has_queries_and_a_seed_of_its_own(monkeypatch):
+    """A pure function of the step's number: the next stretch of the queries, from their end on from
+    the beginning, and a seed that no other step has."""
+    seeds = []
 
     def rollout(model, tokenizer, queries, n, length, temperature, seed, score=None):
         seeds.append(seed)
-        return [[Rollout(q, [1], [2], [-1.0], True, "x", float(q["prompt"] in mixed and i == 0))
-                 for i in range(n)] for q in queries]
+        return [[Rollout(q, [1], [2], [-1.0], True, "x", 0.0) for _ in range(n)] for q in queries]
     monkeypatch.setattr(grpo, "rollout", rollout)
-    queries = [{"prompt": p} for p in "abcdefghijkl"]
-    for resample, step, want, share, sampled in (
-            (0, 0, "ab", 1, 1), (0, 1, "cd", 1, 1), (1, 0, "bc", 2 / 4, 2), (1, 1, "fh", 2 / 4, 2),
-            (2, 1, "gh", 2 / 6, 3), (2, 2, "bc", 2 / 4, 2), (1, 2, "ij", 2 / 4, 2)):
-        seeds.clear()
-        args = stage_args(grpo, group=4, batch_queries=2, resample=resample)
-        groups, used = sample_groups(None, None, queries, args, step)
-        assert "".join(group[0].query["prompt"] for group in groups) == want
-        assert used == share and len(set(seeds)) == len(seeds) == sampled
-    assert len({group[0].query["prompt"] for group in groups}) == 2
+    queries = [{"prompt": p} for p in "abcde"]
+    args = stage_args(grpo, num_generations=4, batch_queries=2)
+    for step, want in enumerate(("ab", "cd", "ea", "bc")):
+        episode = sample_episode(None, None, None, queries, args, step)
+        assert "".join(group[0].query["prompt"] for group in episode.groups()) == want
+        assert [len(group) for group in episode.groups()] == [4, 4]
+    assert len(set(seeds)) == 4
 
 
 def fake_rollout(scores, finished=True, different=True):
@@ -527,7 +509,7 @@ def fake_rollout(scores, finished=True, different=True):
 def test_preflight_refuses(scores, finished, words, monkeypatch):
     """R12.7: no query passes only sometimes, or most answers cut: one line with the knob."""
     monkeypatch.setattr(grpo, "rollout", fake_rollout(scores, finished))
-    args = stage_args(grpo, group=4)
+    args = stage_args(grpo, num_generations=4)
     refuses(lambda: grpo.order_queries(None, None, None, [{"domain": "a"}] * 2, args), *words)
 
 
@@ -535,7 +517,7 @@ def test_preflight_of_a_model_that_has_one_answer_to_each_query(monkeypatch, cap
     """SFT down to a loss of 0 leaves nothing to choose from; more of it would not help. One mixed
     query among many is not refused, but said."""
     monkeypatch.setattr(grpo, "rollout", fake_rollout([[0.5] * 4] * 2, different=False))
-    args = stage_args(grpo, group=4)
+    args = stage_args(grpo, num_generations=4)
     some = [{"domain": "a"}] * 2
     refuses(lambda: grpo.order_queries(None, None, None, some, args), "0: less SFT")
     monkeypatch.setattr(grpo, "rollout", fake_rollout([[1.0, 0, 0, 0]] + [[1.0] * 4] * 11))
@@ -550,7 +532,7 @@ def test_preflight_orders_by_variance(monkeypatch):
     for domains, want in (("1111", "dbac"), ("1222", "dabc"), ("1121", "dcba")):
         queries = [{"prompt": p, "domain": d} for p, d in zip("abcd", domains, strict=True)]
         monkeypatch.setattr(grpo, "rollout", fake_rollout(scores))
-        ordered = grpo.order_queries(None, None, None, queries, stage_args(grpo, group=4))
+        ordered = grpo.order_queries(None, None, None, queries, stage_args(grpo, num_generations=4))
         assert "".join(query["prompt"] for query in ordered) == want
 
 
@@ -563,22 +545,15 @@ def test_random_order(monkeypatch):
             asked.append([q["prompt"] for q in queries])
             return fake_rollout([[score, 1 - score] * 2] * len(queries))(None, None, queries, n)
         monkeypatch.setattr(grpo, "rollout", rollout)
-        args = stage_args(grpo, group=4, order="random", batch_queries=3)
+        args = stage_args(grpo, num_generations=4, query_order="random", batch_queries=3)
         order = [q["prompt"] for q in grpo.order_queries(None, None, None, queries, args)]
         assert order[:6] == asked[-1] and sorted(order) == list(range(40)) != order
     assert asked[0] == asked[1]
 
 
-def test_a_length_punishment_may_not_outrank_correctness(micro_run, tmp_path):
-    """R12.8: with a reward model right answers are worth (0, 1), and -1/2 could make one lose."""
-    refuses(lambda: grpo.main(stage_args(grpo, init=str(micro_run), out=str(tmp_path / "run"),
-                                         overlong="soft", reward_model=str(micro_run))),
-            "--overlong soft", "--reward_model")
-
-
 @pytest.mark.parametrize("flag,value", [
-    ("group", 1), ("aggregate", "mean"), ("normalise", "batch"), ("steps", 0), ("temperature", 0.0),
-    ("order", "easy"), ("overlong", "drop"), ("resample", -1),
+    ("num_generations", 1), ("loss_type", "mean"), ("scale_rewards", "batch"), ("steps", 0),
+    ("temperature", 0.0), ("query_order", "easy"),
     ("batch_queries", 0), ("micro_batch", 0), ("save_every", 0)])
 def test_impossible_settings_are_refused(micro_run, tmp_path, flag, value):
     """R12.2, R12.3: one line with the flag, and nothing is written."""

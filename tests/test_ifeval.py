@@ -1,5 +1,5 @@
-"""ifeval.py: each of the 25 kinds kept and broken, the public checker's verdicts, prompts of which
-one response keeps all constraints."""
+"""tasks/ifeval.py: each of the 25 kinds kept and broken, the public checker's verdicts, prompts of
+which one response keeps all constraints. bench/ifeval.py: the loose verdict and the table."""
 import json
 import random
 import re
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from helpers import refuses, write_rows
 
-from tasks import ifeval
+from bench import ifeval as bench_ifeval
+from bench.ifeval import loose
 from data.language import language
-from tasks.ifeval import follows, loose, queries
+from tasks import ifeval
+from tasks.ifeval import follows, queries
 
 DATA = Path(__file__).parent.parent / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
@@ -237,11 +239,11 @@ def test_agreement_is_printed(tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [
         {**quoted, "response": '"a"', "follow_strict": [True, False]},
         {**quoted, "response": '*"a"*', "follow_strict": [False, None]}])
-    ifeval.main([path])
+    bench_ifeval.main([path])
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert lines["startend:quotation"] == ["2", "50.0%", "100.0%", "2", "of", "2"]
     assert lines["punctuation:no_comma"] == ["2", "100.0%", "100.0%", "0", "of", "1"]
     assert lines["prompts"][-3:] == ["2", "50.0%", "100.0%"]
     bad = write_rows(tmp_path / "bad.jsonl", [{"response": "a"}])
-    refuses(lambda: ifeval.main([bad]), "bad.jsonl:1")
-    refuses(lambda: ifeval.main([]), "files")
+    refuses(lambda: bench_ifeval.main([bad]), "bad.jsonl:1")
+    refuses(lambda: bench_ifeval.main([]), "files")

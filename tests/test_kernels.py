@@ -11,6 +11,7 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import kernels as K  # noqa: E402
+from lib import chunked_loss, fast  # noqa: E402
 
 KERNELS = ("reference", "sdpa", "fused")
 
@@ -93,7 +94,8 @@ def test_cached_decoding_is_bottom_right_aligned(impl, T, S, small_tiles):
 
 @pytest.mark.parametrize("impl", ("sdpa", "fused"))
 @pytest.mark.parametrize("causal", (True, False))
-@pytest.mark.parametrize("T,S,Hkv", [(70, 70, 2), (129, 129, 4), (5, 200, 1), (130, 64, 2)])
+@pytest.mark.parametrize("T,S,Hkv", [(70, 70, 2), (129, 129, 4), (5, 200, 1), (130, 64, 2),
+                                     (65, 64, 2)])
 def test_attention_values_and_gradients_equal_the_reference(impl, causal, T, S, Hkv):
     leaves = qkv(T=T, S=S, Hkv=Hkv)
     def run(name):
@@ -185,8 +187,8 @@ def test_changing_one_document_leaves_the_other_bit_equal(impl):
 
 def test_fused_skips_the_keys_nobody_may_see(monkeypatch, small_tiles):
     widths = []
-    block = K._probabilities
-    monkeypatch.setattr(K, "_probabilities", lambda *a: widths.append(a[1].shape[3])
+    block = K.block_probabilities
+    monkeypatch.setattr(K, "block_probabilities", lambda *a: widths.append(a[1].shape[3])
                         or block(*a))
     def keys(T, S=None, **options):
         widths.clear()
@@ -238,8 +240,8 @@ def test_the_switch():
 def test_the_default_on_a_cpu(precision, monkeypatch):
     """fused in bf16 and where products reach oneDNN; one query goes to PyTorch's kernel."""
     blocks = []
-    block = K._probabilities
-    monkeypatch.setattr(K, "_probabilities", lambda *a: blocks.append(1) or block(*a))
+    block = K.block_probabilities
+    monkeypatch.setattr(K, "block_probabilities", lambda *a: blocks.append(1) or block(*a))
     def fused(dtype, name, T=9):
         torch.set_float32_matmul_precision(name)
         blocks.clear()
@@ -341,8 +343,8 @@ def test_tiling_does_not_change_the_result(reduction, monkeypatch):
     t[3], t[4] = 0, 49
     want = values_and_grads(lambda h, w: F.cross_entropy(h @ w.T, t, reduction=reduction), (h, w))
     for tile, keep in ((2**21, 2**23), (64, 2**23), (64, 0), (1, 0)):
-        monkeypatch.setattr(K, "TILE", tile)
-        monkeypatch.setattr(K, "MAX_KEPT_PROBS", keep)
+        monkeypatch.setattr(chunked_loss, "TILE", tile)
+        monkeypatch.setattr(chunked_loss, "MAX_KEPT_PROBS", keep)
         for n in (None, 1, 8, 36, 37, 99):
             close(values_and_grads(lambda h, w, n=n: K.linear_cross_entropy(
                 h, w, t, reduction=reduction, chunk_rows=n), (h, w)), want)
@@ -357,8 +359,8 @@ def test_a_large_vocabulary_in_bf16_is_tiled(monkeypatch):
             loss = K.linear_cross_entropy(h, w, t)
         return loss.detach(), *torch.autograd.grad(loss, w)
     kept = run()
-    monkeypatch.setattr(K, "TILE", 64 * 100)
-    monkeypatch.setattr(K, "MAX_KEPT_PROBS", 0)
+    monkeypatch.setattr(chunked_loss, "TILE", 64 * 100)
+    monkeypatch.setattr(chunked_loss, "MAX_KEPT_PROBS", 0)
     close(run(), kept, 1e-4)
     assert largest_allocation(lambda: run()) == 4 * w.numel()     # the gradient
 
@@ -375,8 +377,9 @@ def test_no_targets_is_exactly_zero(reduction):
 
 def test_ignored_rows_cost_no_matmul(monkeypatch):
     seen = []
-    tile = K._tile_nll
-    monkeypatch.setattr(K, "_tile_nll", lambda h, *a: seen.append(len(h)) or tile(h, *a))
+    tile = chunked_loss.forward_tile
+    monkeypatch.setattr(chunked_loss, "forward_tile",
+                        lambda h, *a: seen.append(len(h)) or tile(h, *a))
     h, w, t = head()
     t[5:] = -7
     K.linear_cross_entropy(h, w, t, ignore_index=-7, chunk_rows=2)
@@ -549,36 +552,6 @@ def test_norm_and_swiglu_keep_their_inputs_only():
                 assert torch.equal(kernel(*leaves), out)   # sampling and training agree
 
 
-# --- embedding ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tied", (True, False))
-def test_embedding_equals_torch(tied):
-    """Value and gradient: with and without a head on the same weight, ids that repeat, two lookups
-    in one graph, two backward passes that add up, and autograd.grad."""
-    w, head = (torch.randn(20, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    one, two = torch.tensor([[3, 3, 0], [19, 3, 7]]), torch.tensor([5, 3])
-    def loss(lookup):
-        x = torch.cat((lookup(one).flatten(0, 1), lookup(two))).tanh()
-        return F.cross_entropy(x @ (w if tied else head).T, torch.arange(8))
-    def run(lookup):
-        w.grad = None
-        loss(lookup).backward()
-        (loss(lookup) * 2).backward()
-        return w.grad, *torch.autograd.grad(loss(lookup), w)
-    close(run(lambda ids: K.embedding(w, ids)), run(lambda ids: F.embedding(ids, w)))
-    assert not w._backward_hooks                                  # nothing stays behind
-    with torch.no_grad():
-        assert torch.equal(K.embedding(w, one), w[one])
-
-
-def test_a_tied_embedding_has_one_gradient():
-    """What is stored is the tensor that the head made, with the lookup's rows added."""
-    w, ids = torch.randn(500, 8, requires_grad=True), torch.randint(500, (9,))
-    loss = K.linear_cross_entropy(K.embedding(w, ids), w, ids, reduction="sum")
-    made = loss.grad_fn.early[1].data_ptr()
-    loss.backward()
-    assert w.grad.data_ptr() == made
-
-
 # --- experts --------------------------------------------------------------------------------------
 def experts(N=9, C=8, inner=12, dtype=torch.float64):
     """Of five experts 1 and 4 have no token, 3 has one."""
@@ -604,7 +577,7 @@ def test_experts_equal_a_loop_over_tokens(impl, dtype, tol, unit, monkeypatch):
     expert's, over all of them, beyond the last."""
     if impl == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    monkeypatch.setattr(K, "EXPERT", unit)
+    monkeypatch.setattr(fast, "EXPERT_BLOCK", unit)
     leaves, expert = experts(dtype=dtype)
     a = values_and_grads(lambda *x: K.experts(*x, expert, impl=impl), leaves)
     close(a, values_and_grads(lambda *x: per_token(*x, expert), leaves), tol)
@@ -632,7 +605,7 @@ def test_experts_odd_sizes_no_rows_and_errors():
 @pytest.mark.parametrize("N", [300, 3000])
 def test_experts_of_many_tokens(N):
     """Against the twin, with strides: float64 to rounding, under autocast no further from it than
-    the twin's own bf16. 3000 tokens: blocks of more than EXPERT rows."""
+    the twin's own bf16. 3000 tokens: blocks of more than EXPERT_BLOCK rows."""
     shapes = (16, N), (N, 6), (24, 5, 16), (5, 12, 16)
     x, weight, gate_up, down = (torch.randn(s, dtype=torch.float64) / 4 for s in shapes)
     leaves = [a.requires_grad_() for a in (x.mT, weight[:, ::2], gate_up.transpose(0, 1), down.mT)]
@@ -676,9 +649,9 @@ def test_compiled_kernels_equal_the_eager_ones_and_do_not_recompile():
 def test_when_products_go_to_onednn(precision, monkeypatch):
     """From a size on, never where a trial shows less than fp32, never for a GPU, and one query of
     attention leaves the choice as it was."""
-    cpu, exact = torch.device("cpu"), K._medium_is_exact()
+    cpu, exact = torch.device("cpu"), fast.medium_is_exact()
     for fits in (True, False):
-        monkeypatch.setattr(K, "_medium_is_exact", lambda fits=fits: fits)
+        monkeypatch.setattr(fast, "medium_is_exact", lambda fits=fits: fits)
         for rows, width, least, large in ((2**7, 256, {}, True), (2**7 - 1, 256, {}, False),
                                           (2**9, 128, {}, True), (16, 256, {"least": 2**20}, True),
                                           (15, 256, {"least": 2**20}, False)):
@@ -691,13 +664,13 @@ def test_when_products_go_to_onednn(precision, monkeypatch):
         K.attention(q, k, v)
         assert precision() == name
     monkeypatch.undo()
-    assert K._medium_is_exact() == exact and precision() == "medium"
+    assert fast.medium_is_exact() == exact and precision() == "medium"
 
 
 def test_both_libraries_agree_in_fp32(precision):
     """To 1e-5 of the largest entry, values and gradients: each sums 512 terms in its own order.
     bf16 inside would be off by 4e-3, which the trial is there to exclude."""
-    if not K._medium_is_exact():
+    if not fast.medium_is_exact():
         pytest.skip("this CPU computes medium precision in bf16, so it is never chosen")
     x, w = torch.randn(512, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
     both = []

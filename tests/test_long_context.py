@@ -11,6 +11,7 @@ import torch
 
 import evaluate
 import kernels
+import lib.dual_chunk
 import model as M
 import sample
 from lib.args import InputError
@@ -83,9 +84,9 @@ def test_positions_of_the_papers_examples():
     towards older ones c - 1."""
     for c, s, want in ((10, 6, [6, 7, 8, 9, 9, 9]), (8, 5, [5, 6, 7, 7, 7])):
         config = Config(max_position_embeddings=1000, chunk_size=c, local_size=c - s)
-        own, previous, older = M.dual_chunks(torch.arange(2 * s)[None], config)
-        for got, positions in ((own, list(range(s)) * 2), (previous, want * 2),
-                               (older, [c - 1] * 2 * s)):
+        plan = M.dual_chunk_plan(torch.arange(2 * s)[None], config)
+        for got, positions in ((plan.intra, list(range(s)) * 2), (plan.successive, want * 2),
+                               (plan.inter, [c - 1] * 2 * s)):
             for a, b in zip(got, M.rope(torch.tensor([positions]), config), strict=True):
                 assert torch.equal(a, b)
 
@@ -195,7 +196,7 @@ def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch, co
     leaves = [torch.randn(2, h, n, 8, generator=g, dtype=torch.float64).requires_grad_()
               for h, n in ((4, T), (4, T), (4, T), (2, S), (2, S))]
     for most in (2**24, 700):
-        monkeypatch.setattr(kernels, "SCORES", most)
+        monkeypatch.setattr(lib.dual_chunk, "MAX_SCORES", most)
         outs = [f(leaves[:3], *leaves[3:], chunk) for f in
                 (kernels.dual_chunk_attention, kernels.dual_chunk_attention_reference)]
         weights = torch.randn(outs[0].shape, generator=g, dtype=torch.float64)

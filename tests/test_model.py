@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from lib import checkpoint
 import kernels
@@ -616,23 +614,6 @@ def test_something_that_is_no_directory_is_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "absent"):
         with pytest.raises(InputError, match="no such directory"):
             Qwen2.from_pretrained(path)
-
-
-def test_describe_says_the_published_numbers(capsys):
-    """Parameters and cache bytes of 0.5B as published; FLOPs against torch's counter within 1%, but
-    for half of the scores: the reference kernel computes them all, a causal mask needs half."""
-    M.describe("0.5B")
-    out = capsys.readouterr().out
-    assert "494,032,768" in out and "357,898,112" in out and "12,288 bytes" in out
-    M.describe("micro")
-    said = float(re.search(r"forward +(\S+) GFLOP a token of 512;", capsys.readouterr().out)[1])
-    model, old = Qwen2(PRESETS["micro"]), kernels.set_default_impl("reference")
-    kernels.set_cpu_matmul(2**27, 1, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 512, dtype=torch.long))
-    kernels.set_default_impl(*old)
-    counted = counter.get_total_flops() / 512 - 2 * 2 * 64 * 512
-    assert said * 1e9 == pytest.approx(counted, rel=0.01)
 
 
 def test_others_may_read_the_weights(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from test_tokenizer import CHATS, CORPUS, GPT2, fuzz, jsonl
 
 import tokenizer as tok
+from lib import tokenizer_files
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 pytestmark = pytest.mark.parity
@@ -117,24 +118,24 @@ def test_vectors(forms, compare, name, form):
 
 def test_forms_are_one_tokenizer(forms, compare):
     first = forms[FORMS[0]]
-    merges = tok.merges_from_ranks(first._tokens)
+    merges = tokenizer_files.merges_from_ranks(first.tokens)
     for form in FORMS[1:]:
         other = forms[form]
-        for what, got, want in (("tokens", other._tokens.items(), first._tokens.items()),
+        for what, got, want in (("tokens", other.tokens.items(), first.tokens.items()),
                                 ("control tokens", other.special.items(), first.special.items()),
-                                ("merges", other._merges, merges)):
+                                ("merges", other.merges, merges)):
             compare(f"tokenizer: {what}, {form}", list(got), list(want))
-        assert (other._hidden, other.pad_id) == (first._hidden, first.pad_id)
+        assert (other.hidden, other.pad_id) == (first.hidden, first.pad_id)
 
 
 def test_rebuilt_merges(qwen, saved_in_hf, rebuilt, compare):
     """As many as published, each among those that transformers finds, and enough: with them alone
     `tokenizers` builds every token from its bytes."""
-    merges = tok.merges_from_ranks(qwen._tokens)
+    merges = tokenizer_files.merges_from_ranks(qwen.tokens)
     assert len(merges) == len(set(merges)) == 151_387 == 151_643 - 256
     assert merges[:2] == [(b" ", b" "), (b"  ", b"  ")]
     known = set(map(tuple, json.loads(rebuilt.to_str())["model"]["merges"]))
-    spelled = [(tok.printable(a), tok.printable(b)) for a, b in merges]
+    spelled = [(tokenizer_files.printable(a), tokenizer_files.printable(b)) for a, b in merges]
     compare("tokenizer: rebuilt merges, known", [m for m in spelled if m in known], spelled)
     compare("tokenizer: rebuilt merges, make their token",
             [[t.id for t in saved_in_hf.model.tokenize(a + b)] for a, b in spelled],
@@ -145,7 +146,8 @@ def test_tiny_case(shared, tokenizers, compare, tmp_path):
     """From transformers' own tests: a merge that the digit rule makes dead, tokens that no merge
     makes (" n"), NFC, and vocab.json + merges.txt without control tokens."""
     case = json.loads((shared / "tokenizer" / "qwen2_tiny_bpe_case.json").read_text("utf-8"))
-    vocab = [tok.printable(bytes([b])) for b in tok.BYTE_ORDER] + case["vocab_extra"]
+    vocab = [tokenizer_files.printable(bytes([b])) for b in tokenizer_files.BYTE_ORDER]
+    vocab += case["vocab_extra"]
     (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *case["merges"], ""]), "utf-8")
     loaded = Tokenizer.from_pretrained(tmp_path)
@@ -161,8 +163,8 @@ def test_tiny_case(shared, tokenizers, compare, tmp_path):
         compare("tokenizer: vectors, tiny case",
                 [t.decode(t.encode(row["text"])) for t in (loaded, again)], [row["normalized"]] * 2)
     assert loaded.decode([257]) == " n"
-    assert (again._tokens, again._merges, again.special) == (
-        loaded._tokens, loaded._merges, loaded.special)
+    assert (again.tokens, again.merges, again.special) == (
+        loaded.tokens, loaded.merges, loaded.special)
 
 
 # --- 23.9 MB of text, and all of Unicode ----------------------------------------------------------
@@ -312,8 +314,8 @@ def test_auto_tokenizer(both, tokenizers, compare, tmp_path):
     (tmp_path / "plain").mkdir()
     for other in tmp_path / "theirs", without_tokenizer_json(path, tmp_path / "plain"):
         again = Tokenizer.from_pretrained(other)
-        assert (again._tokens, again.special, again.pad_id) == (
-            tokenizer._tokens, tokenizer.special, tokenizer.pad_id)
+        assert (again.tokens, again.special, again.pad_id) == (
+            tokenizer.tokens, tokenizer.special, tokenizer.pad_id)
         compare(f"tokenizer: read again, {other.name}, ids, {which}",
                 [again.encode(text, allow_special=True) for text in texts], ids[:len(texts)])
 
@@ -322,12 +324,12 @@ def test_other_models_tokenizer(tokenizers, transformers, compare, tmp_path):
     """As SmolLM2 in Qwen2's format: control tokens first and inside the vocabulary, another
     pattern, no NFC, few control tokens, some bytes missing."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
-    alphabet = [bytes([b]) for b in tok.BYTE_ORDER if b not in (4, 0xF1)]
+    alphabet = [bytes([b]) for b in tokenizer_files.BYTE_ORDER if b not in (4, 0xF1)]
     merges = tok.train_bpe(tok.count_pretokens(CORPUS, GPT2), 150)
-    names = control + [tok.printable(t) for t in alphabet + [a + b for a, b in merges]]
+    names = control + [tokenizer_files.printable(t) for t in alphabet + [a + b for a, b in merges]]
     hf = tokenizers.Tokenizer(tokenizers.models.BPE(
         vocab={t: i for i, t in enumerate(names)},
-        merges=[(tok.printable(a), tok.printable(b)) for a, b in merges]))
+        merges=[(tokenizer_files.printable(a), tokenizer_files.printable(b)) for a, b in merges]))
     hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(GPT2), behavior="isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

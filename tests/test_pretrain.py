@@ -15,6 +15,7 @@ import data.__main__
 from data import documents
 import kernels
 import pretrain
+from lib.upcycle import upcycle
 from lib.args import InputError
 from lib.files import read_jsonl
 from lib.optim import rng
@@ -242,10 +243,10 @@ def test_upcycled_experts_are_the_dense_ffn(compare):
     """Nothing drawn anew, whole copies, normalised weights: exactly the dense model."""
     dense, preset = dense_and_preset(48, norm_topk_prob=True)
     ids = torch.randint(97, (2, 20), generator=rng(0))
-    moe = pretrain.upcycle(dense, preset, seed=0, fresh=0.0)
+    moe = upcycle(dense, preset, seed=0, fresh=0.0)
     compare("upcycling, nothing redrawn: the dense model", moe(ids), dense(ids), 5e-4)
     with_shared = replace(preset, shared_expert_intermediate_size=48, norm_topk_prob=False)
-    moe = pretrain.upcycle(dense, with_shared, seed=0, fresh=0.0)
+    moe = upcycle(dense, with_shared, seed=0, fresh=0.0)
     for block in moe.model.layers:
         block.mlp.gate.weight.data.zero_()  # exactly uniform
     compare("upcycling, nothing redrawn: the dense model", moe(ids), dense(ids), 5e-4)
@@ -253,8 +254,8 @@ def test_upcycled_experts_are_the_dense_ffn(compare):
 
 def test_upcycled_experts_are_cut_from_shuffled_copies_and_half_redrawn():
     dense, preset = dense_and_preset(18, shared_expert_intermediate_size=20)
-    kept = pretrain.upcycle(dense, preset, seed=3, fresh=0.0)
-    half = pretrain.upcycle(dense, preset, seed=3)
+    kept = upcycle(dense, preset, seed=3, fresh=0.0)
+    half = upcycle(dense, preset, seed=3)
     for layer, block in enumerate(dense.model.layers):
         experts = kept.model.layers[layer].mlp.experts
         same = (experts.gate_up_proj[:, :18, None] == block.mlp.gate_proj.weight).all(-1)
@@ -430,17 +431,27 @@ def test_the_tokenizer_is_trained_here_without_one(args):
     assert Qwen2.from_pretrained(run.out).config.vocab_size == 512
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model": "huge"}, "--model wants one of"), ({"attention": "flash"}, "--attention wants one"),
-    ({"batch_tokens": 8}, "--batch_tokens 8 is less"), ({"seq_len": 0}, "--seq_len must be"),
-    ({"micro_batch": 0}, "--micro_batch must be"), ({"eval_every": 0}, "--eval_every must be"),
-    ({"save_every": 0}, "--save_every must be"), ({"tokens": -5}, "--tokens must be"),
-    ({"tokens": 40}, "--tokens 40 is less than one step of 128"),
-    ({"upcycle": True}, "--upcycle wants a dense --init"),
-    ({"data": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
-    ({"tokenizer": "/no/such"}, "/no/such"), ({"init": "/no/such"}, "/no/such: no such directory"),
-    ({"weights": "other=1"}, r"weights for \['other'\], but the sources are \['docs'\]"),
-    ({"dtype": "int8"}, "--dtype must be one of"), ({"device": "tpu"}, "--device must be")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": "huge"}, "--model must be one of"),
+        ({"attention": "flash"}, "--attention must be one"),
+        ({"batch_tokens": 8}, "--batch_tokens 8 is less"),
+        ({"seq_len": 0}, "--seq_len must be"),
+        ({"micro_batch": 0}, "--micro_batch must be"),
+        ({"eval_every": 0}, "--eval_every must be"),
+        ({"save_every": 0}, "--save_every must be"),
+        ({"tokens": -5}, "--tokens must be"),
+        ({"tokens": 40}, "--tokens 40 is less than one step of 128"),
+        ({"upcycle": True}, "--upcycle expects a dense --init"),
+        ({"data": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
+        ({"tokenizer": "/no/such"}, "/no/such"),
+        ({"init": "/no/such"}, "/no/such: no such directory"),
+        ({"weights": "other=1"}, r"weights for \['other'\], but the sources are \['docs'\]"),
+        ({"dtype": "int8"}, "--dtype must be one of"),
+        ({"device": "tpu"}, "--device must be"),
+    ],
+)
 def test_bad_arguments_are_refused_in_one_line(change, message, args):
     with pytest.raises(InputError, match=message) as error:
         pretrain.main(replace(args, **change))

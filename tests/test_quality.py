@@ -164,7 +164,7 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
 
 
 @pytest.mark.parametrize("rows, match", [
-    ([{"text": "a"}], r'x\.jsonl:1: want a "text" and a number or a name under "label"'),
+    ([{"text": "a"}], r'x\.jsonl:1: must have a "text" and a number or a name under "label"'),
     ([{"text": "a", "label": 1}, {"text": "b", "label": "good"}], "numbers only or names only"),
     ([{"text": "a", "label": 1}], "more than one"), ([], "more than one")])
 def test_bad_labels_are_named(rows, match, tmp_path):
@@ -207,7 +207,7 @@ def test_real_domains_are_told_apart(shared, tmp_path):
 def test_the_recipe_that_measures_filtering_and_mixture(shared, tmp_path):
     """Every run once, at a few steps; a second call has nothing left to do."""
     spec = importlib.util.spec_from_file_location(
-        "data_choices", Path(quality.__file__).parent / "recipes" / "data_choices.py")
+        "data_choices", Path(quality.__file__).parents[1] / "recipes" / "data_choices.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     args = stage_args(recipe, out=str(tmp_path), data=str(shared), filter_tokens=4000, seeds=2,

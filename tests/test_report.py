@@ -1,5 +1,5 @@
-"""report.py: what it says of stages whose numbers are known, and that report.html needs nothing but
-itself."""
+"""lib/report.py: what it says of stages whose numbers are known, and that report.html needs nothing
+but itself."""
 import json
 import os
 from html.parser import HTMLParser
@@ -19,7 +19,8 @@ def fake_stage(root, name, greedy):
         "seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
         "result": {"loss": 1.0}}), "utf-8")
     (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
-    write_rows(path / "log.jsonl", [{"step": i, "loss": 2.0 - i, "pass": i / 9} for i in range(3)])
+    write_rows(path / "log.jsonl",
+               [{"step": i, "loss": 2.0 - i, "pass_rate": i / 9} for i in range(3)])
     write_rows(path / "eval_samples.jsonl", [
         {"domain": "logic", "prompt": f"q{i}", "check": {"kind": "<math>"}, "greedy": f"{name} <b>",
          "greedy_score": s, "pass@1": s / 2} for i, s in enumerate(greedy)])

@@ -12,24 +12,21 @@ from helpers import (
 
 import reward
 from model import PRESETS, Qwen2
-from data.pairs import pair_responses, tokenize_pairs
-from reward import RewardModel, TwoLayers, accuracies, comparisons, preference_loss
+from data.pairs import PairIds, pair_responses, tokenize_pairs
+from reward import RewardModel, accuracies, pair_rewards, preference_loss
 from sample import Rollout
 
 PROMPTS = ["Hi?", "What is the sum of two and three, please?", "Hi?", "Go", "A longer one " * 6]
 RESPONSES = ["Yes.", "Five.", "No, never, not at all.", "ok " * 20, ""]
 
 
-def random_reward(tokenizer, seed=0, kind=RewardModel, **changes) -> RewardModel:
+def random_reward(tokenizer, seed=0, **changes) -> RewardModel:
     """A body with logits of order 1 and a head that is not zero."""
     body = tiny_model(seed, vocab_size=tokenizer.padded_vocab_size(128), **changes)
-    model = kind.from_language_model(body, tokenizer)
+    model = RewardModel.from_language_model(body, tokenizer)
     for p in model.head.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     return model
-
-
-both_heads = pytest.mark.parametrize("kind", [RewardModel, TwoLayers])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -43,52 +40,15 @@ def test_preference_loss():
     assert preference_loss(d + 3, torch.full((4,), 3.0)).tolist() == pytest.approx(want, abs=1e-6)
 
 
-@both_heads
-def test_score_does_not_depend_on_the_batch(tokenizer, kind):
+def test_score_does_not_depend_on_the_batch(tokenizer):
     """R11.1: alone, all together, in another order, in any batch size: equal to 1e-4 (scores are of
     order 10, and torch 2.15 sums a batch in another order)."""
-    model = random_reward(tokenizer, kind=kind)
+    model = random_reward(tokenizer)
     alone = [model.score([p], [r])[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     assert max(alone) - min(alone) > 0.1
     for size in (1, 2, 64):
         assert model.score(PROMPTS, RESPONSES, size) == pytest.approx(alone, abs=1e-4)
     assert model.score(PROMPTS[::-1], RESPONSES[::-1]) == pytest.approx(alone[::-1], abs=1e-4)
-
-
-class Given(torch.nn.Module):
-    """The reward of a row is its first id."""
-    def rewards(self, rows):
-        return torch.tensor([float(row[0]) for row in rows], requires_grad=True)
-
-
-def test_listwise_loss_by_hand():
-    """Qwen2.5-Math-RM's loss of two queries: 2 right of 6, 1 right of 6; the mean over a query's
-    right-wrong combinations of -log sigmoid(difference), then the mean over queries."""
-    right, wrong = [[3, 1], [0]], [[0, -1, 2, 5], [1, 1, 0, 2, -4]]
-    rows = [([[y] for y in c], [[y] for y in j]) for c, j in zip(right, wrong, strict=True)]
-    chosen, rejected, weight = comparisons(Given(), rows)
-    want = [sum(math.log1p(math.exp(b - a)) for a in c for b in j) / (len(c) * len(j))
-            for c, j in zip(right, wrong, strict=True)]
-    assert len(chosen) == 2 * 4 + 1 * 5
-    got = (preference_loss(chosen, rejected) * weight).sum()
-    assert got.item() == pytest.approx(sum(want), abs=1e-5)
-    got.backward()  # no gradient goes to the weights
-
-
-def test_pairs_of_a_prompt_are_compared_together(tokenizer):
-    """Listwise: every chosen with every rejected answer of a prompt, equal answers once; a pair
-    that is too long is left out. Not listwise: as the file has them."""
-    pairs = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in
-             (("a", "x"), ("b", "y"), ("a", "z"), ("c", "long " * 30))]
-    pairs.insert(1, {"prompt": "q", "chosen": "d", "rejected": "w"})
-
-    def texts(rows):
-        return [[[tokenizer.decode(ids).split("assistant\n")[-1][0] for ids in side]
-                 for side in row] for row in rows]
-    assert texts(tokenize_pairs(pairs, tokenizer, 60, listwise=True)) == [
-        [["a", "b"], ["x", "y", "z"]], [["d"], ["w"]]]
-    assert texts(tokenize_pairs(pairs, tokenizer, 60)) == [
-        [["a"], ["x"]], [["d"], ["w"]], [["b"], ["y"]], [["a"], ["z"]]]
 
 
 def test_a_prompt_read_once_scores_like_whole_rows(tokenizer):
@@ -152,28 +112,6 @@ def test_directory_has_score_weight(tokenizer, tmp_path, preset):
     refuses(lambda: Qwen2.from_pretrained(tmp_path), "score.weight")
 
 
-def test_two_layers_as_published(tokenizer, tmp_path):
-    """The names and the arithmetic of the released Qwen2.5-Math-RM: Linear, ReLU, Linear with
-    biases at the last token; RewardModel.from_pretrained sees which head a directory has."""
-    model = random_reward(tokenizer, kind=TwoLayers)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert raw["architectures"] == ["Qwen2ForRewardModel"]
-    w = {name[6:]: t for name, t in weights(tmp_path).items() if name.startswith("score.")}
-    assert w.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    rows = [tokenizer.render_prompt(p) + tokenizer.encode(r) + [tokenizer.im_end_id]
-            for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    want = []
-    for row in rows:
-        h = model.hidden(torch.tensor([row]))[0, -1].detach()
-        want.append(float((w["0.weight"] @ h + w["0.bias"]).clamp(min=0) @ w["2.weight"][0]
-                          + w["2.bias"][0]))
-    again = RewardModel.from_pretrained(tmp_path)
-    assert again.score(PROMPTS, RESPONSES) == pytest.approx(want, rel=1e-4, abs=1e-4)
-    assert max(want) - min(want) > 0.1
-
-
 def test_language_model_is_no_reward_model(micro_run):
     """One line, not a score from a random head."""
     refuses(lambda: RewardModel.from_pretrained(micro_run), "weight", "missing")
@@ -208,14 +146,13 @@ def preferences(n):
              "rejected": "no" if i % 2 == 0 else "yes"} for i in range(n)]
 
 
-@both_heads
-def test_starts_at_ln_2_and_overfits_32_pairs(tokenizer, kind):
+def test_starts_at_ln_2_and_overfits_32_pairs(tokenizer):
     """R11.2: a zero head scores all alike, exactly ln 2; then 32 pairs are learned to 100%."""
-    model = kind.from_language_model(micro_model(tokenizer), tokenizer)
+    model = RewardModel.from_language_model(micro_model(tokenizer), tokenizer)
     rows = tokenize_pairs(preferences(32), tokenizer, 512)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(60):
-        chosen, rejected, _ = comparisons(model, rows)
+        chosen, rejected = pair_rewards(model, rows)
         loss = preference_loss(chosen, rejected).mean()
         if step == 0:
             assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
@@ -233,7 +170,7 @@ def test_trivial_rules_by_hand(tokenizer):
         def rewards(self, rows):
             return torch.tensor([float(len(row)) for row in rows])
     rows = [([1] * 5, [1] * 3), ([1] * 2, [1] * 7), ([1] * 9, [1] * 4), ([1] * 6, [1] * 6)]
-    got = accuracies(Length(), [([chosen], [rejected]) for chosen, rejected in rows])
+    got = accuracies(Length(), [PairIds([], chosen, rejected) for chosen, rejected in rows])
     assert got == pytest.approx({"accuracy": 0.5, "longer_wins": 0.5, "shorter_wins": 0.25,
                                  "score_length_correlation": 1.0}, abs=1e-6)
 
@@ -251,10 +188,10 @@ def test_pairs_join_policies_by_query():
 def test_long_pairs_are_dropped(tokenizer):
     """--max_len is the longer side's, prompt and end token included."""
     pairs = [{"prompt": "p", "chosen": "c", "rejected": "r " * 30}]
-    (((chosen,), (rejected,)),) = tokenize_pairs(pairs, tokenizer, 9999)
+    ((prompt, chosen, rejected),) = tokenize_pairs(pairs, tokenizer, 9999)
     assert chosen[-1] == rejected[-1] == tokenizer.im_end_id
-    assert len(tokenize_pairs(pairs, tokenizer, len(rejected))) == 1
-    assert len(tokenize_pairs(pairs, tokenizer, len(rejected) - 1)) == 0
+    assert len(tokenize_pairs(pairs, tokenizer, len(prompt + rejected))) == 1
+    assert len(tokenize_pairs(pairs, tokenizer, len(prompt + rejected) - 1)) == 0
 
 
 def run(micro_run, tmp_path, name, **values):
@@ -277,18 +214,18 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert RewardModel.from_pretrained(tmp_path / "whole").score(["a"], ["b"])[0] != 0
 
 
-def test_two_layers_listwise_and_held_out_files(micro_run, tmp_path, capsys):
-    """The other head and loss through the whole stage, with pairs that are only measured: learned
-    from 12 prompts with two answers a side, right on 4 others; nothing is sampled."""
+def test_held_out_files(micro_run, tmp_path):
+    """Pairs that are only measured: learned from 24 pairs, right on 8 others; nothing is
+    sampled."""
     def rows(numbers):
         return [{"prompt": f"Is {i} even?", "chosen": c, "rejected": r} for i in numbers
                 for c, r in (("yes", "never, never"), ("yes, yes, yes", "no"))]
     measured = write_rows(tmp_path / "held.jsonl", rows(range(12, 16)))
-    result = run(micro_run, tmp_path, "run", two_layers=True, listwise=True, epochs=8, lr=3e-3,
+    result = run(micro_run, tmp_path, "run", epochs=8, lr=3e-3,
                  pairs=write_rows(tmp_path / "p2.jsonl", rows(range(12))), held_out=measured)
     first, last = log(tmp_path / "run")[0], log(tmp_path / "run")[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and last["accuracy"] == 1
-    assert len(log(tmp_path / "run")) == 24 and "12 prompts" in capsys.readouterr().out
+    assert len(log(tmp_path / "run")) == 48
     assert result == {measured: result[measured]} and result[measured]["pairs"] == 8
     assert result[measured]["accuracy"] == 1 and result[measured]["longer_wins"] == 0.5
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))

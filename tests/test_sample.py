@@ -1,23 +1,18 @@
 """sample.py: a batch equals its rows alone, the sampler equals the scorer, and draws follow the
 distribution they claim. R numbers: docs/requirements.md."""
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import sample
 from lib.args import InputError
 from model import Config, KVCache, Qwen2
 from sample import (
     Rollout,
-    DecodeStep,
     completion_logprobs,
     sample_token,
     generate,
-    left_pad,
     rollout,
 )
 
@@ -86,105 +81,6 @@ def test_a_batch_equals_its_rows_alone(config, monkeypatch):
         assert (alone.ids, alone.finished) == (row.ids, row.finished)
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(row.logprobs))
     assert [c.ids for c in greedy(model, PROMPTS, stop_ids=STOPS, batch_size=3)] == want
-
-
-@pytest.mark.parametrize("config", [
-    CONFIG, MOE, CONFIG.extended(yarn=4.0), replace(CONFIG, chunk_size=12, local_size=4)],
-    ids=["dense", "moe", "yarn", "dual chunk"])
-@pytest.mark.parametrize("pads", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-@torch.inference_mode()
-def test_a_decoding_step_equals_the_plain_forward_pass(config, pads, bf16, monkeypatch):
-    """Hidden states and the cache, five tokens on, and with rows dropped on the way; also in the
-    form that a CUDA graph wants, with memory that nobody wrote to being NaN."""
-    monkeypatch.setattr(sample, "WINDOW", 4)
-    if not config.num_experts:
-        monkeypatch.setattr(sample, "captured", lambda fn, device: Tape(fn).replay)
-    model, hidden, caches = build(config), [], []
-    ids, padding = left_pad(PROMPTS if pads else prompts_of(*[9] * 8), "cpu")
-    assert bool(padding.any()) == pads
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for fast, static in ((False, False), (True, False), (True, True)):
-            cache = KVCache(config, len(ids), ids.shape[1] + 5, "cpu", dtype, padding)
-            for layer in cache.layers:
-                layer.fill_(torch.nan)
-            model.hidden(ids, cache=cache)
-            step, rows = DecodeStep(model, cache, static), []
-            for token in range(5):
-                new = torch.arange(cache.layers[0].shape[1]) * 7 % V + token
-                rows.append(step(new).clone() if fast else
-                            model.hidden(new[:, None], cache=cache)[:, -1])
-                if token in (2, 3):
-                    cache.select(torch.tensor([5, 0, 2] if token == 2 else [2, 0, 0]))
-            hidden.append(rows)
-            caches.append(cache)
-    tol = 2e-2 if bf16 else 1e-5
-    for rows, cache in zip(hidden[1:], caches[1:], strict=True):
-        for a, b in zip(hidden[0], rows, strict=True):
-            assert a.dtype == b.dtype
-            torch.testing.assert_close(a, b, rtol=tol, atol=tol)
-        assert cache.length == caches[0].length == ids.shape[1] + 5
-        torch.testing.assert_close(caches[0].layers, cache.layers, rtol=tol, atol=tol)
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph keeps: operations, addresses and whatever numbers the host had put in."""
-
-    def __init__(self, fn):
-        super().__init__()
-        self.calls, self.replays = [], 0
-        with self:
-            self.result = fn()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        self.replays += 1
-        for op, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-        return self.result
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("prompts", [PROMPTS, prompts_of(*[9] * 8)], ids=["pads", "even"])
-def test_a_captured_step_generates_the_same(model, prompts, bf16, monkeypatch):
-    """The tape stands in for a CUDA graph: windows are outgrown and rows leave, a tape for each;
-    nothing in a step comes from the host, nothing goes there."""
-    tapes = []
-
-    def record(fn, device):
-        tapes.append(Tape(fn))
-        return tapes[-1].replay
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        want = greedy(model, prompts, 60, stop_ids=STOPS, n=2)
-        monkeypatch.setattr(sample, "WINDOW", 16)
-        monkeypatch.setattr(sample, "captured", record)
-        monkeypatch.setattr(sample, "DecodeStep", functools.partial(DecodeStep, static=True))
-        got = greedy(model, prompts, 60, stop_ids=STOPS, n=2)
-    assert [c.ids for c in got] == [c.ids for c in want]
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs),
-                                   rtol=0, atol=0.1 if bf16 else 1e-5)
-    assert sum(tape.replays for tape in tapes) == max(len(c.ids) for c in want) - 1
-    assert 2 < len(tapes) and max(tape.replays for tape in tapes) > 4
-    assert not any("_local_scalar" in str(call[0]) for tape in tapes for call in tape.calls)
-
-
-def test_large_batches_shrink_in_sixteens(model, monkeypatch):
-    """And the rows that fill up the last sixteen, finished ones, get nothing more."""
-    kept, select = [], KVCache.select
-    monkeypatch.setattr(KVCache, "select", lambda self, rows: kept.append(len(rows)) or
-                        select(self, rows))
-    prompts = prompts_of(*range(1, 91))
-    batch = greedy(model, prompts, stop_ids=STOPS)
-    assert len(kept) > 2 and all(n % 16 == 0 or n <= 16 for n in kept)
-    assert [c.ids for c in batch] == [greedy(model, [p], stop_ids=STOPS)[0].ids for p in prompts]
 
 
 def test_stop_ids_and_finished(model):
@@ -365,7 +261,7 @@ def test_the_chat_answers_one_prompt(micro_run, capsys):
 
 
 def test_an_answer_is_shown_while_it_grows(micro_run, tokenizer, monkeypatch, capsys):
-    """Piece by piece and never half a character; what `watch` saw is the answer."""
+    """Piece by piece and never half a character; what `on_tokens` saw is the answer."""
     ids = tokenizer.encode("Aé世界🙂!")
     assert len(ids) > 12  # bytes, most of them
     printer, pieces = sample.Printer(tokenizer), []
@@ -379,7 +275,7 @@ def test_an_answer_is_shown_while_it_grows(micro_run, tokenizer, monkeypatch, ca
     assert capsys.readouterr().out == "\ufffd\n"
 
     seen, model = [], Qwen2.from_pretrained(micro_run)
-    answer, = generate(model, [ids], 9, seed=4, watch=seen.extend)
+    answer, = generate(model, [ids], 9, seed=4, on_tokens=seen.extend)
     assert seen == answer.ids
     typed = iter(["Hello?", "", "Again"])
 

@@ -1,4 +1,4 @@
-"""sandbox.py against its requirements R9.1-R9.4; the oracles are /proc, a plain interpreter and
+"""tasks/sandbox against its requirements R9.1-R9.4; the oracles are /proc, a plain interpreter and
 published solutions. Run with -s to see the rates."""
 import ast
 import dataclasses
@@ -7,7 +7,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import types
 import pytest
 
 from tasks import sandbox
+from tasks.sandbox.isolation import find_launcher, launchers, seccomp_filter, works
+from tasks.sandbox.languages import Language
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "code"
@@ -35,14 +36,11 @@ TESTS = "assert f(2) == 4\nassert f(3) == 9"
 @pytest.fixture(params=["unshare", "bwrap", "bare"])
 def isolation(request, monkeypatch):
     """All ways to start a child: in namespaces, and as on systems that lack them."""
-    name, command = request.param, []
-    if name != "bare":
-        command = [shutil.which(name), *sandbox._launchers()[name][1:]]
-        if not command[0] or subprocess.run(
-                [*command, sandbox.PYTHON[0], "-S", "-c", ""], capture_output=True).returncode:
-            pytest.skip(f"{name} is missing or not allowed here")
-    monkeypatch.setattr(sandbox, "_launcher", lambda: (name if command else "", command))
-    return name
+    launcher = launchers()[request.param]
+    if not works(launcher):
+        pytest.skip(f"{request.param} is missing or not allowed here")
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: launcher)
+    return request.param
 
 
 @pytest.fixture
@@ -151,7 +149,9 @@ CHEATS = {  # R9.4: each defines an f that is wrong, and must not pass
     "def f(x): return E()",
     "metaclass": "class M(type):\n    def __eq__(s, o): return True\nclass E(metaclass=M): pass\n"
     "def f(x): return E",
-    "dunder side": WRONG + "__side__ = lambda x, n: 4",
+    "marshal": WRONG + "import marshal\nmarshal.loads = lambda b: compile('', 'x', 'exec')",
+    "__main__": WRONG + "import __main__\n__main__.exec = lambda *a: None",
+    "dunder side": WRONG + "__guard__ = lambda x, n, first: 4",
     "trace": WRONG + "import sys\nsys.settrace(lambda *a: None)",
     "writes on all fds": WRONG + "import os\nfor fd in range(3, 20):\n"
     "    try: os.write(fd, b'..passed\\n')\n    except OSError: pass",
@@ -196,7 +196,10 @@ def test_patched_builtins_are_put_back():
     "assert f(1) == 2", "assert 2 == f(1)", "assert not f(1) != 2", "assert f(1) in [2, 3]",
     "assert 2 in f(1)", "assert 1 < f(1) < 3", "assert [f(1)] == [2]", "assert (1, f(1)) == (1, 2)",
     "assert {'a': [f(1)]} == {'a': [2]}", "assert {f(1)} == {2}", "def check(g):\n"
-    "    assert g(1) == 2\ncheck(f)", "assert all(f(i) == i + 1 for i in range(3))"])
+    "    assert g(1) == 2\ncheck(f)", "assert all(f(i) == i + 1 for i in range(3))",
+    "assert f(1) == (2 == 2)", "assert f(1) == len([x for x in range(9) if x > 2])",
+    "assert f(1) in [x for x in range(9) if x > 2]", "def other(n):\n"
+    "    return 1 if n < 2 else n * other(n - 1)\nassert f(3) == other(3)"])
 def test_always_equal_object(tests):
     """R9.4: an object that agrees to every comparison, in the shapes in which tests compare."""
     yes = "\n".join(f"    def __{m}__(self, o): return True"
@@ -589,7 +592,7 @@ def resident():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(name, folder, monkeypatch):
     """R9.1-R9.4 in namespaces."""
-    if not sandbox._launcher()[0]:
+    if "pids" not in find_launcher().layers:
         pytest.skip("no user namespaces here")
     before = resident()
     r = contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=0.5)
@@ -601,8 +604,8 @@ def test_hostile(name, folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in NAMESPACES_ONLY])
 def test_hostile_without_namespaces(name, folder, monkeypatch):
-    monkeypatch.setattr(sandbox, "_launcher", lambda: ("", []))
-    if not sandbox._filter(False):
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
+    if not seccomp_filter(False):
         pytest.skip("no libseccomp here")
     contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=1.0)
 
@@ -633,7 +636,7 @@ def test_command_line_refuses(tmp_path):
 
 
 def test_a_missing_toolchain_is_named(monkeypatch):
-    monkeypatch.setitem(sandbox.LANGUAGES, "cobol", sandbox.Language(
+    monkeypatch.setitem(sandbox.LANGUAGES, "cobol", Language(
         "main.cob", "no-such-compiler main.cob", "./main", "apt-get install gnucobol"))
     assert sandbox.languages()["cobol"] == "apt-get install gnucobol"
     with pytest.raises(RuntimeError, match="cobol"):
@@ -745,10 +748,10 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_hostile_elsewhere(name, folder, monkeypatch):
     language, program = FOREIGN[name]
-    if language not in HERE or not sandbox._launcher()[0]:
+    if language not in HERE or "pids" not in find_launcher().layers:
         pytest.skip(f"no {language} or no namespaces here")
     row = sandbox.LANGUAGES[language]
-    monkeypatch.setitem(sandbox.LANGUAGES, language, dataclasses.replace(row, seconds=2.5))
+    monkeypatch.setitem(sandbox.LANGUAGES, language, dataclasses.replace(row, check_seconds=2.5))
     r = contained(folder, program, monkeypatch, language=language, timeout=1.0, slack=2.5)
     print(f"\n{name}: {r.reason[:70]}")
 

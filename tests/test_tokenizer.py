@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tok
+from lib import tokenizer_files
 from lib.args import InputError
 from tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ def test_train_known_answer():
     """243 merges published with a course assignment: GPT-2's pattern, the same tie rule."""
     text = (DATA / "bpe_train" / "corpus.en").read_text(encoding="utf-8")
     lines = (DATA / "bpe_train" / "train-bpe-reference-merges.txt").read_text(encoding="utf-8")
-    want = [tuple(map(tok.unprintable, line.split(" "))) for line in lines.splitlines()]
+    want = [tuple(map(tokenizer_files.unprintable, line.split(" "))) for line in lines.splitlines()]
     assert tok.train_bpe(tok.count_pretokens([text], GPT2), len(want)) == want
 
 
@@ -122,11 +123,11 @@ def test_order_of_documents_changes_nothing(small):
     first = Tokenizer.train(documents, 500)
     for seed in range(3):
         random.Random(seed).shuffle(documents)
-        assert Tokenizer.train(iter(documents), 500)._tokens == first._tokens
+        assert Tokenizer.train(iter(documents), 500).tokens == first.tokens
 
 
 def test_vocabulary_layout(small):
-    assert len(small) == small.n_vocab == 400 and small.eos_id == 378
+    assert small.n_vocab == 400 and small.eos_id == 378
     assert [small.token_bytes(i) for i in (0, 198, 220, 255)] == [b"!", b"\n", b" ", b"\xad"]
     assert small.special == {name: 378 + i for i, name in enumerate(tok.CONTROL_TOKENS)}
     assert (small.padded_vocab_size(), small.padded_vocab_size(1)) == (512, 400)
@@ -171,12 +172,12 @@ def test_a_million_spaces_encode_as_fewer_do(qwen):
 
 def test_qwen_numbers(qwen):
     """The five numbers of the docstring (R1.6), control-token ids, and ids checked by hand."""
-    assert (len(qwen._tokens), qwen.n_vocab, qwen.padded_vocab_size()) == (151643, 151665, 151680)
+    assert (len(qwen.tokens), qwen.n_vocab, qwen.padded_vocab_size()) == (151643, 151665, 151680)
     assert 151936 == 128 * 1187 and 152064 == 128 * 1188
     assert (qwen.eos_id, qwen.im_start_id, qwen.im_end_id) == (151643, 151644, 151645)
     assert qwen.special["<tool_call>"] == 151657 and qwen.special["<|file_sep|>"] == 151664
     assert qwen.pad_id == 151662 and qwen.stop_ids == (151645, 151643)
-    assert qwen.token_bytes(256) == b"  " and max(map(len, qwen._tokens)) == 128
+    assert qwen.token_bytes(256) == b"  " and max(map(len, qwen.tokens)) == 128
     for text, ids in {"Hello world": [9707, 1879], " Hello world": [21927, 1879],
                       'print("<|endoftext|>")': [1350, 9639, 91, 8691, 723, 427, 91, 82598],
                       "12345": [16, 17, 18, 19, 20], "": []}.items():
@@ -242,7 +243,7 @@ def test_pad_is_no_stop(small):
     """R8.3, also for a vocabulary with nothing but the three tokens a chat needs."""
     assert small.pad_id == small.special["<|fim_pad|>"] not in small.stop_ids
     few = dict(zip(tok.CONTROL_TOKENS[:3], (256, 257, 258), strict=True))
-    tiny = Tokenizer({bytes([b]): i for i, b in enumerate(tok.BYTE_ORDER)}, special=few)
+    tiny = Tokenizer({bytes([b]): i for i, b in enumerate(tokenizer_files.BYTE_ORDER)}, special=few)
     assert tiny.pad_id == tiny.im_start_id not in tiny.stop_ids
     ids, _ = tiny.render([{"role": "assistant", "content": "x"}])
     assert tiny.decode(ids).endswith("x<|im_end|>\n")

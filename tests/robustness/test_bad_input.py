@@ -294,61 +294,79 @@ def table():
                         "max_grad_norm final_lr rope_theta vocab_size batch_tokens",
             "sft": "n_data max_len epochs batch_size micro_batch lr warmup weight_decay "
                    "max_grad_norm save_every",
-            "dpo": "responses temperature max_len epochs beta nll lr merge_alpha pairs_per_query",
+            "dpo": "responses temperature max_len epochs beta rpo_alpha lr merge_alpha "
+                   "pairs_per_query",
             "reward": "responses pairs_per_query max_new_tokens lr weight_decay warmup epochs",
-            "grpo": "steps batch_queries group temperature inner_steps clip_eps kl lr "
-                    "max_grad_norm",
+            "grpo": "steps batch_queries num_generations temperature inner_steps clip_eps kl "
+                    "lr max_grad_norm",
             "evaluate": "samples max_new_tokens few_shot n_queries yarn",
             "sample": "max_new_tokens temperature top_k top_p yarn"}.items():
         for number in numbers.split():
             for value in ("-1", "nan", "inf"):
                 yield f"{good(command)} --{number} {value}", f"--{number}"
     for line, *words in (
-            ("grpo.py --group 1", "--group"), ("grpo.py --aggregate sum", "--aggregate"),
-            ("grpo.py --normalise all", "--normalise"), ("sample.py --yarn 0.5", "YaRN"),
-            ("sample.py --top_p 0", "--top_p"), ("sample.py --top_p 2", "--top_p"),
-            ("sample.py --max_new_tokens 0", "--max_new_tokens"),
-            ("sample.py --max_new_tokens 100000", "positions"),
-            ("evaluate.py --window 1 --text @model", "--window"),
-            ("evaluate.py --text @model", "--text"), ("evaluate.py --queries rm", "rm"),
-            ("dpo.py --reserve 0 --base @model --data @pairs.jsonl", "--reserve"),
-            ("dpo.py --merge_alpha 1 --base @model --data @pairs.jsonl", "--merge_alpha"),
-            ("dpo.py --base @scorer --data @pairs.jsonl", "scorer"),
-            ("dpo.py --max_len 3 --data @pairs.jsonl", "too long"),
-            ("dpo.py --data @long-pairs.jsonl", "too long"),
-            ("reward.py --temperatures 1,x", "--temperatures"),
-            ("reward.py --temperatures nan", "--temperatures"),
-            ("reward.py --temperatures -1", "--temperatures"),
-            ("reward.py --policies @gone,@model", "gone"),
-            ("reward.py --queries none", "--pairs"),
-            ("reward.py --queries none --pairs @pairs.jsonl --max_len 3", "pair"),
-            ("reward.py --queries none --pairs @long-pairs.jsonl", "pair"),
-            ("grpo.py --reward_model @gone", "gone"), ("grpo.py --reward_model @model", "weight"),
-            *((f"{stage}.py {more}--rollout_url {url}", "--rollout_url", word)
-              for stage, more in (("sft", "--queries rl "), ("dpo", ""), ("evaluate", ""),
-                                  ("reward", "--n_queries 4 "))
-              for url, word in (("ftp://h/v1", "http://HOST"), ("http://", "http"),
-                                ("http://127.0.0.1:9/v1", "refused"), ("http://[/v1", "IPv6"))),
-            ("sft.py --rollout_url http://127.0.0.1:9/v1", "--queries"),
-            ("grpo.py --temperature 0.7 --rollout_url http://127.0.0.1:9/v1", "--temperature 1"),
-            ("sft.py --max_len 3", "--max_len"), ("sft.py --data @long.jsonl", "--max_len"),
-            ("pretrain.py --model huge", "--model"),
-            ("pretrain.py --attention magic", "--attention"),
-            ("pretrain.py --data @model", "model"), ("pretrain.py --data @docs.jsonl", "--data"),
-            ("pretrain.py --data @odd.pdf", "odd.pdf"), ("pretrain.py --data @latin1.txt", "UTF-8"),
-            ("pretrain.py --data @docs.jsonl,@gone.jsonl", "gone"),
-            ("pretrain.py --batch_tokens 3", "--batch_tokens"),
-            ("pretrain.py --data @docs.jsonl --weights a=x", "--weights"),
-            ("pretrain.py --data @docs.jsonl --weights a", "--weights"),
-            ("pretrain.py --data @docs.jsonl --weights other=1", "other"),
-            ("pretrain.py --data @docs.jsonl --weights docs=-1", "weights"),
-            ("pretrain.py --data @docs.jsonl --weights docs=nan", "weights"),
-            ("pretrain.py --data @docs.jsonl --upcycle", "--data"),
-            ("pretrain.py --data @docs.jsonl --tokenizer @gone", "gone"),
-            ("pretrain.py --data @docs.jsonl --tokenizer @file", "file"),
-            ("pretrain.py --data @docs.jsonl --tokenizer @ranks.tiktoken", "ranks"),
-            ("pretrain.py --data @docs.jsonl --tokenizer @rank-words.tiktoken", "rank-words"),
-            ("pretrain.py --data @docs.jsonl --tokenizer @rank-twice.tiktoken", "rank-twice")):
+        ("grpo.py --num_generations 1", "--num_generations"),
+        ("grpo.py --loss_type sum", "--loss_type"),
+        ("grpo.py --scale_rewards all", "--scale_rewards"),
+        ("sample.py --yarn 0.5", "YaRN"),
+        ("sample.py --top_p 0", "--top_p"),
+        ("sample.py --top_p 2", "--top_p"),
+        ("sample.py --max_new_tokens 0", "--max_new_tokens"),
+        ("sample.py --max_new_tokens 100000", "positions"),
+        ("evaluate.py --window 1 --text @model", "--window"),
+        ("evaluate.py --text @model", "--text"),
+        ("evaluate.py --queries rm", "rm"),
+        ("dpo.py --reserve 0 --base @model --data @pairs.jsonl", "--reserve"),
+        ("dpo.py --merge_alpha 1 --base @model --data @pairs.jsonl", "--merge_alpha"),
+        ("dpo.py --base @scorer --data @pairs.jsonl", "scorer"),
+        ("dpo.py --max_len 3 --data @pairs.jsonl", "too long"),
+        ("dpo.py --data @long-pairs.jsonl", "too long"),
+        ("reward.py --temperatures 1,x", "--temperatures"),
+        ("reward.py --temperatures nan", "--temperatures"),
+        ("reward.py --temperatures -1", "--temperatures"),
+        ("reward.py --policies @gone,@model", "gone"),
+        ("reward.py --queries none", "--pairs"),
+        ("reward.py --queries none --pairs @pairs.jsonl --max_len 3", "pair"),
+        ("reward.py --queries none --pairs @long-pairs.jsonl", "pair"),
+        ("grpo.py --reward_model @gone", "gone"),
+        ("grpo.py --reward_model @model", "weight"),
+        *(
+            (f"{stage}.py {more}--rollout_url {url}", "--rollout_url", word)
+            for stage, more in (
+                ("dpo", ""),
+                ("evaluate", ""),
+                ("reward", "--n_queries 4 "),
+            )
+            for url, word in (
+                ("ftp://h/v1", "http://HOST"),
+                ("http://", "http"),
+                ("http://127.0.0.1:9/v1", "refused"),
+                ("http://[/v1", "IPv6"),
+            )
+        ),
+        ("grpo.py --temperature 0.7 --rollout_url http://127.0.0.1:9/v1", "--temperature 1"),
+        ("sft.py --max_len 3", "--max_len"),
+        ("sft.py --data @long.jsonl", "--max_len"),
+        ("pretrain.py --model huge", "--model"),
+        ("pretrain.py --attention magic", "--attention"),
+        ("pretrain.py --data @model", "model"),
+        ("pretrain.py --data @docs.jsonl", "--data"),
+        ("pretrain.py --data @odd.pdf", "odd.pdf"),
+        ("pretrain.py --data @latin1.txt", "UTF-8"),
+        ("pretrain.py --data @docs.jsonl,@gone.jsonl", "gone"),
+        ("pretrain.py --batch_tokens 3", "--batch_tokens"),
+        ("pretrain.py --data @docs.jsonl --weights a=x", "--weights"),
+        ("pretrain.py --data @docs.jsonl --weights a", "--weights"),
+        ("pretrain.py --data @docs.jsonl --weights other=1", "other"),
+        ("pretrain.py --data @docs.jsonl --weights docs=-1", "weights"),
+        ("pretrain.py --data @docs.jsonl --weights docs=nan", "weights"),
+        ("pretrain.py --data @docs.jsonl --upcycle", "--data"),
+        ("pretrain.py --data @docs.jsonl --tokenizer @gone", "gone"),
+        ("pretrain.py --data @docs.jsonl --tokenizer @file", "file"),
+        ("pretrain.py --data @docs.jsonl --tokenizer @ranks.tiktoken", "ranks"),
+        ("pretrain.py --data @docs.jsonl --tokenizer @rank-words.tiktoken", "rank-words"),
+        ("pretrain.py --data @docs.jsonl --tokenizer @rank-twice.tiktoken", "rank-twice"),
+    ):
         command = line.partition(".py")[0]
         extra = line.partition(".py ")[2]
         yield f"{good(command)} {extra}".replace(
@@ -429,7 +447,7 @@ def table():
     for line, *words in (
             ("", "name files"), ("@gone.jsonl", "gone"), ("@queries-broken.jsonl", "broken"),
             ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
-        yield f"tasks.ifeval {line}", *words
+        yield f"bench/ifeval.py {line}", *words
     for line, *words in (
             ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),

@@ -27,6 +27,8 @@ import pretrain
 import reward
 import sft
 from lib.args import InputError
+from lib.upcycle import upcycle
+import tasks.queries
 from model import MLP, PRESETS
 from reward import RewardModel
 from sample import load_policy
@@ -76,7 +78,7 @@ def inputs(texts, tokenizer, tmp_path_factory):
             "init": policy, "reward_model": str(path / "scorer"), "steps": 6, "batch_queries": 2,
             "max_new_tokens": 8, "kl": 0.01, "lr": 1e-3, "inner_steps": 2, "micro_batch": 5,
             "queries": letter_queries(path / "queries.jsonl")}}
-    experts = pretrain.upcycle(load_policy(policy, "cpu")[0], PRESETS["micro-moe"], seed=0)
+    experts = upcycle(load_policy(policy, "cpu")[0], PRESETS["micro-moe"], seed=0)
     experts.save_pretrained(path / "experts")
     tokenizer.save_pretrained(path / "experts")
     start = {"init": str(path / "experts")}
@@ -461,8 +463,8 @@ def poison(monkeypatch):
 @pytest.fixture
 def short(inputs, tmp_path, monkeypatch):
     """short(stage, ...) runs a stage, with a short look at samples, in tmp_path/run."""
-    real = sft.tasks.queries.builtin
-    monkeypatch.setattr(sft.tasks.queries, "builtin", lambda split, n, seed=0: real(split, 1, seed))
+    real = tasks.queries.builtin
+    monkeypatch.setattr(tasks.queries, "builtin", lambda split, n, seed=0: real(split, 1, seed))
 
     def short(stage, **values):
         args = inputs[stage] | {"out": str(tmp_path / "run")} | values

@@ -102,7 +102,7 @@ def test_grpo_that_does_not_end_stays_as_it_is(tokenizer, tmp_path, orphans):
     assert process.wait(300) == 130
     time.sleep(1)
     assert not descendants(os.getpid()) and not list(scratch.iterdir())
-    said = [row for row in log(out) if 0 < row["pass"] < 1]
+    said = [row for row in log(out) if 0 < row["pass_rate"] < 1]
     assert len(said) > 10
     third = len(rows) // 3
     for name, slack in (("anonymous_mb", 8), ("descriptors", 0), ("threads", 0), ("children", 4),

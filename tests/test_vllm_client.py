@@ -13,7 +13,7 @@ import dpo
 import evaluate
 import grpo
 import reward
-import sft
+import tasks.__main__
 import tasks.queries
 import sample
 from model import Qwen2
@@ -143,7 +143,7 @@ def few(policy, peer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage, values, requests, checks", [
-    (dpo, {"responses": 16}, 2, 1), (sft, {"responses": 16}, 2, 1),
+    (dpo, {"responses": 16}, 2, 1),
     (reward, {"responses": 16, "temperatures": "0.5,1"}, 8, 2)])  # and as many held-out queries
 def test_the_stages_sample_there(stage, values, requests, checks, few, peer, tmp_path):
     """All answers of the fixed policy come from the server, and nothing else does: the model that
@@ -151,10 +151,17 @@ def test_the_stages_sample_there(stage, values, requests, checks, few, peer, tmp
     stage.main(stage_args(stage, **few, **values, out=str(tmp_path / "run")))
     assert sorted(body["n"] for body in peer.asked) == [1] * checks + [16] * requests
     assert len(log(tmp_path / "run")) >= 3
-    if stage is sft:
-        said = (tmp_path / "run" / "data.jsonl").read_text().splitlines()
-        answers = [json.loads(row)["messages"][1]["content"] for row in said]
-        assert {"A."} <= set(answers) and all("A" in text for text in answers)
+
+
+def test_rejection_sampling_samples_there(few, peer, tmp_path):
+    """All answers come from the server, and what passes is kept."""
+    path = tmp_path / "passed.jsonl"
+    tasks.__main__.rejection(stage_args(
+        tasks.__main__, init=few["init"], queries=few["queries"], rollout_url=peer.url,
+        responses=16, max_new_tokens=8, out=str(path)))
+    assert sorted(body["n"] for body in peer.asked) == [1] + [16] * 2
+    answers = [json.loads(row)["messages"][1]["content"] for row in path.read_text().splitlines()]
+    assert {"A."} <= set(answers) and all("A" in text for text in answers)
 
 
 @pytest.mark.parametrize("stage", [dpo, reward])
@@ -202,7 +209,7 @@ def test_grpo_there_is_grpo_here(online, peer, tmp_path, monkeypatch):
         grpo.main(again)
     grpo.main(replace(again, resume=True))
     for other in (log(tmp_path / "here"), log(tmp_path / "again")):
-        assert len(other) == 4 and all(row["gap"] < 1e-5 for row in other)
+        assert len(other) == 4 and all(row["logprob_gap"] < 1e-5 for row in other)
         for a, b in zip(there, other, strict=True):
             assert a["completions"] == b["completions"]
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["grad_norm"]
@@ -296,7 +303,6 @@ def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path
 
 def test_where_a_server_makes_no_sense_it_is_refused(policy, tmp_path):
     url = {"init": str(policy), "rollout_url": "http://127.0.0.1:9/v1"}
-    refuses(lambda: sft.main(stage_args(sft, **url, out=str(tmp_path / "a"))), "--queries")
     refuses(lambda: dpo.main(stage_args(dpo, **url, out=str(tmp_path / "a"), data="x")), "take one")
     refuses(lambda: reward.main(stage_args(reward, **url, out=str(tmp_path / "a"),
                                            policies="a,b")), "one for each")

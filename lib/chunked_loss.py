@@ -1,0 +1,259 @@
+"""The loss of a language model's head without its N x V logits.
+
+kernels.linear_cross_entropy and kernels.token_logprobs call `chunked_nll`; their plain twins stand
+in kernels.py. The rows (tokens) come in chunks, and the logits of a chunk come in tiles of columns:
+
+    chunked_nll         drops the ignored rows; chooses the dtype and the chunk size
+    ChunkedNLL          the autograd function: calls, for one chunk of rows after the other,
+      forward_chunk       log sum exp of a row's logits, by a running softmax over the tiles
+      backward_chunk      the gradients of h and of the head's weight, tile by tile
+
+Letters in shapes: N rows, n rows of one chunk; C hidden width; V vocabulary, v columns of one tile.
+What is particular to CUDA is not yet measured on a GPU.
+"""
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lib.fast import add_matmul, compiled, fp32, matmul_fp32, to_autocast_dtype
+
+TILE = 2**21            # logits in memory at a time: 8 MiB; on CUDA 16 times as many
+MAX_KEPT_PROBS = 2**23  # probabilities kept for the gradient: 32 MiB; on CUDA 64 times as many
+
+
+class Options(NamedTuple):
+    inv_temperature: float
+    chunk_rows: int    # rows per chunk
+    keep_probs: bool   # keep a chunk's probabilities from its forward pass to its gradient
+    compiled: bool     # compile the work on one tile
+
+
+def chunked_nll(hidden, weight, targets, *, temperature, valid_vocab, ignore_index, want_sum,
+                chunk_rows, use_compiler):
+    """Return -log p of the targets, and the number of targets that count.
+
+    The first is the sum over these targets with want_sum. Else it has the shape of targets and is 0
+    where they are ignored. The other arguments are those of kernels.linear_cross_entropy.
+    """
+    if weight.dim() != 2 or hidden.shape != targets.shape + weight.shape[1:]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be targets' shape "
+                         f"{tuple(targets.shape)} + (C,), and weight {tuple(weight.shape)} (V,C)")
+    if valid_vocab is not None and valid_vocab < len(weight):
+        weight = weight[:valid_vocab]  # a column that is never computed has probability 0
+    h = hidden.flatten(0, -2)
+    target = targets.flatten().long()
+    supervised = (target != ignore_index).nonzero()[:, 0]
+    if len(supervised) < len(target):
+        h = h.index_select(0, supervised)
+        target = target[supervised]
+    on_cpu = h.device.type == "cpu"
+    if on_cpu and len(target) > 0 and not 0 <= target.min() <= target.max() < len(weight):
+        raise ValueError(f"targets span {target.min()}..{target.max()}; allowed are "
+                         f"0..{len(weight) - 1} and {ignore_index} (ignored)")
+    h = to_autocast_dtype(h)
+    if not want_sum and not h.is_cuda:
+        h = fp32(h)  # a CPU's bf16 product would round the log-probabilities
+    options = choose_options(h, len(weight), targets.numel(), chunk_rows, temperature, use_compiler)
+    nll = ChunkedNLL.apply(h, weight, target[:, None], options, want_sum, torch.is_grad_enabled())
+    if not want_sum:
+        every_row = nll.new_zeros(targets.numel())
+        nll = every_row.index_copy(0, supervised, nll).view(targets.shape)
+    return nll, len(supervised)
+
+
+def choose_options(h, vocab, all_rows, chunk_rows, temperature, use_compiler):
+    """Choose how many rows a chunk has, and whether its probabilities are kept.
+
+    On a CPU keeping them helps while they stay in cache. Of 64 to 4096 rows, the best are 512 at V
+    4096 and 128 at V 32,000; from V 2^16 on it never helps. The CUDA limit, 512 MiB, is a guess.
+    A chunk is never larger than all rows together, ignored ones included. Rows of one constant
+    shape thus fill their chunk, which is the condition for compiling it.
+    """
+    max_kept = MAX_KEPT_PROBS * (64 if h.is_cuda else 1)
+    if not chunk_rows:
+        keeping_helps = 128 * vocab <= max_kept
+        chunk_rows = max(128, max_kept // 4 // vocab) if keeping_helps else 1024
+    chunk_rows = max(1, min(chunk_rows, all_rows))
+    keep_probs = chunk_rows * vocab <= max_kept
+    return Options(1.0 / temperature, chunk_rows, keep_probs, use_compiler)
+
+
+class Tile(NamedTuple):
+    first: int                    # the tile's first column of the logits
+    weight: torch.Tensor          # (v,C): the head's rows for these columns
+    dweight: torch.Tensor | None  # (v,C) fp32: a view into the gradient of the head
+
+
+def vocabulary_tiles(h, weight, options, want_dweight):
+    """Return the head cut into tiles of TILE logits per chunk, and its gradient: zeros, or None."""
+    dweight = None
+    if want_dweight:
+        dweight = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32))
+    if options.keep_probs:
+        weight = weight.to(h.dtype)  # it is small; else each tile is cast when it is in cache
+    tile_size = TILE * (16 if h.is_cuda else 1)
+    columns = max(1, tile_size // options.chunk_rows)
+    tiles = []
+    for first in range(0, len(weight), columns):
+        part = slice(first, first + columns)
+        tiles.append(Tile(first, weight[part], dweight[part] if want_dweight else None))
+    return tiles, dweight
+
+
+# --- one tile: the two functions that torch.compile may get ---------------------------------------
+def forward_tile(h, weight, target, running_max, running_sum, target_logit, inv_temperature):
+    """Fold one tile of logits into the running softmax of each row (FlashAttention, Dao et al.
+    2022, arXiv 2205.14135, section 3.1).
+
+    h (n,C); weight (v,C); target (n,1): the target's column, which lies outside 0..v-1 if another
+    tile has it. Of all logits so far, the state holds the maximum m, the sum l of exp(logit - m),
+    and the target's logit, (n,1) each. With this tile's logits s:
+        m' = max(m, max s),    l' = l exp(m - m') + sum exp(s - m')
+    Returns the new state and exp(s - m') (n,v).
+    """
+    logits = matmul_fp32(h, weight.to(h.dtype).mT).mul_(inv_temperature)
+    column = target.clamp(0, len(weight) - 1)
+    is_here = column == target
+    target_logit = torch.where(is_here, logits.gather(1, column), target_logit)
+    new_max = torch.maximum(running_max, logits.amax(-1, keepdim=True))
+    exps = logits.sub_(new_max).exp_()  # in the memory of the logits
+    rescaled_sum = running_sum * (running_max - new_max).exp()
+    running_sum = rescaled_sum + exps.sum(-1, keepdim=True)
+    return new_max, running_sum, target_logit, exps
+
+
+def backward_tile(h, weight, target, log_sum_exp, tile_max, exps, h_scaled, dh, dweight,
+                  inv_temperature):
+    """Add one tile's part of the gradients to dh (n,C) and, unless it is None, dweight (v,C).
+
+        dlogits = p - (1 at the target),  dh += dlogits weight,  dweight += dlogits^T h_scaled
+    h_scaled is h times the factor upstream gradient / temperature. The caller multiplies dh by the
+    same factor at the end.
+    tile_max, exps: what forward_tile returned, so that p = exps * exp(tile_max - log_sum_exp). If
+    they are None, p is computed again.
+    """
+    weight = weight.to(h.dtype)
+    if exps is None:
+        logits = matmul_fp32(h, weight.mT).mul_(inv_temperature)
+        probs = logits.sub_(log_sum_exp).exp_()
+    else:
+        probs = exps.mul_((tile_max - log_sum_exp).exp())
+    column = target.clamp(0, len(weight) - 1)
+    is_here = (column == target).to(probs.dtype)
+    dlogits = probs.scatter_add_(1, column, -is_here).to(h.dtype)
+    add_matmul(dh, dlogits, weight)
+    if dweight is not None:
+        add_matmul(dweight, dlogits.mT, h_scaled)
+
+
+# --- one chunk of rows ----------------------------------------------------------------------------
+def maybe_compiled(fn, h, options):
+    """Return fn, compiled if the chunk is full. Every other length would compile once more."""
+    is_full = len(h) == options.chunk_rows
+    return compiled(fn) if options.compiled and is_full else fn
+
+
+def forward_chunk(h, target, tiles, options, keep_probs):
+    """Return, for rows h (n,C), -log p (n,1) and log sum exp of the logits (n,1). With keep_probs
+    also return a list of (running maximum, exps) per tile, for backward_chunk; else an empty one.
+    """
+    fold_tile = maybe_compiled(forward_tile, h, options)
+    running_sum = torch.zeros_like(fp32(h[:, :1]))
+    target_logit = running_sum
+    running_max = running_sum - 1e30
+    kept = []
+    for tile in tiles:
+        running_max, running_sum, target_logit, exps = fold_tile(
+            h, tile.weight, target - tile.first,
+            running_max, running_sum, target_logit, options.inv_temperature)
+        if keep_probs:
+            kept.append((running_max, exps))
+    log_sum_exp = running_max + running_sum.log()
+    return log_sum_exp - target_logit, log_sum_exp, kept
+
+
+def backward_chunk(h, target, log_sum_exp, upstream, tiles, options, kept):
+    """Return the gradient of rows h (n,C), and add to the gradient of the tiles' weights.
+
+    upstream (n,1) fp32: the gradient of the loss with respect to -log p of each row. kept: the list
+    that forward_chunk returned. It is emptied on the way, so that each tile's memory is free again.
+    """
+    add_tile = maybe_compiled(backward_tile, h, options)
+    factor = upstream * options.inv_temperature
+    dh = torch.zeros_like(fp32(h))
+    h_scaled = (h * factor).to(h.dtype)
+    for tile in tiles:
+        tile_max, exps = kept.pop(0) if kept else (None, None)
+        add_tile(h, tile.weight, target - tile.first,
+                 log_sum_exp, tile_max, exps, h_scaled, dh, tile.dweight, options.inv_temperature)
+    return dh.mul_(factor).to(h.dtype)
+
+
+# --- all rows -------------------------------------------------------------------------------------
+def row_chunks(h, options):
+    """Return the slices of chunk_rows rows. Without any row there is one empty slice."""
+    starts = range(0, max(1, len(h)), options.chunk_rows)
+    return [slice(start, start + options.chunk_rows) for start in starts]
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """-log p of each row's target, where p = softmax(h weight^T / temperature), or their sum.
+
+    h (N,C), weight (V,C), target (N,1). There are two ways to the gradient.
+    The sum: the upstream gradient is one number for all rows, so it can be multiplied in later. The
+    forward pass computes each chunk's gradient at once, by 3 matrix products where probabilities
+    are kept, else 4 (Liger Kernel, arXiv 2410.10989).
+    Single values: the upstream gradient differs from row to row and is known only in the backward
+    pass, which therefore computes p again, by 4 products in all.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, target, options, want_sum, grad_enabled):
+        ctx.options = options
+        ctx.want_sum = want_sum
+        gradient_now = want_sum and grad_enabled and any(ctx.needs_input_grad)
+        want_dweight = gradient_now and ctx.needs_input_grad[1]
+        keep_probs = gradient_now and options.keep_probs
+        ones = torch.ones_like(fp32(h[:, :1]))
+        nll = []
+        log_sum_exp = []
+        dh = []
+        with torch.autocast(h.device.type, enabled=False):
+            tiles, dweight = vocabulary_tiles(h, weight, options, want_dweight)
+            for rows in row_chunks(h, options):
+                chunk_nll, chunk_lse, kept = forward_chunk(
+                    h[rows], target[rows], tiles, options, keep_probs)
+                nll.append(chunk_nll)
+                log_sum_exp.append(chunk_lse)
+                if gradient_now:
+                    dh.append(backward_chunk(
+                        h[rows], target[rows], chunk_lse, ones[rows], tiles, options, kept))
+        if want_sum:
+            ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
+            return torch.cat(nll).sum()
+        ctx.save_for_backward(h, weight, target, torch.cat(log_sum_exp))
+        return torch.cat(nll)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if ctx.want_sum:
+            if ctx.gradients is None:
+                raise RuntimeError("this loss goes backward once: its gradient is scaled in place")
+            dh, dweight = ctx.gradients
+            ctx.gradients = None
+            dh.mul_(upstream)
+            if dweight is not None:
+                dweight.mul_(upstream)
+            return dh, dweight, None, None, None, None
+        h, weight, target, log_sum_exp = ctx.saved_tensors
+        upstream = upstream[:, None].contiguous()
+        dh = []
+        with torch.autocast(h.device.type, enabled=False):
+            tiles, dweight = vocabulary_tiles(h, weight, ctx.options, ctx.needs_input_grad[1])
+            for rows in row_chunks(h, ctx.options):
+                dh.append(backward_chunk(
+                    h[rows], target[rows], log_sum_exp[rows], upstream[rows],
+                    tiles, ctx.options, []))
+        return torch.cat(dh), dweight, None, None, None, None

@@ -1,0 +1,104 @@
+"""Attention beyond the training length: dual chunk attention and its plain twin.
+
+Positions are cut into chunks. Distances within a chunk and to the previous chunk are exact; all
+older keys get one capped distance, so that no distance is longer than in training (Dual Chunk
+Attention, An et al. 2024, arXiv 2402.17463). model.dual_chunks rotates the queries accordingly.
+Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv.
+"""
+import torch
+
+from lib.fast import autocast_off, fold_groups, fp32, to_autocast_dtype, unfold_groups
+
+MAX_SCORES = 2**24  # scores in memory at a time: 64 MiB
+
+
+def dual_chunk_attention_reference(q, k, v, chunk):
+    """Return dual_chunk_attention with all scores of all three kinds in memory."""
+    _, Hq, T, D = q[0].shape
+    _, Hkv, S, _ = k.shape
+    k_ = fp32(k).repeat_interleave(Hq // Hkv, dim=1)  # (B,Hq,S,D)
+    v_ = fp32(v).repeat_interleave(Hq // Hkv, dim=1)
+    scores = []
+    for query in q:
+        scores.append(fp32(query) @ k_.mT * D ** -0.5)
+    intra, successive, inter = scores
+    i = torch.arange(S - T, S, device=k.device)  # positions of the queries
+    i = i[:, None]
+    j = torch.arange(S, device=k.device)         # and of the keys
+    chunks_apart = i // chunk - j // chunk
+    scores = torch.where(chunks_apart == 1, successive, inter)
+    scores = torch.where(chunks_apart == 0, intra, scores)
+    scores = scores.masked_fill(i < j, -torch.inf)
+    probs = scores.softmax(-1)
+    return (probs @ v_).to(q[0].dtype)
+
+
+def dual_chunk_attention(q, k, v, chunk, *, pads=None):
+    """Return causal attention whose positions depend on how many chunks lie between query and key.
+
+    q: three tensors (B,Hq,T,D), the same queries rotated in three ways: for keys of their own chunk
+    (intra), of the previous chunk (successive), and of all older chunks (inter).
+    k, v (B,Hkv,S,D): each key is rotated by its position within its chunk. chunk: tokens per chunk.
+    The queries are the last T of the S positions. pads: the number of left-padding columns of each
+    row, which count neither as keys nor as positions.
+    Returns (B,Hq,T,D) in the dtype of q, by one fp32 softmax over the three groups of keys. Memory
+    is O(S), because only a block of queries at a time sees all keys.
+    """
+    dtype = q[0].dtype
+    B, _, T, _ = q[0].shape
+    S = k.shape[2]
+    q = [to_autocast_dtype(query) for query in q]
+    k = fp32(to_autocast_dtype(k))
+    v = fp32(to_autocast_dtype(v))
+    with autocast_off(k.device.type):
+        if pads is None:
+            return unpadded(q, k, v, chunk).to(dtype)
+        out = torch.zeros_like(q[0], dtype=dtype)
+        for b in range(B):
+            row = slice(b, b + 1)
+            pad = pads[b]
+            first = max(0, T - (S - pad))  # the row's first query that is no padding
+            if first < T:
+                queries = [query[row, :, first:] for query in q]
+                keys = k[row, :, pad:]
+                values = v[row, :, pad:]
+                row_out = unpadded(queries, keys, values, chunk)
+                out[row, :, first:] = row_out.to(dtype)
+        return out
+
+
+def unpadded(q, k, v, chunk):
+    """Return dual_chunk_attention in fp32, a block of queries at a time; k and v are fp32."""
+    B, Hq, T, D = q[0].shape
+    _, Hkv, S, _ = k.shape
+    intra, successive, inter = q
+    block = max(1, MAX_SCORES // (B * Hq * S))
+    offset = S - T
+    start = offset
+    out = []
+    while start < S:
+        intra_start = start // chunk * chunk  # the chunk of these queries
+        successive_start = max(0, intra_start - chunk)
+        end = min(S, intra_start + chunk, start + block)
+        groups = (
+            (inter, 0, successive_start),
+            (successive, successive_start, intra_start),
+            (intra, intra_start, end),
+        )
+        scores = []
+        for query, first_key, last_key in groups:
+            rows = query[:, :, start - offset:end - offset]
+            rows = fp32(fold_groups(rows, Hkv))  # (B,Hkv,n*G,D)
+            keys = k[:, :, first_key:last_key]
+            scores.append(rows @ keys.mT)
+        scores = torch.cat(scores, dim=-1)
+        scores = scores * D ** -0.5
+        i = torch.arange(start, end, device=k.device)
+        i = i.repeat_interleave(Hq // Hkv)
+        j = torch.arange(end, device=k.device)
+        scores = scores.masked_fill(i[:, None] < j, -torch.inf)
+        probs = scores.softmax(-1)
+        block_out = probs @ v[:, :, :end]
+        out.append(unfold_groups(block_out, end - start))
+        start = end
+    return torch.cat(out, dim=2)

@@ -1,0 +1,364 @@
+"""What only makes kernels.py fast: skip this file on the first evening.
+
+It holds the helpers for precision and autocast, the choice of a CPU's library for matrix products,
+the calls of PyTorch's attention kernel, and the handwritten backward passes of RMSNorm, SwiGLU and
+experts. Their plain twins are in kernels.py, which also explains the letters in shapes. CUDA paths
+are not yet measured on a GPU.
+"""
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+EXPERT_BLOCK = 16  # the number of rows that experts multiply at once is a multiple of this
+
+
+# --- arguments ------------------------------------------------------------------------------------
+def check_impl(impl, allowed):
+    if impl not in allowed:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(allowed)}")
+
+
+def shapes(*tensors):
+    return [None if x is None else tuple(x.shape) for x in tensors]
+
+
+# --- precision and shapes -------------------------------------------------------------------------
+def fp32(x):
+    """Return x in float32, but leave float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def to_autocast_dtype(x):
+    """Cast x as torch.autocast would if it is on. The kernels then turn autocast off, because it
+    would also round their sums."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def autocast_off(kind):
+    """Return a context in which autocast is off for devices of this kind ("cpu", "cuda")."""
+    # Entering torch.autocast costs as much as three small operations, which slows decoding.
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def matmul_fp32(a, b):
+    """Return a @ b in fp32. In bf16, CUDA sums and returns fp32; a CPU first rounds to bf16."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return fp32(a @ b)
+
+
+def add_matmul(total, a, b):
+    """Add a @ b to total in place."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(matmul_fp32(a, b))
+
+
+def fold_groups(x, Hkv):
+    """(B,Hq,T,D) -> (B,Hkv,T*G,D): row tG + g is query t of head g in its group. Grouped attention
+    becomes plain attention with G times the queries, and dk and dv sum over heads by themselves."""
+    return x.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)
+
+
+def unfold_groups(x, T):
+    """(B,Hkv,T*G,D) -> (B,Hq,T,D), the inverse of fold_groups."""
+    return x.unflatten(2, (T, -1)).transpose(2, 3).flatten(1, 2)
+
+
+# --- libraries and compiler -----------------------------------------------------------------------
+@functools.cache
+def compiled(fn, dynamic=False):
+    """Return fn under torch.compile, always the same one for the same fn.
+
+    dynamic=False compiles one graph per shape, so callers pass only full chunks and run the rest
+    eagerly. dynamic=True compiles one graph for any number of keys.
+    """
+    return torch.compile(fn, dynamic=dynamic, fullgraph=True)
+
+
+@functools.cache
+def medium_is_exact():
+    """Try whether this CPU multiplies in full fp32 at "medium" precision, rather than in bf16."""
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    x = torch.full((256, 256), 1 + 2.0 ** -12, device="cpu")  # becomes 1 in bf16 and in TF32
+    exact = torch.equal(x @ torch.eye(256, device="cpu"), x)
+    torch.set_float32_matmul_precision(old)
+    return exact
+
+
+def set_cpu_matmul(rows, width, device, least=2**23):
+    """Choose the library for a CPU's fp32 matrix products from now on: oneDNN or MKL.
+
+    rows: tokens of the coming forward pass; width: the model's hidden width. oneDNN is chosen from
+    rows * width^2 >= least. The choice lasts until the next call, because the backward pass follows
+    its forward pass. On other devices this does nothing.
+
+    MKL, torch's default, leaves AVX-512 unused on AMD, which is half of what a Zen 5 can do. torch
+    uses oneDNN where "medium" precision permits bf16 products. oneDNN computes them in bf16 only
+    with AMX units, so we take "medium" only where a trial shows that fp32 stays exact. oneDNN costs
+    10-20 us per call and 500 us per new shape. From 128 rows at width 256, and 512 rows at width
+    128, GRPO's micro-batches, each of a new length, take 0.6 to 0.85 times as long (docs/LOG.md,
+    "oneDNN" and "captured"). Decoding repeats its shapes, so it passes a smaller `least`.
+    """
+    if device.type == "cpu":
+        large = rows * width * width >= least
+        torch.set_float32_matmul_precision("medium" if large and medium_is_exact() else "highest")
+
+
+def tuned_for_cpu(hidden):
+    """Decorate Qwen2.hidden: call set_cpu_matmul for the size of `ids` before each forward pass."""
+    @functools.wraps(hidden)
+    def tuned(model, ids, **kwargs):
+        set_cpu_matmul(ids.numel(), model.config.hidden_size, ids.device)
+        return hidden(model, ids, **kwargs)
+    return tuned
+
+
+# --- PyTorch's attention kernel -------------------------------------------------------------------
+def sdpa(q, k, v, allowed, is_causal, scale, may_be_empty):
+    """Return F.scaled_dot_product_attention of q (B,Hq,T,D) and k, v (B,Hkv,S,D), the same for all
+    of its backends.
+
+    allowed: bool (B or 1,1,T,S) or None. is_causal: without `allowed`, and for T == S only.
+    may_be_empty: a query may have no key in `allowed`; it then returns 0.
+    """
+    dtype = q.dtype
+    group = q.shape[1] // k.shape[1]
+    decoding = q.shape[2] == 1
+    onednn = torch.get_float32_matmul_precision() == "medium" and not q.is_cuda
+    if onednn and not decoding:
+        q = fp32(q)  # oneDNN is 1.3 times as fast in fp32 as in bf16
+        k = fp32(k)
+        v = fp32(v)
+    empty = None
+    if may_be_empty:
+        # Trap: for a query without keys, backends return 0, NaN or the mean of v. We let it see
+        # every key, and set its output to 0 below.
+        empty = ~allowed.any(-1, keepdim=True)
+        allowed = allowed | empty
+    # enable_gqa reads shared kv heads in place: 2-20% faster on a CPU than repeating them. On CUDA
+    # we repeat them for a mask or fp32, so that the memory-efficient backend can serve. That is our
+    # expectation, not yet measured on a GPU.
+    repeat = q.is_cuda and (allowed is not None or q.dtype == torch.float32)
+    if repeat and group > 1 and not decoding:
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
+    if decoding:
+        out = decode_attention(q, k, v, allowed, scale)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1])
+    if empty is not None:
+        out = out.masked_fill(empty, 0.0)
+    return out.to(dtype)
+
+
+def decode_attention(q, k, v, keep=None, scale=None):
+    """Return kernels.attention for T = 1. keep (B,1,1,S) bool must leave each row a key.
+
+    The G query heads of a group pose as G queries of one kv head, so that no backend copies the
+    cache. On a CPU with S from 256 to 2048, this is 1.4 times as fast as enable_gqa and 5 to 8
+    times as fast as repeat_interleave.
+    """
+    precision = torch.get_float32_matmul_precision()
+    set_cpu_matmul(1, 1, q.device)  # MKL, because oneDNN would cost 10 us per row and kv head
+    B, Hkv, _, D = k.shape
+    grouped = q.reshape(B, Hkv, -1, D)  # (B,Hkv,G,D)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=keep, scale=scale)
+    torch.set_float32_matmul_precision(precision)
+    return out.view(q.shape)
+
+
+# --- RMSNorm and SwiGLU ---------------------------------------------------------------------------
+class RMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps only its inputs for the backward pass.
+
+    y = w n, where n = x r and r = (mean x^2 + eps)^(-1/2). The gradients are
+        dw = sum over rows of dy n,    dx = r (w dy - n mean(w dy n)).
+    Autograd would keep n and y in fp32, and a bf16 copy of y per matrix product that reads it. Here
+    y is cast only once, so the gradients of its readers are summed in bf16 rather than in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, twin):
+        """x (...,C), weight (C,); twin(x, weight, eps) computes the value (...,C)."""
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return to_autocast_dtype(twin(x, weight, eps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        width = dy.shape[-1]
+        dy = fp32(dy)
+        x_fp32 = fp32(x)
+        norm = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)
+        r = norm.square_().div_(width).add_(ctx.eps).rsqrt_()
+        n = x_fp32 * r
+        dy_n = (n * dy).reshape(-1, width)
+        with autocast_off(dy.device.type):
+            mean = (dy_n @ fp32(weight) / width).view(r.shape)
+        dx = (dy * weight).sub_(n.mul_(mean)).mul_(r)
+        dweight = dy_n.sum(0)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """y = (silu(gate) * up) weight^T, which keeps only its inputs for the backward pass.
+
+    Autograd would also keep silu(gate), the product, and under autocast a copy of the weight. That
+    is twice the memory; computing them again takes a hundredth of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, twin):
+        """gate, up (...,F), weight (C,F); twin(gate, up, weight) computes the value (...,C)."""
+        ctx.save_for_backward(gate, up, weight)
+        return twin(gate, up, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up, weight = ctx.saved_tensors
+        silu = F.silu(gate)
+        dproduct = dy @ weight.to(dy.dtype)  # product = silu * up
+        dgate = torch.ops.aten.silu_backward(dproduct * up, gate)
+        dup = dproduct.mul_(silu)
+        product = silu.mul_(up)
+        dweight = dy.reshape(-1, len(weight)).mT @ product.reshape(-1, weight.shape[1])
+        return dgate, dup, dweight.to(weight.dtype), None
+
+
+# --- experts --------------------------------------------------------------------------------------
+def check_expert_arguments(x, weight, gate_up, down, expert):
+    """Raise ValueError, with the shapes, where the arguments of kernels.experts do not fit."""
+    E, C, inner = down.shape
+    N = len(x)
+    choices = (N, expert.shape[-1])
+    weights_fit = gate_up.shape == (E, 2 * inner, C)
+    tokens_fit = x.shape == (N, C) and weight.shape == expert.shape == choices
+    if not weights_fit or not tokens_fit:
+        raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
+                         f"got {shapes(x, weight, expert, gate_up, down)}")
+
+
+class ExpertBlock(NamedTuple):
+    """One expert's share of the (token, choice) pairs, which are sorted by expert."""
+    count: int     # pairs that chose this expert
+    rows: slice    # these pairs, and following ones up to a multiple of the block unit
+
+
+def expert_blocks(counts, unit):
+    """Return one ExpertBlock per expert. counts: pairs per expert."""
+    blocks = []
+    start = 0
+    for count in counts:
+        surplus = -count % unit
+        blocks.append(ExpertBlock(count, slice(start, start + count + surplus)))
+        start += count
+    return blocks
+
+
+class Experts(torch.autograd.Function):
+    """The loop of experts_reference, with lookups in place of scattered additions.
+
+    The pairs (token, choice) are sorted by expert. index_select fetches the rows of one expert at a
+    time. embedding_bag, a weighted sum of lookups, brings all results back to their tokens. For the
+    backward pass we keep gate and up of each expert, as h (2F,rows): a contiguous gate makes silu
+    twice as fast. Only one expert's weights at a time are cast to the dtype of x.
+
+    A new number of rows is a new shape for oneDNN, which it would prepare in each of six products
+    per expert and step. So a block has a multiple of 16 rows; for many tokens, it is a multiple of
+    1/16 to 1/8 of an expert's mean share. A block may thus reach into the next experts' rows. Those
+    results are overwritten when their own block is computed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, gate_up, down, expert):
+        choices = expert.shape[1]
+        chosen = expert.flatten()
+        order = chosen.argsort(stable=True)        # pairs (token * choices + choice), by expert
+        position = torch.empty_like(order)         # the inverse: where each pair stands in `order`
+        position[order] = torch.arange(len(order), device=x.device)
+        mean_share = len(order) // len(down)
+        unit = EXPERT_BLOCK << max(0, mean_share.bit_length() - 8)
+        counts = torch.bincount(chosen, minlength=len(down)).tolist()
+        ctx.blocks = expert_blocks(counts, unit)
+        token = F.pad(order // choices, (0, unit))  # token 0 fills the last block's surplus
+        y = x.new_empty(len(token), x.shape[1])
+        kept = []
+        for block, gate_up_e, down_e in zip(ctx.blocks, gate_up, down, strict=True):
+            inputs = x.index_select(0, token[block.rows])
+            h = gate_up_e.to(x.dtype) @ inputs.mT  # (2F,rows)
+            gate, up = h.chunk(2)
+            product = F.silu(gate).mul_(up)
+            torch.mm(product.mT, down_e.to(x.dtype).mT, out=y[block.rows])
+            if any(ctx.needs_input_grad):
+                kept.append(h)
+        ctx.save_for_backward(x, weight, gate_up, down, order, position, token, *kept)
+        return F.embedding_bag(position.view(expert.shape), y, mode="sum",
+                               per_sample_weights=weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, gate_up, down, order, position, token, *kept = ctx.saved_tensors
+        pair_weight = weight.flatten()[order]
+        pair_weight = F.pad(pair_weight, (0, len(token) - len(order))).to(x.dtype)
+        dpair_weight = torch.empty_like(pair_weight)
+        dx = x.new_empty(len(token), x.shape[1])   # one row per pair
+        dgate_up = torch.empty_like(gate_up)
+        ddown = torch.empty_like(down)
+        for e, (block, h) in enumerate(zip(ctx.blocks, kept, strict=True)):
+            rows = block.rows
+            dy = dout.index_select(0, token[rows])
+            dy[block.count:] = 0                   # the surplus rows belong to the next experts
+            gate, up = h.chunk(2)
+            silu = F.silu(gate)
+            product = silu * up
+            dproduct = down[e].to(x.dtype).mT @ dy.mT  # the pairs' weights follow below
+            torch.sum(dproduct * product, 0, out=dpair_weight[rows])
+            ddown[e] = dy.mT @ product.mul_(pair_weight[rows]).mT
+            dproduct.mul_(pair_weight[rows])
+            dh = torch.empty_like(h)
+            dgate, dup = dh.chunk(2)
+            torch.mul(dproduct, silu, out=dup)
+            torch.ops.aten.silu_backward.grad_input(dproduct.mul_(up), gate, grad_input=dgate)
+            dgate_up[e] = dh @ x.index_select(0, token[rows])
+            torch.mm(dh.mT, gate_up[e].to(x.dtype), out=dx[rows])
+        position = position.view(weight.shape)
+        dx = F.embedding_bag(position, dx, mode="sum")
+        dweight = dpair_weight[position].to(weight.dtype)
+        return dx, dweight, dgate_up, ddown, None
+
+
+def grouped_matmul_fits(x, down):
+    """Return whether experts_grouped can take x (N,C) and down (E,C,F): bf16 on CUDA, a torch that
+    has grouped_mm, and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
+    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
+    return (x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and aligned
+            and hasattr(F, "grouped_mm"))
+
+
+def experts_grouped(x, weight, gate_up, down, expert):
+    """experts as one grouped matrix product over all experts, without a host sync."""
+    chosen = expert.flatten()
+    order = chosen.argsort(stable=True)
+    token = order // expert.shape[1]
+    every_expert = torch.arange(len(down), device=x.device)
+    ends = torch.searchsorted(chosen[order], every_expert, right=True, out_int32=True)
+    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    y = y * weight.flatten()[order, None].to(y.dtype)
+    return torch.zeros_like(x).index_add(0, token, y)

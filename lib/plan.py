@@ -1,0 +1,190 @@
+"""What a training run takes: parameters, FLOPs, memory per GPU, days and cost.
+
+`python scaling.py plan` prints these numbers. Everything here is arithmetic on a Config; nothing is
+trained. tests/test_plan.py compares FLOPs with PyTorch's counter, activations with what autograd
+saves, and memory with the measured peak of a process.
+"""
+import torch
+
+from model import Config, Qwen2
+
+HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # logits of the head that are made at a time
+
+
+def count(config: Config) -> dict[str, int]:
+    """Return Qwen2.count_parameters without making the parameters, and N: the parameters that a
+    token meets, without embedding and head."""
+    with torch.device("meta"):
+        sizes = Qwen2(config).count_parameters()
+    embedding_and_head = sizes["total"] - sizes["non_embedding"]
+    return sizes | {"N": sizes["active"] - embedding_and_head}
+
+
+def flops(N: float, D: float, layers=0, width=0, seq_len=0, vocab_size=0) -> float:
+    """Return the training FLOPs of D tokens: 6 N D and, if the shape is given, what 6 N D omits.
+
+    It omits the head and attention's scores (counted whole, though half of them are masked). Both
+    are small at 7B, and most of a micro model. DeepSeek's M D has 72 L C^2 for 6 N and no head.
+    """
+    parameters = 6 * (N + vocab_size * width)
+    scores = 12 * layers * width * seq_len
+    return (parameters + scores) * D
+
+
+# ---------------------------------------------------------------------------------------------
+# memory
+
+def ffn_widths(config: Config, sparse: bool) -> tuple[int, int]:
+    """Return how wide a block's dense part is, and all experts together that one token meets."""
+    if sparse:
+        routed = config.num_experts_per_tok * config.moe_intermediate_size
+        return config.shared_expert_intermediate_size, routed
+    return config.intermediate_size, 0
+
+
+def block_activations(config: Config, sparse: bool, item: int, cuda: bool) -> int:
+    """Return the bytes per token that autograd keeps of one block of model.py.
+
+    item: bytes per number in the products' dtype. The norms read float32. On CUDA all experts are
+    one grouped product, which also keeps its gathered inputs and outputs.
+    """
+    C = config.hidden_size
+    inner, routed = ffn_widths(config, sparse)
+    float32_numbers = 2 * C + config.num_attention_heads
+    keys_and_values = 2 * config.num_key_value_heads * config.head_dim
+    # outputs of both norms, queries, attention's output; gate and up
+    product_numbers = 4 * C + keys_and_values + 2 * inner + 2 * routed
+    if sparse:
+        float32_numbers += config.num_experts
+        product_numbers += C
+    if sparse and cuda:
+        product_numbers += 3 * config.num_experts_per_tok * C + 2 * routed
+    return 4 * float32_numbers + item * product_numbers
+
+
+def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True,
+           checkpointing=False) -> dict[str, float]:
+    """Return the bytes per GPU at the peak of pretrain.py's step under full sharding (FSDP).
+
+    The peak is where the forward pass of a micro-batch of `rows` ends and gradients of an earlier
+    one exist. "gathered": on one GPU autocast's bf16 copies of all weights, except the last matrix
+    of each MLP; on several GPUs one block at a time, twice, and its gradient. With gradient
+    checkpointing each block keeps its input, and one block is recomputed with the gradients of
+    three inner activations, but not while the head's logits exist. Not counted: CUDA's context,
+    oneDNN's buffers, communication, fragmentation.
+    """
+    sizes = count(config)
+    C, vocab_size = config.hidden_size, config.vocab_size
+    item = 2 if bf16 else 4
+    kept = 8 * C                      # bytes per token: final norm, gradient of the hidden state
+    recomputed = 0
+    cast = sizes["total"] if config.tie_word_embeddings else sizes["total"] - vocab_size * C
+    for layer in range(config.num_hidden_layers):
+        sparse = config.is_sparse(layer)
+        inner, routed = ffn_widths(config, sparse)
+        block = block_activations(config, sparse, item, cuda)
+        kept += 4 * C if checkpointing else block
+        recomputed = max(recomputed, block + 3 * item * (inner + routed))
+        cast -= C * inner
+    logits = 3 * 4 * HEAD_CHUNK["cuda" if cuda else "cpu"]
+    activations = rows * seq_len * kept
+    if checkpointing:
+        activations += max(0, rows * seq_len * recomputed - logits)
+
+    if gpus == 1:
+        gathered = 2 * cast if bf16 else 0
+    else:
+        block_parameters = sizes["non_embedding"] // config.num_hidden_layers
+        embedding_and_head = sizes["total"] - sizes["non_embedding"]
+        gathered = 4 * embedding_and_head + block_parameters * (2 * item + 4)
+    return {
+        "weights": 4 * sizes["total"] / gpus,
+        "gradients": 4 * sizes["total"] / gpus,
+        "AdamW": 8 * sizes["total"] / gpus,
+        "activations": activations,
+        "gathered": gathered,
+        "head": 4 * vocab_size * C + logits,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# what `scaling.py plan` prints
+
+def plan_settings(N: float, D: float, laws: dict, published: dict) -> dict:
+    """Print and return learning rate, batch and loss with intervals, and where the run leaves the
+    range that a law was fitted on.
+
+    laws, published: {"lr", "batch", "loss"} to a law of lib/laws.py, or to {label: law}. If `laws`
+    lacks one, the first published law stands in; its interval is then the range of the published
+    laws, which is no confidence interval.
+    """
+    C = flops(N, D)
+    out = {"N": N, "D": D, "C": C, "extrapolates": []}
+    print(f"plan: N {N:.4g}, D {D:.4g} tokens, 6 N D = {C:.3g} FLOPs")
+    for name, references in published.items():
+        others = {label: float(law.predict(**out)) for label, law in references.items()}
+        said = ", ".join(f"{label} {value:.4g}" for label, value in others.items())
+        if name in laws:
+            law = laws[name]
+            low, high = law.interval(**out)
+        else:
+            law = next(iter(references.values()))
+            low = min(others.values())
+            high = max(others.values())
+            said = "the range of: " + said
+        value = float(law.predict(**out))
+        print(f"  {name:<6}{value:.4g}  [{low:.4g}, {high:.4g}]  {said}")
+        out[name] = value
+        out[name + "_interval"] = (low, high)
+        for axis, (smallest, largest) in zip(law.axes, law.seen, strict=True):
+            nearest = min(max(out[axis], smallest), largest)
+            factor = out[axis] / nearest
+            if factor != 1:
+                far = f"{name} in {axis}, {factor:.3g} x the nearest fitted"
+                out["extrapolates"].append(far)
+    if out["extrapolates"]:
+        print("  EXTRAPOLATES: " + "; ".join(out["extrapolates"]))
+    else:
+        print("  inside the fitted range")
+    return out
+
+
+def plan_machines(args, config: Config, D: float) -> dict:
+    """Print and return memory, days and cost of a preset, with every assumption. args: those of
+    scaling.py."""
+    gpus, checkpointing = args.gpus, args.gradient_checkpointing
+    seq_len = args.seq_len or 4096
+    bf16 = args.dtype != "float32"
+    parts = memory(config, gpus, args.micro_batch, seq_len, bf16, True, checkpointing)
+    total = sum(parts.values()) / 1e9
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    dtype = "bf16" if bf16 else "float32"
+    with_or_no = "with" if checkpointing else "no"
+    print(f"  memory per GPU: {total:.1f} GB of {args.gpu_gb:g}: {listed}")
+    print(f"    (FSDP over {gpus}, float32 weights and states, {dtype} compute, "
+          f"{args.micro_batch} x {seq_len} tokens,")
+    print(f"    {with_or_no} gradient checkpointing; without context and buffers, 1-3 GB)")
+    if total > args.gpu_gb:
+        print("    DOES NOT FIT: use more --gpus, a smaller --micro_batch or --seq_len, or "
+              "--gradient_checkpointing")
+
+    N = count(config)["N"]
+    layers = config.num_hidden_layers
+    work = flops(N, D, layers, config.hidden_size, seq_len, config.vocab_size)
+    if checkpointing:
+        work *= 4 / 3                 # one more forward pass
+    flops_per_second = gpus * args.peak_tflops * 1e12 * args.mfu
+    hours = work / flops_per_second / 3600
+    days = hours / 24
+    cost = hours * gpus * args.gpu_hour
+    print(f"  time: {work:.3g} FLOPs with head and attention at {seq_len} = {days:.1f} days,")
+    print(f"    {cost:,.0f} at {args.gpu_hour:g} per GPU hour ({gpus} GPUs, "
+          f"{args.peak_tflops:g} TFLOPS peak,")
+    print(f"    MFU {args.mfu:g} assumed, no restarts)")
+    return {
+        "memory": parts,
+        "memory_gb": total,
+        "training_flops": work,
+        "days": days,
+        "cost": cost,
+    }

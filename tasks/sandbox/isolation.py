@@ -1,0 +1,166 @@
+"""What separates a run from the machine: its view of the files, namespaces, a seccomp filter.
+
+All of it is used wherever the system has it. Namespaces and private files cost 2 to 4 of the 13 to
+19 ms of a Python run (bench/RESULTS.md), which is little beside generating the program.
+"""
+import errno
+import functools
+import glob
+import os
+import py_compile
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+from tasks.sandbox.languages import LANGUAGES, find_commands
+
+DISK = 64 << 20  # bytes of all files of a run together, where it has a private root
+NO_JOB = 3  # the exit status of a child whose socket is empty; child.py has it too
+# A virtual environment's own interpreter would not be found in the private root.
+# -s -S: no site-packages, which halves the start-up time. -B: write no bytecode.
+# -u: what was printed survives a kill.
+PYTHON = [getattr(sys, "_base_executable", None) or sys.executable, "-s", "-S", "-B", "-u"]
+
+
+class View(NamedTuple):
+    """What a run sees of the files."""
+
+    directories: list[str]  # empty directories; parents come before their children
+    bound: list[str]  # trees and files of this machine, read-only
+    path: str  # the PATH that finds the toolchains
+
+
+@functools.lru_cache(None)
+def visible_files() -> View:
+    """Return the system's programs and libraries, this Python, the toolchains and some devices."""
+    commands = [words for language in LANGUAGES for words in find_commands(language) or []]
+    tools = sorted({words[0] for words in commands if words and words[0] != "./main"})
+    wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives",
+              "/etc/ld.so.cache", sys.base_prefix] + glob.glob("/etc/java*")
+    # A toolchain is the folder around its bin/, which also holds lib/ and share/. If that folder
+    # would show the files of a user, only bin/ is visible.
+    private = ("/", os.path.expanduser("~"), os.path.expanduser("~/.local"))
+    for tool in tools:
+        for folder in (os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))):
+            parent = os.path.dirname(folder)
+            wanted.append(folder if parent in private else parent)
+    wanted.sort(key=len)  # parents first
+    wanted += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
+    directories = ["/tmp", "/proc", "/dev"]
+    bound = []
+    for path in filter(os.path.exists, wanted):
+        parents = [path[:i] for i in range(1, len(path)) if path[i] == "/"]
+        visible = path in directories or not {path, *parents}.isdisjoint(bound)
+        if not visible:
+            directories += [parent for parent in parents if parent not in directories]
+            bound.append(path)
+    folders = [os.path.dirname(tool) for tool in tools] + ["/usr/local/bin", "/usr/bin", "/bin"]
+    return View(directories, bound, ":".join(dict.fromkeys(folders)))
+
+
+def child_file() -> str:
+    """Return the path of child.py's bytecode, so that no run has to compile it.
+
+    Where no bytecode can be written, it is the path of child.py itself.
+    """
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
+    try:
+        return py_compile.compile(source, doraise=True)
+    except OSError:
+        return source
+
+
+class Launcher(NamedTuple):
+    """A way to start the child."""
+
+    command: list[str]
+    layers: list[str]  # the isolation that it provides
+    private_root: bool  # whether it leaves the private root to the child
+
+
+@functools.lru_cache(None)
+def launchers() -> dict[str, Launcher]:
+    """Return all launchers by name, the best one first.
+
+    In namespaces the child has no network, and process ids of its own: when the first process
+    dies, the kernel kills all others, even those that setsid() took out of our kill's reach.
+    """
+    child = child_file()
+    child_in_view = "/" + os.path.basename(child)
+    unshare = """unshare --user --map-root-user --net --pid --ipc --uts --mount --fork
+        --kill-child""".split()
+    bwrap = f"""bwrap --unshare-all --die-with-parent --cap-drop ALL --proc /proc --dev /dev
+        --size {DISK} --tmpfs /tmp --chdir /tmp --ro-bind""".split() + [child, child_in_view]
+    for path in visible_files().bound:
+        if not path.startswith("/dev/"):
+            bwrap += ["--ro-bind", path, path]
+    for command in (unshare, bwrap):
+        command[0] = shutil.which(command[0]) or command[0]  # the child has no PATH
+    alone = ["pids", "network"]
+    return {"unshare": Launcher([*unshare, *PYTHON, child], alone, private_root=True),
+            "bwrap": Launcher([*bwrap, *PYTHON, child_in_view], [*alone, "files"], False),
+            "bare": Launcher([*PYTHON, child], [], private_root=False)}
+
+
+def works(launcher: Launcher) -> bool:
+    """Return whether the launcher starts the child, which then finds no job."""
+    try:
+        done = subprocess.run(launcher.command, stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=10)
+    except FileNotFoundError:
+        return False
+    return done.returncode == NO_JOB
+
+
+@functools.lru_cache(None)
+def find_launcher() -> Launcher:
+    """Return the first launcher that works. Systems may lack namespaces or forbid them.
+
+    Some allow bubblewrap what they forbid unshare.
+    """
+    return next(filter(works, launchers().values()), launchers()["bare"])
+
+
+# Tracing of other processes, and interfaces of the kernel that tests of algorithms never need.
+DENIED = """ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp mount umount2 pivot_root
+    move_mount open_tree fsopen fsmount unshare setns bpf perf_event_open userfaultfd
+    io_uring_setup keyctl add_key request_key kexec_load init_module finit_module"""
+# Without process ids of its own, a run must not leave our kill's reach, nor kill others.
+DENIED_WITHOUT_PIDS = "setsid setpgid kill tkill rt_sigqueueinfo pidfd_send_signal"
+
+
+@functools.lru_cache(None)
+def seccomp_filter(own_pids: bool) -> bytes:
+    """Return a BPF program that denies some system calls, and all sockets but local ones.
+
+    It is b"" on systems without libseccomp.
+    """
+    try:
+        import ctypes  # not every Python has it, and importing it takes 3 ms
+
+        library = ctypes.CDLL("libseccomp.so.2")
+    except (ImportError, OSError):
+        return b""
+    allow = 0x7FFF0000
+    deny = 0x50000 | errno.EPERM
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(allow))
+    names = DENIED if own_pids else f"{DENIED} {DENIED_WITHOUT_PIDS}"
+    for name in names.split():
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        if number >= 0:  # otherwise this processor or this library does not know it
+            library.seccomp_rule_add_array(context, deny, number, 0, None)
+    number = library.seccomp_syscall_resolve_name(b"socket")
+    # struct scmp_arg_cmp: the index of the argument, the operator (1: not equal), two values
+    not_local = struct.pack("IiQQ", 0, 1, socket.AF_UNIX, 0)
+    if library.seccomp_rule_add_array(context, deny, number, 1, not_local):
+        return b""
+    with tempfile.TemporaryFile() as file:
+        if library.seccomp_export_bpf(context, file.fileno()):
+            return b""
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,60 @@
+"""tasks/custom.py: a reward of one's own, and what is wrong with it in one line."""
+import sys
+
+from helpers import refuses, write_rows
+
+import data
+import tasks.queries
+from tasks import custom
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    """A row needs a prompt only and reaches the function whole; a file of queries can name no
+    function."""
+    path, mine = tmp_path / "q.jsonl", tmp_path / "my_reward.py"
+    mine.write_text("def score(query, response):\n"
+                    "    return len(response) / query['longest']\n")
+    write_rows(path, [{"prompt": "Say it.", "longest": 8}])
+    refuses(lambda: tasks.queries.load(str(path)), "q.jsonl:1", "--reward")
+    (query,) = tasks.queries.load(str(path), reward=f"{mine}:score")
+    assert query["domain"] == "own" and tasks.queries.score(query, "four") == 0.5
+    refuses(
+        lambda: tasks.queries.score(query, "more than eight"), "my_reward.py:score gave", "0 to 1"
+    )
+    write_rows(tmp_path / "many.jsonl", [{"prompt": "Say it."}] * 500)
+    assert [len(tasks.queries.load(str(tmp_path / "many.jsonl"), n, reward=f"{mine}:score"))
+            for n in (0, 7)] == [500, 7]
+    (built_in,) = tasks.queries.load("rl", 1, reward=f"{mine}:score")
+    assert built_in["prompt"] == tasks.queries.builtin("rl", 1)[0]["prompt"]
+    refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:missing"), "no function missing")
+    refuses(
+        lambda: tasks.queries.load(str(path), reward="nowhere.py:score"), "nowhere.py: no such file"
+    )
+    refuses(lambda: tasks.queries.load(str(path), reward="nowhere.py"), "must be file.py:function")
+    (tmp_path / "beside.py").write_text("import json\n")
+    mine.write_text("from beside import json\n\n\ndef none(query, response):\n    pass\n\n\n"
+                    "def boom(query, response):\n    return json.loads(response)\n\n\n"
+                    "def one(query):\n    return 1\n\n\ndef text(query, response):\n"
+                    "    return '0.5'\n\n\ndef tensor(query, response):\n"
+                    "    import torch\n    return torch.tensor(0.5)\n")
+    custom.own_reward.cache_clear()
+    for name, words in (("none", "gave None"), ("text", "gave '0.5'"),
+                        ("boom", "boom, line 9: JSONDecodeError"), ("boom", "for the response 'x'"),
+                        ("one", "as score(query, response): TypeError")):
+        (query,) = tasks.queries.load(str(path), reward=f"{mine}:{name}")
+        refuses(lambda query=query: tasks.queries.score(query, "x"), words)
+    (query,) = tasks.queries.load(str(path), reward=f"{mine}:tensor")
+    assert tasks.queries.score(query, "x") == 0.5
+    (tmp_path / "data.py").write_text("half = 0.5\n")  # called as a module of ours is
+    mine.write_text("import data\nfrom tasks import math_answers\n\n\ndef both(query, response):\n"
+                    "    return data.half * math_answers.math_equal(response, '2')\n")
+    custom.own_reward.cache_clear()
+    (query,) = tasks.queries.load(str(path), reward=f"{mine}:both")
+    assert tasks.queries.score(query, "2") == 0.5 and sys.modules["data"] is data
+    mine.write_text("x = (\n")
+    refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:other"), "SyntaxError")
+    write_rows(path, [{"prompt": "a"}, {"question": "b"}])
+    mine.write_text("def f(query, response):\n    return 1\n")
+    refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:f"), "q.jsonl:2", "got question")
+    write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
+    refuses(lambda: tasks.queries.load(str(path)), "q.jsonl:1", "check.kind")

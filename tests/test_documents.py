@@ -1,0 +1,66 @@
+"""data/documents.py: every format that is read, and broken files named with their line."""
+import gzip
+import importlib.util
+import sys
+
+import pytest
+
+import data.documents
+from lib.args import InputError
+
+
+def test_reads_text_and_jsonl(tmp_path):
+    (tmp_path / "book.txt").write_text("one\n<|endoftext|>\n\ntwo\nlines <|endoftext|> inside\n")
+    texts = [d["text"].strip() for d in data.documents.read_documents(tmp_path / "book.txt")]
+    assert texts == ["one", "two\nlines <|endoftext|> inside"]
+    with gzip.open(tmp_path / "web.jsonl.gz", "wt") as file:
+        file.write('{"text": "a", "id": 3}\n\n')
+        file.write('{"text": "b", "source": "x/../y.z", "kind": "code"}\n')
+    assert list(data.documents.read_documents(tmp_path / "web.jsonl.gz")) == [
+        {"text": "a", "source": "web", "kind": "prose"},
+        {"text": "b", "source": "x____y_z", "kind": "code"}]
+    (tmp_path / "skipped.md").write_text("no document")
+    found = data.documents.read_all(
+        f"{tmp_path},{tmp_path / 'book.txt'}"
+    )  # of a directory not the .txt
+    assert [d["source"] for d in found] == [tmp_path.name, "x____y_z", "book", "book"]
+
+
+@pytest.mark.parametrize("name,content,match", [
+    ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+    ("a.jsonl", '{"text": "x"}\n{"content": "y"}\n', r'a\.jsonl:2: "text" must be a string'),
+    ("a.jsonl", '{"text": 3}\n', r'a\.jsonl:1: "text"'),
+    ("a.jsonl", '{"text": "x", "kind": "poem"}\n', r'a\.jsonl:1: "kind"'),
+    ("a.txt", b"\xff\xfe\x00", r"a\.txt: cannot be read as UTF-8"),
+    ("a.txt.gz", b"no gzip", r"a\.txt\.gz: cannot be read"),
+    ("a.csv", "x", r"a\.csv: no directory"),
+])
+def test_broken_input_is_named(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=match):
+        list(data.documents.read_documents(tmp_path / name))
+    with pytest.raises(InputError, match="no such file"):
+        list(data.documents.read_documents(tmp_path / "absent.jsonl"))
+
+
+def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="pyarrow"):
+        list(data.documents.read_documents(tmp_path / "a.parquet"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
+def test_reads_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    table = pyarrow.table({"text": ["a", "b"], "n": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    documents = list(data.documents.read_documents(tmp_path / "t.parquet"))
+    assert [(d["text"], d["source"]) for d in documents] == [("a", "t"), ("b", "t")]
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match='row 1: "text" must be a string'):
+        list(data.documents.read_documents(tmp_path / "t.parquet"))
+    (tmp_path / "t.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match="not a parquet file"):
+        list(data.documents.read_documents(tmp_path / "t.parquet"))
