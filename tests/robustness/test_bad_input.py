@@ -417,7 +417,7 @@ def table():
             ("--no_such_flag", "--no_such_flag"), ("--input @gone.txt", "gone"),
             ("--input @latin1.txt", "UTF-8"), ("--input @odd.pdf", "odd.pdf"),
             ("--input @not.parquet", "parquet"), ("--input @cwd", "cwd"),
-            ("--input @docs-empty.jsonl", "nothing"), ("--max_mb x", "--max_mb"),
+            ("--input @docs-empty.jsonl", "no document"), ("--max_mb x", "--max_mb"),
             ("--max_mb -1", "--max_mb"), ("--threshold nan", "--threshold"),
             ("--input ,", "no .jsonl"),
             ("--input @docs.jsonl --evals @gone", "gone"), ("--seed -1", "--seed"),
@@ -449,7 +449,7 @@ def table():
             ("@chats.jsonl", "chats.jsonl:1", "instruction_id_list")):
         yield f"bench/ifeval.py {line}", *words
     for line, *words in (
-            ("train", "train"), ("plan", "plan wants"), ("plan --model 7b", "--model"),
+            ("train", "train"), ("plan", "plan needs"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
             ("plan --model 1e9 --tokens 1e9 --budget 1e18", "alone"), ("fit --data @gone", "gone"),
             ("plan --model inf", "--model"), ("plan --tokens x", "--tokens"),
