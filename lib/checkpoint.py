@@ -176,8 +176,7 @@ def long_context(raw: dict) -> dict:
     length = lengths.pop() if lengths else 0
     values["original_max_position_embeddings"] = length
     if kind == "yarn":
-        # To set a published model to YaRN, users add rope_scaling and leave the positions as they
-        # are, but then it has more of them.
+        # Users turn on YaRN by adding rope_scaling alone; the model then has more positions.
         positions = raw.get("max_position_embeddings") or 0
         values["max_position_embeddings"] = max(positions, int(length * values["yarn_factor"]))
     return values
@@ -220,7 +219,7 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
             weights |= load_file(file)
         except SafetensorError as error:
             raise InputError(f"{file}: not a safetensors file ({error})") from None
-    # Before a model with a billion layers is built.
+    # Checked here, before a model with a billion layers is built.
     for name in ("num_hidden_layers", "num_experts"):
         require(getattr(config, name) <= len(weights), f"{path}: config.json has {name} "
                 f"{getattr(config, name)}, but there are only {len(weights)} tensors")
@@ -235,8 +234,8 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         file_of = read_json(index).get("weight_map")
-        require(isinstance(file_of, dict), f"{index}: no weight_map")
-        require(all(isinstance(name, str) for name in file_of.values()), f"{index}: no weight_map")
+        is_map = isinstance(file_of, dict) and all(isinstance(f, str) for f in file_of.values())
+        require(is_map, f"{index}: no weight_map")
         names = sorted(set(file_of.values()))
     for name in names:
         require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")

@@ -157,14 +157,15 @@ class Run:
 
     def clear(self) -> None:
         """Create the directory, and remove what belongs to an earlier run in it."""
-        if RANK == 0:
-            with disk_errors(f"--out {self.path}"):
-                self.path.mkdir(parents=True, exist_ok=True)
-                if self.state_file.parent.exists():
-                    shutil.rmtree(self.state_file.parent)
-                for name in ("eval.json", "eval_samples.jsonl"):
-                    (self.path / name).unlink(missing_ok=True)
-                self.log_file.write_text("", encoding="utf-8")
+        if RANK > 0:
+            return
+        with disk_errors(f"--out {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.state_file.parent.exists():
+                shutil.rmtree(self.state_file.parent)
+            for name in ("eval.json", "eval_samples.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            self.log_file.write_text("", encoding="utf-8")
 
     def interrupt(self, *_) -> None:
         """Let the current step finish and save its state, after Ctrl-C or a batch system's SIGTERM.

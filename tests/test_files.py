@@ -21,7 +21,7 @@ def test_jsonl_round_trip_with_line_numbers(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", b'{"a": 1}\n{"a": }\n', "x.jsonl:2: not JSON"),
-    ("x.jsonl", b'{"a": 1}\n\n[1]\n', "x.jsonl:3: want a JSON object"),
+    ("x.jsonl", b'{"a": 1}\n\n[1]\n', "x.jsonl:3: each line must be a JSON object"),
     ("x.jsonl", b'{"a": "\xff"}\n', "x.jsonl: cannot be read as UTF-8"),
     ("x.jsonl.gz", b'{"a": 1}\n', "x.jsonl.gz: cannot be read"),
     ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-9], "x.jsonl.gz: cannot be read"),

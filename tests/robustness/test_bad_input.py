@@ -417,7 +417,7 @@ def table():
             ("--no_such_flag", "--no_such_flag"), ("--input @gone.txt", "gone"),
             ("--input @latin1.txt", "UTF-8"), ("--input @odd.pdf", "odd.pdf"),
             ("--input @not.parquet", "parquet"), ("--input @cwd", "cwd"),
-            ("--input @docs-empty.jsonl", "nothing"), ("--max_mb x", "--max_mb"),
+            ("--input @docs-empty.jsonl", "no document"), ("--max_mb x", "--max_mb"),
             ("--max_mb -1", "--max_mb"), ("--threshold nan", "--threshold"),
             ("--input ,", "no .jsonl"),
             ("--input @docs.jsonl --evals @gone", "gone"), ("--seed -1", "--seed"),
