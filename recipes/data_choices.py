@@ -66,7 +66,8 @@ def web_pages(folder: Path) -> tuple[list[dict], list[float]]:
     stages = filters.FILTERS | {"duplicate": dedup.NearDuplicates()}
     files = [folder / "c4_demo.jsonl", folder / "cc_en_head.jsonl", labelled]
     documents = (doc for file in files for doc in data.documents.read_documents(file))
-    pages, _ = filters.filter_documents(documents, stages)
+    verdicts = filters.run_filters(documents, stages)
+    pages = [verdict.document for verdict in verdicts if verdict.stage == "kept"]
     scores = [known.get(doc["text"], quality.classify(
         model, ["low", quality.QUALITY], doc["text"])[quality.QUALITY]) for doc in pages]
     return pages, scores
