@@ -1,10 +1,10 @@
 """Preparing pre-training data, stage by stage, in MB of text.
 
-The texts are real ones of ../shared/data/text cut into lines of 120 characters, 25 drawn at random
-for a document, every tenth document again with a changed end. `duplicates` is compared with
-datasketch at the same 14 bands of 8 hashes over the same word 5-grams (it follows the bare curve
-and keeps its index in memory); checked is the number of documents kept. Memory is the peak above
-the process with its texts.
+The texts are real ones from ../shared/data/text, cut into lines of 120 characters. A document is 25
+lines drawn at random; every tenth document comes again with a changed end. `duplicates` is compared
+with datasketch at the same 14 bands of 8 hashes over the same word 5-grams. (datasketch follows the
+bare curve and keeps its index in memory.) "Checked" is the number of documents kept. The memory is
+the peak above the process with its texts.
 """
 import random
 
