@@ -1,10 +1,10 @@
 """Preparing pre-training data, stage by stage, in MB of text.
 
-The texts are real ones of ../shared/data/text cut into lines of 120 characters, 25 drawn at random
-for a document, every tenth document again with a changed end. `duplicates` is compared with
-datasketch at the same 14 bands of 8 hashes over the same word 5-grams (it follows the bare curve
-and keeps its index in memory); checked is the number of documents kept. Memory is the peak above
-the process with its texts.
+The texts are real ones from ../shared/data/text, cut into lines of 120 characters. A document is 25
+lines drawn at random; every tenth document comes again with a changed end. `duplicates` is compared
+with datasketch at the same 14 bands of 8 hashes over the same word 5-grams. (datasketch follows the
+bare curve and keeps its index in memory.) "Checked" is the number of documents kept. The memory is
+the peak above the process with its texts.
 """
 import random
 
@@ -41,18 +41,19 @@ def ours(case):
     from data import contamination
     from data import dedup
     from data import filters
+    from data import language
     from data import mixture
     from data import quality
     from tokenizer import Tokenizer
 
     def kept(stages, texts):
-        rows = filters.run_filters(({"text": text} for text in texts), stages)
-        return sum(name == "kept" for _, name, _ in rows)
+        verdicts = filters.run_filters(({"text": text} for text in texts), stages)
+        return sum(verdict.stage == "kept" for verdict in verdicts)
     tests, model = data.__main__.load_tests("test"), quality.Classifier(2)
     tok = Tokenizer.from_pretrained(SHARED / "tokenizer" / "qwen.tiktoken")
     return measure({
         "rules": lambda texts: kept(filters.FILTERS, texts),
-        "language": lambda texts: len([data.language(text) for text in texts]),
+        "language": lambda texts: len([language.language(text) for text in texts]),
         "duplicates": lambda texts: kept({"near": dedup.NearDuplicates(0.0)}, texts),
         "contamination": lambda texts: kept({"tests": contamination.Contamination(tests)}, texts),
         "tokens": lambda texts: len(mixture.tokenize(texts, tok).ends),

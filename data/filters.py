@@ -14,7 +14,7 @@ A stage is any function (text, kind) -> reason, where "" means keep. `NearDuplic
 """
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -189,19 +189,3 @@ def apply_stages(document: dict, stages: dict) -> Verdict:
         if reason:
             return Verdict(document, name, reason)
     return Verdict(document, "kept", "")
-
-
-def filter_documents(documents, stages: dict) -> tuple[list[dict], dict]:
-    """Filter documents that fit in memory. Return those kept, and a report {"kept": count,
-    "dropped": {stage: count}, "samples": {stage: [[reason, start of the text], at most 3]}}."""
-    kept = []
-    dropped = Counter()
-    samples = defaultdict(list)
-    for document, stage, reason in run_filters(documents, stages):
-        if not reason:
-            kept.append(document)
-            continue
-        dropped[stage] += 1
-        if len(samples[stage]) < 3:
-            samples[stage].append([reason, document["text"][:200]])
-    return kept, {"kept": len(kept), "dropped": dict(dropped), "samples": dict(samples)}

@@ -1,16 +1,17 @@
 """What filtering and the mixture are worth, measured by pre-training on little data.
 
-Filtering: web pages (C4, Common Crawl, DCLM's human study), after the rules of data/, all of
-them against the half of the text that data/quality.py's classifier scores highest; it learned from
-DCLM's labels, and each labelled page is scored by a model that did not see it. Equal tokens, about
-one epoch or less, one tokenizer; bits per byte on clean text of other origin.
+Filtering: web pages (C4, Common Crawl, DCLM's human study) that pass the rules of data/filters.py.
+We compare all of them with the half of the text that data/quality.py's classifier scores highest.
+The classifier learned from DCLM's labels, and no labelled page is scored by a model that saw it.
+Both runs have equal tokens (about one epoch or less) and one tokenizer. The measure is bits per
+byte on clean text of other origin.
 
-Mixture: general text, mathematics and code in three mixtures; bits per byte on held-out documents
-of each.
+Mixture: general text, mathematics and code in three mixtures, measured in bits per byte on held-out
+documents of each.
 
     python recipes/data_choices.py --data ../shared/data           # 2 minutes on one core
 
-Rows are written as they come; a run that is finished is not repeated. Writes table.md to --out.
+Rows are written as they come, and a finished run is not repeated. --out gets table.md.
 """
 import json
 import sys
@@ -66,7 +67,8 @@ def web_pages(folder: Path) -> tuple[list[dict], list[float]]:
     stages = filters.FILTERS | {"duplicate": dedup.NearDuplicates()}
     files = [folder / "c4_demo.jsonl", folder / "cc_en_head.jsonl", labelled]
     documents = (doc for file in files for doc in data.documents.read_documents(file))
-    pages, _ = filters.filter_documents(documents, stages)
+    verdicts = filters.run_filters(documents, stages)
+    pages = [verdict.document for verdict in verdicts if verdict.stage == "kept"]
     scores = [known.get(doc["text"], quality.classify(
         model, ["low", quality.QUALITY], doc["text"])[quality.QUALITY]) for doc in pages]
     return pages, scores

@@ -12,10 +12,10 @@ from data import filters
 from lib.files import read_jsonl
 
 
-def clean(documents):
+def clean(documents, stages=filters.FILTERS):
     """-> (kept documents, {stage: number dropped})."""
     kept, dropped = [], Counter()
-    for document, stage, reason in filters.run_filters(documents, filters.FILTERS):
+    for document, stage, reason in filters.run_filters(documents, stages):
         assert bool(reason) == (stage != "kept")
         if reason:
             dropped[stage] += 1
@@ -135,18 +135,19 @@ def test_normalise():
     assert documents[0]["text"] == PROSE + "\r\n"  # the caller's document is left alone
 
 
-def test_lists_are_sifted_with_a_reason_for_each_drop():
+def test_documents_are_dropped_with_a_reason_for_each_drop():
     """The three stages on documents in memory; counts add up to the input (R2.2)."""
     plain = "The river was high that spring and the boats could not pass under the old bridge. " * 2
     docs = [{"text": plain}, {"text": plain.replace("river", "stream")}, {"text": plain},
             {"text": "#$%&*+ " * 40}, {"text": "How many apples does Ann have after she buys seven "
              "more and gives three of them to Ben at school? She has nine."}]
-    kept, report = filters.filter_documents(docs, filters.FILTERS)
-    assert report["kept"] + sum(report["dropped"].values()) == 5
-    assert report["dropped"]["symbols"] == 1 and kept[0]["text"] == plain.strip()
-    assert report["samples"]["symbols"][0][0].endswith("symbols")
-    kept, report = filters.filter_documents(docs, {"duplicate": dedup.NearDuplicates()})
-    assert report["dropped"] == {"duplicate": 1} and len(kept) == 4
+    kept, dropped = clean(docs)
+    assert len(kept) + dropped.total() == 5
+    assert dropped["symbols"] == 1 and kept[0]["text"] == plain.strip()
+    reasons = [verdict.reason for verdict in filters.run_filters(docs, filters.FILTERS)]
+    assert reasons[3].endswith("symbols")
+    kept, dropped = clean(docs, {"duplicate": dedup.NearDuplicates()})
+    assert dropped == {"duplicate": 1} and len(kept) == 4
     tests = contamination.Contamination([docs[4]["text"][:100]])
-    kept, report = filters.filter_documents(docs, {"contaminated": tests})
-    assert report["dropped"] == {"contaminated": 1} and docs[4] not in kept
+    kept, dropped = clean(docs, {"contaminated": tests})
+    assert dropped == {"contaminated": 1} and docs[4] not in kept
