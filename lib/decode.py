@@ -45,6 +45,7 @@ class DecodeStep:
     def join_block(self, block: Block) -> JoinedBlock:
         attention, mlp = block.self_attn, block.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv_weights = [projection.weight for projection in projections]
         gate_up = None
         down = None
         if not isinstance(mlp, MoE):
@@ -52,7 +53,7 @@ class DecodeStep:
             down = self.join(mlp.down_proj.weight)
         return JoinedBlock(
             block,
-            qkv=self.join(*[projection.weight for projection in projections]),
+            qkv=self.join(*qkv_weights),
             qkv_bias=torch.cat([projection.bias for projection in projections]).to(self.dtype),
             out=self.join(attention.o_proj.weight),
             gate_up=gate_up,

@@ -16,7 +16,6 @@ import kernels
 import lib.fast
 import pretrain
 import scaling
-from lib import fast
 from lib.args import InputError
 from lib.plan import count, flops, memory
 from model import PRESETS, Qwen2
