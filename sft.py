@@ -1,21 +1,21 @@
 """Stage 2: supervised fine-tuning on conversations (report section 4.1).
 
-The loss is that of pre-training on a subset of the positions. The loss mask m_t is 1 on what the
-assistant says and on the <|im_end|> that ends its turn; tokenizer.render alone decides this:
+This is the pre-training loss, counted on a subset of the positions. The loss mask m_t is 1 on what
+the assistant says and on the <|im_end|> that ends its turn; tokenizer.render alone decides this:
 
     L = - 1/M_step * sum_t m_t log p(x_t | x_<t),    M_step = sum of m_t over the whole step
 
 The report trains on over a million conversations for 2 epochs, with up to 32,768 tokens each, at a
 learning rate that falls from 7e-6 to 7e-7, with weight decay 0.1 and a gradient norm of at most
 1.0. It does not disclose batch size, warm-up, the shape of the decay or packing: these are our
-choice. The report has one learning rate for all model sizes. A power law through it (at 7B) and the
-best rate of our smallest model is lr = 7e-6 (6.5e9 / N)^0.37, with N without embeddings. It is only
-a starting point: at 106M parameters it gives 3.2e-5, and 1e-4 was better (docs/LOG.md).
+choice. The report has one learning rate for all model sizes. A power law through it (7B) and our
+smallest model's best rate is lr = 7e-6 (6.5e9 / N)^0.37, with N without embeddings. It is only a
+starting point: at 106M parameters it gives 3.2e-5, and 1e-4 was better (docs/LOG.md).
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
-        --pack --batch_size 128 --micro_batch 1 --out ...                   # the report's settings
-    python tokenizer.py show runs/sft --chat chats.jsonl                    # look at the loss mask
+        --epochs 2 --pack --batch_size 128 --micro_batch 1 --out ...     # the report's, where known
+    python tokenizer.py show runs/demo/sft --chat chats.jsonl              # look at the loss mask
 
 --data is JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
 "tool_calls" where there are some. Every assistant turn is trained on. Without --data, the stage
@@ -52,14 +52,14 @@ class Args:
     init: str = "runs/pretrain"      # model directory to start from
     out: str = "runs/sft"            # run directory
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
-    n_data: int = 0                  # read at most this many; 0: a whole file, 1000 demonstrations
+    n_data: int = 0                  # read at most this many; 0: all of --data, or 1000 built-in
     max_len: int = 512               # longer conversations are cut at the end
-    pack: bool = False               # sequence packing: rows of several conversations (on a GPU)
+    pack: bool = False               # sequence packing: several conversations per row, less padding
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
-    micro_batch: int = 32            # rows per forward pass: changes memory only
+    micro_batch: int = 32            # at most so many rows per forward pass: changes memory only
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
-    lr: float = 5e-4                 # peak learning rate (the report's models: 7e-6)
+    lr: float = 5e-4                 # peak learning rate, for a tiny model (the report's: 7e-6)
     warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
@@ -79,22 +79,22 @@ class Args:
 class Row(NamedTuple):
     """A tokenized conversation."""
     ids: list[int]
-    mask: list[int]                # loss mask: 1 where the assistant speaks
+    mask: list[int]                # loss mask m_t, see above
 
 
 class PackedRow(NamedTuple):
-    """Several conversations behind each other, see `pack`."""
+    """Several conversations end to end, see `pack`."""
     ids: list[int]
     mask: list[int]
     segment_ids: list[int]         # number of the conversation that a token belongs to
 
 
 class Conversations:
-    """Tokenized conversations of a JSONL file by number.
+    """The conversations of a JSONL file, tokenized when they are asked for.
 
-    Only the place where each line begins is kept in memory. All lines are read once before
+    Only the place where each line begins is kept in memory. The first n are tokenized once before
     training, so that a bad one is refused at the start. A conversation that is cut before the
-    assistant's first word has no target. It is dropped and counted: a step that consists of such
+    assistant's first word has no target. It is dropped and counted: a step of nothing but such
     conversations would divide 0 by 0."""
 
     def __init__(self, file, tokenizer: Tokenizer, max_len: int, n: int = 0, name: str = ""):
@@ -167,9 +167,9 @@ def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
 def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
     """Pack conversations into fewer, longer rows (sequence packing).
 
-    The longest come first, each goes into the first row that has room for it. The loss does not
-    change: attention and positions stay inside a conversation (segment_ids), and its first token,
-    <|im_start|>, is never a target."""
+    The longest come first, and each goes into the first row with room for it. The loss does not
+    change: attention and positions stay inside a conversation (segment_ids). No conversation
+    predicts the next one's first token, <|im_start|>, because its mask is 0."""
     packed = []
     longest_first = sorted(rows, key=lambda row: -len(row.ids))
     for number, conversation in enumerate(longest_first):
@@ -182,7 +182,7 @@ def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
         row.ids.extend(conversation.ids)
         row.mask.extend(conversation.mask)
         row.segment_ids.extend([number] * len(conversation.ids))
-    while len(packed) % WORLD:  # every process needs the same number of rows
+    while len(packed) % WORLD:  # rows of nothing: every process needs the same number
         packed.append(PackedRow([0, 0], [0, 0], [0, 0]))
     return packed
 
@@ -193,8 +193,9 @@ def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
 def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None):
     """Return the summed loss of ids (B, T) where mask (B, T) is 1, divided by `count`.
 
-    count is the number of supervised tokens of the whole step, so that micro-batches add up to its
-    mean. Rows are padded on the right: causal attention never looks there, and the mask is 0.
+    count is the number of supervised tokens of the whole step: the micro-batches of all processes
+    then add up to its mean. Rows are padded on the right: causal attention keeps real tokens from
+    seeing the padding, whose mask is 0.
     segment_ids (B, T) tells the conversations of a packed row apart."""
     if segment_ids is not None:
         segment_ids = segment_ids[:, :-1]
@@ -219,13 +220,13 @@ def main(args: Args) -> dict:
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest} "
             "positions")
     model.gradient_checkpointing = args.gradient_checkpointing
-    # On a CPU the blocked attention skips the other conversations of a packed row.
+    # On a CPU, "fused" attention skips the other conversations of a packed row.
     kernels.set_default_impl("fused" if args.pack and device.type == "cpu" else "auto")
 
     # data
     conversations = load_conversations(args, tokenizer)
     require(len(conversations) > 0, f"--data {args.data}: {conversations.dropped} conversations, "
-            f"none with an answer of the assistant within --max_len {args.max_len} tokens")
+            f"none with an assistant's answer within --max_len {args.max_len} tokens")
     steps = max(1, int(args.epochs * len(conversations) / args.batch_size))
     print(f"{len(conversations)} conversations ({conversations.dropped} dropped: no answer within "
           f"--max_len), {steps} steps")
@@ -240,7 +241,7 @@ def main(args: Args) -> dict:
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(conversations), args.seed)
         rows = [conversations[i] for i in batch]
-        rows.sort(key=lambda row: len(row.ids))  # neighbours of similar length: little padding
+        rows.sort(key=lambda row: len(row.ids))  # similar lengths together: little padding
         count = sum(sum(row.mask[1:]) for row in rows)
         if args.pack:
             rows = pack(rows, args.max_len)
@@ -266,8 +267,8 @@ def main(args: Args) -> dict:
 
     # save, with a look at what the model answers now
     with autocast:
-        groups = rollout(full_model(model), tokenizer, conversations.prompts(32), 1,
-                         args.max_new_tokens, 1.0, args.seed)
+        groups = rollout(full_model(model), tokenizer, conversations.prompts(32), n=1,
+                         max_new_tokens=args.max_new_tokens, temperature=1.0, seed=args.seed)
     answers = [group[0] for group in groups]
     stopped = sum(answer.finished for answer in answers) / max(1, len(answers))
     print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")

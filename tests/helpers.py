@@ -135,7 +135,7 @@ class Answer:
 
 def no_samples(monkeypatch, module) -> None:
     """The look at samples that ends a stage takes longer than its few steps here: skip it."""
-    monkeypatch.setattr(module, "rollout", lambda *args: [[Answer()]])
+    monkeypatch.setattr(module, "rollout", lambda *args, **kwargs: [[Answer()]])
     if hasattr(module, "tasks"):  # sft.py asks its own data instead
         monkeypatch.setattr(module.tasks.queries, "builtin", lambda *args: [])
 
