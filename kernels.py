@@ -2,13 +2,13 @@
 
     attention             softmax(q k^T) v without keeping the T x S probabilities
     dual_chunk_attention  attention beyond the training length (lib/dual_chunk.py)
-    linear_cross_entropy  head and loss without the N x V logits: 8 x 2048 x 151,936 take 9.3 GiB
+    linear_cross_entropy  head and loss without the N x V logits (16,384 x 151,936: 9.3 GiB)
     token_logprobs        log p(target) by the same means, for DPO, GRPO and evaluation
     rms_norm, swiglu      the other functions of a block, which keep less for the gradient
     experts               each token through the experts it chose, and their weighted sum
 
 Read the twin `*_reference` first: it says what is computed, in the fewest lines. The tiles of the
-loss go on in lib/chunked_loss.py, handwritten backward passes in lib/fast.py. CUDA paths are not
+loss are in lib/chunked_loss.py, handwritten backward passes in lib/fast.py. CUDA paths are not
 yet measured on a GPU. `python kernels.py` compares each pair in float64 and times it in fp32, in
 about 20 s on one CPU core (`--compile`: with torch.compile).
 
@@ -41,8 +41,8 @@ def set_default_impl(impl="auto", compile=False):
     """Set what `impl="auto"` means from now on, and whether kernels are compiled.
 
     impl: one of IMPLS, else ValueError. compile: run the blocks of fused attention and the tiles of
-    the loss under torch.compile. They compile at their first call with gradients enabled, so that
-    sampling stays uncompiled. Compiling pays off in long runs only.
+    the loss under torch.compile. Only calls with gradients enabled are compiled, so sampling stays
+    uncompiled. Compiling pays off in long runs only.
     Returns the previous (impl, compile): `set_default_impl(*old)` undoes a change.
     """
     fast.check_impl(impl, IMPLS)
@@ -87,7 +87,7 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
         query_position = torch.arange(queries.start, queries.stop, device=q.device) + offset
         key_position = torch.arange(keys.start, keys.stop, device=q.device)
         not_later = query_position[:, None] >= key_position
-        not_later = not_later[None, None]  # for all rows and heads
+        not_later = not_later[None, None]  # for all of the batch and all heads
         conditions.append(not_later)
     if segment_ids is not None:
         query_segment = segment_ids[:, None, queries, None]
@@ -100,8 +100,8 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
 
 
 def may_have_empty_rows(q, k, causal, mask):
-    """Return whether some query may see no key. Causal and segment masks leave a query itself,
-    unless there are more queries than keys."""
+    """Return whether some query may see no key. Causal and segment masks leave a query its own
+    key, unless there are more queries than keys."""
     return mask is not None or (causal and q.shape[2] > k.shape[2])
 
 
@@ -110,12 +110,12 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
 
     q (B,Hq,T,D) and k, v (B,Hkv,S,D) in bf16, fp32 or float64; query heads hG to hG+G-1 read kv
     head h. Returns (B,Hq,T,D) in the dtype of q. scale: D^-0.5 unless given.
-    causal: the queries are the last T of the S positions, so cached decoding needs nothing else.
+    causal: the queries are the last T of the S positions, so cached decoding needs no mask.
     segment_ids (B,T) int, T == S: the document of each token in a packed row; others are invisible.
     mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All three are ANDed.
     A query left without any key gives 0 and zero gradients, never NaN.
     impl: "reference" keeps all scores. "sdpa" is PyTorch's kernel. "fused" takes one block of
-    queries at a time, in O(T) memory, and skips the keys that none of them sees: much faster for
+    queries at a time, in O(T) memory, and skips later keys and other documents: much faster for
     packed rows. "auto" is what `set_default_impl` set; see `choose_impl`.
     Raises ValueError for any other impl and for shapes that do not fit.
     """
@@ -159,7 +159,7 @@ def choose_impl(impl, q):
         impl = "sdpa" if q.shape[2] == 1 else _DEFAULT["impl"]
     if impl != "auto":
         return impl
-    # Where a CPU's matrix products reach oneDNN, our blocks are faster than PyTorch's kernel.
+    # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
     onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
     return "fused" if q.device.type == "cpu" and onednn else "sdpa"
 
@@ -168,7 +168,7 @@ def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
     """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
     T = q.shape[2]
     S = k.shape[2]
-    causal = causal and T != 1  # a single query is at the last position
+    causal = causal and T != 1  # a single query is last: it sees all keys
     # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
     # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
     needs_mask = segment_ids is not None or mask is not None or (causal and T != S)
@@ -180,9 +180,9 @@ def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
 
 # --- attention by blocks --------------------------------------------------------------------------
 class QueryBlock(NamedTuple):
-    """BLOCK queries and their keys. All queries see all keys before the last n of `keys`."""
+    """BLOCK queries and their keys, of which only the last n may be masked (`allowed`)."""
     rows: slice                   # of the folded queries (B,Hkv,T*G,D)
-    keys: slice                   # from the first to the last key that one of the queries sees
+    keys: slice                   # one range with every key that any of the queries sees
     allowed: torch.Tensor | None  # bool (B or 1,1,rows,n), or None: all queries see all keys
 
 
@@ -218,13 +218,13 @@ def block_probabilities(q_scaled, k_t, allowed, may_be_empty):
     """Return P = softmax(scale q k^T) of one block in fp32.
 
     q_scaled = scale q (B,Hkv,rows,D); k_t = k^T (B,Hkv,D,keys); allowed: see QueryBlock.
-    may_be_empty: some rows may see no key; their probabilities become 0.
+    may_be_empty: rows that see none of the last n keys see none at all; they get probability 0.
     """
     scores = q_scaled @ k_t
     if allowed is not None:
-        masked = scores[..., -allowed.shape[-1]:]
+        tail = scores[..., -allowed.shape[-1]:]
         lowest = torch.finfo(scores.dtype).min
-        masked.masked_fill_(~allowed, lowest)
+        tail.masked_fill_(~allowed, lowest)
     probs = scores.softmax(-1)
     if may_be_empty and allowed is not None:
         probs = probs * allowed.any(-1, keepdim=True)
@@ -240,7 +240,7 @@ def block_forward(q_scaled, k_t, v, allowed, may_be_empty):
 def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed, may_be_empty):
     """Return the block's dq, dk and dv, the first two without the factor `scale`.
 
-    P is computed again. Then, with S the scores (FlashAttention, appendix B.2):
+    P is computed again. Then (FlashAttention, appendix B.2; S is the scores here):
         dP = dO v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k,   dk = dS^T q,   dv = P^T dO
     """
     probs = block_probabilities(q_scaled, k_t, allowed, may_be_empty)
@@ -254,11 +254,11 @@ def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed, may_be_empty):
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention of BLOCK queries at a time to all the keys that they see.
+    """Attention of BLOCK queries at a time; only q, k, v and the masks are saved.
 
     The backward pass computes the probabilities again instead of keeping them. That is what makes
     FlashAttention's memory O(T) (Dao et al. 2022, arXiv 2205.14135). FlashAttention also cuts the
-    keys into tiles, with a running softmax, for memories smaller than a CPU's cache. Scores are
+    keys into tiles, with a running softmax, to fit a GPU's small on-chip memory. Scores are
     fp32; for bf16 inputs, all other products are bf16. Only one block gets compiled, because the
     graph of the whole loop would grow with T.
     """
@@ -332,7 +332,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, valid_vocab=None):
     """Return log softmax(hidden weight^T / temperature) at targets: fp32, in the shape of targets.
 
     Shapes, chunks and errors are those of linear_cross_entropy; targets of -100 give 0 at no cost.
-    Differentiable per token. Pass the sampler's temperature, or GRPO's first ratio is not 1.
+    Differentiable per token. For GRPO, pass the sampler's temperature, so that ratios start at 1.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy has no log-probs")
@@ -391,7 +391,7 @@ def rms_norm_reference(x, weight, eps):
 
 
 def rms_norm(x, weight, eps):
-    """Return rms_norm_reference, under autocast in its dtype. x (...,C), weight (C,) -> (...,C).
+    """Return rms_norm_reference, in autocast's dtype if on. x (...,C), weight (C,) -> (...,C).
     The backward pass of lib.fast.RMSNorm keeps x only."""
     if torch.is_grad_enabled():
         return fast.RMSNorm.apply(x, weight, eps, rms_norm_reference)
