@@ -4,19 +4,20 @@ For each query the policy samples a group of G = 8 responses. The advantage of a
 its reward with those of its own group, A_i = (r_i - mean(r)) / std(r), and is the same for all its
 tokens. With rho = pi / pi_old, the policy climbs, per token,
 
-    min(rho A, clip(rho, 1 - eps, 1 + eps) A) - kl * (pi_ref/pi - log(pi_ref/pi) - 1)
+    min(rho A, clip(rho, 1 - eps, 1 + eps) A) - kl rho (pi_ref/pi - log(pi_ref/pi) - 1)
 
 As in the report, an episode is one optimizer step on fresh samples (there 2048 = 256 queries x 8).
-So rho is 1 and the clip is idle, unless --inner_steps is raised. Also as in the report, queries are
-taken in the order of the variance of the reward model's scores over their responses, highest first.
-The reward is Qwen2.5-Math's, which joins the verifier r_v and the reward model r_m (its section 4):
+So rho is 1, up to rounding, and the clip is idle, unless --inner_steps is raised. Also as in the
+report, queries are taken in the order of the variance of the reward model's scores over their
+responses, highest first. The reward is Qwen2.5-Math's, which joins the verifier r_v and the reward
+model r_m (its section 4):
 
-    r = sigmoid(r_m / 2) + (r_v - 1):  right answers get (0, 1), wrong ones (-1, 0)
+    r = sigmoid(r_m / 2) + (r_v - 1):  right answers lie between 0 and 1, wrong ones below 0
 
-The reward model ranks answers, but it can never make a wrong one beat a right one. The report does
-not disclose learning rate, clip, KL coefficient, temperature, length or number of episodes, so
-these are our choice. So is that the variance is measured once, with the initial policy, and
-compared within a domain.
+With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. The
+factor rho of the KL term is ours (see grpo_loss). The report does not disclose learning rate, clip,
+KL coefficient, temperature, length or number of episodes, so these are our choice, as is measuring
+the variance once, with the initial policy, and comparing it within each domain.
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -28,11 +29,11 @@ there are --loss_type dapo and --clip_high 0.28.
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
     python grpo.py inspect --out runs/demo/grpo        # queries, their answers, rewards, advantages
 
-Expect: the printed loss is about 0 at every step, since advantages are centred; its gradient is not
-0. Watch pass_rate instead, from one pass through the queries to the next: in each, the queries of
-high variance come first, the hopeless and the solved ones last. frac_zero_std, the share of groups
-with equal rewards, grows as queries are solved. The entropy falls. If it nears 0 while pass_rate
-stalls, lower --lr.
+Expect: with the default loss, the printed value is about 0 at every step, since advantages are
+centred; its gradient is not 0. Watch pass_rate instead, from one pass through the queries to the
+next: in each, the queries whose scores vary most come first. frac_zero_std, the share of groups
+with equal rewards, grows as queries are solved, hardly with a reward model. The entropy falls. If
+it nears 0 while pass_rate stalls, lower --lr.
 """
 import copy
 import math
@@ -79,8 +80,8 @@ class Args:
     clip_high: float = 0.0           # and above 1 + clip_high; 0: clip_eps there too (DAPO: 0.28)
     kl: float = 0.0                  # weight of the KL divergence from the reference policy
     query_order: str = "variance"    # variance (the report's) or random
-    scale_rewards: str = "group"     # divide advantages by the group's standard deviation, or none
-    loss_type: str = "grpo"          # mean over tokens: grpo (per response), dapo (all), dr_grpo
+    scale_rewards: str = "group"     # group: divide advantages by the group's deviation; none
+    loss_type: str = "grpo"          # grpo, dapo or dr_grpo: the loss's divisor, see grpo_loss
     lr: float = 3e-4                 # peak learning rate
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
@@ -115,9 +116,9 @@ def group_advantages(rewards, scale_rewards: str = "group"):
     its standard deviation.
 
     We use the population standard deviation (TRL uses the sample one) and add 1e-6, which is not in
-    the paper. A group of equal rewards gets exactly 0, decided by max - min. Rounding would not
-    give that: the mean of seven rewards of 0.1 is not 0.1, and dividing the difference by
-    std + 1e-8 makes 0.4 of it."""
+    the paper. A group whose largest reward equals its smallest gets exactly 0. Subtracting the mean
+    would not give that: in floats, the mean of seven rewards of 0.1 is not 0.1, and dividing by a
+    tiny standard deviation magnifies the error."""
     require(rewards.shape[1] > 1, "a group of 1 has no advantage: --num_generations must be 2 or "
             "more")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -130,13 +131,13 @@ def group_advantages(rewards, scale_rewards: str = "group"):
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps: float = 0.2,
               clip_high: float = 0.0, kl: float = 0.0, loss_type: str = "grpo",
               count: float | None = None):
-    """Return the negated objective (DeepSeekMath, eq. 3) and a dict of sums to log.
+    """Return the negated objective (DeepSeekMath, eq. 3) and a dict to log: sums over tokens, and
+    logprob_gap, the largest difference between the trainer's and the sampler's log-probability.
 
     logprobs, old_logprobs, ref_logprobs (or None) and mask are (B, R), advantages (B,).
     loss_type: "grpo" averages the tokens of a response, then the responses (the paper: tokens of
     long responses weigh less); "dapo" averages over all tokens; "dr_grpo" divides by responses x R.
-    count: the divisor of the whole step (responses, tokens, or responses x length) when this is one
-    micro-batch of it."""
+    count: for a micro-batch, the divisor of the whole step, see `loss_divisor`."""
     ratio = (logprobs - old_logprobs).exp()
     low, high = 1 - clip_eps, 1 + (clip_high or clip_eps)
     advantages = advantages[:, None]
@@ -215,7 +216,7 @@ def verdict(args: Args) -> str:
 
 
 def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: int) -> Episode:
-    """Sample the groups of a step. Its queries and draws depend on nothing but its number."""
+    """Sample the groups of a step. The step and --seed alone fix its queries and its draws."""
     first = step * args.batch_queries
     batch = [queries[(first + i) % len(queries)] for i in range(args.batch_queries)]
     seed = args.seed * 100_003 + step + 1
@@ -225,7 +226,7 @@ def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: i
 
 
 def responses_to_train(episode: Episode, advantages, args: Args) -> list[int]:
-    """Return the numbers of the responses that have a gradient, groups of similar length together.
+    """Return the indices of the responses with a gradient, groups sorted by their longest response.
 
     Without a KL term, a response with advantage 0 has none and is skipped. A few such responses may
     be added, so that all processes get the same number."""
@@ -254,9 +255,9 @@ def loss_divisor(episode: Episode, args: Args) -> int:
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query once with the initial policy and put those of high variance first.
 
-    The domains take turns: scores spread more in one domain than in another, and in one order for
-    all, whole stretches of training were of one domain (docs/LOG.md). The random order samples only
-    what two steps need, to find out whether there is anything to learn."""
+    The domains take turns: scores spread more in one domain than in another, so that one order for
+    all of them gave whole stretches of one domain (docs/LOG.md). The random order samples only what
+    two steps need, to find out whether there is anything to learn."""
     asked = queries
     if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
@@ -264,7 +265,7 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
     groups = rollout(policy, tokenizer, asked, args.num_generations, args.max_new_tokens,
                      args.temperature, args.seed, tasks.queries.score_many)
     episode = Episode.from_groups(groups, reward_model)
-    print(f"{len(queries)} queries; {args.steps} steps ask {args.steps * args.batch_queries}")
+    print(f"{len(queries)} queries; {args.steps} steps use {args.steps * args.batch_queries}")
     check_before_training(episode, args)
     if args.query_order == "random":
         return queries
@@ -287,7 +288,7 @@ def check_before_training(episode: Episode, args: Args) -> None:
     print(f"before training: {verdict(args)} {pass_rate:.1%}, {mixed:.1%} of queries have better "
           f"and worse answers, {truncated:.1%} of responses truncated")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, or "
-            "train a model that does not stop by itself longer with sft.py")
+            "if the model never stops by itself, train it longer with sft.py")
     same_text = sum(len({answer.text for answer in group}) == 1 for group in groups)
     if same_text > len(groups) / 2:
         advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature"
@@ -295,7 +296,8 @@ def check_before_training(episode: Episode, args: Args) -> None:
         advice = "easier --queries, more SFT, or a --reward with degrees"
     else:
         advice = "harder --queries"
-    require(mixed > 0, f"each query's answers all score alike, so all advantages are 0: {advice}")
+    require(mixed > 0, "each query's answers all score alike, so their advantages from the check "
+            f"are 0: {advice}")
     if mixed < 0.1:
         print(f"few queries have anything to learn from: {advice}")
 
@@ -334,7 +336,7 @@ def main(args: Args) -> dict:
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
     with autocast:
-        policy = sampling_policy(model, server, run)
+        policy = synced_policy(model, server, run)
         queries = order_queries(policy, reward_model, tokenizer, queries, args)
 
     # optimizer, resume
@@ -349,10 +351,10 @@ def main(args: Args) -> dict:
     for step in bar:
         try:
             with autocast:
-                policy = sampling_policy(full_model(model), server, run)
+                policy = synced_policy(full_model(model), server, run)
                 episode = sample_episode(policy, reward_model, tokenizer, queries, args, step)
-        except InputError as error:  # of a --reward of one's own, or of a server
-            save_and_refuse(error, run, step, model, optimizer)
+        except InputError as error:  # raised by a --reward or by the server
+            save_and_raise(error, run, step, model, optimizer)
         advantages = group_advantages(episode.rewards, args.scale_rewards).flatten()
         trained = responses_to_train(episode, advantages, args)
         for _ in range(args.inner_steps):
@@ -412,16 +414,16 @@ def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list
                      loss_type=args.loss_type, count=loss_divisor(episode, args))
 
 
-def sampling_policy(model, server: VLLMClient | None, run: Run):
-    """Return who samples: the model or a server that has read its weights. pi_old is then the
-    server's policy, with its rounding."""
+def synced_policy(model, server: VLLMClient | None, run: Run):
+    """Return the sampler: the model, or the server once it has loaded the weights. pi_old is then
+    the server's policy, with its rounding."""
     if server is None:
         return model
     server.load(model, run.path / "served")
     return server
 
 
-def save_and_refuse(error: InputError, run: Run, step: int, model, optimizer) -> None:
+def save_and_raise(error: InputError, run: Run, step: int, model, optimizer) -> None:
     """Save the steps before an error that the user can mend, so that none is lost."""
     if WORLD > 1 or step == 0:  # one of several processes cannot save alone
         raise error
