@@ -124,8 +124,12 @@ def group_advantages(rewards, scale_rewards: str = "group"):
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
-    zero_std = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return advantages.masked_fill(zero_std, 0.0)
+    return advantages.masked_fill(zero_std(rewards)[:, None], 0.0)
+
+
+def zero_std(rewards):
+    """rewards (Q, G) -> (Q,) bool: the groups whose rewards are all equal."""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps: float = 0.2,
@@ -192,10 +196,6 @@ class Episode:
         size = self.verified.shape[1]
         return [self.answers[i:i + size] for i in range(0, len(self.answers), size)]
 
-    def zero_std(self):
-        """Return (Q,) bool: the groups whose rewards are all equal."""
-        return self.rewards.amax(1) == self.rewards.amin(1)
-
     def metrics(self, args: Args) -> dict:
         """Return what the log shows of the samples."""
         metrics = {"reward": self.rewards.mean().item(),
@@ -203,7 +203,7 @@ class Episode:
         if self.scores is not None:
             metrics["score"] = self.scores.mean().item()
         finished = [len(answer.ids) for answer in self.answers if answer.finished]
-        metrics["frac_zero_std"] = self.zero_std().float().mean().item()
+        metrics["frac_zero_std"] = zero_std(self.rewards).float().mean().item()
         metrics["truncated"] = 1 - len(finished) / len(self.answers)
         metrics["length"] = sum(finished) / max(1, len(finished))
         metrics["completions"] = [group[0].text for group in self.groups()[:3]]
@@ -357,12 +357,13 @@ def main(args: Args) -> dict:
             save_and_raise(error, run, step, model, optimizer)
         advantages = group_advantages(episode.rewards, args.scale_rewards).flatten()
         trained = responses_to_train(episode, advantages, args)
+        count = loss_divisor(episode, args)
         for _ in range(args.inner_steps):
             loss, sums = 0.0, {"clipped": 0.0, "kl": 0.0, "entropy": 0.0}
             logprob_gap = 0.0
             for micro in micro_batches(trained, args.micro_batch):
                 micro_loss, logs = micro_batch_loss(model, reference, episode, advantages, micro,
-                                                    tokenizer.n_vocab, args, autocast)
+                                                    count, tokenizer.n_vocab, args, autocast)
                 micro_loss.backward()
                 loss += micro_loss.item()
                 logprob_gap = max(logprob_gap, logs["logprob_gap"])
@@ -393,8 +394,8 @@ def main(args: Args) -> dict:
 
 
 def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list[int],
-                     valid_vocab: int, args: Args, autocast):
-    """Return grpo_loss of some responses of an episode, as a part of the whole step's loss."""
+                     count: int, valid_vocab: int, args: Args, autocast):
+    """Return grpo_loss of some responses of an episode, with `count` the whole step's divisor."""
     answers = [episode.answers[i] for i in micro]
     prompts = [answer.prompt_ids for answer in answers]
     completions = [answer.ids for answer in answers]
@@ -411,7 +412,7 @@ def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list
     old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, sampled)
     return grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages[micro].to(logprobs.device),
                      mask, clip_eps=args.clip_eps, clip_high=args.clip_high, kl=args.kl,
-                     loss_type=args.loss_type, count=loss_divisor(episode, args))
+                     loss_type=args.loss_type, count=count)
 
 
 def synced_policy(model, server: VLLMClient | None, run: Run):

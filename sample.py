@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import kernels
 from lib.args import cli, positive, require
-from lib.decode import DecodeStep, rows_to_keep
+from lib.decode import Completion, DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
 from lib.optim import pad_rows, rng, setup
 from model import GrowingKVCache, KVCache, Qwen2
@@ -34,13 +34,6 @@ def load_policy(path, device) -> tuple[Qwen2, Tokenizer]:
 
 
 # --- generation -----------------------------------------------------------------------------------
-
-@dataclass
-class Completion:
-    ids: list[int]         # up to and including the first stop id
-    logprobs: list[float]  # log-probability of each id under the distribution it was drawn from
-    finished: bool         # False: cut at max_new_tokens
-
 
 @torch.inference_mode()
 def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,

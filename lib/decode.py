@@ -7,6 +7,7 @@ Qwen2.hidden is the one to read, and the tests compare the two. The step is fast
     times as fast. While a batch lasts, the weights therefore take twice the memory.
 """
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,13 @@ import torch.nn.functional as F
 
 from lib.fast import decode_attention, set_cpu_matmul
 from model import Block, KVCache, MoE, Qwen2, apply_rope, padding_mask, rope
+
+
+@dataclass
+class Completion:
+    ids: list[int]         # up to and including the first stop id
+    logprobs: list[float]  # log-probability of each id under the distribution it was drawn from
+    finished: bool         # False: cut at max_new_tokens
 
 
 class JoinedBlock(NamedTuple):

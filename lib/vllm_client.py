@@ -9,23 +9,16 @@ import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import kernels
 from lib.args import InputError, require
+from lib.decode import Completion
 from lib.dist import RANK, all_gather
 from lib.files import disk_errors
 from model import Qwen2
 from tokenizer import Tokenizer
-
-
-class ServerCompletion(NamedTuple):
-    """An answer with the fields of sample.Completion, below which this file lies."""
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
 
 
 class VLLMClient:
@@ -103,7 +96,7 @@ class VLLMClient:
             raise OSError(f"{error}: {text}") from None
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int,
-                 stop_ids, n: int) -> list[ServerCompletion]:
+                 stop_ids, n: int) -> list[Completion]:
         """Return what sample.generate would: n completions per prompt, in the order of prompts."""
         # A server would take whatever is not set here from the model's generation_config.json, such
         # as Qwen2.5's top_k 20 and repetition penalty. But the answers must be the policy's own.
@@ -112,14 +105,14 @@ class VLLMClient:
                 "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "n": n,
                 "stop_token_ids": list(stop_ids), "logprobs": 0, "return_token_ids": True}
 
-        def read(reply) -> list[ServerCompletion]:
+        def read(reply) -> list[Completion]:
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
             completions = [self.parse(choice, max_new_tokens, stop_ids) for choice in choices]
             require(len(completions) == n,
                     f"--rollout_url {self.url}: {len(completions)} answers, not {n}")
             return completions
 
-        def answer(i: int) -> list[ServerCompletion]:
+        def answer(i: int) -> list[Completion]:
             # vLLM counts up from a request's seed, so that each of the n has its own.
             request = body | {"prompt": prompts[i], "seed": seed + i * n}
             return self.ask("v1/completions", request, read)
@@ -130,7 +123,7 @@ class VLLMClient:
                 completions += group
         return completions
 
-    def parse(self, choice: dict, max_new_tokens: int, stop_ids) -> ServerCompletion:
+    def parse(self, choice: dict, max_new_tokens: int, stop_ids) -> Completion:
         """Read one answer; InputError if this tokenizer cannot have written it."""
         ids = array("q", choice["token_ids"]).tolist()  # TypeError unless all are integers
         logprobs = array("d", choice["logprobs"]["token_logprobs"]).tolist()
@@ -141,7 +134,7 @@ class VLLMClient:
         require(known and complete and not stops_early and len(ids) == len(logprobs),
                 f"--rollout_url {self.url}: an answer that cannot be this tokenizer's: {len(ids)} "
                 f"ids, among them {max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}")
-        return ServerCompletion(ids, logprobs, finished)
+        return Completion(ids, logprobs, finished)
 
 
 def rollout_backend(url: str, model, tokenizer):

@@ -14,8 +14,8 @@ import lib.args
 from lib.args import InputError, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [name for name in ("pretrain", "sft", "dpo", "reward", "grpo", "scaling", "evaluate",
-                            "sample", "data") if (ROOT / f"{name}.py").exists()]
+STAGES = ["pretrain", "sft", "dpo", "reward", "grpo", "scaling", "evaluate", "sample",
+          "data.__main__", "data.quality", "data.label", "tasks.__main__", "lib.report"]
 
 
 @dataclass
