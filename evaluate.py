@@ -46,6 +46,7 @@ class Args:
     queries: str = "test"            # query split or file
     n_queries: int = 0               # at most so many; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
+    reward_timeout: float = 60.0     # seconds that it may take per response
     samples: int = 4                 # answers per query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
@@ -223,7 +224,8 @@ def main(args: Args) -> dict:
             "--rollout_url: --yarn and --dca are settings of the server there")
 
     # data
-    queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480)
+    queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480,
+                                 reward_timeout=args.reward_timeout)
     foreign = sorted({query["domain"] for query in queries} - set(tasks.queries.DOMAINS))
     require(not args.few_shot or not foreign,
             f"--few_shot has worked examples of the built-in domains only, not of {foreign}")

@@ -68,6 +68,7 @@ class Args:
     n_queries: int = 0               # at most this many; 0: a whole file, 128 of a split
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
+    reward_timeout: float = 60.0     # seconds that it may take per response
     steps: int = 25                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries per episode
     num_generations: int = 8         # responses per query (the report's 8)
@@ -334,7 +335,8 @@ def main(args: Args) -> dict:
     server = VLLMClient(args.rollout_url, tokenizer) if args.rollout_url else None
 
     # data
-    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128)
+    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128,
+                                 reward_timeout=args.reward_timeout)
     with autocast:
         policy = synced_policy(model, server, run)
         queries = order_queries(policy, reward_model, tokenizer, queries, args)

@@ -329,7 +329,7 @@ def main(args: Args) -> dict:
     router_stats = RouterStats()
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
-        began = time.time()
+        began = time.perf_counter()
         batch = epoch_order(step, rows_per_step, len(packed), args.seed)
         loss = 0.0
         for micro in micro_batches(batch, args.micro_batch):
@@ -349,7 +349,7 @@ def main(args: Args) -> dict:
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": (step + 1) * count,
-                   "tokens_per_s": count / (time.time() - began), **router_metrics}
+                   "tokens_per_s": count / (time.perf_counter() - began), **router_metrics}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(full_model(model), val_ids, val_segments,
                                                 args.micro_batch, device, autocast)

@@ -19,6 +19,11 @@ from lib.dist import RANK, init_distributed, is_first_to_report, is_peer_failure
 RENAMED = {"recompute": "gradient_checkpointing", "clip": "max_grad_norm",
            "aggregate": "loss_type", "normalise": "scale_rewards", "group": "num_generations",
            "order": "query_order", "nll": "rpo_alpha"}
+# What moves the cursor, renames the window or turns the writing direction of a terminal: the control
+# characters but tab and newline, and Unicode's direction marks.
+CONTROLS = {*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F),
+            *range(0x2066, 0x206A)}
+HARMLESS = {code: chr(code).encode("unicode_escape").decode() for code in CONTROLS}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -117,6 +122,29 @@ def usage(Args) -> str:
     return "\n".join(lines)
 
 
+def handle_stop_signals(handler=signal.default_int_handler) -> None:
+    """Call handler on Ctrl-C, SIGTERM and SIGHUP. The default one raises KeyboardInterrupt.
+
+    Under `nohup` SIGHUP is ignored, and stays so."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        signal.signal(hangup, handler)
+
+
+def printable(text: str) -> str:
+    """Return text with its control characters written out, as \\x1b for ESC."""
+    return text.translate(HARMLESS)
+
+
+def filter_output() -> None:
+    """Make all that is printed from now on `printable`: a model's answer, or a stranger's file,
+    could otherwise send commands to the terminal."""
+    write = sys.stdout.write
+    sys.stdout.write = lambda text: write(printable(text))
+
+
 def exit_on_input_error(main, *args) -> None:
     """Call main(*args) and report bad input in one line. A bug keeps its traceback."""
     try:
@@ -129,7 +157,7 @@ def exit_on_input_error(main, *args) -> None:
         raise SystemExit(141) from None
     except InputError as error:
         if is_first_to_report():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -143,6 +171,7 @@ def cli(main, Args, **commands) -> None:
             return
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    filter_output()
     exit_on_input_error(run_until_stopped, main, Args, argv)
 
 
@@ -152,7 +181,7 @@ def run_until_stopped(main, Args, argv: list[str]) -> None:
     args = None
     try:
         init_distributed()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        handle_stop_signals()
         args = parse_args(Args, argv)
         main(args)
     except (KeyboardInterrupt, RuntimeError) as error:

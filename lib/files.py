@@ -4,12 +4,15 @@ import gzip
 import json
 import os
 import zlib
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from lib.args import InputError, require
 from lib.dist import RANK, is_peer_failure
+
+MAX_LINE = 2**26  # characters; a compressed file of a megabyte could hold a line of a gigabyte
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -28,10 +31,14 @@ def open_text(path: str | Path):
 def read_jsonl(path: str | Path):
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz, without its blank lines.
 
-    Raises InputError with file and line for anything but one JSON object per line."""
+    Raises InputError with file and line for anything but one JSON object per line, and for a line
+    of more than MAX_LINE characters."""
     with open_text(path) as file:
+        lines = iter(partial(file.readline, MAX_LINE + 1), "")
         try:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(lines, start=1):
+                require(len(line) <= MAX_LINE,
+                        f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
                 if line.strip():
                     row = json.loads(line)
                     require(isinstance(row, dict),
@@ -82,12 +89,15 @@ def disk_errors(path):
 def atomic_path(path: str | Path):
     """Give a temporary path to write to, then rename it: readers see the old file or the new one.
 
-    fsync makes this hold when the machine crashes too. Without it, the rename may reach the disk
-    before the bytes do, and leave an empty file."""
+    We create the temporary file ourselves: with O_EXCL a link that somebody has put there is never
+    followed. fsync makes the promise hold when the machine crashes too. Without it, the rename may
+    reach the disk before the bytes do, and leave an empty file."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a killed run
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             yield temporary
             with open(temporary, "rb+") as file:

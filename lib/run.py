@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,10 +24,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.args import InputError, require
+from lib.args import InputError, handle_stop_signals, require
 from lib.dist import RANK, WORLD, all_gather, full_model, full_state, load_full_state
 from lib.files import (
     atomic_path, disk_errors, json_safe, read_json, read_jsonl, write_atomic, write_jsonl)
+
+try:
+    import fcntl
+except ImportError:  # Windows: a run directory is not locked there
+    fcntl = None
 
 MAX_BAD_STEPS = 5  # so many in a row are no accident of one batch: the run stops
 
@@ -67,21 +72,55 @@ class Run:
         self.path = Path(args.out)
         self.log_file = self.path / "log.jsonl"
         self.state_file = self.path / "state" / "state.pt"
+        self.lock_file = None
         self.stage = stage
         self.args = dataclasses.asdict(args)
-        self.started = time.time()
+        self.started = time.perf_counter()
         self.previous_seconds = 0.0  # of the runs that this one resumes
         self.bad_steps = 0  # how many steps in a row were not finite, up to now
         self.skipped_steps = 0  # how many were not finite in all
         self.stopping = False
+        self.check_out()
+        if self.state_file.parent.exists():  # a run is going on here, or was killed
+            self.lock()
+        self.check_record()
+
+    def check_record(self) -> None:
+        """Check that the directory may be written to, as far as its run.json decides this."""
         has_record = (self.path / "run.json").exists()
         record = read_json(self.path / "run.json") if has_record else {}
-        if args.resume:
+        if self.args["resume"]:
             self.check_resumed(record)
-        elif record and not args.overwrite:
+        elif record and not self.args["overwrite"]:
             self.check_replaced(record)
-        self.check_out()
-        self.resumed = args.resume and self.state_file.exists()
+        self.resumed = self.args["resume"] and self.state_file.exists()
+
+    def lock(self) -> None:
+        """Keep all other processes from writing to this directory until this one ends.
+
+        The system gives the lock back however the process ends. So a batch system can kill a job
+        and start it again, and state/lock may stay behind. Raises InputError if another process
+        holds the lock."""
+        if RANK > 0 or fcntl is None or self.lock_file is not None:
+            return
+        path = self.state_file.with_name("lock")
+        this = f"process {os.getpid()} on {socket.gethostname()}"
+        with disk_errors(f"--out {self.path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock_file.seek(0)
+            other = self.lock_file.read() or "another process"
+            require(other == this, f"--out {self.path} is in use: {other} writes to it; wait for "
+                    "it, stop it, or choose another --out")
+            return
+        except OSError:  # a file system without locks, as some clusters have
+            return
+        self.lock_file.truncate(0)
+        self.lock_file.write(this)
+        self.lock_file.flush()
 
     def check_resumed(self, record: dict) -> None:
         """Refuse --resume of a run that is finished, never begun, or had other arguments."""
@@ -120,6 +159,8 @@ class Run:
         lines after it, and return its step."""
         self.model = model
         self.optimizer = optimizer
+        self.lock()
+        self.check_record()  # once more: another run may have begun and ended meanwhile
         step = 0
         if self.resumed:
             step = self.load_state()
@@ -131,8 +172,7 @@ class Run:
             print(f"resumed {self.path} after step {step}")
         is_main_thread = threading.current_thread() is threading.main_thread()
         if optimizer is not None and WORLD == 1 and is_main_thread:
-            signal.signal(signal.SIGINT, self.interrupt)
-            signal.signal(signal.SIGTERM, self.interrupt)
+            handle_stop_signals(self.interrupt)
         return step
 
     def load_state(self) -> int:
@@ -161,18 +201,16 @@ class Run:
             return
         with disk_errors(f"--out {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.state_file.parent.exists():
-                shutil.rmtree(self.state_file.parent)
-            for name in ("eval.json", "eval_samples.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
+            for file in (self.state_file, self.path / "eval.json",
+                         self.path / "eval_samples.jsonl"):
+                file.unlink(missing_ok=True)
             self.log_file.write_text("", encoding="utf-8")
 
     def interrupt(self, *_) -> None:
-        """Let the current step finish and save its state, after Ctrl-C or a batch system's SIGTERM.
-        A second signal ends the run at once."""
+        """Let the current step finish and save its state, after Ctrl-C, a batch system's SIGTERM or
+        the SIGHUP of a closed terminal. A second signal ends the run at once."""
         self.stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        handle_stop_signals()
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def log(self, step: int, steps: int, bar: tqdm, batch=(), **metrics) -> None:
@@ -243,7 +281,7 @@ class Run:
 
     def seconds(self) -> float:
         """Return the time that the run has taken, resumed runs included."""
-        return self.previous_seconds + time.time() - self.started
+        return self.previous_seconds + time.perf_counter() - self.started
 
     def write_record(self, result: dict) -> None:
         """Write run.json: what was run, with which arguments and versions, and `result`."""
@@ -272,6 +310,8 @@ class Run:
                            "skipped_steps": self.skipped_steps, "result": result})
         if RANK == 0:
             shutil.rmtree(self.state_file.parent, ignore_errors=True)
+            if self.lock_file is not None:
+                self.lock_file.close()
         print(f"{self.stage}: {self.path} ready after {self.seconds():.0f} s")
 
 

@@ -5,6 +5,9 @@ start one. For GRPO it must also read new weights at every step, and we check ea
 """
 import http.client
 import json
+import math
+import time
+import urllib.parse
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +34,10 @@ class VLLMClient:
         require(url.startswith(("http://", "https://")),
                 f"--rollout_url must be http://HOST:PORT/v1, got {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
+        # A server on this machine is not behind the http_proxy of the environment.
+        is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        handlers = [urllib.request.ProxyHandler({})] if is_local else []
+        self.opener = urllib.request.build_opener(*handlers)
         self.tokenizer = tokenizer
         self.name = self.ask("v1/models", None, lambda reply: reply["data"][0]["id"])
 
@@ -88,9 +95,17 @@ class VLLMClient:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        deadline = time.monotonic() + self.timeout
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                return json.load(reply)
+            with self.opener.open(request, timeout=self.timeout) as reply:
+                content = b""
+                while part := reply.read1(2**20):
+                    content += part
+                    if time.monotonic() > deadline:  # a server may also drip a byte per second
+                        raise TimeoutError(f"no whole reply within {self.timeout} seconds")
+                if reply.length:  # so many bytes are missing
+                    raise http.client.IncompleteRead(content, reply.length)
+                return json.loads(content)
         except urllib.error.HTTPError as error:
             text = error.read(300).decode("utf-8", "replace")  # says more than the status
             raise OSError(f"{error}: {text}") from None
@@ -129,11 +144,13 @@ class VLLMClient:
         logprobs = array("d", choice["logprobs"]["token_logprobs"]).tolist()
         finished = ids[-1] in stop_ids
         known = min(ids) >= 0 and max(ids) < self.tokenizer.n_vocab
+        measured = all(math.isfinite(logprob) for logprob in logprobs)
         stops_early = len(set(ids[:-1]) & set(stop_ids)) > 0
         complete = finished or len(ids) == max_new_tokens
-        require(known and complete and not stops_early and len(ids) == len(logprobs),
+        require(known and measured and complete and not stops_early and len(ids) == len(logprobs),
                 f"--rollout_url {self.url}: an answer that cannot be this tokenizer's: {len(ids)} "
-                f"ids, among them {max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}")
+                f"ids, among them {max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}, "
+                f"{'all' if measured else 'not all'} log-probabilities finite")
         return Completion(ids, logprobs, finished)
 
 

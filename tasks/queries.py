@@ -120,7 +120,7 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
         elif check["kind"] == "math":
             scores[i] = float(answers_rightly(check, response))
         elif check["kind"] == "own":
-            scores[i] = own_score(check["function"], query, response)
+            scores[i] = own_score(check["function"], query, response, check["timeout"])
         else:
             scores[i] = float(follows_all(query, response))
     passed = run_programs(list(programs.values()))
@@ -222,14 +222,17 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------
 # queries by name
 
-def load(name: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400) -> list[dict]:
+def load(name: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400,
+         reward_timeout: float = 60.0) -> list[dict]:
     """Return the queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a
     split ("ifeval:rl"), or of a file (see `benchmarks.load_file`).
 
     n: how many; 0: all of a file, and `built_in` of a split. reward: "file.py:function", which
-    takes the place of the checks; the rows of a file then need nothing but a "prompt"."""
+    takes the place of the checks; the rows of a file then need nothing but a "prompt". It may
+    take `reward_timeout` seconds per response."""
     if reward:
-        return load_for_own_reward(name, n, seed, reward, built_in)
+        check = {"kind": "own", "function": reward, "timeout": reward_timeout}
+        return load_for_own_reward(name, n, seed, check, built_in)
     if not is_split(name):
         return load_runnable_file(name, n)
     if name in SPLITS:
@@ -265,14 +268,13 @@ def load_runnable_file(path: str, n: int) -> list[dict]:
     return queries
 
 
-def load_for_own_reward(name: str, n: int, seed: int, reward: str, built_in: int) -> list[dict]:
+def load_for_own_reward(name: str, n: int, seed: int, check: dict, built_in: int) -> list[dict]:
     """Return queries whose check is the user's own function."""
-    own_reward(reward)  # refuse now a file or function that is not there
+    own_reward(check["function"])  # refuse now a file or function that is not there
     if is_split(name):
         rows = enumerate(load(name, n or built_in, seed), 1)
     else:
         rows = read_jsonl(name)
-    check = {"kind": "own", "function": reward}
     queries = []
     for line, row in islice(rows, n or None):
         require(row.get("prompt"),
