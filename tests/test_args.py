@@ -156,3 +156,16 @@ def test_bad_input_is_one_line_and_exit_code_2():
                           capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: --tokens must be of type int, got 'many'\n"
+
+
+def test_what_is_printed_cannot_command_the_terminal(monkeypatch, capsys):
+    """Text of a model or of a stranger's file: ESC moves the cursor, U+202E turns the line."""
+    def main(args):
+        print("\x1b[2J\x1b]0;title\x07 caf\u00e9\tsure\u202e\r \u0645 \x9b")
+        raise InputError("file \x1b[31mred")
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit):
+        lib.args.cli(main, Args)
+    out, err = capsys.readouterr()
+    assert out == "\\x1b[2J\\x1b]0;title\\x07 caf\u00e9\tsure\\u202e\\r \u0645 \\x9b\n"
+    assert err == "error: file \\x1b[31mred\n"

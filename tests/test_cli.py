@@ -49,6 +49,8 @@ def files(path) -> dict[str, str]:
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path, micro_run):
     """Runs a stage's command line, expects the refusal, returns its line without "error: "."""
+    monkeypatch.chdir(tmp_path)  # away from the runs/ of a user who has tried the stages
+
     def call(stage, *argv, words=()):
         before = files(tmp_path) | files(micro_run)
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, argv)])

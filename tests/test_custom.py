@@ -1,6 +1,8 @@
 """tasks/custom.py: a reward of one's own, and what is wrong with it in one line."""
+import os
 import sys
 
+import pytest
 from helpers import refuses, write_rows
 
 import data
@@ -58,3 +60,42 @@ def test_a_reward_of_ones_own(tmp_path):
     refuses(lambda: tasks.queries.load(str(path), reward=f"{mine}:f"), "q.jsonl:2", "got question")
     write_rows(path, [{"prompt": "Say it.", "domain": "x", "check": query["check"]}])
     refuses(lambda: tasks.queries.load(str(path)), "q.jsonl:1", "check.kind")
+
+
+def own_query(tmp_path, body: str, timeout: float = 60.0) -> dict:
+    """A query with a reward of one's own, which has this body."""
+    path = tmp_path / "own.py"
+    path.write_text(f"import os, re, sys, time\n\n\ndef score(query, response):\n    {body}\n")
+    write_rows(tmp_path / "q.jsonl", [{"prompt": "Say it."}])
+    custom.own_reward.cache_clear()
+    (query,) = tasks.queries.load(str(tmp_path / "q.jsonl"), reward=f"{path}:score",
+                                  reward_timeout=timeout)
+    return query
+
+
+@pytest.mark.parametrize("body, words", [
+    ("sys.exit(0)", ["line 5", "SystemExit: 0"]),
+    ("raise GeneratorExit", ["GeneratorExit"]),
+    ("raise ValueError('x' * 10**6)", ["ValueError: xxx"]),
+    ("return b'1'", ["gave b'1'"]),
+    ("return 1j", ["complex"]),
+    ("time.sleep(60)", ["TimeoutError: no answer within 0.2 seconds (--reward_timeout)"]),
+    ("re.match('(x+x+)+y', 'x' * 60)", ["TimeoutError"])])
+def test_a_reward_that_goes_wrong_is_one_line(body, words, tmp_path):
+    query = own_query(tmp_path, body, 0.2)
+    message = refuses(lambda: tasks.queries.score(query, "x"), "own.py:score", *words)
+    assert len(message) < 1000
+
+
+def test_a_reward_changes_neither_the_query_nor_the_working_directory(tmp_path):
+    query = own_query(tmp_path, "os.chdir('/'); query.clear(); return 1")
+    before = os.getcwd()
+    assert tasks.queries.score(query, "x") == 1.0
+    assert os.getcwd() == before and query["prompt"] == "Say it."
+
+
+def test_a_file_that_ends_the_program_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text("import sys\nsys.exit(0)\n")
+    custom.own_reward.cache_clear()
+    refuses(lambda: custom.own_reward(f"{tmp_path}/own.py:score"), "--reward", "line 2",
+            "SystemExit")

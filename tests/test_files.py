@@ -1,6 +1,7 @@
 """lib/files.py: files that are whole or absent, errors with file and line.
 R numbers: docs/requirements.md."""
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="file: cannot be written .No space left on device.; what"):
         files.write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    """Somebody who may write to the directory links the name that we are about to write to."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "run.json.tmp").symlink_to(precious)
+    files.write_atomic(tmp_path / "run.json", "new")
+    assert precious.read_text() == "mine"
+    assert (tmp_path / "run.json").read_text() == "new"
+    assert not (tmp_path / "run.json").is_symlink()
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_who_may_read(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        files.write_atomic(tmp_path / "x", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == mode
+
+
+def test_endless_lines_are_refused_before_they_fill_the_memory(tmp_path):
+    """A megabyte of gzip may hold a line of a gigabyte; here 130 KB hold one of 130 MB."""
+    path = tmp_path / "x.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"a": 1}\n')
+        for _ in range(130):
+            file.write(b" " * 2**20)
+    with pytest.raises(InputError, match="x.jsonl.gz:2: a line of more than 67,108,864"):
+        list(read_jsonl(path))
+    with gzip.open(path, "wb") as file:  # the longest line that is read
+        file.write(b'{"a": 1}' + b" " * (files.MAX_LINE - 9) + b"\n")
+    assert [row for _, row in read_jsonl(path)] == [{"a": 1}]

@@ -1,5 +1,7 @@
 """lib/run.py: the run directory. R numbers: docs/requirements.md."""
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from lib.run import Run
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -158,6 +161,88 @@ def test_the_log_keeps_small_numbers(tmp_path):
     (_, row), = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert row == {"step": 1, "lr": 7e-7, "loss": pytest.approx(7.6246189, rel=1e-6),
                    "tokens": 4096, "expert": [0.5]}
+
+
+HOLDER = """
+import sys, time
+from tests.test_run import Args, begun, finish
+run = begun(Args(out=sys.argv[1]))
+print("begun", flush=True)
+if sys.stdin.readline() == "finish\\n":
+    finish(run)
+print("done", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that writes to tmp_path/run."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "run"], text=True,
+                               cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_directory_has_one_run_at_a_time(tmp_path, holder):
+    """Whatever the flags: the second process is refused, and told who writes there. A killed
+    process, as by a batch system, leaves nothing that stands in the way of the next."""
+    path = tmp_path / "run"
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match=f"run is in use: process {holder.pid} on "):
+            Run(Args(out=str(path), **flags), "stage")
+    assert before == {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    holder.kill()
+    holder.wait()
+    begun(Args(out=str(path)))
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_replaced(tmp_path, holder):
+    """Both found the directory free. The other one finished while this one read its data."""
+    run = Run(Args(out=str(tmp_path / "free")), "stage")
+    (tmp_path / "run").rename(tmp_path / "free")
+    with pytest.raises(InputError, match=f"in use: process {holder.pid}"):
+        run.start_or_resume()
+    run.lock_file = None
+    (tmp_path / "free").rename(tmp_path / "run")
+    holder.stdin.write("finish\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() and holder.stdout.readline() == "done\n"
+    (tmp_path / "run").rename(tmp_path / "free")
+    with pytest.raises(InputError, match="holds a finished run"):
+        run.start_or_resume()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_end_the_run_after_a_saved_step(name, tmp_path):
+    """Ctrl-C, a batch system's SIGTERM, and the SIGHUP of a closed terminal."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        run = Run(Args(out=str(tmp_path / "run")), "stage")
+        run.start_or_resume(*small())
+        os.kill(os.getpid(), getattr(signal, name))
+        with pytest.raises(KeyboardInterrupt):
+            log(run, 1)
+        assert torch.load(run.state_file, weights_only=True)["step"] == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_nohup_stays_in_force(tmp_path):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run = Run(Args(out=str(tmp_path / "run")), "stage")
+        run.start_or_resume(*small())
+        os.kill(os.getpid(), signal.SIGHUP)
+        log(run, 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_git_is_not_needed(tmp_path, monkeypatch):

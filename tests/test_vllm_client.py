@@ -20,6 +20,7 @@ from model import Qwen2
 from sample import generate, load_policy
 from lib.vllm_client import VLLMClient, rollout_backend
 
+NAN = float("nan")
 PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
 
 
@@ -266,6 +267,8 @@ BROKEN = [
     ("huge", edit(lambda choice: choice.update(token_ids=[2**70])), ["OverflowError"]),
     ("null", edit(lambda choice: choice["logprobs"].update(token_logprobs=[None])), ["TypeError"]),
     ("no logprobs", edit(lambda choice: choice.update(logprobs=None)), ["TypeError"]),
+    ("no number", edit(lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, NAN)),
+     ["not all log-probabilities finite"]),
     ("another vocabulary", edit(lambda choice: choice["token_ids"].__setitem__(0, 605)),
      ["605", "tokenizer"]),
     ("another length", edit(lambda choice: choice["token_ids"].insert(0, 5)), ["tokenizer"]),
@@ -299,6 +302,33 @@ def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path
     refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "refused")
     for url in ("localhost:8000", "file:///etc", ""):
         refuses(lambda url=url: VLLMClient(url, tokenizer), "http://HOST:PORT/v1")
+
+
+def test_a_server_that_drips_has_a_deadline(policy, peer, tokenizer, monkeypatch):
+    """Each byte comes in time, the whole reply never would."""
+    class Drip(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                time.sleep(0.05)
+                self.wfile.write(b" ")
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Drip)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(VLLMClient, "timeout", 0.5)
+    refuses(lambda: VLLMClient(f"http://127.0.0.1:{http.server_port}/v1", tokenizer),
+            "no whole reply within 0.5 seconds")
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(policy, peer, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert rollout_backend(peer.url, *load_policy(policy, "cpu")).name == "the-model"
 
 
 def test_where_a_server_makes_no_sense_it_is_refused(policy, tmp_path):
