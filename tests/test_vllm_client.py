@@ -328,6 +328,8 @@ def test_a_server_that_drips_has_a_deadline(policy, peer, tokenizer, monkeypatch
 
 def test_a_server_on_this_machine_is_not_asked_through_a_proxy(policy, peer, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     assert rollout_backend(peer.url, *load_policy(policy, "cpu")).name == "the-model"
 
 
