@@ -338,12 +338,13 @@ def main(args: Args) -> dict:
             segment_ids = segment_ids.to(device) if args.doc_mask else None
             router = [] if model.config.num_experts else None
             with autocast:
-                micro_loss = lm_loss(model, ids, segment_ids, count, router)
-            loss += micro_loss.item()
+                token_loss = lm_loss(model, ids, segment_ids, count, router)
+            micro_loss = token_loss
             if router:
                 aux = router_stats.loss(router, len(micro) / rows_per_step)
-                micro_loss = micro_loss + model.config.router_aux_loss_coef * aux
+                micro_loss = token_loss + model.config.router_aux_loss_coef * aux
             micro_loss.backward()
+            loss += token_loss.item()
         loss = all_reduce_sum(loss)
         router_metrics = router_stats.end_step(step + 1) if model.config.num_experts else {}
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)

@@ -254,8 +254,8 @@ def main(args: Args) -> dict:
                 segment_ids = pad_rows([row.segment_ids for row in micro], -1).to(device)
             with autocast:
                 micro_loss = sft_loss(model, ids, mask, count, segment_ids)
-            loss += micro_loss.item()
             micro_loss.backward()
+            loss += micro_loss.item()
         loss = all_reduce_sum(loss)
         lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)

@@ -73,6 +73,17 @@ def test_score_is_read_at_the_last_token_whatever_the_padding(tokenizer):
         assert model(ids, lengths).tolist() == pytest.approx(want, abs=1e-5)
 
 
+def test_the_head_keeps_float32_under_autocast(tokenizer):
+    """In bfloat16 rewards near 4 would have steps of 0.03, and answers that differ would tie."""
+    model = random_reward(tokenizer)
+    rows = torch.randn(64, model.config.hidden_size)
+    want = (rows.double() @ model.head.weight.double().T).flatten()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.read(rows)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), want, atol=1e-5)
+
+
 def test_prompt_and_response_forms_agree(tokenizer):
     """Text, messages or the sampler's ids of one dialogue have one score; the end token counts."""
     model = random_reward(tokenizer)
