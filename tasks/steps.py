@@ -1,0 +1,108 @@
+"""Check the steps of an answer, not only its end: every equation between numbers must hold.
+
+A policy that is paid for right final answers alone may write "16 - 6 = 20. 20 / 2 = 5", if the 5
+happens to be right, and such texts would be kept as demonstrations. We read plain arithmetic only.
+What cannot be read (letters, powers, units within an expression) is not judged.
+"""
+import re
+from fractions import Fraction
+
+PLAIN = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-",
+         r"\left": "", r"\right": "", r"\$": "", "$": "", r"\,": "", r"\!": ""}
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+TERM = rf"[\s(]*{NUMBER}[\s)]*"
+EXPRESSION = rf"-?{TERM}(?:[-+*/]\s*-?{TERM})*"
+AT_THE_END = re.compile(rf"{EXPRESSION}$")
+AT_THE_START = re.compile(rf"\s*{EXPRESSION}")
+# What may stand before and after a whole expression. In "2x + 3 + 4 = 9" nothing is judged, since
+# "2x" stands before "3 + 4".
+BEFORE = re.compile(r"(^|[A-Za-z]{2}|[.,:;!?)\]])\s+$|(^|\*\*|\()$")
+AFTER = re.compile(r"$|\s+(?!remainder|r\b|mod|[\d^%\\])|[.,:;!?)\]*]+(\s|$)", re.IGNORECASE)
+LONGEST = 100  # characters of a side of an equation
+
+
+def steps_hold(text: str) -> bool:
+    """Return whether no equation of a text is false, and each \\boxed{ is closed and not empty."""
+    return not false_equations(text) and boxes_are_whole(text)
+
+
+def false_equations(text: str) -> list[str]:
+    """Return the false equations of a text, such as "16 - 6 = 20".
+
+    A decimal number may be rounded or cut: 10 / 3 equals 3.33."""
+    text = FRACTION.sub(r"((\1)/(\2))", text)
+    for symbol, plain in PLAIN.items():
+        text = text.replace(symbol, plain)
+    text = re.sub(r"[=<>!]=", "?", text)  # these are comparisons
+    found = []
+    for line in text.splitlines():
+        parts = line.split("=")
+        for i in range(1, len(parts)):
+            left = expression_before(parts[i - 1])
+            right = expression_after(parts[i])
+            has_operator = re.search(r"\d[\s)]*[-+*/]", f"{left} ; {right}")
+            if left and right and has_operator and not equal(left, right):
+                found.append(f"{left} = {right}")
+    return found
+
+
+def expression_before(text: str) -> str:
+    """Return the expression that ends a text, or "" if it is only a part of one."""
+    end = text[-LONGEST:].rstrip()
+    match = AT_THE_END.search(end)
+    if match is None:
+        return ""
+    expression = match.group().strip()
+    while expression.startswith("(") and expression.count("(") > expression.count(")"):
+        expression = expression.removeprefix("(").strip()  # as in "(3 + 4 = 7)"
+    before = end[:len(end) - len(expression)]
+    cut = len(text) > LONGEST and not before
+    starts_within = expression.startswith("-") and before.strip()
+    if cut or starts_within or not BEFORE.search(before):
+        return ""
+    return expression
+
+
+def expression_after(text: str) -> str:
+    """Return the expression that begins a text, or "" if it is only a part of one."""
+    match = AT_THE_START.match(text[:LONGEST])
+    if match is None:
+        return ""
+    expression = match.group().strip()
+    while expression.endswith(")") and expression.count(")") > expression.count("("):
+        expression = expression.removesuffix(")").strip()
+    after = text[text.index(expression) + len(expression):]
+    return expression if AFTER.match(after) else ""
+
+
+def equal(left: str, right: str) -> bool:
+    """Compare two expressions. What cannot be evaluated counts as equal."""
+    try:
+        difference = abs(value(left) - value(right))
+    except (SyntaxError, TypeError, ZeroDivisionError):
+        return True
+    if difference == 0:
+        return True
+    decimals = [len(side.rpartition(".")[2]) for side in (left, right)
+                if re.fullmatch(r"-?[\d,]+\.\d+", side)]
+    return bool(decimals) and difference < Fraction(1, 10 ** min(decimals))
+
+
+def value(expression: str) -> Fraction:
+    """Evaluate an EXPRESSION: numbers, single operators and brackets, so eval() is safe here."""
+    exact = re.sub(NUMBER, lambda n: f"Fraction('{n.group().replace(',', '')}')", expression)
+    return eval(exact, {"Fraction": Fraction})
+
+
+def boxes_are_whole(text: str) -> bool:
+    for rest in text.split("\\boxed{")[1:]:
+        depth, content = 1, ""
+        for character in rest:
+            depth += (character == "{") - (character == "}")
+            if depth == 0:
+                break
+            content += character
+        if depth > 0 or not content.strip():
+            return False
+    return True
