@@ -18,7 +18,7 @@ import torch
 import kernels
 import tasks.queries
 from lib.args import cli
-from lib.files import read_jsonl
+from lib.files import read_json, read_jsonl
 from grpo import group_advantages, shaped_reward
 from model import Config, rope_frequencies
 from reward import RewardModel
@@ -230,9 +230,58 @@ def blocks() -> None:
     save("08-blocks")
 
 
+STYLE = """
+  text { font: 13px system-ui, sans-serif; fill: #1a202c; text-anchor: middle }
+  .name { font-weight: 600; font-size: 15px }
+  .small { font-size: 12px; fill: #4a5568 }
+  rect { fill: #ebf4ff; stroke: #2b6cb0 }
+  path { stroke: #718096; stroke-width: 1.5; fill: none; marker-end: url(#tip) }
+  marker path { fill: #718096; stroke: none; marker-end: none }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #edf2f7 } .small { fill: #a0aec0 } rect { fill: #1a365d; stroke: #63b3ed }
+  }"""
+
+
+def pipeline(root: Path) -> None:
+    """Draw README's picture: each stage with its file, its section of the report, the seconds that
+    it took in the demo's run, and what its model then passes. An SVG, because that can follow the
+    reader's dark mode."""
+    data = root / "data" / "report.json"
+    tokenizer_seconds = (root / "tokenizer" / "vocab.json").stat().st_mtime - data.stat().st_mtime
+    stages = [("corpus", "data/", "3.1", read_json(data)["seconds"], ""),
+              ("tokenizer", "tokenizer.py", "2", tokenizer_seconds, "")]
+    for name, title, section in (
+            ("pretrain", "pre-training", "3.1"), ("sft", "SFT", "4.1"), ("dpo", "DPO", "4.2"),
+            ("reward", "reward model", "4.3"), ("grpo", "GRPO", "4.3")):
+        evaluation, passed = root / name / "eval.json", ""
+        if evaluation.exists():
+            total = read_json(evaluation)["metrics"]["pass@1"]["total"]
+            passed = f"passes {100 * total['mean']:.0f}%"
+        seconds = read_json(root / name / "run.json")["seconds"]
+        stages.append((title, f"{name}.py", section, seconds, passed))
+    parts = []
+    for i, (title, file, section, seconds, passed) in enumerate(stages):
+        x = 4 + 126 * i
+        parts.append(f'<rect x="{x}" y="4" width="108" height="106" rx="8"/>')
+        if i > 0:
+            parts.append(f'<path d="M{x - 17} 57 h10"/>')
+        lines = (("name", 26, title), ("", 47, file), ("small", 66, f"report {section}"),
+                 ("small", 84, f"{seconds:.0f} s"), ("", 103, passed))
+        for kind, y, text in lines:
+            parts.append(f'<text class="{kind}" x="{x + 54}" y="{y}">{text}</text>')
+    tip = ('<marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" '
+           'orient="auto"><path d="M0 0 L6 3 L0 6 z"/></marker>')
+    body = "\n".join(parts)
+    (IMG / "pipeline.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 872 114" width="872">\n'
+        f"<style>{STYLE}</style>\n<defs>{tip}</defs>\n{body}\n</svg>\n", encoding="utf-8")
+    print(IMG / "pipeline.svg")
+
+
 def main(args: Args) -> None:
     IMG.mkdir(exist_ok=True)
     root = Path(args.run)
+    pipeline(root)
     vocabulary()
     wavelengths()
     experts(args.moe)

@@ -59,12 +59,12 @@ def stage_args(module, **values):
     return module.Args(**{"device": "cpu", "dtype": "float32", **values})
 
 
-GLOSSARY = {"step"} | {name for line in (ROOT / "README.md").read_text("utf-8").splitlines()
+GLOSSARY = {"step"} | {name for line in (ROOT / "docs/metrics.md").read_text("utf-8").splitlines()
                        if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
 
 
 def log(path) -> list[dict]:
-    """What a stage logged; README explains every number of it."""
+    """What a stage logged; docs/metrics.md explains every number of it."""
     lines = (Path(path) / "log.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert (found := {name for row in rows for name in row}) <= GLOSSARY, found - GLOSSARY
