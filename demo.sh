@@ -4,31 +4,48 @@
 #
 #   make demo                 sets up the environment, then runs this
 #   SEED=1 make demo          another seed, in runs/demo-seed1
+#   FRESH=1 make demo         starts anew; else finished stages are skipped, and a stopped one goes on
 set -euo pipefail
 cd "$(dirname "$0")"
 SEED=${SEED:-0}
 RUN=runs/demo
 [ "$SEED" = 0 ] || RUN=runs/demo-seed$SEED
-rm -rf "$RUN"
-mkdir -p "$RUN"
-date +%s > "$RUN/started"
+[ -z "${FRESH:-}" ] || rm -rf "$RUN"
+if [ -e "$RUN" ]; then
+  rm -f "$RUN/started"  # the report gives no total time to a run in several parts
+else
+  mkdir -p "$RUN"
+  date +%s > "$RUN/started"
+fi
 say() { printf '\n== %s\n' "$*"; }
-evaluate() { python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"; }
+stage() {  # stage DIRECTORY PROGRAM --flags: skip it if it is finished, resume it if it was stopped
+  local out="$RUN/$1" program="$2" resume=""
+  if grep -qs '"finished": true' "$out/run.json"; then echo "$out is there already"; return; fi
+  if [ -e "$out/run.json" ]; then resume=--resume; fi
+  python "$program" --out "$out" --seed "$SEED" "${@:3}" $resume
+}
+evaluate() {  # evaluate DIRECTORY --flags
+  if [ ! -e "$RUN/$1/eval.json" ]; then
+    python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"
+  fi
+}
 
 say "1. corpus: Python's own documentation and code, and synthetic documents, cleaned and mixed"
-python -m data --out "$RUN/data" --max_mb 3 --synthetic_mb 10 --seed "$SEED"
+if [ ! -e "$RUN/data/report.json" ]; then
+  python -m data --out "$RUN/data" --max_mb 3 --synthetic_mb 10 --seed "$SEED" --overwrite
+fi
 
 say "2. tokenizer: byte-level BPE from scratch"
-python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$RUN/tokenizer"
+if [ ! -e "$RUN/tokenizer/tokenizer_config.json" ]; then
+  python tokenizer.py train --input "$RUN"/data/*.jsonl --vocab_size 2048 --out "$RUN/tokenizer"
+fi
 
 say "3. pre-training"
-python pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --out "$RUN/pretrain" \
-  --tokens 3.4e6 --seed "$SEED"
+stage pretrain pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --tokens 3.4e6
 evaluate pretrain --few_shot 1 --text "$RUN/data"
 
 say "4. SFT on verified demonstrations"
-python sft.py --init "$RUN/pretrain" --out "$RUN/sft" --n_data 600 --epochs 8 \
-  --lr 2e-4 --seed "$SEED"
+stage sft sft.py --init "$RUN/pretrain" --n_data 600 --epochs 8 --lr 2e-4
 evaluate sft
 
 # From here one core trains on, stage by stage, and the other runs the control: more SFT on the same
@@ -36,38 +53,36 @@ evaluate sft
 export OMP_NUM_THREADS=1
 say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
 (
-python sft.py --init "$RUN/sft" --out "$RUN/sft_control" --n_data 600 --epochs 115 \
-  --lr 2e-4 --seed "$SEED"
+stage sft_control sft.py --init "$RUN/sft" --n_data 600 --epochs 115 --lr 2e-4
 evaluate sft_control
 
 # The report's further stages of pre-training, beside the road: nothing below starts from them, for
 # at this size a new RoPE base costs more answers than longer rows bring (LOG.md, "three stages").
 say "(in the background) further pre-training: more mathematics and code, then four times the length"
-python pretrain.py --data "$RUN/data" --init "$RUN/pretrain" --out "$RUN/maths" --tokens 1.5e5 \
-  --lr 5e-4 --seed "$SEED" --weights mathematics=0.4,code=0.3,logic=0.2,stdlib_code=0.1
-python pretrain.py --data "$RUN/data" --init "$RUN/maths" --out "$RUN/long" --tokens 1.5e5 \
-  --lr 5e-4 --seed "$SEED" --seq_len 512 --rope_theta 1e6 --long_share 0.4
+stage maths pretrain.py --data "$RUN/data" --init "$RUN/pretrain" --tokens 1.5e5 --lr 5e-4 \
+  --weights mathematics=0.4,code=0.3,logic=0.2,stdlib_code=0.1
+stage long pretrain.py --data "$RUN/data" --init "$RUN/maths" --tokens 1.5e5 --lr 5e-4 \
+  --seq_len 512 --rope_theta 1e6 --long_share 0.4
 evaluate maths --few_shot 1 --samples 1 --text "$RUN/data"
 evaluate long --few_shot 1 --samples 1 --text "$RUN/data"
 ) > "$RUN/background.log" 2>&1 &
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
-python dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --out "$RUN/dpo" --n_queries 1200 \
-  --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3 --seed "$SEED"
+stage dpo dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --n_queries 1200 --pairs_per_query 4 \
+  --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
-python grpo.py --init "$RUN/dpo" --out "$RUN/rl_first" --n_queries 200 --steps 8 \
-  --batch_queries 24 --lr 3e-4 --seed "$SEED"
+stage rl_first grpo.py --init "$RUN/dpo" --n_queries 200 --steps 8 --batch_queries 24 --lr 3e-4
 
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
-python reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
-  --pairs "$RUN/dpo/pairs.jsonl" --out "$RUN/reward" --n_queries 240 --responses 2 \
-  --epochs 1 --batch_size 32 --lr 5e-4 --seed "$SEED"
+stage reward reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
+  --pairs "$RUN/dpo/pairs.jsonl" --n_queries 240 --responses 2 --epochs 1 --batch_size 32 \
+  --lr 5e-4
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
-python grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --out "$RUN/grpo" --n_queries 1200 \
-  --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 --scale_rewards none --seed "$SEED"
+stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --n_queries 1200 --steps 200 \
+  --batch_queries 24 --lr 3e-4 --kl 0.03 --scale_rewards none
 evaluate grpo
 
 wait

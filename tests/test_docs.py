@@ -1,4 +1,4 @@
-"""What the documents claim is true: files, flags, quoted lines, printed results, the report's map."""
+"""What the documents claim is true: files, flags, quoted lines, printed results."""
 import importlib
 import re
 import shlex
@@ -120,8 +120,9 @@ def test_the_commands_of_the_course_run(tmp_path):
                 if arguments[0] != "-m":
                     arguments[0] = str(ROOT / arguments[0])
                 arguments = [word.replace("runs/demo/", "runs/") for word in arguments]
-                done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True, env=ENV,
-                                      stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+                done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=ENV,
+                                      stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                      timeout=600)
                 assert done.returncode == 0, f"{lesson}: {command}\n{done.stderr[-2000:]}"
 
 
