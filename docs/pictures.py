@@ -232,7 +232,7 @@ def blocks() -> None:
 
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #1a202c; text-anchor: middle }
-  .name { font-weight: 600; font-size: 15px }
+  .name { font-weight: 600; font-size: 13.5px }
   .small { font-size: 12px; fill: #4a5568 }
   rect { fill: #ebf4ff; stroke: #2b6cb0 }
   path { stroke: #718096; stroke-width: 1.5; fill: none; marker-end: url(#tip) }
