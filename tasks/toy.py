@@ -29,16 +29,12 @@ class Task(NamedTuple):
     responses: list[str]   # right ones; where there are two, the second shows its work
 
 
-def direct_and_worked(steps: list[str], answer) -> list[str]:
-    """Return two right responses: one states the answer at once, one shows its work first."""
-    direct = f"The answer is \\boxed{{{answer}}}."
-    return [direct, ". ".join([*steps, direct])]
-
-
 def answer_task(problem: Problem) -> Task:
     """Return the task whose response must end in the problem's answer."""
     check = {"kind": "math", "answer": str(problem.answer)}
-    return Task(problem.prompt, check, direct_and_worked(problem.steps, problem.answer))
+    direct = f"The answer is \\boxed{{{problem.answer}}}."
+    worked = ". ".join([*problem.steps, direct])
+    return Task(problem.prompt, check, [direct, worked])
 
 
 # ---------------------------------------------------------------------------------------------
