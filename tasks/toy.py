@@ -482,14 +482,9 @@ def follows(response: str, rule: str, kw: dict) -> bool:
         return text.islower()
     if rule == "detectable_format:number_bullet_lists":
         return len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"]
-    if rule == "ours:items":
-        return lists_items(text, kw["category"], kw["n"])
+    if rule == "ours:items":  # n different things of a category, by commas or by lines
+        allowed = {thing.lower() for thing in CATEGORIES[kw["category"]]}
+        parts = re.split(r",|\n", text.strip('".').lower())
+        items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
+        return len(items) == len(set(items)) == kw["n"] and set(items) <= allowed
     return False
-
-
-def lists_items(text: str, category: str, n: int) -> bool:
-    """Return whether the text is n different things of the category, by commas or by lines."""
-    allowed = {thing.lower() for thing in CATEGORIES[category]}
-    parts = re.split(r",|\n", text.strip('".').lower())
-    items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
-    return len(items) == len(set(items)) == n and set(items) <= allowed
