@@ -159,10 +159,6 @@ def occurrences(text: str, part: str) -> int:
     return text.lower().count(part.lower())
 
 
-def is_in_language(text: str, language: str) -> bool:
-    return language_of(text)[0] == language
-
-
 def framed(parts: list[str]) -> list[str]:
     """Strip the parts; drop an empty first and an empty last part, which frame the separators."""
     parts = [part.strip() for part in parts]
@@ -229,9 +225,9 @@ CHECKS = {  # kind: the check of a text, whose arguments have IFEval's names
     "keywords:letter_frequency": lambda text, letter, let_relation, let_frequency:
         related(occurrences(text, letter), let_relation, let_frequency),
     "punctuation:no_comma": lambda text: "," not in text,
-    "language:response_language": is_in_language,
-    "change_case:english_capital": lambda text: text.isupper() and is_in_language(text, "en"),
-    "change_case:english_lowercase": lambda text: text.islower() and is_in_language(text, "en"),
+    "language:response_language": lambda text, language: language_of(text)[0] == language,
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text)[0] == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text)[0] == "en",
     "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency:
         related(capital_words(text), capital_relation, capital_frequency),
     "length_constraints:number_words": lambda text, relation, num_words:
