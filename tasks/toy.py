@@ -148,12 +148,11 @@ def swap(r: Random) -> Problem:
 def weekday(r: Random) -> Problem:
     today = r.randrange(7)
     distance = r.randint(2, 5)
+    step = 1
+    question = f"what day is it in {distance} days"
     if r.random() < 0.5:
         step = -1
         question = f"what day was it {distance} days ago"
-    else:
-        step = 1
-        question = f"what day is it in {distance} days"
     days = [DAYS[(today + step * i) % 7] for i in range(distance + 1)]
     opening = r.choice(["Today is", "It is", "Suppose today is"])
     count = "Count: " + ", ".join(days)
@@ -272,11 +271,9 @@ def make_exercise(texts: tuple[str, str, str], signature: str, inputs: list, **v
 
 def list_function(r: Random) -> Exercise:
     k = r.randint(2, 5)
-    numbers = r.choice(list(LIST_FILTERS))
-    condition = LIST_FILTERS[numbers]
+    numbers, condition = r.choice(list(LIST_FILTERS.items()))
     m = r.randint(2, 5)
-    values = r.choice(list(LIST_VALUES))
-    value = LIST_VALUES[values]
+    values, value = r.choice(list(LIST_VALUES.items()))
     name = r.choice(["solve", "compute", "f", "process"])
     each = f"for x in xs if {condition}" if condition else "for x in xs"
     how = r.choice(["sum", "count", "list", "largest"])
@@ -354,8 +351,7 @@ THINGS = {  # noun: (adjectives, what it does)
     "train": ("fast late long red", "leaves the station|crosses the bridge|stops at noon"),
     "teacher": ("kind young strict wise", "reads a story|opens the window|helps the children"),
     "bird": ("little yellow free loud", "sings in the tree|flies over the river|builds a nest"),
-    "winter": ("cold long white hard", "brings some snow|ends in March|makes the nights long"),
-}
+    "winter": ("cold long white hard", "brings some snow|ends in March|makes the nights long")}
 EXTRA = "slowly today again softly always often early together".split()
 PLACES = ["in the morning", "near the old bridge", "after the storm", "on a summer day",
           "for a long time"]
@@ -364,8 +360,7 @@ CATEGORIES = {
     "colours": "red blue green yellow black white brown pink orange purple grey".split(),
     "fruits": "apple pear plum cherry banana lemon orange grape peach melon".split(),
     "countries": "France Spain Italy Japan China India Brazil Canada Egypt Kenya Peru".split(),
-    "sports": "tennis football rugby golf boxing hockey rowing running chess cricket".split(),
-}
+    "sports": "tennis football rugby golf boxing hockey rowing running chess cricket".split()}
 
 
 @dataclass
