@@ -107,6 +107,8 @@ def refuse_bad_check(query: dict) -> None:
         program = check.get("prefix", "") + check["tests"]
         program.encode()  # refuses half a surrogate pair, which no file can hold
     if kind == "ifeval":
+        if not check["instruction_id_list"]:
+            raise ValueError("no constraint: every response would earn 1.0")
         for rule, arguments in zip(check["instruction_id_list"], check["kwargs"], strict=True):
             ifeval.follows("text", rule, arguments)
 

@@ -6,9 +6,9 @@ often gets wrong, so that the whole pipeline runs without a download. Published 
 them: another draw, or another order of draws, changes every query.
 """
 import re
-import textwrap
 from dataclasses import dataclass
 from random import Random
+from textwrap import indent
 from typing import NamedTuple
 
 NAMES = "Ann Ben Carla David Emma Hugo Kate Liam Maria Paul Rosa Sam".split()
@@ -29,16 +29,12 @@ class Task(NamedTuple):
     responses: list[str]   # right ones; where there are two, the second shows its work
 
 
-def direct_and_worked(steps: list[str], answer) -> list[str]:
-    """Return two right responses: one states the answer at once, one shows its work first."""
-    direct = f"The answer is \\boxed{{{answer}}}."
-    return [direct, ". ".join([*steps, direct])]
-
-
 def answer_task(problem: Problem) -> Task:
     """Return the task whose response must end in the problem's answer."""
     check = {"kind": "math", "answer": str(problem.answer)}
-    return Task(problem.prompt, check, direct_and_worked(problem.steps, problem.answer))
+    direct = f"The answer is \\boxed{{{problem.answer}}}."
+    worked = ". ".join([*problem.steps, direct])
+    return Task(problem.prompt, check, [direct, worked])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,12 +148,11 @@ def swap(r: Random) -> Problem:
 def weekday(r: Random) -> Problem:
     today = r.randrange(7)
     distance = r.randint(2, 5)
+    step = 1
+    question = f"what day is it in {distance} days"
     if r.random() < 0.5:
         step = -1
         question = f"what day was it {distance} days ago"
-    else:
-        step = 1
-        question = f"what day is it in {distance} days"
     days = [DAYS[(today + step * i) % 7] for i in range(distance + 1)]
     opening = r.choice(["Today is", "It is", "Suppose today is"])
     count = "Count: " + ", ".join(days)
@@ -213,162 +208,115 @@ LIST_VALUES = {  # words for what is taken of each number: the expression of x
     "the squares of the": "x * x", "the doubles of the": "x * 2",
     "{m} times the": "x * {m}", "the absolute values of the": "abs(x)"}
 
-# Each paragraph is a task, its solution in one line, and its solution in several lines.
-STRING_TASKS = """
-returns how many words in the string s have more than {k} letters
-    return sum(1 for w in s.split() if len(w) > {k})
-    n = 0
-    for w in s.split():
-        if len(w) > {k}:
-            n += 1
-    return n
 
-returns how often the letter {letter} is in the string s
-    return s.count('{letter}')
-    n = 0
-    for c in s:
-        if c == '{letter}':
-            n += 1
-    return n
-
-returns the string s reversed and in upper case
-    return s[::-1].upper()
-    s = s.upper()
-    return s[::-1]
-
-returns the first {k} letters of the string s in upper case
-    return s[:{k}].upper()
-    start = s[:{k}]
-    return start.upper()
-
-returns the string s without the letter {letter}
-    return s.replace('{letter}', '')
-    out = ''
-    for c in s:
-        if c != '{letter}':
-            out += c
-    return out
-
-returns the words of the string s that start with the letter {letter}
-    return [w for w in s.split() if w.startswith('{letter}')]
-    out = []
-    for w in s.split():
-        if w.startswith('{letter}'):
-            out.append(w)
-    return out
-
-returns the string s repeated {k} times
-    return s * {k}
-    return s * {k}
-
-returns the last {k} letters of the string s
-    return s[-{k}:]
-    return s[-{k}:]
-"""
-NUMBER_TASKS = """
-returns True if n is divisible by {a} and not by {b}, else False
-    return n % {a} == 0 and n % {b} != 0
-    if n % {a} == 0 and n % {b} != 0:
-        return True
-    return False
-
-returns True if n is greater than {a} or divisible by {b}, else False
-    return n > {a} or n % {b} == 0
-    if n > {a} or n % {b} == 0:
-        return True
-    return False
-
-returns n times {a} plus {b}
-    return n * {a} + {b}
-    product = n * {a}
-    return product + {b}
-
-returns {a} if n is even, else {b}
-    return {a} if n % 2 == 0 else {b}
-    if n % 2 == 0:
-        return {a}
-    return {b}
-
-returns n minus {a} if n is greater than {b}, else n times {c}
-    return n - {a} if n > {b} else n * {c}
-    if n > {b}:
-        return n - {a}
-    return n * {c}
-
-returns the sum of the numbers from 1 to n that are divisible by {a}
-    return sum(i for i in range(1, n + 1) if i % {a} == 0)
-    total = 0
-    for i in range(1, n + 1):
-        if i % {a} == 0:
-            total += i
-    return total
-"""
-
-
-def loop_body(start: str, condition: str, update: str, result: str) -> str:
-    """Return a function body that loops over xs, with an `if` where there is a condition."""
+def loop(start: str, over: str, condition: str, update: str, result: str) -> str:
+    """Return the lines of a loop, with an `if` where there is a condition."""
     if condition:
         update = f"if {condition}:\n        {update}"
-    return textwrap.indent(f"{start}\nfor x in xs:\n    {update}\nreturn {result}", "    ")
+    return f"{start}\nfor {over}:\n    {update}\nreturn {result}"
+
+
+def branch(condition: str, yes: str, no: str) -> str:
+    return f"if {condition}:\n    return {yes}\nreturn {no}"
+
+
+# A task, its solution in one line, and its solution in several lines.
+STRING_TASKS = [
+    ("returns how many words in the string s have more than {k} letters",
+     "return sum(1 for w in s.split() if len(w) > {k})",
+     loop("n = 0", "w in s.split()", "len(w) > {k}", "n += 1", "n")),
+    ("returns how often the letter {letter} is in the string s",
+     "return s.count('{letter}')",
+     loop("n = 0", "c in s", "c == '{letter}'", "n += 1", "n")),
+    ("returns the string s reversed and in upper case",
+     "return s[::-1].upper()",
+     "s = s.upper()\nreturn s[::-1]"),
+    ("returns the first {k} letters of the string s in upper case",
+     "return s[:{k}].upper()",
+     "start = s[:{k}]\nreturn start.upper()"),
+    ("returns the string s without the letter {letter}",
+     "return s.replace('{letter}', '')",
+     loop("out = ''", "c in s", "c != '{letter}'", "out += c", "out")),
+    ("returns the words of the string s that start with the letter {letter}",
+     "return [w for w in s.split() if w.startswith('{letter}')]",
+     loop("out = []", "w in s.split()", "w.startswith('{letter}')", "out.append(w)", "out")),
+    ("returns the string s repeated {k} times", "return s * {k}", "return s * {k}"),
+    ("returns the last {k} letters of the string s", "return s[-{k}:]", "return s[-{k}:]")]
+NUMBER_TASKS = [
+    ("returns True if n is divisible by {a} and not by {b}, else False",
+     "return n % {a} == 0 and n % {b} != 0",
+     branch("n % {a} == 0 and n % {b} != 0", "True", "False")),
+    ("returns True if n is greater than {a} or divisible by {b}, else False",
+     "return n > {a} or n % {b} == 0",
+     branch("n > {a} or n % {b} == 0", "True", "False")),
+    ("returns n times {a} plus {b}",
+     "return n * {a} + {b}",
+     "product = n * {a}\nreturn product + {b}"),
+    ("returns {a} if n is even, else {b}",
+     "return {a} if n % 2 == 0 else {b}",
+     branch("n % 2 == 0", "{a}", "{b}")),
+    ("returns n minus {a} if n is greater than {b}, else n times {c}",
+     "return n - {a} if n > {b} else n * {c}",
+     branch("n > {b}", "n - {a}", "n * {c}")),
+    ("returns the sum of the numbers from 1 to n that are divisible by {a}",
+     "return sum(i for i in range(1, n + 1) if i % {a} == 0)",
+     loop("total = 0", "i in range(1, n + 1)", "i % {a} == 0", "total += i", "total"))]
+
+
+def make_exercise(texts: tuple[str, str, str], signature: str, inputs: list, **values) -> Exercise:
+    """Return the exercise of a task and its two solutions, with the values put in."""
+    task, *solutions = [text.format(**values) for text in texts]
+    return Exercise(task, signature, [indent(body, "    ") for body in solutions], inputs)
 
 
 def list_function(r: Random) -> Exercise:
     k = r.randint(2, 5)
-    numbers = r.choice(list(LIST_FILTERS))
-    condition = LIST_FILTERS[numbers].format(k=k)
+    numbers, condition = r.choice(list(LIST_FILTERS.items()))
     m = r.randint(2, 5)
-    values = r.choice(list(LIST_VALUES))
-    value = LIST_VALUES[values].format(m=m)
+    values, value = r.choice(list(LIST_VALUES.items()))
     name = r.choice(["solve", "compute", "f", "process"])
-    loop = f"for x in xs if {condition}" if condition else "for x in xs"
+    each = f"for x in xs if {condition}" if condition else "for x in xs"
     how = r.choice(["sum", "count", "list", "largest"])
     if how == "count":
         task = f"returns how many {numbers} are in the list xs"
-        short = f"sum(1 {loop})" if condition else "len(xs)"
-        body = loop_body("n = 0", condition, "n += 1", "n")
+        short = f"return sum(1 {each})" if condition else "return len(xs)"
+        body = loop("n = 0", "x in xs", condition, "n += 1", "n")
     elif how == "sum":
         task = f"returns the sum of {values} {numbers} in xs"
-        short = f"sum({value} {loop})"
-        body = loop_body("total = 0", condition, f"total += {value}", "total")
+        short = f"return sum({value} {each})"
+        body = loop("total = 0", "x in xs", condition, f"total += {value}", "total")
     elif how == "list":
         task = f"returns a list of {values} {numbers} in xs"
-        short = f"[{value} {loop}]"
-        body = loop_body("out = []", condition, f"out.append({value})", "out")
+        short = f"return [{value} {each}]"
+        body = loop("out = []", "x in xs", condition, f"out.append({value})", "out")
     else:
         task = f"returns the largest of {values} {numbers} in xs, or 0 if there are none"
-        short = f"max([{value} {loop}], default=0)"
-        body = (f"    values = [{value} {loop}]\n"
-                "    if not values:\n        return 0\n    return max(values)")
+        short = f"return max([{value} {each}], default=0)"
+        body = f"values = [{value} {each}]\n" + branch("not values", "0", "max(values)")
     inputs = []
     for _ in range(4):
         length = r.randint(3, 7)
         inputs.append([r.randint(-9, 20) for _ in range(length)])
     inputs.append([])
-    return Exercise(task.format(k=k, m=m), f"{name}(xs)", [f"    return {short}", body], inputs)
-
-
-def template_exercise(template: str, signature: str, inputs: list, **values) -> Exercise:
-    """Return the exercise of one paragraph of STRING_TASKS or NUMBER_TASKS."""
-    task, short, body = template.strip("\n").format(**values).split("\n", 2)
-    return Exercise(task, signature, [short, body], inputs)
+    return make_exercise((task, short, body), f"{name}(xs)", inputs, k=k, m=m)
 
 
 def string_function(r: Random) -> Exercise:
     k = r.randint(2, 5)
     letter = r.choice("aeiost")
     name = r.choice(["solve", "convert", "g", "handle"])
-    template = r.choice(STRING_TASKS.split("\n\n"))
+    texts = r.choice(STRING_TASKS)
     words = "the sea is at rest and a small stone sits on its edge tonight".split()
     inputs = [" ".join(r.sample(words, r.randint(2, 5))) for _ in range(4)]
-    return template_exercise(template, f"{name}(s)", inputs, k=k, letter=letter)
+    return make_exercise(texts, f"{name}(s)", inputs, k=k, letter=letter)
 
 
 def number_function(r: Random) -> Exercise:
     a, b, c = r.sample(range(2, 10), 3)
     name = r.choice(["check", "solve", "f", "rule"])
-    template = r.choice(NUMBER_TASKS.split("\n\n"))
+    texts = r.choice(NUMBER_TASKS)
     inputs = r.sample(range(0, 40), 4) + [a * c]
-    return template_exercise(template, f"{name}(n)", inputs, a=a, b=b, c=c)
+    return make_exercise(texts, f"{name}(n)", inputs, a=a, b=b, c=c)
 
 
 def code(r: Random) -> Task:
@@ -403,8 +351,7 @@ THINGS = {  # noun: (adjectives, what it does)
     "train": ("fast late long red", "leaves the station|crosses the bridge|stops at noon"),
     "teacher": ("kind young strict wise", "reads a story|opens the window|helps the children"),
     "bird": ("little yellow free loud", "sings in the tree|flies over the river|builds a nest"),
-    "winter": ("cold long white hard", "brings some snow|ends in March|makes the nights long"),
-}
+    "winter": ("cold long white hard", "brings some snow|ends in March|makes the nights long")}
 EXTRA = "slowly today again softly always often early together".split()
 PLACES = ["in the morning", "near the old bridge", "after the storm", "on a summer day",
           "for a long time"]
@@ -413,8 +360,7 @@ CATEGORIES = {
     "colours": "red blue green yellow black white brown pink orange purple grey".split(),
     "fruits": "apple pear plum cherry banana lemon orange grape peach melon".split(),
     "countries": "France Spain Italy Japan China India Brazil Canada Egypt Kenya Peru".split(),
-    "sports": "tennis football rugby golf boxing hockey rowing running chess cricket".split(),
-}
+    "sports": "tennis football rugby golf boxing hockey rowing running chess cricket".split()}
 
 
 @dataclass
@@ -531,14 +477,9 @@ def follows(response: str, rule: str, kw: dict) -> bool:
         return text.islower()
     if rule == "detectable_format:number_bullet_lists":
         return len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"]
-    if rule == "ours:items":
-        return lists_items(text, kw["category"], kw["n"])
+    if rule == "ours:items":  # n different things of a category, by commas or by lines
+        allowed = {thing.lower() for thing in CATEGORIES[kw["category"]]}
+        parts = re.split(r",|\n", text.strip('".').lower())
+        items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
+        return len(items) == len(set(items)) == kw["n"] and set(items) <= allowed
     return False
-
-
-def lists_items(text: str, category: str, n: int) -> bool:
-    """Return whether the text is n different things of the category, by commas or by lines."""
-    allowed = {thing.lower() for thing in CATEGORIES[category]}
-    parts = re.split(r",|\n", text.strip('".').lower())
-    items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
-    return len(items) == len(set(items)) == n and set(items) <= allowed

@@ -3,6 +3,7 @@ which one response keeps all constraints. bench/ifeval.py: the loose verdict and
 import json
 import random
 import re
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from bench import ifeval as bench_ifeval
 from bench.ifeval import loose
 from data.language import language
 from tasks import ifeval
-from tasks.ifeval import follows, queries
+from tasks.benchmarks import load_file
+from tasks.ifeval import follows, queries, sentences
 
 DATA = Path(__file__).parent.parent / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
@@ -25,6 +27,8 @@ needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
 CASES = [  # kind, arguments, a response that keeps it, one that does not
     ("keywords:existence", {"keywords": ["sea", "Wind"]}, "WINDOWS by the sea", "the sea"),
     ("keywords:forbidden_words", {"forbidden_words": ["the"]}, "A theme.", "By THE sea."),
+    *(("keywords:forbidden_words", {"forbidden_words": [word]}, f"So {word}x, but not x{word}!",
+       f"We pay ({word.lower()})") for word in ("C++", "$5", ".NET", "#1", "a.b")),
     ("keywords:frequency", {"keyword": "sea", "relation": "at least", "frequency": 2},
      "Sea, sea", "the sea"),
     ("keywords:frequency", {"keyword": "sea", "relation": "less than", "frequency": 2},
@@ -42,6 +46,8 @@ CASES = [  # kind, arguments, a response that keeps it, one that does not
     ("change_case:english_lowercase", {}, "all 4 of it.", "all but One."),
     ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2},
      "The BIG U.S. sea", "The BIG sea of 1999"),
+    ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 4},
+     "I'm at NASA's desk; IBM’s and I'LL", "I'm at NASA's desk, he'S, O'Brien, X-ray and A/b"),
     ("length_constraints:number_words", {"relation": "at least", "num_words": 3}, "one two-three",
      "one two"),
     ("length_constraints:number_words", {"relation": "less than", "num_words": 3}, "one two",
@@ -59,6 +65,10 @@ CASES = [  # kind, arguments, a response that keeps it, one that does not
      "so\n\na\n\nb"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\np.s. more", "P.P.T."),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "P. P. S more", "P.S. more"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "**p. s.** more",
+     "The map. See app.store, hip.so."),
+    ("detectable_content:postscript", {"postscript_marker": "PS"}, "PS: more", "Hips, psst"),
+    ("detectable_content:postscript", {"postscript_marker": "(a|b)+?"}, "(A|b)+? more", "ab"),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b c]", "[a\n]"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "so:\n* a\n - b", "* a\n**b**"),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b c*",
@@ -82,6 +92,88 @@ def test_both_verdicts(kind, kw, good, bad):
     """Each kind kept and broken; blanks keep nothing, not even what forbids something."""
     assert follows(good, kind, kw) and not follows(bad, kind, kw)
     assert not follows(" \n", kind, kw) and not loose("", kind, kw)
+
+
+@pytest.mark.parametrize("text,count", [
+    ("Meet at 9 a.m. on Monday. Bring it.", 2), ("It ends at 5 p.m. He left.", 2),
+    ("Apple Inc. is big. It is.", 2), ("It opens on Jan. 5 at noon. Come.", 2),
+    ("Mr. Smith, Dr. Ho and Mrs. A. J. Lee came. The U.S. Army left.", 2),
+    ("So do I. He left. The end.", 3), ("It is plan B. However, he left.", 2),
+    ("He works in the U.S. The end.", 2), ("P.S. Remember it. P.P.S. Go.", 4),
+    ("Look... he left. But... But he came.", 3), ("Wow!! Really?! Yes", 3),
+    ("Pay 3.50 now. Or 4.", 2), ("A title\nand a line\n\nAnd a third", 1),
+    ("Do:\n1. Apples\n2. the rest\n3. Pears", 3), ("Plan:\na. Estimate it\nb. Develop it", 3),
+    ("He said \"stop.\" (It was late.) **So he did.** Then he left", 4),
+    ("Go to example.com or v1.2.3 for it.", 1), ("And so on.", 1)])
+def test_sentences_as_the_public_checker_counts_them(text, count):
+    """These numbers are those of NLTK 3.9.1 with Punkt's English model."""
+    assert len(sentences(text)) == count
+
+
+@pytest.mark.parametrize("text,count", [
+    ("I like fruit, e.g. apples, pears, etc. and nuts (i.e. food).", 1), ("Figs etc. Come.", 2),
+    ("At 5 p.m. We left.", 2),
+    ("Rev. King and Gov. Lee came.", 1), ("“It is so.” Then he left.", 2),
+    ("你好。他走了！好。", 3), ("यह घर है। वह घर है।", 2), ("One. ... ! - ?", 1)])
+def test_sentences_where_we_know_better(text, count):
+    """The docstring of `sentences` names these kinds; Punkt gives other numbers."""
+    assert len(sentences(text)) == count
+
+
+WORDS, FIRST = "length_constraints:number_words", "length_constraints:nth_paragraph_first_word"
+
+
+@pytest.mark.parametrize("kind,kw", [
+    *((WORDS, {"relation": relation, "num_words": 3})
+      for relation in ("at most", "exactly", "more than", "fewer than", "At least", "", None)),
+    ("keywords:frequency", {"keyword": "a", "relation": "at most", "frequency": 3}),
+    ("keywords:letter_frequency", {"letter": "a", "let_relation": "exactly", "let_frequency": 3}),
+    ("change_case:capital_word_frequency", {"capital_relation": "most", "capital_frequency": 3}),
+    *((WORDS, {"relation": "at least", "num_words": number})
+      for number in (2.5, "3", True, None, -1, float("nan"), float("inf"), [3])),
+    *(("language:response_language", kw)
+      for kw in ({"language": "pl"}, {"language": "uk"}, {"language": "EN"}, {"language": []}, {})),
+    *(("keywords:existence", {"keywords": words}) for words in ("sea", [], [" "], [5], None)),
+    ("keywords:forbidden_words", {"forbidden_words": [""]}),
+    ("startend:end_checker", {"end_phrase": " "}), ("startend:end_checker", {"phrase": "a"}),
+    *((FIRST, {"num_paragraphs": 2, "nth_paragraph": nth, "first_word": "so"}) for nth in (0, 3))])
+def test_what_no_response_can_meet_is_refused_at_loading(tmp_path, kind, kw):
+    """Refused with the line, and refused where it would be scored."""
+    with pytest.raises((ValueError, TypeError)):
+        follows("some text", kind, kw)
+    row = {"prompt": "Write.", "domain": "instruction",
+           "check": {"kind": "ifeval", "instruction_id_list": [kind], "kwargs": [kw]}}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    refuses(lambda: load_file(path), "rows.jsonl:1: cannot read")
+
+
+def test_a_row_without_constraints_is_refused(tmp_path):
+    """All of no constraints are followed: each response would earn 1.0."""
+    row = {"prompt": "Write.", "instruction_id_list": [], "kwargs": []}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    refuses(lambda: load_file(path), "rows.jsonl:1: cannot read", "no constraint")
+
+
+def test_arguments_with_blanks_and_with_floats():
+    """What pandas and hands leave in files: " sea " is the sea, and 2.0 is 2."""
+    assert follows("by the sea", "keywords:existence", {"keywords": [" sea", "by\n"]})
+    assert not follows("by the sea", "keywords:forbidden_words", {"forbidden_words": ["sea "]})
+    assert follows("One.\n\nSo two.", FIRST,
+                   {"num_paragraphs": 2.0, "nth_paragraph": 2.0, "first_word": " So "})
+    assert not follows("one two", WORDS, {"relation": "less than ", "num_words": 2.0})
+    assert follows("a\n***\nb", "length_constraints:number_paragraphs", {"num_paragraphs": 2.0})
+
+
+def test_hostile_arguments_and_texts_take_no_time():
+    """A marker is no regular expression, and no check needs the square of a text's length."""
+    start = time.monotonic()
+    text = "a" * 50_000 + "!"
+    assert not follows(text, "detectable_content:postscript", {"postscript_marker": "(a+)+$"})
+    assert not follows(text, "keywords:forbidden_words", {"forbidden_words": ["a" * 50_000]})
+    for part in ("a.", "a. ", "*", '"', "'s", "A-", "1.", "。"):
+        sentences(part * 50_000)
+        ifeval.capital_words(part * 50_000)
+    assert time.monotonic() - start < 5
 
 
 def test_all_kinds_are_there():
