@@ -15,7 +15,7 @@ N counts the parameters that a token meets, without embedding and head. D and ba
 C = 6 N D in FLOPs, the loss in nats per token. Other schedules, data or ways to count N give other
 coefficients, so every row of rows.csv records its settings.
 
-    python scaling.py                            # sweep: some 90 runs of micro models, then fit
+    python scaling.py                            # sweep: 162 runs of micro models, then fit
     python scaling.py fit --data a.csv,b.csv     # fit again, from tables of runs
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
     python scaling.py plan --budget 1e21 --data a.csv
@@ -29,7 +29,6 @@ import io
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import pretrain
 from data import corpus, mixture
 from lib import files, optim
 from lib.args import InputError, cli, parse_value, positive, require
-from lib.cells import Cell, Row, Setting, grid_rows, measure_cells, read_table, write_rows
+from lib.cells import Cell, Row, grid_rows, measure_cells, read_table, write_rows
 from lib.laws import PUBLISHED, Law, LossLaw, fit_loss, fit_power
 from lib.plan import count, plan_machines, plan_settings
 from lib.run import Diverged, Run
@@ -55,7 +54,7 @@ class Args:
     bootstrap: int = 200             # resamples of the loss law; five times as many of the others
     degree: int = 3                  # of a cell's loss surface; 0: its lowest run is the optimum
     within: float = 0.01             # fit the surface to runs this close to the lowest loss
-    sizes: str = "16x2,32x2,64x2,32x2-moe"         # sweep: WIDTHxLAYERS[-moe], or presets
+    sizes: str = "16x2,32x2,64x2"    # sweep: WIDTHxLAYERS[-moe], or presets
     tokens: str = ""                 # training tokens; sweep: a list (empty: 5e3,1e4,2e4)
     lrs: str = "2e-3,4e-3,8e-3,16e-3,32e-3,64e-3"  # sweep: grid of peak learning rates
     batches: str = "128,256,512"     # sweep: grid of batch sizes, in tokens
@@ -364,27 +363,20 @@ def add_preset(name: str) -> None:
 
 
 def prepare(args: Args, tokens: float) -> None:
-    """Write part of the built-in corpus and a tokenizer, once for all runs. Documents are cut into
-    pieces of 1,000 characters, so that the held-out fiftieth is a few dozen pieces, not one file.
-    """
+    """Write Python's own code as documents, and a tokenizer, once for all runs. Files are cut into
+    pieces of 1,000 characters, so that the held-out fiftieth is many pieces, not one file."""
     if args.resume and Path(f"{args.out}/tokenizer").is_dir():
         return  # another corpus would have another held-out loss
-    sources = corpus.builtin_corpus(args.seed, max_mb=max(1.0, tokens * 4e-6))
     pieces = []
-    for documents in sources.values():
-        for document in documents:
-            text = document["text"]
-            for start in range(0, len(text), 1000):
-                pieces.append(text[start:start + 1000])
-    enough = max(1000, int(tokens / 250))
-    every = max(1, len(pieces) // enough)
-    pieces = pieces[::every]         # fewer pieces, since every run reads all of them
-    files.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
+    for document in corpus.builtin_corpus(args.seed, max(1.0, tokens * 4e-6))["stdlib_code"]:
+        text = document["text"]
+        pieces += [text[start:start + 1000] for start in range(0, len(text), 1000)]
+    files.write_jsonl(f"{args.out}/data/code.jsonl", [{"text": text} for text in pieces])
     training = [text for text in pieces if not mixture.is_held_out(text)]
     Tokenizer.train(training, 384).save_pretrained(f"{args.out}/tokenizer")
 
 
-def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device) -> Row:
+def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> Row:
     """Train one model with pretrain.py, in a directory that the next run overwrites. Warm-up is a
     tenth of the steps: a fixed number of steps would favour small batches."""
     asked = pretrain.Args(
@@ -393,9 +385,9 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
         tokenizer=f"{args.out}/tokenizer",
         model=size,
         tokens=int(D),
-        lr=setting.lr,
-        batch_tokens=int(setting.batch),
-        warmup=int(D / setting.batch / 10),
+        lr=lr,
+        batch_tokens=int(batch),
+        warmup=int(D / batch / 10),
         seq_len=args.seq_len,
         micro_batch=64,
         eval_every=10**9,
@@ -417,8 +409,8 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
         N=sizes["N"],
         total=sizes["non_embedding"],
         D=D,
-        lr=setting.lr,
-        batch_tokens=setting.batch,
+        lr=lr,
+        batch_tokens=batch,
         loss=loss,
         warmup=asked.warmup,
         seed=seed,
@@ -429,106 +421,48 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
     )
 
 
-def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, int]:
-    """Walk from `at` to a grid point that none of its eight neighbours beats, by `value`.
-
-    This takes about 11 runs instead of the whole grid, and these surround the optimum, as the fit
-    of the surface needs. Diagonals count, since the valley runs along them: a larger batch goes
-    with a higher learning rate."""
-    while True:
-        near = [(at[0] + i, at[1] + j) for i, j in product((0, 1, -1), repeat=2)]
-        inside = [(i, j) for i, j in near if 0 <= i < shape[0] and 0 <= j < shape[1]]
-        best = min(inside, key=value)
-        if best == at:
-            return at
-        at = best
-
-
-class Grid:
-    """The settings that a sweep may try, and the runs that it has done."""
-
-    def __init__(self, args: Args, run: Run, rows: list[Row], device):
-        self.args = args
-        self.run = run
-        self.rows = rows
-        self.device = device
-        self.lrs = parse_list("lrs", args.lrs)
-        self.batches = parse_list("batches", args.batches)
-        self.done = {}
-        for row in rows:
-            setting = Setting(row.lr, row.batch_tokens)
-            self.done[row.size, row.D, setting, row.seed] = row.loss
-
-    def setting(self, point: tuple[int, int]) -> Setting:
-        return Setting(self.lrs[point[0]], self.batches[point[1]])
-
-    def loss(self, size: str, D: float, point: tuple[int, int]) -> float:
-        """Return the mean loss over --seeds. Runs that are missing are trained and saved."""
-        losses = []
-        for seed in range(self.args.seed, self.args.seed + self.args.seeds):
-            setting = self.setting(point)
-            key = (size, D, setting, seed)
-            if key not in self.done:
-                row = measure(self.args, size, D, setting, seed, self.device)
-                self.done[key] = row.loss
-                self.rows.append(row)
-                write_rows(self.run.path / "rows.csv", self.rows)
-            losses.append(self.done[key])
-        mean = sum(losses) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
-
-
 def parse_list(name: str, text: str) -> list[float]:
-    values = sorted(parse_value(name, part, float) for part in text.split(","))
+    values = sorted({parse_value(name, part, float) for part in text.split(",")})
     require(values[0] > 0, f"--{name} must be positive")
     return values
-
-
-def sweep(args: Args, run: Run, rows: list[Row], device) -> None:
-    """Add to rows and rows.csv the runs of each cell, from the last cell's optimum to its own."""
-    grid = Grid(args, run, rows, device)
-    tokens = parse_list("tokens", args.tokens)
-    require(all(row.seq_len == args.seq_len for row in rows),
-            f"--resume: {run.path} has rows of another --seq_len: take another --out")
-    sizes = args.sizes.split(",")
-    for size in sizes:
-        add_preset(size)
-    run.start_or_resume()
-    prepare(args, tokens[-1])
-    shape = (len(grid.lrs), len(grid.batches))
-    at = (shape[0] // 2, shape[1] // 2)
-    cells = list(product(sizes, tokens))
-    bar = tqdm(cells, desc="scaling", disable=None)
-    for number, (size, D) in enumerate(bar, 1):
-        cell_loss = partial(grid.loss, size, D)
-        at = descend(cell_loss, shape, at)
-        best = grid.setting(at)
-        metrics = {
-            "N": count(PRESETS[size])["N"],
-            "D": D,
-            "lr": best.lr,
-            "batch_tokens": best.batch,
-            "loss": cell_loss(at),
-            "runs": len(rows),
-        }
-        run.log(number, len(cells), bar, **metrics)
 
 
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
-    """Sweep, then fit."""
+    """Sweep: train every setting of the grid with every seed, then fit."""
     require(not args.data, "a sweep trains on the built-in corpus; --data is for fit and plan")
     device, _ = optim.setup(args)
     args = replace(args, seq_len=args.seq_len or 64, tokens=args.tokens or "5e3,1e4,2e4")
+    sizes = args.sizes.split(",")
+    tokens = parse_list("tokens", args.tokens)
+    lrs = parse_list("lrs", args.lrs)
+    batches = parse_list("batches", args.batches)
+    seeds = range(args.seed, args.seed + args.seeds)
+    for size in sizes:
+        add_preset(size)
     path = Path(args.out) / "rows.csv"
     rows = []
     if args.resume and path.exists():
         rows = grid_rows(path)
+    require(all(row.seq_len == args.seq_len for row in rows),
+            f"--resume: {path} has rows of another --seq_len: take another --out")
+
     # rows.csv is all the state of a sweep, so Run must not look for a state of its own.
     overwrite = args.overwrite or args.resume
     run = Run(replace(args, resume=False, overwrite=overwrite), "scaling")
-    sweep(args, run, rows, device)
+    run.start_or_resume()
+    prepare(args, tokens[-1])
+    done = {(row.size, row.D, row.lr, row.batch_tokens, row.seed) for row in rows}
+    grid = product(sizes, tokens, lrs, batches, seeds)
+    missing = [setting for setting in grid if setting not in done]
+    bar = tqdm(missing, desc="scaling", disable=None)
+    for number, setting in enumerate(bar, 1):
+        row = measure(args, *setting, device)
+        rows.append(row)
+        write_rows(path, rows)
+        run.log(number, len(missing), bar, N=row.N, D=row.D, lr=row.lr, batch=row.batch_tokens,
+                loss=row.loss)
     result = {"runs": len(rows)}
     run.write_record({"finished": True, "seconds": round(run.seconds(), 1), "result": result})
     return fit(args)

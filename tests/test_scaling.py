@@ -189,17 +189,6 @@ def test_commands(tmp_path):
     assert done.returncode == 2 and "plann" in done.stderr
 
 
-def test_descend_finds_the_bottom_with_few_runs():
-    seen = set()
-
-    def value(point):
-        seen.add(point)
-        return (point[0] - 5) ** 2 + (point[1] - 1) ** 2 + 0.5 * (point[0] - 5) * (point[1] - 1)
-    assert scaling.descend(value, (7, 6), (3, 3)) == (5, 1)
-    assert len(seen) < 20
-    assert scaling.descend(lambda p: -p[0], (4, 1), (0, 0)) == (3, 0)
-
-
 def test_sizes():
     for name in ("32x2", "32x2-moe", "tiny"):
         scaling.add_preset(name)
@@ -218,7 +207,7 @@ def test_sweep_in_small(tmp_path, capsys):
     scaling.main(parse_args(scaling.Args, flags))
     said = capsys.readouterr().out
     rows = scaling.grid_rows(tmp_path / "s" / "rows.csv")
-    assert len(rows) >= 12 and {r.kind for r in rows} == {"dense", "moe"}
+    assert len(rows) == 16 and {r.kind for r in rows} == {"dense", "moe"}
     assert "no law: 0 cells (2 more are on an edge)" in said
     for row in rows:
         assert row.schedule == "cosine to 0.1" and row.device == "cpu" and row.seed == 0
@@ -246,19 +235,27 @@ def test_sweep_in_small(tmp_path, capsys):
     assert len(both) >= 4 and all(0 < abs(two[0] - two[1]) < 0.5 for two in both)
 
 
-def test_sweep_goes_by_the_mean_of_seeds(tmp_path, monkeypatch):
-    """One seed likes the low rate a little, the other the high one much."""
-    def measured(args, size, D, setting, seed, device):
-        lr, batch = setting
-        loss = 3 + (0.1 if (lr > 1e-3) else 0.0) if seed == 7 else 3 + 1e-3 / lr
-        return Row(size=size, N=1e4, D=D, lr=lr, batch_tokens=batch, loss=loss, seed=seed,
+def test_a_sweep_trains_its_whole_grid_once(tmp_path, monkeypatch):
+    """Every setting with every seed, then, with --resume, what a larger grid lacks and no more."""
+    asked = []
+
+    def measured(args, size, D, lr, batch, seed, device):
+        asked.append((size, D, lr, batch, seed))
+        return Row(size=size, N=1e4, D=D, lr=lr, batch_tokens=batch, loss=3.0, seed=seed,
                    seq_len=args.seq_len)
     monkeypatch.setattr(scaling, "measure", measured)
     monkeypatch.setattr(scaling, "prepare", lambda args, tokens: None)
-    scaling.main(scaling.Args(out=str(tmp_path / "s"), sizes="16x1", tokens="512", seeds=2, seed=7,
-                              lrs="1e-3,2e-3", batches="64,128"))
-    (last,) = map(json.loads, (tmp_path / "s" / "log.jsonl").read_text().splitlines())
-    assert (last["lr"], last["loss"], last["runs"]) == (2e-3, pytest.approx(3.3), 8)
+    small = scaling.Args(out=str(tmp_path / "s"), sizes="16x1", tokens="512", seeds=2, seed=7,
+                         lrs="2e-3,1e-3,2e-3", batches="64,128")
+    scaling.main(small)
+    settings = {("16x1", 512, lr, batch, seed) for lr in (1e-3, 2e-3) for batch in (64, 128)
+                for seed in (7, 8)}
+    assert len(asked) == 8 and set(asked) == settings
+    scaling.main(replace(small, lrs="2e-3,4e-3", resume=True))
+    assert len(asked) == 12 and {setting[2] for setting in asked[8:]} == {4e-3}
+    assert len(scaling.grid_rows(tmp_path / "s" / "rows.csv")) == 12
+    lines = (tmp_path / "s" / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["lr"] == 4e-3
 
 
 def test_committed_sweep(capsys):
