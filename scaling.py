@@ -39,7 +39,7 @@ import pretrain
 from data import corpus, mixture
 from lib import files, optim
 from lib.args import InputError, cli, parse_value, positive, require
-from lib.cells import Cell, Row, grid_rows, measure_cells, read_table, write_rows
+from lib.cells import Cell, Row, grid_rows, measure_cells, write_rows
 from lib.laws import PUBLISHED, Law, LossLaw, fit_loss, fit_power
 from lib.plan import count, plan_machines, plan_settings
 from lib.run import Diverged, Run
@@ -77,11 +77,11 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------
-# the laws of cells, and how good their settings are
+# fit: the laws of tables of runs
 
-def fit_cells(cells: list[Cell], bootstrap=200, seed=0, show=print, loss=True) -> dict[str, Law]:
+def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     """Fit lr, batch (of N and D, and as Step Law's, of D alone) and loss. If the cells do not
-    determine a law, it is left out, and `show` gets a line that says why."""
+    determine a law, it is left out, and a line says why."""
     laws = {}
     targets = [
         ("lr", "lr", "ND"),
@@ -96,62 +96,16 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0, show=print, loss=True) -
         try:
             laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
         except InputError as error:
-            show(f"  {name}: {error}")
-    if loss:
-        finite = [c for c in cells if math.isfinite(c.loss)]
-        N = [c.N for c in finite]
-        D = [c.D for c in finite]
-        try:
-            laws["loss"] = fit_loss(N, D, [c.loss for c in finite], bootstrap, seed)
-        except InputError as error:
-            show(f"  loss: {error}")
+            print(f"  {name}: {error}")
+    finite = [c for c in cells if math.isfinite(c.loss)]
+    N = [c.N for c in finite]
+    D = [c.D for c in finite]
+    try:
+        laws["loss"] = fit_loss(N, D, [c.loss for c in finite], bootstrap, seed)
+    except InputError as error:
+        print(f"  loss: {error}")
     return laws
 
-
-def quiet(line: str) -> None:
-    """Drop the line: the `show` of fits whose failures are not reported."""
-
-
-def excess(cell: Cell, lr: Law, batch: Law, N=None) -> float:
-    """Return how much worse, as a share, the run nearest to two laws' settings is than the cell's
-    best; inf if none is within a factor of 2. The laws may be asked for another N. DeepSeek calls
-    0.25% near-optimal."""
-    x = cell.axes() | {"N": N or cell.N}
-    asked = np.log2([lr.predict(**x), batch.predict(**x)])
-    settings = list(cell.losses)
-    steps = np.log2(settings) - asked
-    nearest = np.hypot(steps[:, 0], steps[:, 1]).argmin()
-    if np.abs(steps[nearest]).max() > 1:
-        return math.inf
-    loss = cell.losses[settings[nearest]]
-    return loss / cell.loss - 1
-
-
-def left_out(cells: list[Cell]) -> dict[str, list[float]]:
-    """Return {rule: the excess of its settings per cell}. The rules are the published laws and "the
-    other cells": laws fitted without the cell itself."""
-    out = {}
-    for cell in cells:
-        gaps = {}
-        for label, batch in PUBLISHED["batch"].items():
-            lr = PUBLISHED["lr"][label]
-            gaps[label] = excess(cell, lr, batch)
-        if cell.R != 1:
-            lr = PUBLISHED["lr"]["Step Law"]
-            batch = PUBLISHED["batch"]["Step Law"]
-            total_N = cell.N * cell.R
-            gaps["Step Law at total N"] = excess(cell, lr, batch, total_N)
-        others = [other for other in cells if other is not cell]
-        laws = fit_cells(others, 2, show=quiet, loss=False)
-        if "lr" in laws and "batch" in laws:
-            gaps["the other cells"] = excess(cell, laws["lr"], laws["batch"])
-        for label, gap in gaps.items():
-            out.setdefault(label, []).append(gap)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------
-# reports: each prints a table and returns its laws
 
 def describe(name: str, law: Law, published: Law = None) -> None:
     """Print each coefficient with its 95% interval and whether the published one is inside. `a` is
@@ -167,11 +121,10 @@ def describe(name: str, law: Law, published: Law = None) -> None:
         print(line)
 
 
-def report_runs(kind: str, rows: list[Row], args: Args) -> tuple[list[Cell], dict[str, Law]]:
-    """Report runs over a grid of (lr, batch) in cells of (N, D): optima, laws, the largest quarter
-    of the cells predicted from the others, and how good the settings of each rule are."""
-    cells = measure_cells(rows, args.degree, args.within)
-    print(f"{kind}: {len(rows)} runs, best settings of {len(cells)} cells (* on an edge, left out)")
+def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
+    """Print the best settings of each cell, their laws, and how well the laws of the others predict
+    the largest cells. Return the laws."""
+    print(f"\n{kind}: best settings of {len(cells)} cells (* on an edge, left out)")
     for c in cells:
         lr = f"{c.lr:.3g}"
         batch = f"{c.batch:.3g}"
@@ -188,33 +141,20 @@ def report_runs(kind: str, rows: list[Row], args: Args) -> tuple[list[Cell], dic
     }
     for name, law in laws.items():
         describe(name, law, published.get(name))
-    cells.sort(key=lambda cell: cell.C)
-    held_out = report_largest(cells, args)
-    rules = left_out(cells) | held_out
-    for label, gaps in rules.items():
-        near_optimal = sum(gap <= 0.0025 for gap in gaps)
-        print(f"  nearest run to {label:<20} loses {np.mean(gaps):.3%}, at most {max(gaps):.3%}; "
-              f"within 0.25% of the best in {near_optimal} of {len(gaps)} cells")
-    return cells, laws
+    report_largest(cells, args)
+    return laws
 
 
-def report_largest(cells: list[Cell], args: Args) -> dict[str, list[float]]:
-    """Predict the largest quarter of the cells, which come last, from the others; return the excess
-    of this rule."""
+def report_largest(cells: list[Cell], args: Args) -> None:
+    """Predict the largest quarter of the cells from the others, and say which intervals held."""
+    by_size = sorted(cells, key=lambda cell: cell.C)
     count_held = math.ceil(len(cells) / 4)
-    others = cells[:-count_held]
-    largest = cells[-count_held:]
-    laws = fit_cells(others, args.bootstrap, args.seed, quiet)
-    if laws:
-        print(f"  the {count_held} largest held out")
-    else:
-        print(f"  the {count_held} largest held out: too few cells remain")
-    names = [name for name in laws if name != "batch(D)"]
-    for c, name in product(largest, names):
-        law = laws[name]
-        x = c.axes()
-        predicted = law.predict(**x)
-        low, high = law.interval(**x)
+    print(f"  the {count_held} largest held out")
+    laws = fit_cells(by_size[:-count_held], args.bootstrap, args.seed)
+    laws.pop("batch(D)", None)
+    for c, name in product(by_size[-count_held:], laws):
+        predicted = laws[name].predict(**c.axes())
+        low, high = laws[name].interval(**c.axes())
         measured = getattr(c, name)
         held = low <= measured <= high
         verdict = "held" if held else "MISSED"
@@ -222,70 +162,42 @@ def report_largest(cells: list[Cell], args: Args) -> dict[str, list[float]]:
             verdict = "on an edge"
         print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} [{low:.4g}, {high:.4g}], "
               f"measured {measured:.4g}: {verdict}")
-    if "lr" not in laws or "batch" not in laws:
-        return {}
-    gaps = [excess(c, laws["lr"], laws["batch"]) for c in largest]
-    return {"all but the largest": gaps}
 
 
-def report_parity(dense: list[Cell], moe: list[Cell], args: Args) -> dict[str, Law]:
+def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
     """Report which dense model an MoE equals. One loss law of both kinds of cells says R^g times
     its activated N: with g = 1 an MoE is worth its total N, with g = 0 its activated N."""
-    cells = dense + moe
     N, R, D, loss = np.array([(c.N, c.R, c.D, c.loss) for c in cells]).T
     print("\nparity: one loss law of dense and MoE cells")
     law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
     describe("loss", law)
     low, high = law.ci("g")
-    for ratio in sorted({c.R for c in moe}):
+    for ratio in sorted(set(R) - {1}):
         worth = ratio ** law["g"]
         print(f"  an MoE of {ratio:.3g} x its activated N in all equals a dense model of "
               f"{worth:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] its activated N")
     return {"loss": law}
 
 
-def report_points(table: list[dict], args: Args) -> dict[str, Law]:
-    """Report Chinchilla's points against Epoch AI's refit. Like Epoch, we omit the 5 highest
-    losses: models trained on less than half a token per parameter."""
-    columns = ("loss", "Model Size", "Training FLOP")
-    points = []
-    for row in table:
-        points.append([float(row[name]) for name in columns])
-    points = np.array(points)
-    by_loss = points[:, 0].argsort(kind="stable")
-    loss, N, C = points[by_loss[:-5]].T
-    law = fit_loss(N, C / 6 / N, loss, args.bootstrap, args.seed)
-    describe("loss", law, PUBLISHED["loss"]["Epoch AI"])
-    exponent = law["beta"] / (law["alpha"] + law["beta"])
-    print(f"  N* grows as C^{exponent:.3f} (Epoch AI: 0.513)")
-    return {"loss": law}
-
-
 def fit(args: Args) -> dict[str, dict[str, Law]]:
-    """Fit and print the laws of all tables in --data (default: rows.csv in --out).
+    """Fit and print the laws of the runs in --data (default: rows.csv in --out).
 
-    Returns {"dense", "moe", "points", "parity": {name: law}}, as far as the tables go."""
+    Returns {"dense", "moe", "parity": {name: law}}, as far as the tables go."""
     require(args.bootstrap > 1, f"--bootstrap must be at least 2, got {args.bootstrap}")
-    out = {}
-    cells = {"dense": [], "moe": []}
-    for path in map(Path, (args.data or f"{args.out}/rows.csv").split(",")):
-        print(f"\n{path}")
-        table = read_table(path)
-        if "Model Size" in table[0]:
-            try:
-                out["points"] = report_points(table, args)
-            except (InputError, KeyError, ValueError) as error:
-                raise InputError(f"{path}: no table of Chinchilla's points ({error})") from None
-            continue
-        rows = grid_rows(path)
-        for kind in cells:
-            of_kind = [row for row in rows if row.kind == kind]
-            if of_kind:
-                cells[kind], out[kind] = report_runs(kind, of_kind, args)
-    both = cells["dense"] and cells["moe"]
-    if both and len(cells["dense"]) + len(cells["moe"]) > 6:  # a loss law's coefficients
-        out["parity"] = report_parity(cells["dense"], cells["moe"], args)
-    return out
+    rows = []
+    for path in (args.data or f"{args.out}/rows.csv").split(","):
+        rows += grid_rows(Path(path))
+    laws = {}
+    cells = []
+    for kind in ("dense", "moe"):
+        of_kind = [row for row in rows if row.kind == kind]
+        if of_kind:
+            cells_of_kind = measure_cells(of_kind, args.degree, args.within)
+            laws[kind] = report_runs(kind, cells_of_kind, args)
+            cells += cells_of_kind
+    if len(laws) == 2 and len(cells) > 6:  # a loss law's coefficients
+        laws["parity"] = report_parity(cells, args)
+    return laws
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +213,7 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
         with contextlib.redirect_stdout(io.StringIO()):
             tables = fit(args)
         kind = "moe" if config and config.num_experts else "dense"
-        laws = tables.get(kind, {}) | tables.get("points", {})
+        laws = tables.get(kind, {})
         print(f"laws of {args.data}: {', '.join(laws)}")
     laws = laws or {}
     N = count(config)["N"] if config else parse_value("model", args.model or "0", float)

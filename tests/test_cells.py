@@ -19,7 +19,7 @@ shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data besid
 
 def test_the_surface_beats_the_lowest_run():
     error = {degree: np.mean([
-        abs(fit_rows(make_rows(0.002, seed), degree=degree, loss=False)["lr"]["N"] + 0.5)
+        abs(fit_rows(make_rows(0.002, seed), degree=degree)["lr"]["N"] + 0.5)
         for seed in range(6)]) for degree in (0, 3)}
     assert error[3] < error[0] / 2
 
