@@ -11,7 +11,6 @@ RUN=runs/demo
 [ "$SEED" = 0 ] || RUN=runs/demo-seed$SEED
 rm -rf "$RUN"
 mkdir -p "$RUN"
-date +%s > "$RUN/started"
 say() { printf '\n== %s\n' "$*"; }
 evaluate() { python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"; }
 
@@ -75,3 +74,4 @@ grep -vE "^(pretrain|sft) [0-9]" "$RUN/background.log"  # all but the lines of s
 
 say "report"
 python -m lib.report --run "$RUN"
+echo "the whole demo took $((SECONDS / 60)) minutes"
