@@ -105,3 +105,16 @@ def test_rows_are_read_back_or_refused(tmp_path):
                           ("d.csv", "no rows"), ("e.csv", "no such file")):
         with pytest.raises(InputError, match=message):
             scaling.fit(scaling.Args(data=str(tmp_path / name)))
+
+
+def test_tables_as_excel_and_people_write_them(tmp_path):
+    """A byte-order mark, blanks around commas, an empty line: the same rows as without."""
+    plain = "kind,N,D,lr,batch_tokens,loss\nmoe,1e6,1e8,1e-3,4096,3.1\ndense,2e6,1e8,1e-3,4096,3\n"
+    spaced = plain.replace(",", " , ").replace("\nd", "\n\n d").replace("\n", " \r\n")
+    quoted = '"' + plain.replace(",", '", "').strip().replace("\n", '"\n"') + '"'
+    texts = (plain, "\ufeff" + plain, spaced, quoted, "\ufeff" + quoted)
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.csv").write_text(text, encoding="utf-8", newline="")
+        rows = scaling.grid_rows(tmp_path / f"{number}.csv")
+        assert [(row.kind, row.N, row.loss) for row in rows] == [("moe", 1e6, 3.1),
+                                                                 ("dense", 2e6, 3.0)], text
