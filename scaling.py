@@ -71,7 +71,7 @@ class Args:
     gpu_hour: float = 2.5            # plan: price of a GPU hour, an assumption
     seed: int = 0                    # of corpus and bootstrap, and the first of --seeds
     device: str = "auto"             # sweep: auto, cpu, cuda[:N]
-    dtype: str = "auto"              # auto, float32, bfloat16 (a plan's auto: bfloat16)
+    dtype: str = "auto"              # sweep: auto, float32, bfloat16
     resume: bool = False             # sweep: keep the rows in --out, train only what is missing
     overwrite: bool = False          # sweep: replace what --out holds
 
