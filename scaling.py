@@ -107,40 +107,27 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     return laws
 
 
-def describe(name: str, law: Law, published: Law = None) -> None:
-    """Print each coefficient with its 95% interval and whether the published one is inside. `a` is
-    not compared: it follows from the exponents."""
+def describe(name: str, law: Law) -> None:
+    """Print each coefficient of a law with its 95% interval."""
     print(f"  {name}: {len(law.y)} cells, {law.edges} more on an edge, scatter {law.spread:.2g}")
     for key in law.names:
         low, high = law.ci(key)
-        line = f"    {key:<7}{law[key]:>10.4g}  [{low:.4g}, {high:.4g}]"
-        if published and key in published.names and key != "a":
-            inside = low <= published[key] <= high
-            verdict = "inside" if inside else "OUTSIDE"
-            line += f"  published {published[key]:.4g}: {verdict}"
-        print(line)
+        print(f"    {key:<7}{law[key]:>10.4g}  [{low:.4g}, {high:.4g}]")
 
 
 def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
     """Print the best settings of each cell, their laws, and how well the laws of the others predict
     the largest cells. Return the laws."""
-    print(f"\n{kind}: best settings of {len(cells)} cells (* on an edge, left out)")
+    print(f"\n{kind}: best settings of {len(cells)} cells")
     for c in cells:
-        lr = f"{c.lr:.3g}"
-        batch = f"{c.batch:.3g}"
-        if "lr" in c.edges:
-            lr += "*"
-        if "batch" in c.edges:
-            batch += "*"
-        print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {lr:<10} batch {batch:<10} "
-              f"loss {c.loss:.4f}  ({len(c.losses)} settings)")
+        on_edge = ""
+        if c.edges:
+            on_edge = " and ".join(c.edges) + " on an edge: left out"
+        print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {c.lr:<9.3g} batch {c.batch:<9.3g} "
+              f"loss {c.loss:.4f}  {len(c.losses)} settings  {on_edge}")
     laws = fit_cells(cells, args.bootstrap, args.seed)
-    published = {
-        "lr": PUBLISHED["lr"]["Step Law"],
-        "batch(D)": PUBLISHED["batch"]["Step Law"],
-    }
     for name, law in laws.items():
-        describe(name, law, published.get(name))
+        describe(name, law)
     report_largest(cells, args)
     return laws
 

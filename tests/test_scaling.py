@@ -127,7 +127,7 @@ def test_step_law_dense(capsys):
                                   ("batch(D)", "D", 0.571)):
         low, high = laws[name].ci(axis)
         assert low < published < high and high - low < 0.6
-    assert said.count("inside") == 3 and said.count(": held") >= 8 and said.count("MISSED") <= 1
+    assert said.count(": held") >= 8 and said.count("MISSED") <= 1
     gaps = left_out(cells)
     assert max(gaps["the other cells"]) <= 0.0025 and np.mean(gaps["the other cells"]) < 0.001
     assert max(gaps["Step Law"]) == pytest.approx(0.0031, abs=1e-4)  # the formula as published
