@@ -11,12 +11,7 @@ SEED=${SEED:-0}
 RUN=runs/demo
 [ "$SEED" = 0 ] || RUN=runs/demo-seed$SEED
 [ -z "${FRESH:-}" ] || rm -rf "$RUN"
-if [ -e "$RUN" ]; then
-  rm -f "$RUN/started"  # the report gives no total time to a run in several parts
-else
-  mkdir -p "$RUN"
-  date +%s > "$RUN/started"
-fi
+mkdir -p "$RUN"
 say() { printf '\n== %s\n' "$*"; }
 stage() {  # stage DIRECTORY PROGRAM --flags: skip it if it is finished, resume it if it was stopped
   local out="$RUN/$1" program="$2" resume=""
@@ -90,3 +85,4 @@ grep -vE "^(pretrain|sft) [0-9]" "$RUN/background.log"  # all but the lines of s
 
 say "report"
 python -m lib.report --run "$RUN"
+echo "this took $((SECONDS / 60)) minutes"

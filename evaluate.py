@@ -3,12 +3,11 @@ of held-out text. lib/report.py puts the stages side by side.
 
 Every stage answers the same held-out queries (split "test": nothing trains or is tuned on it),
 each `samples` times at temperature 1 and once by greedy decoding. pass@1 is the mean score of the
-samples; pass@4 asks whether one of four passes. A base model never saw a chat prompt, so it gets
-worked examples as plain text (--few_shot 1).
+samples, also where a --reward of your own is not 0 or 1. A base model never saw a chat prompt, so
+it gets worked examples as plain text (--few_shot 1).
 
 Intervals are over queries, normal, from the spread of the queries' means: several samples of one
-query are not independent. A --reward of your own need not be 0 or 1: the tables then say "mean"
-instead of pass@1, and an answer passes if its reward is 1.
+query are not independent.
 
     python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
@@ -35,7 +34,7 @@ from lib.tables import cell, interval, metric_tables
 from lib.vllm_client import rollout_backend
 from model import Qwen2
 from reward import RewardModel
-from sample import generate, load_policy, rollout
+from sample import answer_text, generate, load_policy, rollout
 from tasks.math_answers import extract_answer
 from tokenizer import Tokenizer
 
@@ -119,36 +118,39 @@ def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len:
 
 
 def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardModel) -> dict:
-    """Return how good the chosen answer of each query is if chance, the majority or the reward
-    model chooses it, and the reward model's lead, query by query. The majority votes by equal final
-    answers, or by equal texts where no answer is marked. Chance decides between equal votes, so
-    their mean score counts."""
-    prompts, texts = [], []
+    """Return how good the answer to each query is that the majority or the reward model chooses,
+    and the reward model's lead, query by query. The majority votes by equal final answers, or by
+    equal texts where no answer is marked. (If chance chooses, the mean is pass@1.)"""
+    prompts = []
+    texts = []
     for query, group in zip(queries, sampled, strict=True):
-        for answer in group:
-            prompts.append(query["prompt"])
-            texts.append(answer.text)
+        prompts += [query["prompt"]] * len(group)
+        texts += [answer.text for answer in group]
     rewards = iter(scorer.score(prompts, texts))
-
-    chosen = {"chance": [], "majority": [], "reward model": []}
+    by_majority = []
+    by_reward = []
+    leads = []
     for group in sampled:
         finals = [extract_answer(answer.text, strict=True) or answer.text for answer in group]
-        votes = {
-            "chance": [0] * len(group),
-            "majority": [finals.count(final) for final in finals],
-            "reward model": [next(rewards) for _ in group],
-        }
-        for voter, counts in votes.items():
-            top = max(counts)
-            best = [a.score for a, count in zip(group, counts, strict=True) if count == top]
-            chosen[voter].append(sum(best) / len(best))
+        votes = [finals.count(final) for final in finals]
+        majority = chosen_score(group, votes)
+        preferred = chosen_score(group, [next(rewards) for _ in group])
+        by_majority.append(majority)
+        by_reward.append(preferred)
+        leads.append(preferred - majority)
+    return {
+        "majority": interval(by_majority),
+        "reward model": interval(by_reward),
+        "reward model - majority": interval(leads, least=-1.0),
+    }
 
-    out = {voter: interval(values) for voter, values in chosen.items()}
-    for voter in ("chance", "majority"):
-        pairs = zip(chosen["reward model"], chosen[voter], strict=True)
-        leads = [ours - theirs for ours, theirs in pairs]
-        out[f"reward model - {voter}"] = interval(leads, least=-1.0)
-    return out
+
+def chosen_score(group: list[Answer], votes: list[float]) -> float:
+    """Return the score of the answer with the most votes. Chance decides between equal ones, so
+    their mean counts."""
+    top = max(votes)
+    best = [answer for answer, vote in zip(group, votes, strict=True) if vote == top]
+    return mean_score(best)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,8 +181,8 @@ def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args
                            stop_ids=stop_ids, valid_vocab=tokenizer.n_vocab)
     texts = []
     for completion in completions:
-        ids = completion.ids[:-1] if completion.finished else completion.ids
-        texts.append(tokenizer.decode(ids).split("\n\n")[0].strip())
+        text = answer_text(tokenizer, completion)
+        texts.append(text.split("\n\n")[0].strip())
     asked = [query for query in queries for _ in range(n)]
     scores = tasks.queries.score_many(asked, texts)
     answers = [Answer(text, score) for text, score in zip(texts, scores, strict=True)]
@@ -246,9 +248,6 @@ def main(args: Args) -> dict:
 
     # metrics
     metrics = {"pass@1": by_domain(queries, [mean_score(group) for group in sampled])}
-    if args.samples > 1:
-        passed = [float(any(answer.score == 1 for answer in group)) for group in sampled]
-        metrics[f"pass@{args.samples}"] = by_domain(queries, passed)
     if args.reward_model:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
         with autocast:
@@ -265,8 +264,7 @@ def main(args: Args) -> dict:
     write_atomic(out / "eval.json", json.dumps(record, indent=1))
     for name, value in metrics.get("best_of", {}).items():
         print(f"best of {args.samples}, {name}: {cell(value)}")
-    sampled_name = "mean" if args.reward else "pass@1"
-    for table in metric_tables([(out.name, metrics)], sampled_name):
+    for table in metric_tables([(out.name, metrics)]):
         print(table.markdown() + "\n")
     if texts:
         print(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text")

@@ -15,7 +15,7 @@ N counts the parameters that a token meets, without embedding and head. D and ba
 C = 6 N D in FLOPs, the loss in nats per token. Other schedules, data or ways to count N give other
 coefficients, so every row of rows.csv records its settings.
 
-    python scaling.py                            # sweep: some 90 runs of micro models, then fit
+    python scaling.py                            # sweep: 162 runs of micro models, then fit
     python scaling.py fit --data a.csv,b.csv     # fit again, from tables of runs
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
     python scaling.py plan --budget 1e21 --data a.csv
@@ -29,7 +29,6 @@ import io
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import pretrain
 from data import corpus, mixture
 from lib import files, optim
 from lib.args import InputError, cli, parse_value, positive, require
-from lib.cells import Cell, Row, Setting, grid_rows, measure_cells, read_table, write_rows
+from lib.cells import Cell, Row, grid_rows, measure_cells, write_rows
 from lib.laws import PUBLISHED, Law, LossLaw, fit_loss, fit_power
 from lib.plan import count, plan_machines, plan_settings
 from lib.run import Diverged, Run
@@ -55,7 +54,7 @@ class Args:
     bootstrap: int = 200             # resamples of the loss law; five times as many of the others
     degree: int = 3                  # of a cell's loss surface; 0: its lowest run is the optimum
     within: float = 0.01             # fit the surface to runs this close to the lowest loss
-    sizes: str = "16x2,32x2,64x2,32x2-moe"         # sweep: WIDTHxLAYERS[-moe], or presets
+    sizes: str = "16x2,32x2,64x2"    # sweep: WIDTHxLAYERS[-moe], or presets
     tokens: str = ""                 # training tokens; sweep: a list (empty: 5e3,1e4,2e4)
     lrs: str = "2e-3,4e-3,8e-3,16e-3,32e-3,64e-3"  # sweep: grid of peak learning rates
     batches: str = "128,256,512"     # sweep: grid of batch sizes, in tokens
@@ -72,17 +71,17 @@ class Args:
     gpu_hour: float = 2.5            # plan: price of a GPU hour, an assumption
     seed: int = 0                    # of corpus and bootstrap, and the first of --seeds
     device: str = "auto"             # sweep: auto, cpu, cuda[:N]
-    dtype: str = "auto"              # auto, float32, bfloat16 (a plan's auto: bfloat16)
+    dtype: str = "auto"              # sweep: auto, float32, bfloat16
     resume: bool = False             # sweep: keep the rows in --out, train only what is missing
     overwrite: bool = False          # sweep: replace what --out holds
 
 
 # ---------------------------------------------------------------------------------------------
-# the laws of cells, and how good their settings are
+# fit: the laws of tables of runs
 
-def fit_cells(cells: list[Cell], bootstrap=200, seed=0, show=print, loss=True) -> dict[str, Law]:
+def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     """Fit lr, batch (of N and D, and as Step Law's, of D alone) and loss. If the cells do not
-    determine a law, it is left out, and `show` gets a line that says why."""
+    determine a law, it is left out, and a line says why."""
     laws = {}
     targets = [
         ("lr", "lr", "ND"),
@@ -97,125 +96,52 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0, show=print, loss=True) -
         try:
             laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
         except InputError as error:
-            show(f"  {name}: {error}")
-    if loss:
-        finite = [c for c in cells if math.isfinite(c.loss)]
-        N = [c.N for c in finite]
-        D = [c.D for c in finite]
-        try:
-            laws["loss"] = fit_loss(N, D, [c.loss for c in finite], bootstrap, seed)
-        except InputError as error:
-            show(f"  loss: {error}")
+            print(f"  {name}: {error}")
+    finite = [c for c in cells if math.isfinite(c.loss)]
+    N = [c.N for c in finite]
+    D = [c.D for c in finite]
+    try:
+        laws["loss"] = fit_loss(N, D, [c.loss for c in finite], bootstrap, seed)
+    except InputError as error:
+        print(f"  loss: {error}")
     return laws
 
 
-def quiet(line: str) -> None:
-    """Drop the line: the `show` of fits whose failures are not reported."""
-
-
-def excess(cell: Cell, lr: Law, batch: Law, N=None) -> float:
-    """Return how much worse, as a share, the run nearest to two laws' settings is than the cell's
-    best; inf if none is within a factor of 2. The laws may be asked for another N. DeepSeek calls
-    0.25% near-optimal."""
-    x = cell.axes() | {"N": N or cell.N}
-    asked = np.log2([lr.predict(**x), batch.predict(**x)])
-    settings = list(cell.losses)
-    steps = np.log2(settings) - asked
-    nearest = np.hypot(steps[:, 0], steps[:, 1]).argmin()
-    if np.abs(steps[nearest]).max() > 1:
-        return math.inf
-    loss = cell.losses[settings[nearest]]
-    return loss / cell.loss - 1
-
-
-def left_out(cells: list[Cell]) -> dict[str, list[float]]:
-    """Return {rule: the excess of its settings per cell}. The rules are the published laws and "the
-    other cells": laws fitted without the cell itself."""
-    out = {}
-    for cell in cells:
-        gaps = {}
-        for label, batch in PUBLISHED["batch"].items():
-            lr = PUBLISHED["lr"][label]
-            gaps[label] = excess(cell, lr, batch)
-        if cell.R != 1:
-            lr = PUBLISHED["lr"]["Step Law"]
-            batch = PUBLISHED["batch"]["Step Law"]
-            total_N = cell.N * cell.R
-            gaps["Step Law at total N"] = excess(cell, lr, batch, total_N)
-        others = [other for other in cells if other is not cell]
-        laws = fit_cells(others, 2, show=quiet, loss=False)
-        if "lr" in laws and "batch" in laws:
-            gaps["the other cells"] = excess(cell, laws["lr"], laws["batch"])
-        for label, gap in gaps.items():
-            out.setdefault(label, []).append(gap)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------
-# reports: each prints a table and returns its laws
-
-def describe(name: str, law: Law, published: Law = None) -> None:
-    """Print each coefficient with its 95% interval and whether the published one is inside. `a` is
-    not compared: it follows from the exponents."""
+def describe(name: str, law: Law) -> None:
+    """Print each coefficient of a law with its 95% interval."""
     print(f"  {name}: {len(law.y)} cells, {law.edges} more on an edge, scatter {law.spread:.2g}")
     for key in law.names:
         low, high = law.ci(key)
-        line = f"    {key:<7}{law[key]:>10.4g}  [{low:.4g}, {high:.4g}]"
-        if published and key in published.names and key != "a":
-            inside = low <= published[key] <= high
-            verdict = "inside" if inside else "OUTSIDE"
-            line += f"  published {published[key]:.4g}: {verdict}"
-        print(line)
+        print(f"    {key:<7}{law[key]:>10.4g}  [{low:.4g}, {high:.4g}]")
 
 
-def report_runs(kind: str, rows: list[Row], args: Args) -> tuple[list[Cell], dict[str, Law]]:
-    """Report runs over a grid of (lr, batch) in cells of (N, D): optima, laws, the largest quarter
-    of the cells predicted from the others, and how good the settings of each rule are."""
-    cells = measure_cells(rows, args.degree, args.within)
-    print(f"{kind}: {len(rows)} runs, best settings of {len(cells)} cells (* on an edge, left out)")
+def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
+    """Print the best settings of each cell, their laws, and how well the laws of the others predict
+    the largest cells. Return the laws."""
+    print(f"\n{kind}: best settings of {len(cells)} cells")
     for c in cells:
-        lr = f"{c.lr:.3g}"
-        batch = f"{c.batch:.3g}"
-        if "lr" in c.edges:
-            lr += "*"
-        if "batch" in c.edges:
-            batch += "*"
-        print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {lr:<10} batch {batch:<10} "
-              f"loss {c.loss:.4f}  ({len(c.losses)} settings)")
+        on_edge = ""
+        if c.edges:
+            on_edge = " and ".join(c.edges) + " on an edge: left out"
+        print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {c.lr:<9.3g} batch {c.batch:<9.3g} "
+              f"loss {c.loss:.4f}  {len(c.losses)} settings  {on_edge}")
     laws = fit_cells(cells, args.bootstrap, args.seed)
-    published = {
-        "lr": PUBLISHED["lr"]["Step Law"],
-        "batch(D)": PUBLISHED["batch"]["Step Law"],
-    }
     for name, law in laws.items():
-        describe(name, law, published.get(name))
-    cells.sort(key=lambda cell: cell.C)
-    held_out = report_largest(cells, args)
-    rules = left_out(cells) | held_out
-    for label, gaps in rules.items():
-        near_optimal = sum(gap <= 0.0025 for gap in gaps)
-        print(f"  nearest run to {label:<20} loses {np.mean(gaps):.3%}, at most {max(gaps):.3%}; "
-              f"within 0.25% of the best in {near_optimal} of {len(gaps)} cells")
-    return cells, laws
+        describe(name, law)
+    report_largest(cells, args)
+    return laws
 
 
-def report_largest(cells: list[Cell], args: Args) -> dict[str, list[float]]:
-    """Predict the largest quarter of the cells, which come last, from the others; return the excess
-    of this rule."""
+def report_largest(cells: list[Cell], args: Args) -> None:
+    """Predict the largest quarter of the cells from the others, and say which intervals held."""
+    by_size = sorted(cells, key=lambda cell: cell.C)
     count_held = math.ceil(len(cells) / 4)
-    others = cells[:-count_held]
-    largest = cells[-count_held:]
-    laws = fit_cells(others, args.bootstrap, args.seed, quiet)
-    if laws:
-        print(f"  the {count_held} largest held out")
-    else:
-        print(f"  the {count_held} largest held out: too few cells remain")
-    names = [name for name in laws if name != "batch(D)"]
-    for c, name in product(largest, names):
-        law = laws[name]
-        x = c.axes()
-        predicted = law.predict(**x)
-        low, high = law.interval(**x)
+    print(f"  the {count_held} largest held out")
+    laws = fit_cells(by_size[:-count_held], args.bootstrap, args.seed)
+    laws.pop("batch(D)", None)
+    for c, name in product(by_size[-count_held:], laws):
+        predicted = laws[name].predict(**c.axes())
+        low, high = laws[name].interval(**c.axes())
         measured = getattr(c, name)
         held = low <= measured <= high
         verdict = "held" if held else "MISSED"
@@ -223,70 +149,42 @@ def report_largest(cells: list[Cell], args: Args) -> dict[str, list[float]]:
             verdict = "on an edge"
         print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} [{low:.4g}, {high:.4g}], "
               f"measured {measured:.4g}: {verdict}")
-    if "lr" not in laws or "batch" not in laws:
-        return {}
-    gaps = [excess(c, laws["lr"], laws["batch"]) for c in largest]
-    return {"all but the largest": gaps}
 
 
-def report_parity(dense: list[Cell], moe: list[Cell], args: Args) -> dict[str, Law]:
+def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
     """Report which dense model an MoE equals. One loss law of both kinds of cells says R^g times
     its activated N: with g = 1 an MoE is worth its total N, with g = 0 its activated N."""
-    cells = dense + moe
     N, R, D, loss = np.array([(c.N, c.R, c.D, c.loss) for c in cells]).T
     print("\nparity: one loss law of dense and MoE cells")
     law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
     describe("loss", law)
     low, high = law.ci("g")
-    for ratio in sorted({c.R for c in moe}):
+    for ratio in sorted(set(R) - {1}):
         worth = ratio ** law["g"]
         print(f"  an MoE of {ratio:.3g} x its activated N in all equals a dense model of "
               f"{worth:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] its activated N")
     return {"loss": law}
 
 
-def report_points(table: list[dict], args: Args) -> dict[str, Law]:
-    """Report Chinchilla's points against Epoch AI's refit. Like Epoch, we omit the 5 highest
-    losses: models trained on less than half a token per parameter."""
-    columns = ("loss", "Model Size", "Training FLOP")
-    points = []
-    for row in table:
-        points.append([float(row[name]) for name in columns])
-    points = np.array(points)
-    by_loss = points[:, 0].argsort(kind="stable")
-    loss, N, C = points[by_loss[:-5]].T
-    law = fit_loss(N, C / 6 / N, loss, args.bootstrap, args.seed)
-    describe("loss", law, PUBLISHED["loss"]["Epoch AI"])
-    exponent = law["beta"] / (law["alpha"] + law["beta"])
-    print(f"  N* grows as C^{exponent:.3f} (Epoch AI: 0.513)")
-    return {"loss": law}
-
-
 def fit(args: Args) -> dict[str, dict[str, Law]]:
-    """Fit and print the laws of all tables in --data (default: rows.csv in --out).
+    """Fit and print the laws of the runs in --data (default: rows.csv in --out).
 
-    Returns {"dense", "moe", "points", "parity": {name: law}}, as far as the tables go."""
+    Returns {"dense", "moe", "parity": {name: law}}, as far as the tables go."""
     require(args.bootstrap > 1, f"--bootstrap must be at least 2, got {args.bootstrap}")
-    out = {}
-    cells = {"dense": [], "moe": []}
-    for path in map(Path, (args.data or f"{args.out}/rows.csv").split(",")):
-        print(f"\n{path}")
-        table = read_table(path)
-        if "Model Size" in table[0]:
-            try:
-                out["points"] = report_points(table, args)
-            except (InputError, KeyError, ValueError) as error:
-                raise InputError(f"{path}: no table of Chinchilla's points ({error})") from None
-            continue
-        rows = grid_rows(path)
-        for kind in cells:
-            of_kind = [row for row in rows if row.kind == kind]
-            if of_kind:
-                cells[kind], out[kind] = report_runs(kind, of_kind, args)
-    both = cells["dense"] and cells["moe"]
-    if both and len(cells["dense"]) + len(cells["moe"]) > 6:  # a loss law's coefficients
-        out["parity"] = report_parity(cells["dense"], cells["moe"], args)
-    return out
+    rows = []
+    for path in (args.data or f"{args.out}/rows.csv").split(","):
+        rows += grid_rows(Path(path))
+    laws = {}
+    cells = []
+    for kind in ("dense", "moe"):
+        of_kind = [row for row in rows if row.kind == kind]
+        if of_kind:
+            cells_of_kind = measure_cells(of_kind, args.degree, args.within)
+            laws[kind] = report_runs(kind, cells_of_kind, args)
+            cells += cells_of_kind
+    if len(laws) == 2 and len(cells) > 6:  # a loss law's coefficients
+        laws["parity"] = report_parity(cells, args)
+    return laws
 
 
 # ---------------------------------------------------------------------------------------------
@@ -302,7 +200,7 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
         with contextlib.redirect_stdout(io.StringIO()):
             tables = fit(args)
         kind = "moe" if config and config.num_experts else "dense"
-        laws = tables.get(kind, {}) | tables.get("points", {})
+        laws = tables.get(kind, {})
         print(f"laws of {args.data}: {', '.join(laws)}")
     laws = laws or {}
     N = count(config)["N"] if config else parse_value("model", args.model or "0", float)
@@ -364,27 +262,20 @@ def add_preset(name: str) -> None:
 
 
 def prepare(args: Args, tokens: float) -> None:
-    """Write part of the built-in corpus and a tokenizer, once for all runs. Documents are cut into
-    pieces of 1,000 characters, so that the held-out fiftieth is a few dozen pieces, not one file.
-    """
+    """Write Python's own code as documents, and a tokenizer, once for all runs. Files are cut into
+    pieces of 1,000 characters, so that the held-out fiftieth is many pieces, not one file."""
     if args.resume and Path(f"{args.out}/tokenizer").is_dir():
         return  # another corpus would have another held-out loss
-    sources = corpus.builtin_corpus(args.seed, max_mb=max(1.0, tokens * 4e-6))
     pieces = []
-    for documents in sources.values():
-        for document in documents:
-            text = document["text"]
-            for start in range(0, len(text), 1000):
-                pieces.append(text[start:start + 1000])
-    enough = max(1000, int(tokens / 250))
-    every = max(1, len(pieces) // enough)
-    pieces = pieces[::every]         # fewer pieces, since every run reads all of them
-    files.write_jsonl(f"{args.out}/data/builtin.jsonl", ({"text": text} for text in pieces))
+    for document in corpus.builtin_corpus(args.seed, max(1.0, tokens * 4e-6))["stdlib_code"]:
+        text = document["text"]
+        pieces += [text[start:start + 1000] for start in range(0, len(text), 1000)]
+    files.write_jsonl(f"{args.out}/data/code.jsonl", [{"text": text} for text in pieces])
     training = [text for text in pieces if not mixture.is_held_out(text)]
     Tokenizer.train(training, 384).save_pretrained(f"{args.out}/tokenizer")
 
 
-def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device) -> Row:
+def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> Row:
     """Train one model with pretrain.py, in a directory that the next run overwrites. Warm-up is a
     tenth of the steps: a fixed number of steps would favour small batches."""
     asked = pretrain.Args(
@@ -393,9 +284,9 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
         tokenizer=f"{args.out}/tokenizer",
         model=size,
         tokens=int(D),
-        lr=setting.lr,
-        batch_tokens=int(setting.batch),
-        warmup=int(D / setting.batch / 10),
+        lr=lr,
+        batch_tokens=int(batch),
+        warmup=int(D / batch / 10),
         seq_len=args.seq_len,
         micro_batch=64,
         eval_every=10**9,
@@ -417,8 +308,8 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
         N=sizes["N"],
         total=sizes["non_embedding"],
         D=D,
-        lr=setting.lr,
-        batch_tokens=setting.batch,
+        lr=lr,
+        batch_tokens=batch,
         loss=loss,
         warmup=asked.warmup,
         seed=seed,
@@ -429,106 +320,48 @@ def measure(args: Args, size: str, D: float, setting: Setting, seed: int, device
     )
 
 
-def descend(value, shape: tuple[int, int], at: tuple[int, int]) -> tuple[int, int]:
-    """Walk from `at` to a grid point that none of its eight neighbours beats, by `value`.
-
-    This takes about 11 runs instead of the whole grid, and these surround the optimum, as the fit
-    of the surface needs. Diagonals count, since the valley runs along them: a larger batch goes
-    with a higher learning rate."""
-    while True:
-        near = [(at[0] + i, at[1] + j) for i, j in product((0, 1, -1), repeat=2)]
-        inside = [(i, j) for i, j in near if 0 <= i < shape[0] and 0 <= j < shape[1]]
-        best = min(inside, key=value)
-        if best == at:
-            return at
-        at = best
-
-
-class Grid:
-    """The settings that a sweep may try, and the runs that it has done."""
-
-    def __init__(self, args: Args, run: Run, rows: list[Row], device):
-        self.args = args
-        self.run = run
-        self.rows = rows
-        self.device = device
-        self.lrs = parse_list("lrs", args.lrs)
-        self.batches = parse_list("batches", args.batches)
-        self.done = {}
-        for row in rows:
-            setting = Setting(row.lr, row.batch_tokens)
-            self.done[row.size, row.D, setting, row.seed] = row.loss
-
-    def setting(self, point: tuple[int, int]) -> Setting:
-        return Setting(self.lrs[point[0]], self.batches[point[1]])
-
-    def loss(self, size: str, D: float, point: tuple[int, int]) -> float:
-        """Return the mean loss over --seeds. Runs that are missing are trained and saved."""
-        losses = []
-        for seed in range(self.args.seed, self.args.seed + self.args.seeds):
-            setting = self.setting(point)
-            key = (size, D, setting, seed)
-            if key not in self.done:
-                row = measure(self.args, size, D, setting, seed, self.device)
-                self.done[key] = row.loss
-                self.rows.append(row)
-                write_rows(self.run.path / "rows.csv", self.rows)
-            losses.append(self.done[key])
-        mean = sum(losses) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
-
-
 def parse_list(name: str, text: str) -> list[float]:
-    values = sorted(parse_value(name, part, float) for part in text.split(","))
+    values = sorted({parse_value(name, part, float) for part in text.split(",")})
     require(values[0] > 0, f"--{name} must be positive")
     return values
-
-
-def sweep(args: Args, run: Run, rows: list[Row], device) -> None:
-    """Add to rows and rows.csv the runs of each cell, from the last cell's optimum to its own."""
-    grid = Grid(args, run, rows, device)
-    tokens = parse_list("tokens", args.tokens)
-    require(all(row.seq_len == args.seq_len for row in rows),
-            f"--resume: {run.path} has rows of another --seq_len: take another --out")
-    sizes = args.sizes.split(",")
-    for size in sizes:
-        add_preset(size)
-    run.start_or_resume()
-    prepare(args, tokens[-1])
-    shape = (len(grid.lrs), len(grid.batches))
-    at = (shape[0] // 2, shape[1] // 2)
-    cells = list(product(sizes, tokens))
-    bar = tqdm(cells, desc="scaling", disable=None)
-    for number, (size, D) in enumerate(bar, 1):
-        cell_loss = partial(grid.loss, size, D)
-        at = descend(cell_loss, shape, at)
-        best = grid.setting(at)
-        metrics = {
-            "N": count(PRESETS[size])["N"],
-            "D": D,
-            "lr": best.lr,
-            "batch_tokens": best.batch,
-            "loss": cell_loss(at),
-            "runs": len(rows),
-        }
-        run.log(number, len(cells), bar, **metrics)
 
 
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
-    """Sweep, then fit."""
+    """Sweep: train every setting of the grid with every seed, then fit."""
     require(not args.data, "a sweep trains on the built-in corpus; --data is for fit and plan")
     device, _ = optim.setup(args)
     args = replace(args, seq_len=args.seq_len or 64, tokens=args.tokens or "5e3,1e4,2e4")
+    sizes = args.sizes.split(",")
+    tokens = parse_list("tokens", args.tokens)
+    lrs = parse_list("lrs", args.lrs)
+    batches = parse_list("batches", args.batches)
+    seeds = range(args.seed, args.seed + args.seeds)
+    for size in sizes:
+        add_preset(size)
     path = Path(args.out) / "rows.csv"
     rows = []
     if args.resume and path.exists():
         rows = grid_rows(path)
+    require(all(row.seq_len == args.seq_len for row in rows),
+            f"--resume: {path} has rows of another --seq_len: take another --out")
+
     # rows.csv is all the state of a sweep, so Run must not look for a state of its own.
     overwrite = args.overwrite or args.resume
     run = Run(replace(args, resume=False, overwrite=overwrite), "scaling")
-    sweep(args, run, rows, device)
+    run.start_or_resume()
+    prepare(args, tokens[-1])
+    done = {(row.size, row.D, row.lr, row.batch_tokens, row.seed) for row in rows}
+    grid = product(sizes, tokens, lrs, batches, seeds)
+    missing = [setting for setting in grid if setting not in done]
+    bar = tqdm(missing, desc="scaling", disable=None)
+    for number, setting in enumerate(bar, 1):
+        row = measure(args, *setting, device)
+        rows.append(row)
+        write_rows(path, rows)
+        run.log(number, len(missing), bar, N=row.N, D=row.D, lr=row.lr, batch=row.batch_tokens,
+                loss=row.loss)
     result = {"runs": len(rows)}
     run.write_record({"finished": True, "seconds": round(run.seconds(), 1), "result": result})
     return fit(args)

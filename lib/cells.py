@@ -8,7 +8,6 @@ import math
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -36,18 +35,13 @@ class Row:
     dtype: str = ""
 
 
-class Setting(NamedTuple):
-    lr: float
-    batch: float
-
-
 @dataclass
 class Cell:
     N: float
     R: float                         # total / activated parameters
     D: float
-    losses: dict[Setting, float]     # the mean loss of a setting's repeats
-    loss: float                      # the lowest of them: the report trains at the optimum again
+    losses: dict                     # {(lr, batch): the mean loss of this setting's repeats}
+    loss: float                      # the lowest of them
     lr: float = math.nan             # the optimum
     batch: float = math.nan
     edges: tuple[str, ...] = ()      # "lr" or "batch", if that optimum is on the edge of the grid
@@ -65,13 +59,19 @@ class Cell:
 # tables
 
 def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV in UTF-8 as {column: text}. A byte-order mark, as Excel writes, and
+    blanks around commas, as people do, belong to no column. InputError if there is no row."""
     with files.open_text(path) as file:
         try:
-            rows = list(csv.DictReader(file))
+            lines = file.read().removeprefix("\ufeff").splitlines()
+            table = list(csv.reader(lines, skipinitialspace=True))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    require(bool(rows), f"{path}: no rows")
-    return rows
+    stripped = [[text.strip() for text in line] for line in table]
+    filled = [line for line in stripped if any(line)]
+    require(len(filled) > 1, f"{path}: no rows")
+    head, *rows = filled
+    return [dict(zip(head, row, strict=False)) for row in rows]
 
 
 def grid_rows(path: Path) -> list[Row]:
@@ -112,8 +112,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 # ---------------------------------------------------------------------------------------------
 # optima
 
-def optimum(losses: dict[Setting, float], degree=3, within=0.01) -> tuple[Setting, tuple[str, ...]]:
-    """Return a cell's best setting, and which of "lr" and "batch" is on the edge of the grid.
+def optimum(losses: dict, degree=3, within=0.01) -> tuple[list[float], tuple[str, ...]]:
+    """Return a cell's best [lr, batch], and which of "lr" and "batch" is on the edge of the grid.
 
     The valley is so flat that noise moves the lowest run by a step or two. We therefore fit a
     polynomial in (log lr, log batch) to the runs within 1% of the lowest loss, or to the nine
@@ -135,9 +135,8 @@ def optimum(losses: dict[Setting, float], degree=3, within=0.01) -> tuple[Settin
     if degree > 1 and np.isfinite(loss[near]).all() and (low < high).all():
         best = surface_minimum(xy, loss, near, degree)
         on_edge |= (best == low) | (best == high)
-    lr, batch = np.exp(best).tolist()
-    names = zip(Setting._fields, on_edge, strict=True)
-    return Setting(lr, batch), tuple(name for name, flag in names if flag)
+    edges = np.array(["lr", "batch"])[on_edge]
+    return np.exp(best).tolist(), tuple(edges.tolist())
 
 
 def polynomial_powers(degree: int) -> list[tuple[int, int]]:
@@ -174,7 +173,7 @@ def measure_cells(rows: list[Row], degree=3, within=0.01) -> list[Cell]:
     groups = {}
     for row in rows:
         cell = (row.N, (row.total or row.N) / row.N, row.D)
-        setting = Setting(row.lr, row.batch_tokens)
+        setting = (row.lr, row.batch_tokens)
         loss = row.loss if math.isfinite(row.loss) else math.inf
         groups.setdefault(cell, {}).setdefault(setting, []).append(loss)
     cells = []
@@ -182,6 +181,6 @@ def measure_cells(rows: list[Row], degree=3, within=0.01) -> list[Cell]:
         losses = {}
         for setting, repeats in sorted(groups[N, R, D].items()):
             losses[setting] = math.fsum(repeats) / len(repeats)
-        best, edges = optimum(losses, degree, within)
-        cells.append(Cell(N, R, D, losses, min(losses.values()), best.lr, best.batch, edges))
+        (lr, batch), edges = optimum(losses, degree, within)
+        cells.append(Cell(N, R, D, losses, min(losses.values()), lr, batch, edges))
     return cells

@@ -29,7 +29,8 @@ class Law:
 
     def __getitem__(self, name: str) -> float:
         """Return a coefficient by its name; those that scale are kept as logarithms."""
-        value = float(self.coef[self.names.index(name)])
+        column = self.names.index(name)
+        value = float(self.coef[column])
         return math.exp(value) if name in self.scales else value
 
     def predict(self, **x):
@@ -39,9 +40,11 @@ class Law:
     def interval(self, **x) -> tuple[float, float]:
         """Return a 95% interval for one new cell: the law's uncertainty and a cell's scatter."""
         logs = [math.log(x[axis]) for axis in self.axes]
+        centre = self.form(self.coef, logs)
         samples = self.form(self.draws, logs)
-        noise = np.random.default_rng(0).normal(0, self.spread, samples.shape)
-        low, high = self.percentiles(self.form(self.coef, logs), samples, noise)
+        rng = np.random.default_rng(0)
+        noise = rng.normal(0, self.spread, samples.shape)
+        low, high = self.percentiles(centre, samples, noise)
         return math.exp(low), math.exp(high)
 
     def ci(self, name: str) -> tuple[float, float]:
@@ -63,16 +66,16 @@ class Law:
         sqrt((n - k) / n). Without `student`, 95% intervals of 9 simulated cells cover 85%; with
         it, 91-92%."""
         n = len(self.y)
-        freedom = n - len(self.coef)
-        deviation = (samples - centre) * math.sqrt(n / freedom) + noise
-        widened = centre + deviation * student(freedom)
+        freedom = n - len(self.names)
+        deviation = (samples - centre) * math.sqrt(n / freedom)
+        widened = centre + (deviation + noise) * student(freedom)
         low, high = np.percentile(widened, [2.5, 97.5])
         return float(low), float(high)
 
     def fitted(self, log_x, log_y, draws) -> "Law":
         """Return this law with the cells that it was fitted to and its bootstrap."""
         residuals = log_y - self.form(self.coef, log_x.T)
-        variance = (residuals ** 2).sum() / (len(log_y) - len(self.coef))
+        variance = (residuals ** 2).sum() / (len(log_y) - len(self.names))
         smallest = np.exp(log_x.min(0))
         largest = np.exp(log_x.max(0))
         return replace(
@@ -102,23 +105,27 @@ class PowerLaw(Law):
 
 
 class LossLaw(Law):
-    """L = E + A / (N R^g)^alpha + B / D^beta. coef: log E, log A, log B, alpha, beta and, if the
-    axes include R, g. The loss of an MoE is that of a dense model of R^g times its activated N."""
+    """L = E + A / (N R^g)^alpha + B / D^beta. coef: log E, log A, log B, alpha, beta, and g, which
+    has no effect if the axes lack R. An MoE's loss is that of a dense model of R^g times its
+    activated N."""
     scales = ("E", "A", "B")
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("E", "A", "B", "alpha", "beta", "g")[:len(self.coef)]
+        return ("E", "A", "B", "alpha", "beta", "g")[:3 + len(self.axes)]
 
     @staticmethod
     def form(coef, logs):
-        e, a, b, alpha, beta = np.moveaxis(coef[..., :5], -1, 0)
-        size = logs[0]
-        if len(logs) == 3:
-            size = size + coef[..., 5] * logs[2]
-        model_term = a - alpha * size
-        data_term = b - beta * logs[1]
-        return np.logaddexp(np.logaddexp(e, model_term), data_term)
+        terms = loss_terms(coef, *logs)
+        return np.logaddexp.reduce(np.broadcast_arrays(*terms))
+
+
+def loss_terms(coef, log_n, log_d, log_r=0.0):
+    """Return the logarithms of the three terms of a loss law. coef: (..., 6)"""
+    e, a, b, alpha, beta, g = np.moveaxis(coef, -1, 0)
+    model_term = a - alpha * (log_n + g * log_r)
+    data_term = b - beta * log_d
+    return e, model_term, data_term
 
 
 def student(freedom: int) -> float:
@@ -140,6 +147,8 @@ def coefficients(scales: list[float], exponents: list[float]) -> np.ndarray:
 STEP_LAW = [(2.1e8, 1.1e9), (4e9, 1e11)]        # ranges of N and D
 CHINCHILLA = [(5.7e7, 1.6e10), (8.2e8, 3.2e11)]
 DEEPSEEK = [(1e17, 2e19)]                       # range of C
+EPOCH_REFIT = coefficients([1.81686, 482.006, 2085.434], [0.34781, 0.36585, 0.0])
+HOFFMANN = coefficients([1.69, 406.4, 410.7], [0.34, 0.28, 0.0])
 PUBLISHED = {
     # Step Law counts N without the vocabulary; its last learning rate is 1e-5, not 10% of the peak.
     # DeepSeek LLM is arXiv 2401.02954; some copies print 0.3188.
@@ -151,18 +160,10 @@ PUBLISHED = {
         "Step Law": PowerLaw("D", coefficients([0.58], [0.571]), STEP_LAW[1:]),
         "DeepSeek": PowerLaw("C", coefficients([0.2920], [0.3271]), DEEPSEEK),
     },
-    # Chinchilla as published, and its points as refitted by Epoch AI (2404.10102)
+    # Chinchilla's points as refitted by Epoch AI (2404.10102), and as published
     "loss": {
-        "Epoch AI": LossLaw(
-            "ND",
-            coefficients([1.81686, 482.006, 2085.434], [0.34781, 0.36585]),
-            CHINCHILLA,
-        ),
-        "Chinchilla": LossLaw(
-            "ND",
-            coefficients([1.69, 406.4, 410.7], [0.34, 0.28]),
-            CHINCHILLA,
-        ),
+        "Epoch AI": LossLaw("ND", EPOCH_REFIT, CHINCHILLA),
+        "Chinchilla": LossLaw("ND", HOFFMANN, CHINCHILLA),
     },
 }
 
@@ -173,7 +174,8 @@ PUBLISHED = {
 def resample(n: int, bootstrap: int, seed: int) -> np.ndarray:
     """Return (bootstrap, n) weights of sum n: Rubin's Bayesian bootstrap. If few whole cells were
     drawn with replacement, all of them would too often have one N."""
-    return np.random.default_rng(seed).dirichlet(np.ones(n), bootstrap) * n
+    rng = np.random.default_rng(seed)
+    return n * rng.dirichlet(np.ones(n), bootstrap)
 
 
 def fit_power(axes: str, x, y, bootstrap=1000, seed=0, edges=0) -> PowerLaw:
@@ -185,56 +187,44 @@ def fit_power(axes: str, x, y, bootstrap=1000, seed=0, edges=0) -> PowerLaw:
     log_y = np.log(y)
     design = np.column_stack([np.ones(len(log_x)), log_x])
     n, k = design.shape
-    determined = n > k and np.linalg.matrix_rank(design, tol=1e-6) == k
-    require(determined, f"no law: {n} cells ({edges} more are on an edge) do not determine {k} "
-            "coefficients")
+    rank = np.linalg.matrix_rank(design, tol=1e-6)
+    require(n > k and rank == k, f"no law: {n} cells ({edges} more are on an edge) do not "
+            f"determine {k} coefficients")
 
     def solve(weights):
-        """Solve the normal equations of each row of weights: (resamples, n) -> (resamples, k)."""
-        squares = np.einsum("rn,ni,nj->rij", weights, design, design)
-        products = np.einsum("rn,ni->ri", weights * log_y, design)
-        return np.linalg.solve(squares, products[..., None])[..., 0]
-    best = solve(np.ones((1, n)))[0]
-    draws = solve(resample(n, bootstrap, seed))
-    return PowerLaw(axes, best, edges=edges).fitted(log_x, log_y, draws)
+        root = np.sqrt(weights)
+        weighted = design * root[:, None]
+        return np.linalg.lstsq(weighted, log_y * root)[0]
+    best = solve(np.ones(n))
+    draws = [solve(weights) for weights in resample(n, bootstrap, seed)]
+    law = PowerLaw(axes, best, edges=edges)
+    return law.fitted(log_x, log_y, np.array(draws))
 
 
 def fit_loss(N, D, loss, bootstrap=200, seed=0, R=None) -> LossLaw:
     """Fit a loss law, with R also its g. N, D, loss, R: (n,). InputError with too few cells.
 
-    Chinchilla minimises eq. 3 by L-BFGS from a grid of starts. Our grid has 27 of them, and every
-    resample of the bootstrap starts from the best result. We minimise by Levenberg-Marquardt.
-    torch's L-BFGS finds the same coefficients, but took ten times as long or more with one resample
-    after the other. With all resamples at once it stopped too early, and gave intervals that are
-    too narrow, where the cells hardly determine a coefficient."""
-    columns = [N, D] if R is None else [N, D, R]
-    log_x = np.log(np.stack(columns, -1).astype(float))
-    log_loss = np.log(loss)
-    n = len(log_loss)
-    k = 3 + len(columns)
-    require(n > k, f"no loss law: {n} cells do not determine {k} coefficients")
-    problem = LossProblem(log_x, log_loss)
-    starts = np.array(grid_of_starts())[:, :k]
-    best = problem.minimise(starts, np.ones((1, n)), steps=300)[:1]
-    starts = best.repeat(bootstrap, 0)
-    starts[:, 0] = np.maximum(starts[:, 0], math.log(0.1))  # no step leads away from E = 0
-    draws = problem.minimise(starts, resample(n, bootstrap, seed), steps=100)
+    As Chinchilla, we start from a grid, of 27 points here; every resample of the bootstrap starts
+    from the best result. Levenberg-Marquardt takes the place of L-BFGS, which with all resamples at
+    once stopped too early, and one after the other took ten times as long (docs/LOG.md)."""
     axes = "ND" if R is None else "NDR"
+    k = 3 + len(axes)
+    n = len(loss)
+    require(n > k, f"no loss law: {n} cells do not determine {k} coefficients")
+    if R is None:
+        R = np.ones(n)
+    log_x = np.log(np.stack([N, D, R], -1).astype(float))
+    problem = LossProblem(log_x, np.log(loss))
+    equal_weights = np.ones((1, n))
+    best = problem.minimise(problem.starts(), equal_weights, steps=300)[:1]
+    starts = best.repeat(bootstrap, 0)
+    least_e = problem.level + math.log(0.1)
+    starts[:, 0] = np.maximum(starts[:, 0], least_e)  # no step leads away from E = 0
+    weights = resample(n, bootstrap, seed)
+    draws = problem.minimise(starts, weights, steps=100)
+    draws = problem.uncentred(draws)
     law = LossLaw(axes, problem.uncentred(best)[0])
-    return law.fitted(log_x, log_loss, problem.uncentred(draws))
-
-
-def grid_of_starts() -> list[list[float]]:
-    """Return 27 rows of e, a, b, alpha, beta, g, for centred logarithms: at the mean cell E has one
-    of three shares of the loss, and the two other terms share the rest."""
-    shares = (0.05, 0.3, 0.8)
-    exponents = (0.1, 0.4, 1.0)
-    starts = []
-    for share, alpha, beta in product(shares, exponents, exponents):
-        e = math.log(share)
-        rest = math.log((1 - share) / 2)
-        starts.append([e, rest, rest, alpha, beta, 0.3])
-    return starts
+    return law.fitted(log_x[:, :len(axes)], problem.log_loss, draws)
 
 
 class LossProblem:
@@ -243,27 +233,39 @@ class LossProblem:
         sum_i w_i Huber(log(exp(e) + exp(a - alpha log N_i) + exp(b - beta log D_i)) - log L_i)
 
     It is the sum: divided by n, the published fit stopped too early (Epoch AI). A row of p is e, a,
-    b, alpha, beta and, with R, g. Logarithms are centred, since raw ones make a and alpha nearly
-    one direction.
+    b, alpha, beta and g, where log N_i + g log R_i takes the place of log N_i. N and D are centred:
+    otherwise a and alpha are nearly one direction, and draws stop early where E is near 0.
     """
     delta = 1e-3                     # of the Huber loss
 
     def __init__(self, log_x: np.ndarray, log_loss: np.ndarray):
-        model_and_data = log_x[:, :2]
-        self.centre = model_and_data.mean(0)
-        self.n, self.d = (model_and_data - self.centre).T
-        self.r = log_x[:, 2] if log_x.shape[1] == 3 else None
+        self.centre = log_x[:, :2].mean(0)
+        self.log_n, self.log_d = (log_x[:, :2] - self.centre).T
+        self.log_r = log_x[:, 2]
+        self.log_loss = log_loss
         self.level = log_loss.mean()
-        self.target = log_loss - self.level
+
+    def starts(self) -> np.ndarray:
+        """Return 27 rows of p: at the mean cell E has one of three shares of the loss, and the two
+        other terms share the rest."""
+        exponents = (0.1, 0.4, 1.0)
+        rows = []
+        for share, alpha, beta in product((0.05, 0.3, 0.8), exponents, exponents):
+            e = self.level + math.log(share)
+            rest = self.level + math.log((1 - share) / 2)
+            rows.append([e, rest, rest, alpha, beta, 0.3])
+        return np.array(rows)
+
+    def uncentred(self, p):
+        """Return the rows of p for logarithms of N and D that are not centred."""
+        out = p.copy()
+        out[:, 1:3] += p[:, 3:5] * self.centre
+        return out
 
     def residuals(self, p):
-        """Return the residuals (B, n) of p (B, k), and their Jacobian (B, n, k)."""
-        e, a, b, alpha, beta = p[:, :5].T[..., None]
-        size = self.n
-        if self.r is not None:
-            size = size + p[:, 5:] * self.r
-        model_term = a - alpha * size
-        data_term = b - beta * self.d
+        """Return the residuals (B, n) of p (B, 6), and their Jacobian (B, n, 6)."""
+        alpha, g = p[:, 3:4], p[:, 5:]
+        e, model_term, data_term = loss_terms(p[:, None], self.log_n, self.log_d, self.log_r)
         total = np.logaddexp(np.logaddexp(e, model_term), data_term)
         # The derivative of a log of a sum of exponentials by one exponent is its share of the sum.
         model_share = np.exp(model_term - total)
@@ -272,12 +274,11 @@ class LossProblem:
             np.exp(e - total),
             model_share,
             data_share,
-            -model_share * size,
-            -data_share * self.d,
+            -model_share * (self.log_n + g * self.log_r),
+            -data_share * self.log_d,
+            -model_share * alpha * self.log_r,
         ]
-        if self.r is not None:
-            columns.append(-model_share * alpha * self.r)
-        return total - self.target, np.stack(columns, -1)
+        return total - self.log_loss, np.stack(columns, -1)
 
     def objective(self, residuals, weights):
         size = np.abs(residuals)
@@ -286,12 +287,14 @@ class LossProblem:
         return (weights * huber).sum(-1)
 
     def step(self, residuals, jacobian, weights, damping):
-        """Return a Levenberg-Marquardt step (B, k) for the weighted least squares that touch the
+        """Return a Levenberg-Marquardt step (B, 6) for the weighted least squares that touch the
         Huber loss from above."""
         size = np.maximum(np.abs(residuals), 1e-12)
-        weights = weights * np.minimum(1, self.delta / size)
+        slope = np.minimum(1, self.delta / size)  # of the Huber loss, over the residual
+        weights = weights * slope
         transposed = np.swapaxes(jacobian, 1, 2)
-        gradient = transposed @ (weights * residuals)[..., None]
+        weighted = weights * residuals
+        gradient = transposed @ weighted[..., None]
         hessian = transposed @ (jacobian * weights[..., None])
         diagonal = np.einsum("bii->bi", hessian)  # a view
         diagonal *= 1 + damping[:, None]
@@ -300,24 +303,16 @@ class LossProblem:
 
     def minimise(self, p, weights, steps: int):
         """Improve every row of p, and return the rows in the order of their objective."""
-        residuals, jacobian = self.residuals(p)
         damping = np.full(len(p), 1e-2)
         for _ in range(steps):
+            residuals, jacobian = self.residuals(p)
             new_p = p + self.step(residuals, jacobian, weights, damping)
-            new_residuals, new_jacobian = self.residuals(new_p)
+            new_residuals, _ = self.residuals(new_p)
             old_objective = self.objective(residuals, weights)
-            new_objective = self.objective(new_residuals, weights)
-            better = new_objective < old_objective
+            better = self.objective(new_residuals, weights) < old_objective
             p = np.where(better[:, None], new_p, p)
-            residuals = np.where(better[:, None], new_residuals, residuals)
-            jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
-            damping = np.clip(damping * np.where(better, 0.2, 5), 1e-9, 1e9)
+            factor = np.where(better, 0.2, 5)
+            damping = np.clip(damping * factor, 1e-9, 1e9)
+        residuals, _ = self.residuals(p)
         order = self.objective(residuals, weights).argsort()
         return p[order]
-
-    def uncentred(self, p):
-        """Return the rows of p for logarithms that are not centred."""
-        out = p.copy()
-        out[:, :3] += self.level
-        out[:, 1:3] += p[:, 3:5] * self.centre
-        return out

@@ -20,15 +20,18 @@ def count(config: Config) -> dict[str, int]:
     return sizes | {"N": sizes["active"] - embedding_and_head}
 
 
-def flops(N: float, D: float, layers=0, width=0, seq_len=0, vocab_size=0) -> float:
-    """Return the training FLOPs of D tokens: 6 N D and, if the shape is given, what 6 N D omits.
+def flops(N: float, D: float, config: Config = None, seq_len=0) -> float:
+    """Return the training FLOPs of D tokens: 6 N D and, with a config, what 6 N D omits.
 
     It omits the head and attention's scores (counted whole, though half of them are masked). Both
     are small at 7B, and most of a micro model. DeepSeek's M D has 72 L C^2 for 6 N and no head.
     """
-    parameters = 6 * (N + vocab_size * width)
-    scores = 12 * layers * width * seq_len
-    return (parameters + scores) * D
+    per_token = 6 * N
+    if config:
+        C = config.hidden_size
+        per_token += 6 * config.vocab_size * C
+        per_token += 12 * config.num_hidden_layers * C * seq_len
+    return per_token * D
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,46 +153,39 @@ def plan_settings(N: float, D: float, laws: dict, published: dict) -> dict:
 
 
 def plan_machines(args, config: Config, D: float) -> dict:
-    """Print and return memory, days and cost of a preset, with every assumption. args: those of
-    scaling.py."""
-    gpus, checkpointing = args.gpus, args.gradient_checkpointing
+    """Print and return memory, days and cost of a preset in bf16, with every assumption. args:
+    those of scaling.py."""
     seq_len = args.seq_len or 4096
-    bf16 = args.dtype != "float32"
-    parts = memory(config, gpus, args.micro_batch, seq_len, bf16, True, checkpointing)
+    parts = memory(
+        config,
+        args.gpus,
+        args.micro_batch,
+        seq_len,
+        checkpointing=args.gradient_checkpointing,
+    )
     total = sum(parts.values()) / 1e9
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    dtype = "bf16" if bf16 else "float32"
-    with_or_no = "with" if checkpointing else "no"
     print(f"  memory per GPU: {total:.1f} GB of {args.gpu_gb:g}: {listed}")
-    print(f"    (FSDP over {gpus}, float32 weights and states, {dtype} compute, "
-          f"{args.micro_batch} x {seq_len} tokens,")
-    print(f"    {with_or_no} gradient checkpointing; without context and buffers, 1-3 GB)")
+    print(f"    (FSDP over {args.gpus}, float32 weights and states, bf16 compute, "
+          f"{args.micro_batch} x {seq_len} tokens; add 1-3 GB for CUDA)")
     if total > args.gpu_gb:
         print("    DOES NOT FIT: use more --gpus, a smaller --micro_batch or --seq_len, or "
               "--gradient_checkpointing")
 
     N = count(config)["N"]
-    work = flops(
-        N,
-        D,
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        seq_len=seq_len,
-        vocab_size=config.vocab_size,
-    )
-    if checkpointing:
+    work = flops(N, D, config, seq_len)
+    if args.gradient_checkpointing:
         work *= 4 / 3                 # one more forward pass
-    flops_per_second = gpus * args.peak_tflops * 1e12 * args.mfu
+    flops_per_second = args.gpus * args.peak_tflops * 1e12 * args.mfu
     hours = work / flops_per_second / 3600
     days = hours / 24
-    cost = hours * gpus * args.gpu_hour
-    print(f"  time: {work:.3g} FLOPs with head and attention at {seq_len} = {days:.1f} days,")
-    print(f"    {cost:,.0f} at {args.gpu_hour:g} per GPU hour ({gpus} GPUs, "
-          f"{args.peak_tflops:g} TFLOPS peak,")
-    print(f"    MFU {args.mfu:g} assumed, no restarts)")
+    cost = hours * args.gpus * args.gpu_hour
+    print(f"  time: {work:.3g} FLOPs with head and attention = {days:.1f} days, "
+          f"{cost:,.0f} at {args.gpu_hour:g} per GPU hour")
+    print(f"    ({args.gpus} GPUs, {args.peak_tflops:g} TFLOPS peak, MFU {args.mfu:g} assumed, "
+          "no restarts)")
     return {
         "memory": parts,
-        "memory_gb": total,
         "training_flops": work,
         "days": days,
         "cost": cost,

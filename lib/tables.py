@@ -8,7 +8,8 @@ def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
     """Return the mean of per-query values in [least, 1] and its normal 95% interval."""
     n = len(values)
     mean = sum(values) / n
-    variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    squares = [(value - mean) ** 2 for value in values]
+    variance = sum(squares) / max(1, n - 1)
     error = 1.96 * math.sqrt(variance / n)
     low = max(least, mean - error)
     high = min(1.0, mean + error)
@@ -24,7 +25,7 @@ def cell(value: dict[str, float], form: str = ".1f") -> str:
 
 
 class Table(NamedTuple):
-    """Rows of text. A cell in **stars** is bold, a cell in `backticks` is code."""
+    """Rows of text. A cell in `backticks` is code."""
     title: str
     head: list[str]
     rows: list[list[str]]
@@ -33,40 +34,33 @@ class Table(NamedTuple):
         rule = ["---"] * len(self.head)
         lines = []
         for row in (self.head, rule, *self.rows):
-            texts = []
+            line = "|"
             for text in row:
-                texts.append(text.replace("|", "\\|").replace("\n", "\\n"))
-            lines.append("| " + " | ".join(texts) + " |")
+                text = text.replace("|", "\\|").replace("\n", "\\n")
+                line += f" {text} |"
+            lines.append(line)
         return "\n".join(lines)
 
     def html(self) -> str:
-        lines = ['<div class="wide"><table>', html_row(self.head, "th")]
-        for row in self.rows:
-            lines.append(html_row(row, "td"))
-        lines.append("</table></div>")
-        return "\n".join(lines)
+        lines = []
+        for row in (self.head, *self.rows):
+            line = ""
+            for text in row:
+                content = escape(text)
+                if text.startswith("`") and text.endswith("`"):
+                    content = f"<code>{content[1:-1]}</code>"
+                line += f"<td>{content}</td>"
+            lines.append(f"<tr>{line}</tr>")
+        return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def html_row(row: list[str], tag: str) -> str:
-    cells = []
-    for text in row:
-        content = escape(text)
-        if text.startswith("`") and text.endswith("`"):
-            content = "<code>" + content[1:-1] + "</code>"
-        elif text.startswith("**") and text.endswith("**"):
-            content = "<b>" + content[2:-2] + "</b>"
-        cells.append(f"<{tag}>{content}</{tag}>")
-    return "<tr>" + "".join(cells) + "</tr>"
-
-
-def metric_tables(stages: list[tuple[str, dict]], sampled: str = "pass@1") -> list[Table]:
+def metric_tables(stages: list[tuple[str, dict]]) -> list[Table]:
     """Return a table of pass@1 and one of greedy accuracy, stages x domains, from the name and the
-    metrics of each stage. `sampled` is what pass@1 is called: a mean, with a reward of your own."""
+    metrics of each stage."""
     tables = []
-    for metric, label in (("pass@1", sampled), ("greedy", "greedy")):
-        _, first = stages[0]
+    _, first = stages[0]
+    for metric, label in (("pass@1", "pass@1 (mean score)"), ("greedy", "greedy")):
         domains = list(first[metric])
-        head = [f"{label}, %"] + domains
         rows = []
         for name, metrics in stages:
             row = [name]
@@ -75,5 +69,6 @@ def metric_tables(stages: list[tuple[str, dict]], sampled: str = "pass@1") -> li
             rows.append(row)
         n = first[metric]["total"]["n"]
         title = f"{label} on {n} held-out queries, % [95% interval]"
+        head = [f"{label}, %"] + domains
         tables.append(Table(title, head, rows))
     return tables

@@ -108,7 +108,7 @@ def test_plots_of_the_laws(tmp_path, capsys, monkeypatch):
     plot_laws.main(args)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["dense.png"]
     assert [panel.loglog.call_count for panel in panels] == [16, 16, 0]
-    law = fit_cells(measure_cells(rows), loss=False)["lr"]
+    law = fit_cells(measure_cells(rows))["lr"]
     lines = [call.args[:2] for call in panels[0].loglog.call_args_list[:3]]
     assert lines[1][1] == pytest.approx(law.predict(N=5e7, D=lines[1][0]))
     assert lines[2][1] == pytest.approx(PUBLISHED["lr"]["Step Law"].predict(N=5e7, D=lines[2][0]))

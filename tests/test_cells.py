@@ -19,7 +19,7 @@ shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data besid
 
 def test_the_surface_beats_the_lowest_run():
     error = {degree: np.mean([
-        abs(fit_rows(make_rows(0.002, seed), degree=degree, loss=False)["lr"]["N"] + 0.5)
+        abs(fit_rows(make_rows(0.002, seed), degree=degree)["lr"]["N"] + 0.5)
         for seed in range(6)]) for degree in (0, 3)}
     assert error[3] < error[0] / 2
 
@@ -105,3 +105,16 @@ def test_rows_are_read_back_or_refused(tmp_path):
                           ("d.csv", "no rows"), ("e.csv", "no such file")):
         with pytest.raises(InputError, match=message):
             scaling.fit(scaling.Args(data=str(tmp_path / name)))
+
+
+def test_tables_as_excel_and_people_write_them(tmp_path):
+    """A byte-order mark, blanks around commas, an empty line: the same rows as without."""
+    plain = "kind,N,D,lr,batch_tokens,loss\nmoe,1e6,1e8,1e-3,4096,3.1\ndense,2e6,1e8,1e-3,4096,3\n"
+    spaced = plain.replace(",", " , ").replace("\nd", "\n\n d").replace("\n", " \r\n")
+    quoted = '"' + plain.replace(",", '", "').strip().replace("\n", '"\n"') + '"'
+    texts = (plain, "\ufeff" + plain, spaced, quoted, "\ufeff" + quoted)
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.csv").write_text(text, encoding="utf-8", newline="")
+        rows = scaling.grid_rows(tmp_path / f"{number}.csv")
+        assert [(row.kind, row.N, row.loss) for row in rows] == [("moe", 1e6, 3.1),
+                                                                 ("dense", 2e6, 3.0)], text

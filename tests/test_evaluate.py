@@ -142,18 +142,17 @@ def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
     assert written["metrics"] == metrics
     assert written["settings"].items() >= {"n": 6, "samples": 2, "few_shot": few_shot,
                                            "max_new_tokens": 6}.items()
-    for name in ("pass@1", "pass@2", "greedy"):
+    for name in ("pass@1", "greedy"):
         assert metrics[name]["total"]["n"] == 6 and metrics[name]["logic"]["n"] == 3
         assert all(v["low"] <= v["mean"] <= v["high"] for v in metrics[name].values())
-    assert metrics["pass@2"]["total"]["mean"] >= metrics["pass@1"]["total"]["mean"]
     lines = (micro_run / "eval_samples.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 6 and {"prompt", "greedy", "sampled"} <= json.loads(lines[0]).keys()
     assert run(micro_run, tmp_path, few_shot=few_shot) == metrics
 
 
 def test_best_of_by_hand():
-    """Three queries of four answers: chance is the mean; the majority counts equal final answers,
-    however they are reached, and chance decides a draw; the reward model takes its favourite."""
+    """Three queries of four answers: the majority counts equal final answers, however they are
+    reached, and chance decides a draw; the reward model takes its favourite."""
     class Scorer:
         def score(self, prompts, responses):
             assert prompts == ["p"] * 4 + ["q"] * 4 + ["r"] * 4
@@ -165,8 +164,7 @@ def test_best_of_by_hand():
     sampled = [[Answer(text, score) for text, score in group] for group in sampled]
     got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
     assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
-        "chance": 1.5 / 3, "majority": 2 / 3, "reward model": 2 / 3,
-        "reward model - chance": 0.5 / 3, "reward model - majority": 0.0})
+        "majority": 2 / 3, "reward model": 2 / 3, "reward model - majority": 0.0})
     lead = got["reward model - majority"]  # 0, 1, -1: deviation 1, so 1.96 / sqrt(3)
     assert lead["low"] == max(-1.0, -1.96 / math.sqrt(3))
 
@@ -177,9 +175,8 @@ def test_best_of_with_a_reward_model(micro_run, tokenizer, tmp_path):
         tmp_path)
     tokenizer.save_pretrained(tmp_path)
     metrics = run(micro_run, tmp_path, reward_model=str(tmp_path))
-    assert metrics["best_of"]["reward model"] == metrics["best_of"]["chance"]
-    assert metrics["best_of"]["chance"]["mean"] == metrics["pass@1"]["total"]["mean"]
-    assert metrics["best_of"]["chance"]["n"] == 6
+    assert metrics["best_of"]["reward model"] == metrics["pass@1"]["total"]
+    assert metrics["best_of"]["majority"]["n"] == 6
 
 
 def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
@@ -204,15 +201,14 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
 
 
 def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
-    """pass@1 and greedy are its means; pass@k counts the queries with an answer that it gives 1."""
+    """pass@1 and greedy are its means, and the table says so."""
     (tmp_path / "mine.py").write_text(
         "def score(query, response):\n    return 1 if query['prompt'] == 'Write 0.' else 0.25\n")
     own = {"reward": f"{tmp_path / 'mine.py'}:score", "max_new_tokens": 40}
     metrics = run(micro_run, tmp_path, **own)
     rows = [json.loads(line) for line in (micro_run / "eval_samples.jsonl").open(encoding="utf-8")]
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
-    assert "| mean, % | total |" in (said := capsys.readouterr().out) and "pass@1" not in said
-    assert metrics["pass@2"]["total"]["mean"] == (rows[0]["pass@1"] > 0) / 6
+    assert "| pass@1 (mean score), % | total |" in capsys.readouterr().out
 
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):

@@ -80,8 +80,7 @@ def test_flops_against_a_counter(name, monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.long))
     kernels.set_default_impl(*old)
-    ours = flops(count(config)["N"], T, config.num_hidden_layers,
-                         config.hidden_size, T, config.vocab_size)
+    ours = flops(count(config)["N"], T, config, T)
     assert ours == pytest.approx(3 * counter.get_total_flops(), rel=0.01)
 
 
