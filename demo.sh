@@ -85,4 +85,9 @@ grep -vE "^(pretrain|sft) [0-9]" "$RUN/background.log"  # all but the lines of s
 
 say "report"
 python -m lib.report --run "$RUN"
-echo "this took $((SECONDS / 60)) minutes"
+cat <<END
+This took $((SECONDS / 60)) minutes. Now try, after \`source .venv/bin/activate\`:
+  python sample.py --init $RUN/grpo
+  python grpo.py inspect --out $RUN/grpo
+  python tokenizer.py show $RUN/sft --text "Hello, world"
+END

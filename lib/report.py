@@ -8,6 +8,7 @@ report.md (for a terminal or a repository) and report.html (the same with curves
 scripts, for any browser) into the run's directory.
 """
 import json
+import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -83,8 +84,40 @@ def read_rows(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # tables, which both formats show
 
+STORY = ("pretrain", "sft", "dpo", "grpo")
+
+
+def summary_table(stages: list[Stage]) -> Table:
+    """Return one row per stage: its file, its seconds, and what its model passes."""
+    rows = []
+    for stage in stages:
+        if stage.name in STORY or stage.name == "reward":
+            passes = []
+            for metric in ("pass@1", "greedy"):
+                total = stage.metrics.get(metric, {}).get("total")
+                passes.append("" if total is None else f"{100 * total['mean']:.1f}")
+            rows.append([stage.name, f"`{stage.record['command'].split()[0]}`",
+                         f"{stage.record.get('seconds', math.nan):.0f}", *passes])
+    return Table("The stages", ["stage", "file", "seconds", "pass@1, %", "greedy, %"], rows)
+
+
+def question_table(answers: dict[str, list[dict]]) -> Table | None:
+    """Show what each stage says to one question. It is not chosen by hand: it is the first question
+    of the test that the last stage answers rightly by greedy decoding, and no earlier one does."""
+    names = [name for name in STORY if name in answers]
+    for rows in zip(*(answers[name] for name in names), strict=False):
+        scores = [row["greedy_score"] for row in rows]
+        if len(names) > 1 and scores[-1] == 1 and max(scores[:-1]) < 1:
+            cells = [[name, f"`{row['greedy']}`"] for name, row in zip(names, rows, strict=True)]
+            return Table(f"One question: {rows[0]['prompt']}", ["stage", "its answer"], cells)
+    return None
+
+
 def tables_of(stages: list[Stage]) -> list[Table]:
-    tables = []
+    tables = [summary_table(stages)]
+    question = question_table({stage.name: stage.answers for stage in stages if stage.answers})
+    if question is not None:
+        tables.append(question)
     evaluated = [(stage.name, stage.metrics) for stage in stages if stage.metrics]
     if evaluated:
         tables += metric_tables(evaluated)
@@ -226,8 +259,9 @@ def main(args: Args) -> None:
     markdown = "\n".join(lines)
     write_atomic(root / "report.md", markdown)
     write_atomic(root / "report.html", as_html(title, tables, stages))
-    print("\n".join(markdown.splitlines()[:40]))
-    print(f"\nwritten: {root}/report.md and report.html")
+    for table in tables[:2]:
+        print(f"\n{table.title}\n\n{table.markdown()}")
+    print(f"\nIntervals, gains, curves and more answers: {root}/report.md and report.html")
 
 
 if __name__ == "__main__":
