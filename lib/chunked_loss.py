@@ -5,7 +5,7 @@ in kernels.py. The rows (tokens) come in chunks, and the logits of a chunk come 
 
     chunked_nll         drops the ignored rows; chooses the dtype and the chunk size
     ChunkedNLL          the autograd function: calls, for one chunk of rows after the other,
-      forward_chunk       log sum exp of a row's logits, by a running softmax over the tiles
+      forward_chunk       -log p of each row's target, by a running softmax over the tiles
       backward_chunk      the gradients of h and of the head's weight, tile by tile
 
 Letters in shapes: N rows, n rows of one chunk; C hidden width; V vocabulary, v columns of one tile.
@@ -123,25 +123,28 @@ def forward_tile(h, weight, target, running_max, running_sum, target_logit, inv_
     return new_max, running_sum, target_logit, exps
 
 
-def backward_tile(h, weight, target, log_sum_exp, tile_max, exps, h_scaled, dh, dweight,
+def backward_tile(h, weight, target, row_max, row_sum, tile_max, exps, h_scaled, dh, dweight,
                   inv_temperature):
     """Add one tile's part of the gradients to dh (n,C) and, unless it is None, dweight (v,C).
 
-        dlogits = p - (1 at the target),  dh += dlogits weight,  dweight += dlogits^T h_scaled
-    h_scaled is h times the factor upstream gradient / temperature. The caller multiplies dh by the
-    same factor at the end.
-    tile_max, exps: what forward_tile returned, so that p = exps * exp(tile_max - log_sum_exp). If
-    they are None, p is computed again.
+    The gradient of the logits is p - (1 at the target), where p = exp(logit - m) / l, with m and l
+    as in forward_tile after the last tile: row_max and row_sum (n,1). We compute l times it:
+        dlogits = exp(logit - m) - (l at the target)
+        dh += dlogits weight,    dweight += dlogits^T h_scaled
+    h_scaled is h times the factor upstream gradient / (temperature l). The caller multiplies dh by
+    the same factor at the end. exp(logit - (m + log l)) would be p at once, but at large logits the
+    sum in brackets is rounded to 5e-4.
+    tile_max, exps: what forward_tile returned; if they are None, exps is computed again.
     """
     weight = weight.to(h.dtype)
     if exps is None:
         logits = matmul_fp32(h, weight.mT).mul_(inv_temperature)
-        probs = logits.sub_(log_sum_exp).exp_()
+        exps = logits.sub_(row_max).exp_()
     else:
-        probs = exps.mul_((tile_max - log_sum_exp).exp())
+        exps = exps.mul_((tile_max - row_max).exp())
     column = target.clamp(0, len(weight) - 1)
-    is_here = (column == target).to(probs.dtype)
-    dlogits = probs.scatter_add_(1, column, -is_here).to(h.dtype)
+    sum_at_target = row_sum * (column == target)
+    dlogits = exps.scatter_add_(1, column, -sum_at_target).to(h.dtype)
     add_matmul(dh, dlogits, weight)
     if dweight is not None:
         add_matmul(dweight, dlogits.mT, h_scaled)
@@ -155,38 +158,41 @@ def maybe_compiled(fn, h, options):
 
 
 def forward_chunk(h, target, tiles, options, keep_probs):
-    """Return, for rows h (n,C), -log p (n,1) and log sum exp of the logits (n,1). With keep_probs
-    also return a list of (running maximum, exps) per tile, for backward_chunk; else an empty one.
+    """Return, for rows h (n,C), -log p (n,1) and the state after the last tile: the rows' maximum
+    and sum. With keep_probs also return a list of (running maximum, exps) per tile, for
+    backward_chunk; else an empty one.
     """
     fold_tile = maybe_compiled(forward_tile, h, options)
-    running_sum = torch.zeros_like(fp32(h[:, :1]))
-    target_logit = running_sum
-    running_max = running_sum - 1e30
+    row_sum = torch.zeros_like(fp32(h[:, :1]))
+    target_logit = row_sum
+    row_max = row_sum - 1e30
     kept = []
     for tile in tiles:
-        running_max, running_sum, target_logit, exps = fold_tile(
+        row_max, row_sum, target_logit, exps = fold_tile(
             h, tile.weight, target - tile.first,
-            running_max, running_sum, target_logit, options.inv_temperature)
+            row_max, row_sum, target_logit, options.inv_temperature)
         if keep_probs:
-            kept.append((running_max, exps))
-    log_sum_exp = running_max + running_sum.log()
-    return log_sum_exp - target_logit, log_sum_exp, kept
+            kept.append((row_max, exps))
+    # In this order: the logits' difference is exact where their size would swallow log(row_sum).
+    nll = (row_max - target_logit) + row_sum.log()
+    return nll, row_max, row_sum, kept
 
 
-def backward_chunk(h, target, log_sum_exp, upstream, tiles, options, kept):
+def backward_chunk(h, target, row_max, row_sum, upstream, tiles, options, kept):
     """Return the gradient of rows h (n,C), and add to the gradient of the tiles' weights.
 
-    upstream (n,1) fp32: the gradient of the loss with respect to -log p of each row. kept: the list
-    that forward_chunk returned. It is emptied on the way, so that each tile's memory is free again.
+    upstream (n,1) fp32: the gradient of the loss with respect to -log p of each row. row_max,
+    row_sum, kept: what forward_chunk returned. kept is emptied on the way, so that each tile's
+    memory is free again.
     """
     add_tile = maybe_compiled(backward_tile, h, options)
-    factor = upstream * options.inv_temperature
+    factor = upstream * options.inv_temperature / row_sum
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
     for tile in tiles:
         tile_max, exps = kept.pop(0) if kept else (None, None)
-        add_tile(h, tile.weight, target - tile.first,
-                 log_sum_exp, tile_max, exps, h_scaled, dh, tile.dweight, options.inv_temperature)
+        add_tile(h, tile.weight, target - tile.first, row_max, row_sum,
+                 tile_max, exps, h_scaled, dh, tile.dweight, options.inv_temperature)
     return dh.mul_(factor).to(h.dtype)
 
 
@@ -217,22 +223,25 @@ class ChunkedNLL(torch.autograd.Function):
         keep_probs = gradient_now and options.keep_probs
         ones = torch.ones_like(fp32(h[:, :1]))
         nll = []
-        log_sum_exp = []
+        row_max = []
+        row_sum = []
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, options, want_dweight)
             for rows in row_chunks(h, options):
-                chunk_nll, chunk_lse, kept = forward_chunk(
+                chunk_nll, chunk_max, chunk_sum, kept = forward_chunk(
                     h[rows], target[rows], tiles, options, keep_probs)
                 nll.append(chunk_nll)
-                log_sum_exp.append(chunk_lse)
+                row_max.append(chunk_max)
+                row_sum.append(chunk_sum)
                 if gradient_now:
                     dh.append(backward_chunk(
-                        h[rows], target[rows], chunk_lse, ones[rows], tiles, options, kept))
+                        h[rows], target[rows], chunk_max, chunk_sum, ones[rows],
+                        tiles, options, kept))
         if want_sum:
             ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
             return torch.cat(nll).sum()
-        ctx.save_for_backward(h, weight, target, torch.cat(log_sum_exp))
+        ctx.save_for_backward(h, weight, target, torch.cat(row_max), torch.cat(row_sum))
         return torch.cat(nll)[:, 0]
 
     @staticmethod
@@ -247,13 +256,13 @@ class ChunkedNLL(torch.autograd.Function):
             if dweight is not None:
                 dweight.mul_(upstream)
             return dh, dweight, None, None, None, None
-        h, weight, target, log_sum_exp = ctx.saved_tensors
+        h, weight, target, row_max, row_sum = ctx.saved_tensors
         upstream = upstream[:, None].contiguous()
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, ctx.options, ctx.needs_input_grad[1])
             for rows in row_chunks(h, ctx.options):
                 dh.append(backward_chunk(
-                    h[rows], target[rows], log_sum_exp[rows], upstream[rows],
+                    h[rows], target[rows], row_max[rows], row_sum[rows], upstream[rows],
                     tiles, ctx.options, []))
         return torch.cat(dh), dweight, None, None, None, None

@@ -412,6 +412,33 @@ def test_token_logprobs(temperature):
         assert torch.equal(K.token_logprobs(h3, w, t3, temperature), a[0])
 
 
+@pytest.mark.parametrize("offset", (0.0, 1e4, -3e4))
+@pytest.mark.parametrize("tile", (2**21, 64))
+def test_large_logits_cost_no_digits(offset, tile, monkeypatch):
+    """In fp32, values and gradients are as near to float64's as those of torch's log_softmax. All
+    logits are multiples of 1/8, which the product computes exactly at any size."""
+    monkeypatch.setattr(chunked_loss, "TILE", tile)
+    h = torch.ones(37, 1)
+    w = (torch.randint(-40, 41, (50, 1)) / 8 + offset).requires_grad_()
+    t = torch.randint(50, (37,))
+    def run(fn, w):
+        return values_and_grads(fn, [w])
+    exact = run(lambda w: (h.double() @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0],
+                w.detach().double().requires_grad_())
+    torchs = run(lambda w: (h @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0], w)
+    for fn in (lambda w: K.token_logprobs(h, w, t),
+               lambda w: -K.linear_cross_entropy(h, w, t, reduction="none", chunk_rows=8)):
+        for ours, theirs, truth in zip(run(fn, w), torchs, exact, strict=True):
+            least = 1e-6 * truth.abs().max()
+            assert (ours - truth).abs().max() <= max((theirs - truth).abs().max(), least)
+    loss, grad = run(lambda w: K.linear_cross_entropy(h, w, t, reduction="sum")[None], w)
+    exact_loss, exact_grad = run(
+        lambda w: F.cross_entropy(h.double() @ w.T, t, reduction="sum")[None],
+        w.detach().double().requires_grad_())
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=0, atol=1e-5)
+
+
 def test_valid_vocab_gives_padding_rows_probability_zero():
     h, w, t = head()
     t = t % 40
