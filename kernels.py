@@ -34,25 +34,22 @@ from lib.fast import decode_attention, set_cpu_matmul  # noqa: F401 (for callers
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64  # queries per block of fused attention: the fastest of 32 to 128 on a CPU
-_DEFAULT = {"impl": "auto", "compile": False}
+default_impl = "auto"
 
 
 def set_default_impl(impl="auto", compile=False):
     """Set what `impl="auto"` means from now on, and whether kernels are compiled.
 
     impl: one of IMPLS, else ValueError. compile: run the blocks of fused attention and the tiles of
-    the loss under torch.compile. Only calls with gradients enabled are compiled, so sampling stays
-    uncompiled. Compiling pays off in long runs only.
+    the loss under torch.compile, which pays off in long runs only.
     Returns the previous (impl, compile): `set_default_impl(*old)` undoes a change.
     """
+    global default_impl
     fast.check_impl(impl, IMPLS)
-    old = _DEFAULT["impl"], _DEFAULT["compile"]
-    _DEFAULT.update(impl=impl, compile=bool(compile))
+    old = default_impl, fast.compile_kernels
+    default_impl = impl
+    fast.compile_kernels = compile
     return old
-
-
-def use_compiler():
-    return _DEFAULT["compile"] and torch.is_grad_enabled()
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -127,7 +124,7 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     impl = choose_impl(impl, q)
     with autocast_off(q.device.type):
         if impl == "fused":
-            return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask, use_compiler())
+            return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask)
         compute = attention_reference if impl == "reference" else attention_sdpa
         return compute(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
 
@@ -156,7 +153,7 @@ def check_attention_arguments(q, k, v, segment_ids, mask, impl):
 def choose_impl(impl, q):
     """Return what "auto" stands for; return any other impl as it is."""
     if impl == "auto":
-        impl = "sdpa" if q.shape[2] == 1 else _DEFAULT["impl"]
+        impl = "sdpa" if q.shape[2] == 1 else default_impl
     if impl != "auto":
         return impl
     # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
@@ -264,11 +261,11 @@ class FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, segment_ids, scale, mask, compiled):
+    def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
         may_be_empty = may_have_empty_rows(q, k, causal, mask)
         ctx.save_for_backward(q, k, v, segment_ids, mask)
-        ctx.options = causal, scale, may_be_empty, compiled
-        compute = fast.compiled(block_forward, dynamic=True) if compiled else block_forward
+        ctx.options = causal, scale, may_be_empty
+        compute = fast.maybe_compiled(block_forward, dynamic=True)
         q_scaled = fp32(fold_groups(q, k.shape[1])) * scale  # (B,Hkv,T*G,D)
         # Transposed once: a matrix product would copy each block's keys to transpose them.
         k_t = fp32(k).mT.contiguous()                        # (B,Hkv,D,S)
@@ -288,8 +285,8 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, segment_ids, mask = ctx.saved_tensors
-        causal, scale, may_be_empty, compiled = ctx.options
-        compute = fast.compiled(block_backward, dynamic=True) if compiled else block_backward
+        causal, scale, may_be_empty = ctx.options
+        compute = fast.maybe_compiled(block_backward, dynamic=True)
         with torch.autocast(q.device.type, enabled=False):
             folded_q = fold_groups(q, k.shape[1])
             folded_dout = fold_groups(dout, k.shape[1])
@@ -315,7 +312,7 @@ class FusedAttention(torch.autograd.Function):
                 dv[:, :, keys] += block_dv
         dq = unfold_groups(torch.cat(dq, 2) * scale, q.shape[2])
         dk = (dk * scale).to(k.dtype)
-        return dq, dk, dv.to(v.dtype), None, None, None, None, None
+        return dq, dk, dv.to(v.dtype), None, None, None, None
 
 
 # --- head and loss --------------------------------------------------------------------------------
@@ -338,7 +335,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, valid_vocab=None):
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy has no log-probs")
     nll, _ = chunked_nll(
         hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
-        ignore_index=-100, want_sum=False, chunk_rows=None, use_compiler=use_compiler())
+        ignore_index=-100, want_sum=False, chunk_rows=None)
     return -nll
 
 
@@ -374,8 +371,7 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
         raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
     loss, count = chunked_nll(
         hidden, weight, targets, temperature=1.0, valid_vocab=valid_vocab,
-        ignore_index=ignore_index, want_sum=reduction != "none", chunk_rows=chunk_rows,
-        use_compiler=use_compiler())
+        ignore_index=ignore_index, want_sum=reduction != "none", chunk_rows=chunk_rows)
     return loss / max(count, 1) if reduction == "mean" else loss
 
 

@@ -74,13 +74,21 @@ def unfold_groups(x, T):
 
 
 # --- libraries and compiler -----------------------------------------------------------------------
-@functools.cache
-def compiled(fn, dynamic=False):
-    """Return fn under torch.compile, always the same one for the same fn.
+compile_kernels = False  # what kernels.set_default_impl chose
 
-    dynamic=False compiles one graph per shape, so callers pass only full chunks and run the rest
-    eagerly. dynamic=True compiles one graph for any number of keys.
+
+def maybe_compiled(fn, shape_repeats=True, dynamic=False):
+    """Return fn, under torch.compile where set_default_impl asked for it. Sampling is not compiled.
+
+    dynamic=False compiles one graph per shape, so callers say whether the shape will come again.
+    dynamic=True compiles one graph for any number of keys.
     """
+    wanted = compile_kernels and shape_repeats and not torch.is_inference_mode_enabled()
+    return compiled(fn, dynamic) if wanted else fn
+
+
+@functools.cache
+def compiled(fn, dynamic):
     return torch.compile(fn, dynamic=dynamic, fullgraph=True)
 
 
