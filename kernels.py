@@ -13,8 +13,8 @@ yet measured on a GPU. `python kernels.py` compares each pair in float64 and tim
 about 20 s on one CPU core (`--compile`: with torch.compile).
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv;
-N rows (tokens), C hidden width, V vocabulary; E experts, F an expert's inner width. "fp32" means
-that bf16 becomes float32 while float64 stays float64.
+N rows (tokens), C hidden width, V vocabulary; E experts, A of them active per token, F an expert's
+inner width. "fp32" means that bf16 becomes float32 while float64 stays float64.
 """
 import functools
 import statistics
@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 from lib import fast
 from lib.chunked_loss import chunked_nll
 from lib.dual_chunk import dual_chunk_attention, dual_chunk_attention_reference
-from lib.fast import autocast_off, fold_groups, fp32, to_autocast_dtype, unfold_groups
-from lib.fast import decode_attention, set_cpu_matmul  # noqa: F401 (for callers)
+from lib.fast import fold_groups, fp32, to_autocast_dtype, unfold_groups
+from lib.fast import set_cpu_matmul  # noqa: F401 (for callers)
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64  # queries per block of fused attention: the fastest of 32 to 128 on a CPU
@@ -96,12 +96,6 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
     return functools.reduce(torch.logical_and, conditions) if conditions else None
 
 
-def may_have_empty_rows(q, k, causal, mask):
-    """Return whether some query may see no key. Causal and segment masks leave a query its own
-    key, unless there are more queries than keys."""
-    return mask is not None or (causal and q.shape[2] > k.shape[2])
-
-
 def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
     """Return grouped-query attention, softmax(scale q k^T + masks) v, with the softmax in fp32.
 
@@ -113,7 +107,7 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     A query left without any key gives 0 and zero gradients, never NaN.
     impl: "reference" keeps all scores. "sdpa" is PyTorch's kernel. "fused" takes one block of
     queries at a time, in O(T) memory, and skips later keys and other documents: much faster for
-    packed rows. "auto" is what `set_default_impl` set; see `choose_impl`.
+    packed rows. "auto" is what `set_default_impl` set, or else the faster of the last two.
     Raises ValueError for any other impl and for shapes that do not fit.
     """
     check_attention_arguments(q, k, v, segment_ids, mask, impl)
@@ -121,8 +115,13 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     q = to_autocast_dtype(q)
     k = to_autocast_dtype(k)
     v = to_autocast_dtype(v)
-    impl = choose_impl(impl, q)
-    with autocast_off(q.device.type):
+    if impl == "auto":
+        impl = "sdpa" if q.shape[2] == 1 else default_impl
+    if impl == "auto":
+        # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
+        onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+        impl = "fused" if q.device.type == "cpu" and onednn else "sdpa"
+    with torch.autocast(q.device.type, enabled=False):
         if impl == "fused":
             return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask)
         compute = attention_reference if impl == "reference" else attention_sdpa
@@ -150,29 +149,13 @@ def check_attention_arguments(q, k, v, segment_ids, mask, impl):
         raise ValueError(f"attention: {problem}; got {fast.shapes(q, k, v, segment_ids, mask)}")
 
 
-def choose_impl(impl, q):
-    """Return what "auto" stands for; return any other impl as it is."""
-    if impl == "auto":
-        impl = "sdpa" if q.shape[2] == 1 else default_impl
-    if impl != "auto":
-        return impl
-    # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
-    onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-    return "fused" if q.device.type == "cpu" and onednn else "sdpa"
-
-
 def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
     """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
-    T = q.shape[2]
-    S = k.shape[2]
-    causal = causal and T != 1  # a single query is last: it sees all keys
     # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
     # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
-    needs_mask = segment_ids is not None or mask is not None or (causal and T != S)
-    allowed = visible(q, k, causal, segment_ids, mask) if needs_mask else None
-    may_be_empty = may_have_empty_rows(q, k, causal, mask)
-    is_causal = causal and not needs_mask
-    return fast.sdpa(q, k, v, allowed, is_causal, scale, may_be_empty)
+    is_causal = causal and segment_ids is None and mask is None and q.shape[2] == k.shape[2]
+    allowed = None if is_causal else visible(q, k, causal, segment_ids, mask)
+    return fast.sdpa(q, k, v, allowed, is_causal, scale)
 
 
 # --- attention by blocks --------------------------------------------------------------------------
@@ -211,36 +194,38 @@ def query_blocks(q, k, causal, segment_ids, mask):
         yield QueryBlock(rows, slice(first, last), allowed)
 
 
-def block_probabilities(q_scaled, k_t, allowed, may_be_empty):
-    """Return P = softmax(scale q k^T) of one block in fp32.
+def block_probabilities(q_scaled, k_t, allowed):
+    """Return P = softmax(scale q k^T) of one block in fp32, for a query without any key uniform.
 
     q_scaled = scale q (B,Hkv,rows,D); k_t = k^T (B,Hkv,D,keys); allowed: see QueryBlock.
-    may_be_empty: rows that see none of the last n keys see none at all; they get probability 0.
     """
     scores = q_scaled @ k_t
     if allowed is not None:
         tail = scores[..., -allowed.shape[-1]:]
-        lowest = torch.finfo(scores.dtype).min
-        tail.masked_fill_(~allowed, lowest)
-    probs = scores.softmax(-1)
-    if may_be_empty and allowed is not None:
-        probs = probs * allowed.any(-1, keepdim=True)
-    return probs
+        tail.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
 
 
-def block_forward(q_scaled, k_t, v, allowed, may_be_empty):
+def zero_unseeing(rows, allowed):
+    """Set the rows (B,Hkv,rows,D) of queries without any key to 0. A query that sees a key also
+    sees one of the last n, to which `allowed` belongs."""
+    return rows if allowed is None else rows * allowed.any(-1, keepdim=True)
+
+
+def block_forward(q_scaled, k_t, v, allowed):
     """Return O = P v of one block."""
-    probs = block_probabilities(q_scaled, k_t, allowed, may_be_empty)
-    return probs.to(v.dtype) @ v
+    probs = block_probabilities(q_scaled, k_t, allowed)
+    return zero_unseeing(probs.to(v.dtype) @ v, allowed)
 
 
-def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed, may_be_empty):
+def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed):
     """Return the block's dq, dk and dv, the first two without the factor `scale`.
 
     P is computed again. Then (FlashAttention, appendix B.2; S is the scores here):
         dP = dO v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k,   dk = dS^T q,   dv = P^T dO
     """
-    probs = block_probabilities(q_scaled, k_t, allowed, may_be_empty)
+    probs = block_probabilities(q_scaled, k_t, allowed)
+    dout = zero_unseeing(dout, allowed)
     dprobs = fp32(dout @ v_t)
     dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
     dscores = dscores.to(q.dtype)
@@ -262,9 +247,8 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
-        may_be_empty = may_have_empty_rows(q, k, causal, mask)
         ctx.save_for_backward(q, k, v, segment_ids, mask)
-        ctx.options = causal, scale, may_be_empty
+        ctx.options = causal, scale
         compute = fast.maybe_compiled(block_forward, dynamic=True)
         q_scaled = fp32(fold_groups(q, k.shape[1])) * scale  # (B,Hkv,T*G,D)
         # Transposed once: a matrix product would copy each block's keys to transpose them.
@@ -272,20 +256,14 @@ class FusedAttention(torch.autograd.Function):
         v = v.contiguous()
         out = []
         for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
-            block_out = compute(
-                q_scaled[:, :, rows],
-                k_t[..., keys],
-                v[:, :, keys],
-                allowed,
-                may_be_empty)
-            out.append(block_out)
+            out.append(compute(q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed))
         return unfold_groups(torch.cat(out, 2), q.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, segment_ids, mask = ctx.saved_tensors
-        causal, scale, may_be_empty = ctx.options
+        causal, scale = ctx.options
         compute = fast.maybe_compiled(block_backward, dynamic=True)
         with torch.autocast(q.device.type, enabled=False):
             folded_q = fold_groups(q, k.shape[1])
@@ -305,8 +283,7 @@ class FusedAttention(torch.autograd.Function):
                     contiguous_k[:, :, keys],
                     v_t[..., keys],
                     folded_dout[:, :, rows],
-                    allowed,
-                    may_be_empty)
+                    allowed)
                 dq.append(block_dq)
                 dk[:, :, keys] += block_dk
                 dv[:, :, keys] += block_dv
@@ -432,7 +409,7 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
     """Return the routed half of a mixture of experts: sum over j of weight_j FFN_{expert_j}(x) with
     FFN_e(x) = down_e (silu(gate_e x) * up_e x). There is no capacity limit; no token is dropped.
 
-    x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
+    x (N,C); weight (N,A) and expert (N,A) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
     Returns (N,C). impl: "reference"; "fused", see lib.fast.Experts; "grouped", one product over all
     experts; "auto", grouped where lib.fast.grouped_matmul_fits, else fused. Raises ValueError for
     any other impl and for shapes that do not fit.

@@ -598,11 +598,10 @@ def per_token(x, weight, gate_up, down, expert):
     ("auto", torch.float32, 1e-4), ("grouped", torch.float32, 1e-4)])
 @pytest.mark.parametrize("unit", [1, 4, 16])
 def test_experts_equal_a_loop_over_tokens(impl, dtype, tol, unit, monkeypatch):
-    """R5.5: forward and backward, blocks that end with the expert's rows, reach into the next
-    expert's, over all of them, beyond the last."""
+    """R5.5: forward and backward; with rows that belong to no pair, and without."""
     if impl == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    monkeypatch.setattr(fast, "EXPERT_BLOCK", unit)
+    monkeypatch.setattr(fast, "EXPERT_ROWS", unit)
     leaves, expert = experts(dtype=dtype)
     a = values_and_grads(lambda *x: K.experts(*x, expert, impl=impl), leaves)
     close(a, values_and_grads(lambda *x: per_token(*x, expert), leaves), tol)
@@ -630,7 +629,7 @@ def test_experts_odd_sizes_no_rows_and_errors():
 @pytest.mark.parametrize("N", [300, 3000])
 def test_experts_of_many_tokens(N):
     """Against the twin, with strides: float64 to rounding, under autocast no further from it than
-    the twin's own bf16. 3000 tokens: blocks of more than EXPERT_BLOCK rows."""
+    the twin's own bf16. 3000 tokens: every expert has several EXPERT_ROWS."""
     shapes = (16, N), (N, 6), (24, 5, 16), (5, 12, 16)
     x, weight, gate_up, down = (torch.randn(s, dtype=torch.float64) / 4 for s in shapes)
     leaves = [a.requires_grad_() for a in (x.mT, weight[:, ::2], gate_up.transpose(0, 1), down.mT)]
