@@ -22,9 +22,9 @@ def dual_chunk_attention_reference(q, k, v, chunk):
     for query in q:
         scores.append(fp32(query) @ k_.mT * D ** -0.5)
     intra, successive, inter = scores
-    i = torch.arange(S - T, S, device=k.device)  # positions of the queries
-    i = i[:, None]
-    j = torch.arange(S, device=k.device)         # and of the keys
+    position = torch.arange(S, device=k.device)
+    i = position[S - T:, None]  # of the queries
+    j = position                # of the keys
     chunks_apart = i // chunk - j // chunk
     scores = torch.where(chunks_apart == 1, successive, inter)
     scores = torch.where(chunks_apart == 0, intra, scores)
@@ -53,18 +53,23 @@ def dual_chunk_attention(q, k, v, chunk, *, pads=None):
     with torch.autocast(k.device.type, enabled=False):
         for b, pad in enumerate(pads or [0] * B):
             row = slice(b, b + 1)
-            first = max(0, T - (S - pad))  # the row's first query that is no padding
+            keys = k[row, :, pad:]
+            values = v[row, :, pad:]
+            length = S - pad
+            first = max(0, T - length)  # the row's first query that is no padding
             queries = [query[row, :, first:] for query in q]
-            out[row, :, first:] = one_row(queries, k[row, :, pad:], v[row, :, pad:], chunk)
+            row_out = one_row(queries, keys, values, chunk)
+            out[row, :, first:] = row_out
     return out
 
 
 def one_row(q, k, v, chunk):
     """Return dual_chunk_attention of a single row, a block of queries at a time; k, v are fp32."""
-    _, Hq, T, D = q[0].shape
-    _, Hkv, S, _ = k.shape
     intra, successive, inter = q
-    block = max(1, MAX_SCORES // max(1, Hq * S))
+    _, Hq, T, D = intra.shape
+    _, Hkv, S, _ = k.shape
+    scores_per_query = max(1, Hq * S)
+    block = max(1, MAX_SCORES // scores_per_query)
     offset = S - T
     start = offset
     out = torch.zeros_like(intra, dtype=k.dtype)
@@ -80,13 +85,18 @@ def one_row(q, k, v, chunk):
         )
         scores = []
         for query, first_key, last_key in groups:
-            rows = fp32(fold_groups(query[:, :, queries], Hkv))  # (1,Hkv,n*G,D)
+            rows = query[:, :, queries]
+            rows = fp32(fold_groups(rows, Hkv))  # (1,Hkv,n*G,D)
             keys = k[:, :, first_key:last_key]
             scores.append(rows @ keys.mT)
-        scores = torch.cat(scores, dim=-1) * D ** -0.5
-        i = torch.arange(start, end, device=k.device).repeat_interleave(Hq // Hkv)
+        scores = torch.cat(scores, dim=-1)
+        scores = scores * D ** -0.5
+        i = torch.arange(start, end, device=k.device)
+        i = i.repeat_interleave(Hq // Hkv)
         j = torch.arange(end, device=k.device)
-        probs = scores.masked_fill(i[:, None] < j, -torch.inf).softmax(-1)
-        out[:, :, queries] = unfold_groups(probs @ v[:, :, :end], end - start)
+        scores = scores.masked_fill(i[:, None] < j, -torch.inf)
+        probs = scores.softmax(-1)
+        block_out = probs @ v[:, :, :end]
+        out[:, :, queries] = unfold_groups(block_out, end - start)
         start = end
     return out
