@@ -24,6 +24,26 @@ def shapes(*tensors):
     return [None if x is None else tuple(x.shape) for x in tensors]
 
 
+def check_attention_arguments(q, k, v, segment_ids, mask):
+    """Raise ValueError, with the shapes, where the arguments of kernels.attention do not fit."""
+    problem = None
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        problem = "need q (B,Hq,T,D) and k, v (B,Hkv,S,D)"
+    elif q.shape[::3] != k.shape[::3] or q.shape[1] % k.shape[1] != 0:
+        problem = "need q and k with equal B and D, and Hq a multiple of Hkv"
+    elif segment_ids is not None and not (
+            segment_ids.shape == q.shape[::2] == k.shape[::2]):  # (B,T), (B,T), (B,S)
+        problem = "segment_ids must be (B,T), and T equal to S; with a cache, pass a mask"
+    elif mask is not None:
+        full = (q.shape[0], 1, q.shape[2], k.shape[2])
+        sizes = zip(mask.shape, full, strict=False)
+        fits = mask.dim() == 4 and all(size in (1, wanted) for size, wanted in sizes)
+        if mask.dtype != torch.bool or not fits:
+            problem = "mask must be bool and broadcastable to (B,1,T,S)"
+    if problem is not None:
+        raise ValueError(f"attention: {problem}; got {shapes(q, k, v, segment_ids, mask)}")
+
+
 # --- precision and shapes -------------------------------------------------------------------------
 def fp32(x):
     """Return x in float32, but leave float64 as it is."""
@@ -228,24 +248,28 @@ class Experts(torch.autograd.Function):
     twice as fast. Only one expert's weights at a time are cast to the dtype of x.
 
     A new number of rows is a new shape for oneDNN, which it would prepare in each of six products
-    per expert and step. So each expert gets a multiple of 16 rows. The rows that belong to no pair
-    hold token 0 with weight 0.
+    per expert and step, and keep. So each expert gets a multiple of 16 rows; for many tokens, of
+    1/16 to 1/8 of an expert's mean share. The rows that belong to no pair hold token 0 with weight
+    0.
     """
 
     @staticmethod
     def forward(ctx, x, weight, gate_up, down, expert):
         chosen = expert.flatten()
+        mean_share = len(chosen) // len(down)
+        unit = EXPERT_ROWS << max(0, mean_share.bit_length() - 8)
         counts = torch.bincount(chosen, minlength=len(down))
-        sizes = counts + -counts % EXPERT_ROWS
+        sizes = counts + -counts % unit
         first_row = sizes.cumsum(0) - sizes
         first_pair = counts.cumsum(0) - counts
-        order = chosen.argsort(stable=True)        # pairs (token * A + choice), by expert
+        pair = torch.arange(len(chosen), device=x.device)  # token * A + choice
+        order = chosen.argsort(stable=True)        # pairs by expert
         position = torch.empty_like(order)         # the row of each pair
-        position[order] = torch.arange(len(order), device=x.device)
+        position[order] = pair
         position += (first_row - first_pair)[chosen]
         sizes = sizes.tolist()
         token = order.new_zeros(sum(sizes))        # the token of each row
-        token[position] = torch.arange(len(order), device=x.device) // expert.shape[1]
+        token[position] = pair // expert.shape[1]
         y = x.new_empty(len(token), x.shape[1])
         kept = []
         for rows, gate_up_e, down_e, y_e in zip(
@@ -294,11 +318,11 @@ class Experts(torch.autograd.Function):
 
 
 def grouped_matmul_fits(x, down):
-    """Return whether experts_grouped can take x (N,C) and down (E,C,F): bf16 on CUDA, a torch that
-    has grouped_mm, and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
-    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    return (x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and aligned
-            and hasattr(F, "grouped_mm"))
+    """Return whether experts_grouped can take x (N,C) and down (E,C,F): bf16 on CUDA,
+    and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
+    _, C, inner = down.shape
+    aligned = C % 8 == 0 and inner % 8 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and aligned
 
 
 def experts_grouped(x, weight, gate_up, down, expert):
