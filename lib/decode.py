@@ -41,7 +41,8 @@ class DecodeBlock:
 
 def join(weights, dtype):
     """Stack weights that are multiplied by the same input."""
-    weight = torch.cat(weights).to(dtype)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # no copy of the head
+    weight = weight.to(dtype)
     if weight.device.type == "cpu":
         return weight.mT.contiguous().mT  # the same matrix, stored by columns
     return weight
