@@ -289,9 +289,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, valid_vocab=None):
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy has no log-probs")
-    nll, _ = chunked_nll(
-        hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
-        ignore_index=-100, want_sum=False, chunk_rows=None)
+    nll, _ = chunked_nll(hidden, weight, targets, want_sum=False, valid_vocab=valid_vocab,
+                         temperature=temperature)
     return -nll
 
 
@@ -326,8 +325,8 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
     loss, count = chunked_nll(
-        hidden, weight, targets, temperature=1.0, valid_vocab=valid_vocab,
-        ignore_index=ignore_index, want_sum=reduction != "none", chunk_rows=chunk_rows)
+        hidden, weight, targets, want_sum=reduction != "none", valid_vocab=valid_vocab,
+        ignore_index=ignore_index, chunk_rows=chunk_rows)
     return loss / max(count, 1) if reduction == "mean" else loss
 
 

@@ -27,8 +27,8 @@ class Options(NamedTuple):
     columns: int       # columns per tile
 
 
-def chunked_nll(hidden, weight, targets, *, temperature, valid_vocab, ignore_index, want_sum,
-                chunk_rows):
+def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1.0,
+                ignore_index=-100, chunk_rows=None):
     """Return -log p of the targets, and the number of targets that count.
 
     The first is the sum over these targets with want_sum. Else it has the shape of targets and is 0
@@ -181,12 +181,6 @@ def backward_chunk(h, target, softmax_state, exps, upstream, tiles, options):
 
 
 # --- all rows -------------------------------------------------------------------------------------
-def row_chunks(h, options):
-    """Return the slices of chunk_rows rows. Without any row there is one empty slice."""
-    starts = range(0, max(1, len(h)), options.chunk_rows)
-    return [slice(start, start + options.chunk_rows) for start in starts]
-
-
 class ChunkedNLL(torch.autograd.Function):
     """-log p of each row's target, where p = softmax(h weight^T / temperature), or their sum.
 
@@ -209,13 +203,15 @@ class ChunkedNLL(torch.autograd.Function):
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, options, want_dweight)
-            for rows in row_chunks(h, options):
-                chunk_nll, chunk_state, exps = forward_chunk(h[rows], target[rows], tiles, options)
+            # Without any row, split gives one empty chunk.
+            chunks = zip(h.split(options.chunk_rows), target.split(options.chunk_rows), strict=True)
+            for h_chunk, target_chunk in chunks:
+                chunk_nll, chunk_state, exps = forward_chunk(h_chunk, target_chunk, tiles, options)
                 nll.append(chunk_nll)
                 softmax_state.append(chunk_state)
                 if gradient_now:
                     dh.append(backward_chunk(
-                        h[rows], target[rows], chunk_state, exps, 1.0, tiles, options))
+                        h_chunk, target_chunk, chunk_state, exps, 1.0, tiles, options))
                 del exps  # the next chunk's go into its memory
         if want_sum:
             ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
@@ -239,8 +235,9 @@ class ChunkedNLL(torch.autograd.Function):
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, ctx.options, ctx.needs_input_grad[1])
-            for rows in row_chunks(h, ctx.options):
+            rows = (h, target, softmax_state, upstream[:, None])
+            chunks = zip(*[x.split(ctx.options.chunk_rows) for x in rows], strict=True)
+            for h_chunk, target_chunk, chunk_state, chunk_upstream in chunks:
                 dh.append(backward_chunk(
-                    h[rows], target[rows], softmax_state[rows], None, upstream[rows, None],
-                    tiles, ctx.options))
+                    h_chunk, target_chunk, chunk_state, None, chunk_upstream, tiles, ctx.options))
         return torch.cat(dh), dweight, None, None, None, None
