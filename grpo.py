@@ -153,7 +153,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
         # of the KL: the samples come from pi, so the true gradient also has k3 d log pi. The factor
         # `ratio`, whose value is 1 on-policy, adds this term.
         log_ratio = ref_logprobs - logprobs
-        k3 = ratio * (log_ratio.exp() - log_ratio - 1)
+        k3 = ratio * (log_ratio.expm1() - log_ratio)  # never below 0, as exp(d) - d - 1 can be
     per_token = (kl * k3 - objective) * mask
     if loss_type == "grpo":
         per_response = per_token.sum(1) / mask.sum(1)

@@ -9,18 +9,16 @@
 
 Read the twin `*_reference` first: it says what is computed, in the fewest lines. The tiles of the
 loss are in lib/chunked_loss.py, handwritten backward passes in lib/fast.py. CUDA paths are not
-yet measured on a GPU. `python kernels.py` compares each pair in float64 and times it in fp32, in
-about 20 s on one CPU core (`--compile`: with torch.compile).
+yet measured on a GPU. `python kernels.py` compares each pair and times it, in about 20 s.
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv;
-N rows (tokens), C hidden width, V vocabulary; E experts, F an expert's inner width. "fp32" means
-that bf16 becomes float32 while float64 stays float64.
+N rows (tokens), C hidden width, V vocabulary; E experts, A of them active per token, F an expert's
+inner width. "fp32" means that bf16 becomes float32 while float64 stays float64.
 """
 import functools
 import statistics
 import sys
 import time
-from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,30 +27,26 @@ from torch.autograd.function import once_differentiable
 from lib import fast
 from lib.chunked_loss import chunked_nll
 from lib.dual_chunk import dual_chunk_attention, dual_chunk_attention_reference
-from lib.fast import autocast_off, fold_groups, fp32, to_autocast_dtype, unfold_groups
-from lib.fast import decode_attention, set_cpu_matmul  # noqa: F401 (for callers)
+from lib.fast import fold_groups, fp32, to_autocast_dtype, unfold_groups
+from lib.fast import set_cpu_matmul  # noqa: F401 (for callers)
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 BLOCK = 64  # queries per block of fused attention: the fastest of 32 to 128 on a CPU
-_DEFAULT = {"impl": "auto", "compile": False}
+default_impl = "auto"
 
 
 def set_default_impl(impl="auto", compile=False):
     """Set what `impl="auto"` means from now on, and whether kernels are compiled.
 
-    impl: one of IMPLS, else ValueError. compile: run the blocks of fused attention and the tiles of
-    the loss under torch.compile. Only calls with gradients enabled are compiled, so sampling stays
-    uncompiled. Compiling pays off in long runs only.
-    Returns the previous (impl, compile): `set_default_impl(*old)` undoes a change.
+    impl: one of IMPLS. compile: run blocks of fused attention and tiles of the loss under
+    torch.compile, which pays off in long runs only. Returns the previous (impl, compile).
     """
+    global default_impl
     fast.check_impl(impl, IMPLS)
-    old = _DEFAULT["impl"], _DEFAULT["compile"]
-    _DEFAULT.update(impl=impl, compile=bool(compile))
+    old = default_impl, fast.compile_kernels
+    default_impl = impl
+    fast.compile_kernels = compile
     return old
-
-
-def use_compiler():
-    return _DEFAULT["compile"] and torch.is_grad_enabled()
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -61,7 +55,8 @@ def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, m
     group = q.shape[1] // k.shape[1]  # query heads per kv head
     k_ = fp32(k).repeat_interleave(group, dim=1)  # (B,Hq,S,D)
     v_ = fp32(v).repeat_interleave(group, dim=1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     scores = fp32(q) @ k_.mT * scale
     allowed = visible(q, k, causal, segment_ids, mask)
     if allowed is None:
@@ -99,12 +94,6 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
     return functools.reduce(torch.logical_and, conditions) if conditions else None
 
 
-def may_have_empty_rows(q, k, causal, mask):
-    """Return whether some query may see no key. Causal and segment masks leave a query its own
-    key, unless there are more queries than keys."""
-    return mask is not None or (causal and q.shape[2] > k.shape[2])
-
-
 def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
     """Return grouped-query attention, softmax(scale q k^T + masks) v, with the softmax in fp32.
 
@@ -115,79 +104,51 @@ def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto"
     mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All three are ANDed.
     A query left without any key gives 0 and zero gradients, never NaN.
     impl: "reference" keeps all scores. "sdpa" is PyTorch's kernel. "fused" takes one block of
-    queries at a time, in O(T) memory, and skips later keys and other documents: much faster for
-    packed rows. "auto" is what `set_default_impl` set; see `choose_impl`.
-    Raises ValueError for any other impl and for shapes that do not fit.
+    queries at a time, in O(T) memory, and skips later keys and other documents. "auto" is what
+    `set_default_impl` set, or else the faster of the last two. ValueError for what does not fit.
     """
-    check_attention_arguments(q, k, v, segment_ids, mask, impl)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    fast.check_impl(impl, IMPLS)
+    fast.check_attention_arguments(q, k, v, segment_ids, mask)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     q = to_autocast_dtype(q)
     k = to_autocast_dtype(k)
     v = to_autocast_dtype(v)
-    impl = choose_impl(impl, q)
-    with autocast_off(q.device.type):
+    if impl == "auto":
+        impl = default_impl
+        if q.shape[2] == 1:
+            impl = "sdpa"
+    if impl == "auto":
+        # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
+        onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+        impl = "fused" if q.device.type == "cpu" and onednn else "sdpa"
+    with torch.autocast(q.device.type, enabled=False):
         if impl == "fused":
-            return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask, use_compiler())
+            return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask)
         compute = attention_reference if impl == "reference" else attention_sdpa
         return compute(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
 
 
-def check_attention_arguments(q, k, v, segment_ids, mask, impl):
-    """Raise ValueError, with the shapes, where the arguments of `attention` do not fit."""
-    fast.check_impl(impl, IMPLS)
-    problem = None
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        problem = "need q (B,Hq,T,D) and k, v (B,Hkv,S,D)"
-    elif q.shape[::3] != k.shape[::3] or q.shape[1] % k.shape[1] != 0:
-        problem = "need q and k with equal B and D, and Hq a multiple of Hkv"
-    elif segment_ids is not None and not (
-            segment_ids.shape == q.shape[::2] == k.shape[::2]):  # (B,T), (B,T), (B,S)
-        problem = "segment_ids must be (B,T), and T equal to S; with a cache, pass a mask"
-    elif mask is not None:
-        full = (q.shape[0], 1, q.shape[2], k.shape[2])
-        sizes = zip(mask.shape, full, strict=False)
-        fits = mask.dim() == 4 and all(size in (1, wanted) for size, wanted in sizes)
-        if mask.dtype != torch.bool or not fits:
-            problem = "mask must be bool and broadcastable to (B,1,T,S)"
-    if problem is not None:
-        raise ValueError(f"attention: {problem}; got {fast.shapes(q, k, v, segment_ids, mask)}")
-
-
-def choose_impl(impl, q):
-    """Return what "auto" stands for; return any other impl as it is."""
-    if impl == "auto":
-        impl = "sdpa" if q.shape[2] == 1 else _DEFAULT["impl"]
-    if impl != "auto":
-        return impl
-    # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
-    onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-    return "fused" if q.device.type == "cpu" and onednn else "sdpa"
-
-
 def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
     """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
-    T = q.shape[2]
-    S = k.shape[2]
-    causal = causal and T != 1  # a single query is last: it sees all keys
     # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
     # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
-    needs_mask = segment_ids is not None or mask is not None or (causal and T != S)
-    allowed = visible(q, k, causal, segment_ids, mask) if needs_mask else None
-    may_be_empty = may_have_empty_rows(q, k, causal, mask)
-    is_causal = causal and not needs_mask
-    return fast.sdpa(q, k, v, allowed, is_causal, scale, may_be_empty)
+    same_length = q.shape[2] == k.shape[2]
+    is_causal = causal and same_length and segment_ids is None and mask is None
+    allowed = None
+    if not is_causal:
+        allowed = visible(q, k, causal, segment_ids, mask)
+    return fast.sdpa(q, k, v, allowed, is_causal, scale)
 
 
 # --- attention by blocks --------------------------------------------------------------------------
-class QueryBlock(NamedTuple):
-    """BLOCK queries and their keys, of which only the last n may be masked (`allowed`)."""
-    rows: slice                   # of the folded queries (B,Hkv,T*G,D)
-    keys: slice                   # one range with every key that any of the queries sees
-    allowed: torch.Tensor | None  # bool (B or 1,1,rows,n), or None: all queries see all keys
-
-
 def query_blocks(q, k, causal, segment_ids, mask):
-    """Yield one QueryBlock per BLOCK queries. Keys outside its `keys` cost nothing."""
+    """Yield (rows, keys, allowed) per BLOCK queries.
+
+    rows: slice of the folded queries (B,Hkv,T*G,D). keys: slice with every key that any of them
+    sees; the others cost nothing. allowed: bool (B or 1,1,rows,n), which of the last n keys each
+    query sees, as all see the keys before; None: all queries see all keys.
+    """
     T = q.shape[2]
     S = k.shape[2]
     group = q.shape[1] // k.shape[1]
@@ -210,40 +171,44 @@ def query_blocks(q, k, causal, segment_ids, mask):
             allowed = allowed[..., first:last]
         if allowed is not None:
             allowed = allowed.repeat_interleave(group, dim=2)
-        rows = slice(start * group, stop * group)
-        yield QueryBlock(rows, slice(first, last), allowed)
+        yield slice(start * group, stop * group), slice(first, last), allowed
 
 
-def block_probabilities(q_scaled, k_t, allowed, may_be_empty):
-    """Return P = softmax(scale q k^T) of one block in fp32.
+def block_probabilities(q_scaled, k_t, allowed):
+    """Return P = softmax(scale q k^T) of one block in fp32, for a query without any key uniform.
 
-    q_scaled = scale q (B,Hkv,rows,D); k_t = k^T (B,Hkv,D,keys); allowed: see QueryBlock.
-    may_be_empty: rows that see none of the last n keys see none at all; they get probability 0.
+    q_scaled = scale q (B,Hkv,rows,D); k_t = k^T (B,Hkv,D,keys); allowed: see query_blocks.
     """
     scores = q_scaled @ k_t
     if allowed is not None:
         tail = scores[..., -allowed.shape[-1]:]
-        lowest = torch.finfo(scores.dtype).min
-        tail.masked_fill_(~allowed, lowest)
-    probs = scores.softmax(-1)
-    if may_be_empty and allowed is not None:
-        probs = probs * allowed.any(-1, keepdim=True)
-    return probs
+        tail.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
 
 
-def block_forward(q_scaled, k_t, v, allowed, may_be_empty):
+def zero_unseeing(rows, allowed):
+    """Set the rows (B,Hkv,rows,D) of queries without any key to 0. The others see one of the last
+    n keys, to which `allowed` belongs."""
+    if allowed is None:
+        return rows
+    return rows * allowed.any(-1, keepdim=True)
+
+
+def block_forward(q_scaled, k_t, v, allowed):
     """Return O = P v of one block."""
-    probs = block_probabilities(q_scaled, k_t, allowed, may_be_empty)
-    return probs.to(v.dtype) @ v
+    probs = block_probabilities(q_scaled, k_t, allowed)
+    out = probs.to(v.dtype) @ v
+    return zero_unseeing(out, allowed)
 
 
-def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed, may_be_empty):
+def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed):
     """Return the block's dq, dk and dv, the first two without the factor `scale`.
 
     P is computed again. Then (FlashAttention, appendix B.2; S is the scores here):
         dP = dO v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k,   dk = dS^T q,   dv = P^T dO
     """
-    probs = block_probabilities(q_scaled, k_t, allowed, may_be_empty)
+    probs = block_probabilities(q_scaled, k_t, allowed)
+    dout = zero_unseeing(dout, allowed)
     dprobs = fp32(dout @ v_t)
     dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
     dscores = dscores.to(q.dtype)
@@ -256,31 +221,24 @@ def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed, may_be_empty):
 class FusedAttention(torch.autograd.Function):
     """Attention of BLOCK queries at a time; only q, k, v and the masks are saved.
 
-    The backward pass computes the probabilities again instead of keeping them. That is what makes
-    FlashAttention's memory O(T) (Dao et al. 2022, arXiv 2205.14135). FlashAttention also cuts the
-    keys into tiles, with a running softmax, to fit a GPU's small on-chip memory. Scores are
-    fp32; for bf16 inputs, all other products are bf16. Only one block gets compiled, because the
-    graph of the whole loop would grow with T.
+    The backward pass computes the probabilities again instead of keeping them, as FlashAttention
+    does for its O(T) memory (Dao et al. 2022, arXiv 2205.14135). That also cuts the keys into
+    tiles, with a running softmax, to fit a GPU's small on-chip memory. Scores are fp32; for bf16
+    inputs, all other products are bf16. Only one block gets compiled: a whole graph grows with T.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, segment_ids, scale, mask, compiled):
-        may_be_empty = may_have_empty_rows(q, k, causal, mask)
+    def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
-        ctx.options = causal, scale, may_be_empty, compiled
-        compute = fast.compiled(block_forward, dynamic=True) if compiled else block_forward
+        ctx.options = causal, scale
+        compute = fast.maybe_compiled(block_forward, dynamic=True)
         q_scaled = fp32(fold_groups(q, k.shape[1])) * scale  # (B,Hkv,T*G,D)
         # Transposed once: a matrix product would copy each block's keys to transpose them.
         k_t = fp32(k).mT.contiguous()                        # (B,Hkv,D,S)
         v = v.contiguous()
         out = []
         for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
-            block_out = compute(
-                q_scaled[:, :, rows],
-                k_t[..., keys],
-                v[:, :, keys],
-                allowed,
-                may_be_empty)
+            block_out = compute(q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
             out.append(block_out)
         return unfold_groups(torch.cat(out, 2), q.shape[2])
 
@@ -288,8 +246,8 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, segment_ids, mask = ctx.saved_tensors
-        causal, scale, may_be_empty, compiled = ctx.options
-        compute = fast.compiled(block_backward, dynamic=True) if compiled else block_backward
+        causal, scale = ctx.options
+        compute = fast.maybe_compiled(block_backward, dynamic=True)
         with torch.autocast(q.device.type, enabled=False):
             folded_q = fold_groups(q, k.shape[1])
             folded_dout = fold_groups(dout, k.shape[1])
@@ -302,20 +260,15 @@ class FusedAttention(torch.autograd.Function):
             dv = torch.zeros_like(dk)
             for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
                 block_dq, block_dk, block_dv = compute(
-                    q_scaled[:, :, rows],
-                    k_t[..., keys],
-                    folded_q[:, :, rows],
-                    contiguous_k[:, :, keys],
-                    v_t[..., keys],
-                    folded_dout[:, :, rows],
-                    allowed,
-                    may_be_empty)
+                    q_scaled[:, :, rows], k_t[..., keys], folded_q[:, :, rows],
+                    contiguous_k[:, :, keys], v_t[..., keys], folded_dout[:, :, rows], allowed)
                 dq.append(block_dq)
                 dk[:, :, keys] += block_dk
                 dv[:, :, keys] += block_dv
-        dq = unfold_groups(torch.cat(dq, 2) * scale, q.shape[2])
+        dq = torch.cat(dq, 2) * scale
+        dq = unfold_groups(dq, q.shape[2])
         dk = (dk * scale).to(k.dtype)
-        return dq, dk, dv.to(v.dtype), None, None, None, None, None
+        return dq, dk, dv.to(v.dtype), None, None, None, None
 
 
 # --- head and loss --------------------------------------------------------------------------------
@@ -336,9 +289,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, valid_vocab=None):
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy has no log-probs")
-    nll, _ = chunked_nll(
-        hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
-        ignore_index=-100, want_sum=False, chunk_rows=None, use_compiler=use_compiler())
+    nll, _ = chunked_nll(hidden, weight, targets, want_sum=False, valid_vocab=valid_vocab,
+                         temperature=temperature)
     return -nll
 
 
@@ -373,9 +325,8 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
     loss, count = chunked_nll(
-        hidden, weight, targets, temperature=1.0, valid_vocab=valid_vocab,
-        ignore_index=ignore_index, want_sum=reduction != "none", chunk_rows=chunk_rows,
-        use_compiler=use_compiler())
+        hidden, weight, targets, want_sum=reduction != "none", valid_vocab=valid_vocab,
+        ignore_index=ignore_index, chunk_rows=chunk_rows)
     return loss / max(count, 1) if reduction == "mean" else loss
 
 
@@ -436,10 +387,10 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
     """Return the routed half of a mixture of experts: sum over j of weight_j FFN_{expert_j}(x) with
     FFN_e(x) = down_e (silu(gate_e x) * up_e x). There is no capacity limit; no token is dropped.
 
-    x (N,C); weight (N,k) and expert (N,k) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
+    x (N,C); weight (N,A) and expert (N,A) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
     Returns (N,C). impl: "reference"; "fused", see lib.fast.Experts; "grouped", one product over all
-    experts; "auto", grouped where lib.fast.grouped_matmul_fits, else fused. Raises ValueError for
-    any other impl and for shapes that do not fit.
+    experts; "auto", grouped where lib.fast.grouped_matmul_fits, else fused. ValueError for what
+    does not fit.
     """
     fast.check_impl(impl, ("auto", "reference", "fused", "grouped"))
     fast.check_expert_arguments(x, weight, gate_up, down, expert)
@@ -448,103 +399,84 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
         impl = "grouped" if fast.grouped_matmul_fits(x, down) else "fused"
     if impl == "fused":
         return fast.Experts.apply(x, weight, gate_up, down, expert)
-    fn = experts_reference if impl == "reference" else fast.experts_grouped
-    return fn(x, weight, gate_up.to(x.dtype), down.to(x.dtype), expert)
+    gate_up = gate_up.to(x.dtype)
+    down = down.to(x.dtype)
+    if impl == "reference":
+        return experts_reference(x, weight, gate_up, down, expert)
+    return fast.experts_grouped(x, weight, gate_up, down, expert)
 
 
 # --- python kernels.py ----------------------------------------------------------------------------
-class Case(NamedTuple):
-    name: str
-    twin: Callable
-    kernel: Callable
-    inputs: tuple       # tensors that get a gradient
-    options: dict = {}  # other arguments by name
-
-
-def cases():
-    """Return every kernel with its twin and random inputs."""
-    torch.manual_seed(0)
-    B = 2
-    T = 512
-    C = 128
-    V = 8192
-    q = torch.randn(B, 8, T, 32)
-    k = torch.randn(B, 2, T, 32)
-    v = torch.randn(B, 2, T, 32)
-    hidden = torch.randn(B, T, C)
-    head = torch.randn(V, C) / 8
-    targets = torch.randint(V, (B, T))
-    weight, expert = torch.rand(B * T, 15).topk(2)
-    gate_up = torch.randn(16, 256, C) / 8
-    down = torch.randn(16, C, 128) / 8
-    sdpa = functools.partial(attention, impl="sdpa")
-    fused = functools.partial(attention, impl="fused")
-    packed = {"segment_ids": (torch.arange(T) // 90).expand(B, T)}
-
-    def chunked(fn):
-        return lambda intra, successive, inter, k, v: fn((intra, successive, inter), k, v, 100)
-    dca = chunked(dual_chunk_attention)
-    dca_twin = chunked(dual_chunk_attention_reference)
-    return [
-        Case("attention sdpa, causal", attention_reference, sdpa, (q, k, v)),
-        Case("attention fused, causal", attention_reference, fused, (q, k, v)),
-        Case("attention sdpa, packed", attention_reference, sdpa, (q, k, v), packed),
-        Case("attention fused, packed", attention_reference, fused, (q, k, v), packed),
-        Case("dual_chunk_attention", dca_twin, dca, (q, q.flip(2), q.flip(3), k, v)),
-        Case("linear_cross_entropy", linear_cross_entropy_reference, linear_cross_entropy,
-             (hidden, head), {"targets": targets}),
-        Case("token_logprobs", token_logprobs_reference, token_logprobs,
-             (hidden, head), {"targets": targets}),
-        Case("rms_norm", rms_norm_reference, rms_norm, (hidden, head[0]), {"eps": 1e-6}),
-        Case("swiglu", swiglu_reference, swiglu, (hidden, hidden.flip(0), head[:256])),
-        Case("experts", experts_reference, experts,
-             (hidden.flatten(0, 1), weight, gate_up, down), {"expert": expert}),
-    ]
-
-
-def run(fn, case, dtype):
+def run(fn, inputs, options, dtype):
     """Return the ms of a forward and backward pass, and its value with all gradients."""
-    inputs = [x.to(dtype).requires_grad_() for x in case.inputs]
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
     start = time.perf_counter()
-    out = fn(*inputs, **case.options)
-    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    ms = 1e3 * (time.perf_counter() - start)
-    return ms, [out.detach(), *gradients]
+    out = fn(*inputs, **options)
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    seconds = time.perf_counter() - start
+    return 1e3 * seconds, [out.detach(), *gradients]
 
 
-def largest_error(case):
-    """Return the largest error in float64, relative to the largest entry of the twin's tensor."""
-    _, truth = run(case.twin, case, torch.float64)
-    _, ours = run(case.kernel, case, torch.float64)
-    worst = 0.0
+def compare(name, twin, kernel, inputs, **options):
+    """Print a kernel's error in float64, relative to the largest entry of the twin's tensor, and
+    both times in fp32 (medians of 5 interleaved runs)."""
+    _, truth = run(twin, inputs, options, torch.float64)
+    _, ours = run(kernel, inputs, options, torch.float64)
+    error = 0.0
     for expected, got in zip(truth, ours, strict=True):
-        error = (expected - got).abs().max() / expected.abs().max()
-        worst = max(worst, error.item())
-    return worst
+        gap = (expected - got).abs().max() / expected.abs().max()
+        error = max(error, gap.item())
+    twin_times = []
+    kernel_times = []
+    for _ in range(6):
+        ms, _ = run(twin, inputs, options, torch.float32)
+        twin_times.append(ms)
+        ms, _ = run(kernel, inputs, options, torch.float32)
+        kernel_times.append(ms)
+    twin_ms = statistics.median(twin_times[1:])  # the first run warms up
+    kernel_ms = statistics.median(kernel_times[1:])
+    speed_up = twin_ms / kernel_ms
+    print(f"{name:28}{error:9.0e}{twin_ms:9.1f}{kernel_ms:11.1f}{speed_up:9.1f}x")
+    if not error < 1e-11:
+        sys.exit(f"{name} differs from its reference")
 
 
-def main(compiled=False):
-    """Print each kernel's error, and its time beside its twin's (medians of 5 interleaved runs)."""
-    set_default_impl(compile=compiled)
+def main():
+    """Compare every kernel with its twin, on random inputs."""
+    torch.manual_seed(0)
     print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
-    worst = 0.0
-    for case in cases():
-        error = largest_error(case)
-        worst = max(worst, error)
-        twin_ms = []
-        kernel_ms = []
-        for _ in range(6):
-            ms, _ = run(case.twin, case, torch.float32)
-            twin_ms.append(ms)
-            ms, _ = run(case.kernel, case, torch.float32)
-            kernel_ms.append(ms)
-        twin = statistics.median(twin_ms[1:])  # the first run warms up
-        kernel = statistics.median(kernel_ms[1:])
-        speed_up = twin / kernel
-        print(f"{case.name:28}{error:9.0e}{twin:9.1f}{kernel:11.1f}{speed_up:9.1f}x")
-    if not worst < 1e-11:
-        sys.exit("a kernel differs from its reference")
+    q = torch.randn(2, 8, 512, 32)
+    k = torch.randn(2, 2, 512, 32)
+    v = torch.randn(2, 2, 512, 32)
+    for impl in ("sdpa", "fused"):
+        kernel = functools.partial(attention, impl=impl)
+        compare(f"attention {impl}", attention_reference, kernel, (q, k, v))
+    documents = (torch.arange(512) // 90).expand(2, 512)
+    compare("attention fused, packed", attention_reference, kernel, (q, k, v),
+            segment_ids=documents)
+
+    def in_chunks(fn):
+        return lambda intra, successive, inter, k, v: fn((intra, successive, inter), k, v, 100)
+    queries = (q, q.flip(2), q.flip(3))
+    compare("dual_chunk_attention", in_chunks(dual_chunk_attention_reference),
+            in_chunks(dual_chunk_attention), (*queries, k, v))
+    hidden = torch.randn(1024, 128)
+    head = torch.randn(8192, 128) / 8
+    targets = torch.randint(8192, (1024,))
+    compare("linear_cross_entropy", linear_cross_entropy_reference, linear_cross_entropy,
+            (hidden, head), targets=targets)
+    compare("token_logprobs", token_logprobs_reference, token_logprobs,
+            (hidden, head), targets=targets)
+    compare("rms_norm", rms_norm_reference, rms_norm,
+            (hidden, head[0]), eps=1e-6)
+    compare("swiglu", swiglu_reference, swiglu,
+            (hidden, hidden.flip(0), head[:256]))
+    weight, expert = torch.rand(1024, 15).topk(2)
+    gate_up = torch.randn(16, 256, 128) / 8
+    down = torch.randn(16, 128, 128) / 8
+    compare("experts", experts_reference, experts,
+            (hidden, weight, gate_up, down), expert=expert)
 
 
 if __name__ == "__main__":
-    main(compiled="--compile" in sys.argv[1:])
+    main()

@@ -33,42 +33,30 @@ class KVCache:
 
     def select(self, rows) -> None:
         """Keep (or repeat) these rows: finished answers leave, a prompt is shared by n answers."""
-        filled = slice(0, self.length)  # what lies beyond is not worth copying
-        for layer, old in enumerate(self.layers):
-            new = old.new_empty((2, len(rows), *old.shape[2:]))
-            new[..., filled, :] = old[..., filled, :].index_select(1, rows)
-            self.layers[layer] = new
+        self.layers = [layer[:, rows] for layer in self.layers]
         if self.pads is not None:
             self.pads = self.pads[rows]
 
 
-class GrowingKVCache:
+class GrowingKVCache(KVCache):
     """A KVCache for training: a prompt is read once, `select` repeats it for its answers, and
     gradients flow back through both. It grows by concatenation, since autograd forbids writing
     into keys and values that a backward pass still needs."""
 
     def __init__(self, pads=None):
-        self.layers = {}  # layer -> (keys, values)
+        self.layers = []
         self.pads = none_if_zero(pads)
         self.length = 0
 
     def append(self, layer: int, k, v):
-        if layer in self.layers:
-            old_k, old_v = self.layers[layer]
-            k = torch.cat((old_k, k), dim=2)
-            v = torch.cat((old_v, v), dim=2)
-        self.layers[layer] = (k, v)
-        return k, v
-
-    def select(self, rows) -> None:
-        for layer, (k, v) in self.layers.items():
-            self.layers[layer] = (k[rows], v[rows])
-        if self.pads is not None:
-            self.pads = self.pads[rows]
+        new = torch.stack((k, v))
+        if layer == len(self.layers):
+            self.layers.append(new)
+        else:
+            self.layers[layer] = torch.cat((self.layers[layer], new), dim=3)
+        return self.layers[layer].unbind()
 
 
 def none_if_zero(pads):
     """Return None if no row has padding: attention without a mask is faster."""
-    if pads is None or not pads.any():
-        return None
-    return pads
+    return pads if pads is not None and pads.any() else None

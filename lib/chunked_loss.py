@@ -5,7 +5,7 @@ in kernels.py. The rows (tokens) come in chunks, and the logits of a chunk come 
 
     chunked_nll         drops the ignored rows; chooses the dtype and the chunk size
     ChunkedNLL          the autograd function: calls, for one chunk of rows after the other,
-      forward_chunk       log sum exp of a row's logits, by a running softmax over the tiles
+      forward_chunk       -log p of each row's target, by a running softmax over the tiles
       backward_chunk      the gradients of h and of the head's weight, tile by tile
 
 Letters in shapes: N rows, n rows of one chunk; C hidden width; V vocabulary, v columns of one tile.
@@ -16,21 +16,19 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from lib.fast import add_matmul, compiled, fp32, matmul_fp32, to_autocast_dtype
+from lib.fast import add_matmul, fp32, matmul_fp32, maybe_compiled, to_autocast_dtype
 
-TILE = 2**21            # logits in memory at a time: 8 MiB; on CUDA 16 times as many
-MAX_KEPT_PROBS = 2**23  # probabilities kept for the gradient: 32 MiB; on CUDA 64 times as many
+TILE = 2**21  # logits in memory at a time: 8 MiB; on CUDA 64 times as many
 
 
 class Options(NamedTuple):
     inv_temperature: float
     chunk_rows: int    # rows per chunk
-    keep_probs: bool   # keep a chunk's probabilities from its forward pass to its gradient
-    compiled: bool     # compile the work on one tile
+    columns: int       # columns per tile
 
 
-def chunked_nll(hidden, weight, targets, *, temperature, valid_vocab, ignore_index, want_sum,
-                chunk_rows, use_compiler):
+def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1.0,
+                ignore_index=-100, chunk_rows=None):
     """Return -log p of the targets, and the number of targets that count.
 
     The first is the sum over these targets with want_sum. Else it has the shape of targets and is 0
@@ -54,7 +52,7 @@ def chunked_nll(hidden, weight, targets, *, temperature, valid_vocab, ignore_ind
     h = to_autocast_dtype(h)
     if not want_sum and not h.is_cuda:
         h = fp32(h)  # a CPU's bf16 product would round the log-probabilities
-    options = choose_options(h, len(weight), targets.numel(), chunk_rows, temperature, use_compiler)
+    options = choose_options(h, len(weight), targets.numel(), chunk_rows, temperature)
     nll = ChunkedNLL.apply(h, weight, target[:, None], options, want_sum, torch.is_grad_enabled())
     if not want_sum:
         every_row = nll.new_zeros(targets.numel())
@@ -62,21 +60,22 @@ def chunked_nll(hidden, weight, targets, *, temperature, valid_vocab, ignore_ind
     return nll, len(supervised)
 
 
-def choose_options(h, vocab, all_rows, chunk_rows, temperature, use_compiler):
-    """Choose how many rows a chunk has, and whether its probabilities are kept.
+def choose_options(h, vocab, all_rows, chunk_rows, temperature):
+    """Choose how many rows a chunk has, and how many columns a tile.
 
-    On a CPU keeping them helps while they stay in cache. Of 64 to 4096 rows, the best are 512 at V
-    4096 and 128 at V 32,000; from V 2^16 on it never helps. The CUDA limit, 512 MiB, is a guess.
+    Up to 2^16 ids, the whole vocabulary is one tile. Its probabilities can then be kept from the
+    forward pass to the gradient, which on a CPU helps while they stay in cache. Of 64 to 4096 rows,
+    the best are 512 at V 4096 and 128 at V 32,000; from V 2^16 on keeping never helps.
     A chunk is never larger than all rows together, ignored ones included. Rows of one constant
     shape thus fill their chunk, which is the condition for compiling it.
     """
-    max_kept = MAX_KEPT_PROBS * (64 if h.is_cuda else 1)
+    tile = TILE * (64 if h.is_cuda else 1)  # CUDA: a guess
     if not chunk_rows:
-        keeping_helps = 128 * vocab <= max_kept
-        chunk_rows = max(128, max_kept // 4 // vocab) if keeping_helps else 1024
+        one_tile = 128 * vocab <= 4 * tile
+        chunk_rows = max(128, tile // vocab) if one_tile else 1024
     chunk_rows = max(1, min(chunk_rows, all_rows))
-    keep_probs = chunk_rows * vocab <= max_kept
-    return Options(1.0 / temperature, chunk_rows, keep_probs, use_compiler)
+    columns = vocab if chunk_rows * vocab <= 4 * tile else max(1, tile // chunk_rows)
+    return Options(1.0 / temperature, chunk_rows, columns)
 
 
 class Tile(NamedTuple):
@@ -86,17 +85,15 @@ class Tile(NamedTuple):
 
 
 def vocabulary_tiles(h, weight, options, want_dweight):
-    """Return the head cut into tiles of TILE logits per chunk, and its gradient: zeros, or None."""
+    """Return the head cut into tiles, and its gradient: zeros, or None."""
     dweight = None
     if want_dweight:
         dweight = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32))
-    if options.keep_probs:
+    if options.columns >= len(weight):
         weight = weight.to(h.dtype)  # it is small; else each tile is cast when it is in cache
-    tile_size = TILE * (16 if h.is_cuda else 1)
-    columns = max(1, tile_size // options.chunk_rows)
     tiles = []
-    for first in range(0, len(weight), columns):
-        part = slice(first, first + columns)
+    for first in range(0, len(weight), options.columns):
+        part = slice(first, first + options.columns)
         tiles.append(Tile(first, weight[part], dweight[part] if want_dweight else None))
     return tiles, dweight
 
@@ -123,80 +120,67 @@ def forward_tile(h, weight, target, running_max, running_sum, target_logit, inv_
     return new_max, running_sum, target_logit, exps
 
 
-def backward_tile(h, weight, target, log_sum_exp, tile_max, exps, h_scaled, dh, dweight,
+def backward_tile(h, weight, target, row_max, row_sum, exps, h_scaled, dh, dweight,
                   inv_temperature):
     """Add one tile's part of the gradients to dh (n,C) and, unless it is None, dweight (v,C).
 
-        dlogits = p - (1 at the target),  dh += dlogits weight,  dweight += dlogits^T h_scaled
-    h_scaled is h times the factor upstream gradient / temperature. The caller multiplies dh by the
-    same factor at the end.
-    tile_max, exps: what forward_tile returned, so that p = exps * exp(tile_max - log_sum_exp). If
-    they are None, p is computed again.
+    The gradient of the logits is p - (1 at the target), where p = exp(logit - m) / l, with m and l
+    as in forward_tile after the last tile: row_max and row_sum (n,1). We compute l times it:
+        dlogits = exp(logit - m) - (l at the target)
+        dh += dlogits weight,    dweight += dlogits^T h_scaled
+    h_scaled is h times the factor upstream gradient / (temperature l). The caller multiplies dh by
+    the same factor at the end. exp(logit - (m + log l)) would be p at once, but at logits of 1e4
+    the sum in brackets is rounded to 5e-4.
+    exps: exp(logit - m), if forward_tile's is still there; None: it is computed again.
     """
     weight = weight.to(h.dtype)
     if exps is None:
         logits = matmul_fp32(h, weight.mT).mul_(inv_temperature)
-        probs = logits.sub_(log_sum_exp).exp_()
-    else:
-        probs = exps.mul_((tile_max - log_sum_exp).exp())
+        exps = logits.sub_(row_max).exp_()
     column = target.clamp(0, len(weight) - 1)
-    is_here = (column == target).to(probs.dtype)
-    dlogits = probs.scatter_add_(1, column, -is_here).to(h.dtype)
+    sum_at_target = row_sum * (column == target)
+    dlogits = exps.scatter_add_(1, column, -sum_at_target).to(h.dtype)
     add_matmul(dh, dlogits, weight)
     if dweight is not None:
         add_matmul(dweight, dlogits.mT, h_scaled)
 
 
 # --- one chunk of rows ----------------------------------------------------------------------------
-def maybe_compiled(fn, h, options):
-    """Return fn, compiled if the chunk is full. Every other length would compile once more."""
-    is_full = len(h) == options.chunk_rows
-    return compiled(fn) if options.compiled and is_full else fn
-
-
-def forward_chunk(h, target, tiles, options, keep_probs):
-    """Return, for rows h (n,C), -log p (n,1) and log sum exp of the logits (n,1). With keep_probs
-    also return a list of (running maximum, exps) per tile, for backward_chunk; else an empty one.
-    """
-    fold_tile = maybe_compiled(forward_tile, h, options)
-    running_sum = torch.zeros_like(fp32(h[:, :1]))
-    target_logit = running_sum
-    running_max = running_sum - 1e30
-    kept = []
+def forward_chunk(h, target, tiles, options):
+    """Return, for rows h (n,C), -log p (n,1), their softmax's maximum and sum (n,2), and exps of
+    backward_tile if there is only one tile, else None."""
+    # Only a full chunk is compiled: every other length would compile once more.
+    fold_tile = maybe_compiled(forward_tile, len(h) == options.chunk_rows)
+    row_sum = torch.zeros_like(fp32(h[:, :1]))
+    target_logit = row_sum
+    row_max = row_sum - 1e30
     for tile in tiles:
-        running_max, running_sum, target_logit, exps = fold_tile(
+        row_max, row_sum, target_logit, exps = fold_tile(
             h, tile.weight, target - tile.first,
-            running_max, running_sum, target_logit, options.inv_temperature)
-        if keep_probs:
-            kept.append((running_max, exps))
-    log_sum_exp = running_max + running_sum.log()
-    return log_sum_exp - target_logit, log_sum_exp, kept
+            row_max, row_sum, target_logit, options.inv_temperature)
+    # In this order: the logits' difference is exact where their size would swallow log(row_sum).
+    nll = (row_max - target_logit) + row_sum.log()
+    return nll, torch.cat((row_max, row_sum), 1), exps if len(tiles) == 1 else None
 
 
-def backward_chunk(h, target, log_sum_exp, upstream, tiles, options, kept):
+def backward_chunk(h, target, softmax_state, exps, upstream, tiles, options):
     """Return the gradient of rows h (n,C), and add to the gradient of the tiles' weights.
 
-    upstream (n,1) fp32: the gradient of the loss with respect to -log p of each row. kept: the list
-    that forward_chunk returned. It is emptied on the way, so that each tile's memory is free again.
+    softmax_state, exps: what forward_chunk returned; exps may be None. upstream: the gradient of
+    the loss with respect to -log p of each row, (n,1) fp32, or one number for all.
     """
-    add_tile = maybe_compiled(backward_tile, h, options)
-    factor = upstream * options.inv_temperature
+    add_tile = maybe_compiled(backward_tile, len(h) == options.chunk_rows)
+    row_max, row_sum = softmax_state.split(1, dim=1)
+    factor = upstream * options.inv_temperature / row_sum
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
     for tile in tiles:
-        tile_max, exps = kept.pop(0) if kept else (None, None)
-        add_tile(h, tile.weight, target - tile.first,
-                 log_sum_exp, tile_max, exps, h_scaled, dh, tile.dweight, options.inv_temperature)
+        add_tile(h, tile.weight, target - tile.first, row_max, row_sum, exps,
+                 h_scaled, dh, tile.dweight, options.inv_temperature)
     return dh.mul_(factor).to(h.dtype)
 
 
 # --- all rows -------------------------------------------------------------------------------------
-def row_chunks(h, options):
-    """Return the slices of chunk_rows rows. Without any row there is one empty slice."""
-    starts = range(0, max(1, len(h)), options.chunk_rows)
-    return [slice(start, start + options.chunk_rows) for start in starts]
-
-
 class ChunkedNLL(torch.autograd.Function):
     """-log p of each row's target, where p = softmax(h weight^T / temperature), or their sum.
 
@@ -214,25 +198,25 @@ class ChunkedNLL(torch.autograd.Function):
         ctx.want_sum = want_sum
         gradient_now = want_sum and grad_enabled and any(ctx.needs_input_grad)
         want_dweight = gradient_now and ctx.needs_input_grad[1]
-        keep_probs = gradient_now and options.keep_probs
-        ones = torch.ones_like(fp32(h[:, :1]))
         nll = []
-        log_sum_exp = []
+        softmax_state = []
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, options, want_dweight)
-            for rows in row_chunks(h, options):
-                chunk_nll, chunk_lse, kept = forward_chunk(
-                    h[rows], target[rows], tiles, options, keep_probs)
+            # Without any row, split gives one empty chunk.
+            chunks = zip(h.split(options.chunk_rows), target.split(options.chunk_rows), strict=True)
+            for h_chunk, target_chunk in chunks:
+                chunk_nll, chunk_state, exps = forward_chunk(h_chunk, target_chunk, tiles, options)
                 nll.append(chunk_nll)
-                log_sum_exp.append(chunk_lse)
+                softmax_state.append(chunk_state)
                 if gradient_now:
                     dh.append(backward_chunk(
-                        h[rows], target[rows], chunk_lse, ones[rows], tiles, options, kept))
+                        h_chunk, target_chunk, chunk_state, exps, 1.0, tiles, options))
+                del exps  # the next chunk's go into its memory
         if want_sum:
             ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
             return torch.cat(nll).sum()
-        ctx.save_for_backward(h, weight, target, torch.cat(log_sum_exp))
+        ctx.save_for_backward(h, weight, target, torch.cat(softmax_state))
         return torch.cat(nll)[:, 0]
 
     @staticmethod
@@ -247,13 +231,13 @@ class ChunkedNLL(torch.autograd.Function):
             if dweight is not None:
                 dweight.mul_(upstream)
             return dh, dweight, None, None, None, None
-        h, weight, target, log_sum_exp = ctx.saved_tensors
-        upstream = upstream[:, None].contiguous()
+        h, weight, target, softmax_state = ctx.saved_tensors
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, ctx.options, ctx.needs_input_grad[1])
-            for rows in row_chunks(h, ctx.options):
+            rows = (h, target, softmax_state, upstream[:, None])
+            chunks = zip(*[x.split(ctx.options.chunk_rows) for x in rows], strict=True)
+            for h_chunk, target_chunk, chunk_state, chunk_upstream in chunks:
                 dh.append(backward_chunk(
-                    h[rows], target[rows], log_sum_exp[rows], upstream[rows],
-                    tiles, ctx.options, []))
+                    h_chunk, target_chunk, chunk_state, None, chunk_upstream, tiles, ctx.options))
         return torch.cat(dh), dweight, None, None, None, None

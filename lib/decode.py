@@ -8,12 +8,11 @@ Qwen2.hidden is the one to read, and the tests compare the two. The step is fast
 """
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lib.fast import decode_attention, set_cpu_matmul
+from lib.fast import set_cpu_matmul
 from model import Block, KVCache, MoE, Qwen2, apply_rope, padding_mask, rope
 
 
@@ -24,14 +23,29 @@ class Completion:
     finished: bool         # False: cut at max_new_tokens
 
 
-class JoinedBlock(NamedTuple):
+class DecodeBlock:
     """A block and its weights as the step multiplies by them; an MoE block keeps its own MLP."""
-    block: Block
-    qkv: torch.Tensor              # ((H + 2 K) D, C)
-    qkv_bias: torch.Tensor
-    out: torch.Tensor              # (C, H D)
-    gate_up: torch.Tensor | None   # (2 F, C); None: MoE
-    down: torch.Tensor | None      # (C, F); None: MoE
+
+    def __init__(self, block: Block, dtype):
+        attention, mlp = block.self_attn, block.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.block = block
+        self.qkv = join([projection.weight for projection in projections], dtype)
+        self.qkv_bias = torch.cat([projection.bias for projection in projections]).to(dtype)
+        self.out = join([attention.o_proj.weight], dtype)
+        self.is_moe = isinstance(mlp, MoE)
+        if not self.is_moe:
+            self.gate_up = join([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
+            self.down = join([mlp.down_proj.weight], dtype)
+
+
+def join(weights, dtype):
+    """Stack weights that are multiplied by the same input."""
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # no copy of the head
+    weight = weight.to(dtype)
+    if weight.device.type == "cpu":
+        return weight.mT.contiguous().mT  # the same matrix, stored by columns
+    return weight
 
 
 class DecodeStep:
@@ -47,33 +61,8 @@ class DecodeStep:
         cos, sin = rope(positions, model.config)
         self.cos = cos[0, 0].to(self.dtype)  # (max_len, D)
         self.sin = sin[0, 0].to(self.dtype)
-        self.blocks = [self.join_block(block) for block in model.model.layers]
-        self.head = self.join(model.head_weight)
-
-    def join_block(self, block: Block) -> JoinedBlock:
-        attention, mlp = block.self_attn, block.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        qkv_weights = [projection.weight for projection in projections]
-        gate_up = None
-        down = None
-        if not isinstance(mlp, MoE):
-            gate_up = self.join(mlp.gate_proj.weight, mlp.up_proj.weight)
-            down = self.join(mlp.down_proj.weight)
-        return JoinedBlock(
-            block,
-            qkv=self.join(*qkv_weights),
-            qkv_bias=torch.cat([projection.bias for projection in projections]).to(self.dtype),
-            out=self.join(attention.o_proj.weight),
-            gate_up=gate_up,
-            down=down)
-
-    def join(self, *weights):
-        """Stack weights that are multiplied by the same input, in the dtype of the cache."""
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        weight = weight.to(self.dtype)
-        if weight.device.type == "cpu":
-            return weight.mT.contiguous().mT  # the same matrix, stored by columns
-        return weight
+        self.blocks = [DecodeBlock(block, self.dtype) for block in model.model.layers]
+        self.head = join([model.head_weight], self.dtype)
 
     def __call__(self, token):
         """Return the normalised hidden state (B, C) after one more token (B,) int64 per row. The
@@ -85,9 +74,9 @@ class DecodeStep:
         set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
         cos, sin, mask = self.rotation_and_mask()
         x = self.model.model.embed_tokens(token)
-        for layer, joined in enumerate(self.blocks):
-            x = x + self.attention(layer, joined, x, cos, sin, mask)
-            x = x + self.mlp(joined, x)
+        for layer, weights in enumerate(self.blocks):
+            x = x + self.attention(layer, weights, x, cos, sin, mask)
+            x = x + self.mlp(weights, x)
         self.cache.length += 1
         return self.model.model.norm(x)
 
@@ -102,23 +91,38 @@ class DecodeStep:
         sin = self.sin[positions][:, None, None]
         return cos, sin, padding_mask(pads, now + 1)
 
-    def attention(self, layer: int, joined: JoinedBlock, x, cos, sin, mask):
+    def attention(self, layer: int, weights: DecodeBlock, x, cos, sin, mask):
         H = self.model.config.num_attention_heads
         K = self.model.config.num_key_value_heads
-        h = joined.block.input_layernorm(x).to(self.dtype)
-        heads = F.linear(h, joined.qkv, joined.qkv_bias).view(len(x), H + 2 * K, 1, -1)
+        h = weights.block.input_layernorm(x).to(self.dtype)
+        heads = F.linear(h, weights.qkv, weights.qkv_bias).view(len(x), H + 2 * K, 1, -1)
         qk, v = heads.split((H + K, K), dim=1)
         q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
         keys, values = self.cache.append(layer, k, v)
         y = decode_attention(q, keys, values, mask)  # (B, H, 1, D)
-        return F.linear(y.flatten(1), joined.out)
+        return F.linear(y.flatten(1), weights.out)
 
-    def mlp(self, joined: JoinedBlock, x):
-        h = joined.block.post_attention_layernorm(x)
-        if joined.gate_up is None:
-            return joined.block.mlp(h)
-        gate, up = F.linear(h.to(self.dtype), joined.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, joined.down)
+    def mlp(self, weights: DecodeBlock, x):
+        h = weights.block.post_attention_layernorm(x)
+        if weights.is_moe:
+            return weights.block.mlp(h)
+        gate, up = F.linear(h.to(self.dtype), weights.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, weights.down)
+
+
+def decode_attention(q, k, v, mask=None):
+    """Return kernels.attention of one query per row. mask (B,1,1,S) bool leaves each row a key.
+
+    The G query heads of a group pose as G queries of one kv head, so that no backend copies the
+    cache. On a CPU with S from 256 to 2048, this is 1.4 times as fast as enable_gqa and 5 to 8
+    times as fast as repeat_interleave.
+    """
+    precision = torch.get_float32_matmul_precision()
+    set_cpu_matmul(1, 1, q.device)  # MKL, because oneDNN would cost 10 us per row and kv head
+    grouped = q.reshape(len(q), k.shape[1], -1, k.shape[-1])  # (B, K, G, D)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    torch.set_float32_matmul_precision(precision)
+    return out.view(q.shape)
 
 
 def rows_to_keep(running, n_running: int):

@@ -7,7 +7,7 @@ Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv hea
 """
 import torch
 
-from lib.fast import autocast_off, fold_groups, fp32, to_autocast_dtype, unfold_groups
+from lib.fast import fold_groups, fp32, to_autocast_dtype, unfold_groups
 
 MAX_SCORES = 2**24  # scores in memory at a time: 64 MiB
 
@@ -22,9 +22,9 @@ def dual_chunk_attention_reference(q, k, v, chunk):
     for query in q:
         scores.append(fp32(query) @ k_.mT * D ** -0.5)
     intra, successive, inter = scores
-    i = torch.arange(S - T, S, device=k.device)  # positions of the queries
-    i = i[:, None]
-    j = torch.arange(S, device=k.device)         # and of the keys
+    position = torch.arange(S, device=k.device)
+    i = position[S - T:, None]  # of the queries
+    j = position                # of the keys
     chunks_apart = i // chunk - j // chunk
     scores = torch.where(chunks_apart == 1, successive, inter)
     scores = torch.where(chunks_apart == 0, intra, scores)
@@ -44,42 +44,40 @@ def dual_chunk_attention(q, k, v, chunk, *, pads=None):
     Returns (B,Hq,T,D) in the dtype of q, by one fp32 softmax over the three groups of keys. Memory
     is O(S), because only a block of queries at a time sees all keys.
     """
-    dtype = q[0].dtype
     B, _, T, _ = q[0].shape
     S = k.shape[2]
+    out = torch.zeros_like(q[0])
     q = [to_autocast_dtype(query) for query in q]
     k = fp32(to_autocast_dtype(k))
     v = fp32(to_autocast_dtype(v))
-    with autocast_off(k.device.type):
-        if pads is None:
-            return unpadded(q, k, v, chunk).to(dtype)
-        out = torch.zeros_like(q[0], dtype=dtype)
-        for b in range(B):
+    with torch.autocast(k.device.type, enabled=False):
+        for b, pad in enumerate(pads or [0] * B):
             row = slice(b, b + 1)
-            pad = pads[b]
-            first = max(0, T - (S - pad))  # the row's first query that is no padding
-            if first < T:
-                queries = [query[row, :, first:] for query in q]
-                keys = k[row, :, pad:]
-                values = v[row, :, pad:]
-                row_out = unpadded(queries, keys, values, chunk)
-                out[row, :, first:] = row_out.to(dtype)
-        return out
+            keys = k[row, :, pad:]
+            values = v[row, :, pad:]
+            length = S - pad
+            first = max(0, T - length)  # the row's first query that is no padding
+            queries = [query[row, :, first:] for query in q]
+            row_out = one_row(queries, keys, values, chunk)
+            out[row, :, first:] = row_out
+    return out
 
 
-def unpadded(q, k, v, chunk):
-    """Return dual_chunk_attention in fp32, a block of queries at a time; k and v are fp32."""
-    B, Hq, T, D = q[0].shape
-    _, Hkv, S, _ = k.shape
+def one_row(q, k, v, chunk):
+    """Return dual_chunk_attention of a single row, a block of queries at a time; k, v are fp32."""
     intra, successive, inter = q
-    block = max(1, MAX_SCORES // (B * Hq * S))
+    _, Hq, T, D = intra.shape
+    _, Hkv, S, _ = k.shape
+    scores_per_query = max(1, Hq * S)
+    block = max(1, MAX_SCORES // scores_per_query)
     offset = S - T
     start = offset
-    out = []
+    out = torch.zeros_like(intra, dtype=k.dtype)
     while start < S:
         intra_start = start // chunk * chunk  # the chunk of these queries
         successive_start = max(0, intra_start - chunk)
         end = min(S, intra_start + chunk, start + block)
+        queries = slice(start - offset, end - offset)
         groups = (
             (inter, 0, successive_start),
             (successive, successive_start, intra_start),
@@ -87,8 +85,8 @@ def unpadded(q, k, v, chunk):
         )
         scores = []
         for query, first_key, last_key in groups:
-            rows = query[:, :, start - offset:end - offset]
-            rows = fp32(fold_groups(rows, Hkv))  # (B,Hkv,n*G,D)
+            rows = query[:, :, queries]
+            rows = fp32(fold_groups(rows, Hkv))  # (1,Hkv,n*G,D)
             keys = k[:, :, first_key:last_key]
             scores.append(rows @ keys.mT)
         scores = torch.cat(scores, dim=-1)
@@ -99,6 +97,6 @@ def unpadded(q, k, v, chunk):
         scores = scores.masked_fill(i[:, None] < j, -torch.inf)
         probs = scores.softmax(-1)
         block_out = probs @ v[:, :, :end]
-        out.append(unfold_groups(block_out, end - start))
+        out[:, :, queries] = unfold_groups(block_out, end - start)
         start = end
-    return torch.cat(out, dim=2)
+    return out

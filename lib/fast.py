@@ -5,15 +5,13 @@ the calls of PyTorch's attention kernel, and the handwritten backward passes of 
 experts. Their plain twins are in kernels.py, which also explains the letters in shapes. CUDA paths
 are not yet measured on a GPU.
 """
-import contextlib
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-EXPERT_BLOCK = 16  # the number of rows that experts multiply at once is a multiple of this
+EXPERT_ROWS = 16  # each expert multiplies a multiple of this many rows
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -24,6 +22,26 @@ def check_impl(impl, allowed):
 
 def shapes(*tensors):
     return [None if x is None else tuple(x.shape) for x in tensors]
+
+
+def check_attention_arguments(q, k, v, segment_ids, mask):
+    """Raise ValueError, with the shapes, where the arguments of kernels.attention do not fit."""
+    problem = None
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        problem = "need q (B,Hq,T,D) and k, v (B,Hkv,S,D)"
+    elif q.shape[::3] != k.shape[::3] or q.shape[1] % k.shape[1] != 0:
+        problem = "need q and k with equal B and D, and Hq a multiple of Hkv"
+    elif segment_ids is not None and not (
+            segment_ids.shape == q.shape[::2] == k.shape[::2]):  # (B,T), (B,T), (B,S)
+        problem = "segment_ids must be (B,T), and T equal to S; with a cache, pass a mask"
+    elif mask is not None:
+        full = (q.shape[0], 1, q.shape[2], k.shape[2])
+        sizes = zip(mask.shape, full, strict=False)
+        fits = mask.dim() == 4 and all(size in (1, wanted) for size, wanted in sizes)
+        if mask.dtype != torch.bool or not fits:
+            problem = "mask must be bool and broadcastable to (B,1,T,S)"
+    if problem is not None:
+        raise ValueError(f"attention: {problem}; got {shapes(q, k, v, segment_ids, mask)}")
 
 
 # --- precision and shapes -------------------------------------------------------------------------
@@ -37,14 +55,6 @@ def to_autocast_dtype(x):
     would also round their sums."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def autocast_off(kind):
-    """Return a context in which autocast is off for devices of this kind ("cpu", "cuda")."""
-    # Entering torch.autocast costs as much as three small operations, which slows decoding.
-    if torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 def matmul_fp32(a, b):
@@ -74,13 +84,21 @@ def unfold_groups(x, T):
 
 
 # --- libraries and compiler -----------------------------------------------------------------------
-@functools.cache
-def compiled(fn, dynamic=False):
-    """Return fn under torch.compile, always the same one for the same fn.
+compile_kernels = False  # what kernels.set_default_impl chose
 
-    dynamic=False compiles one graph per shape, so callers pass only full chunks and run the rest
-    eagerly. dynamic=True compiles one graph for any number of keys.
+
+def maybe_compiled(fn, shape_repeats=True, dynamic=False):
+    """Return fn, under torch.compile where set_default_impl asked for it. Sampling is not compiled.
+
+    dynamic=False compiles one graph per shape, so callers say whether the shape will come again.
+    dynamic=True compiles one graph for any number of keys.
     """
+    wanted = compile_kernels and shape_repeats and not torch.is_inference_mode_enabled()
+    return compiled(fn, dynamic) if wanted else fn
+
+
+@functools.cache
+def compiled(fn, dynamic):
     return torch.compile(fn, dynamic=dynamic, fullgraph=True)
 
 
@@ -124,23 +142,12 @@ def tuned_for_cpu(hidden):
 
 
 # --- PyTorch's attention kernel -------------------------------------------------------------------
-def sdpa(q, k, v, allowed, is_causal, scale, may_be_empty):
+def sdpa(q, k, v, allowed, is_causal, scale):
     """Return F.scaled_dot_product_attention of q (B,Hq,T,D) and k, v (B,Hkv,S,D), the same for all
-    of its backends.
-
-    allowed: bool (B or 1,1,T,S) or None. is_causal: without `allowed`, and for T == S only.
-    may_be_empty: a query may have no key in `allowed`; it then returns 0.
+    of its backends. allowed: bool (B or 1,1,T,S) or None. is_causal: only if that is None, T == S.
     """
-    dtype = q.dtype
-    group = q.shape[1] // k.shape[1]
-    decoding = q.shape[2] == 1
-    onednn = torch.get_float32_matmul_precision() == "medium" and not q.is_cuda
-    if onednn and not decoding:
-        q = fp32(q)  # oneDNN is 1.3 times as fast in fp32 as in bf16
-        k = fp32(k)
-        v = fp32(v)
     empty = None
-    if may_be_empty:
+    if allowed is not None:
         # Trap: for a query without keys, backends return 0, NaN or the mean of v. We let it see
         # every key, and set its output to 0 below.
         empty = ~allowed.any(-1, keepdim=True)
@@ -148,35 +155,14 @@ def sdpa(q, k, v, allowed, is_causal, scale, may_be_empty):
     # enable_gqa reads shared kv heads in place: 2-20% faster on a CPU than repeating them. On CUDA
     # we repeat them for a mask or fp32, so that the memory-efficient backend can serve. That is our
     # expectation, not yet measured on a GPU.
-    repeat = q.is_cuda and (allowed is not None or q.dtype == torch.float32)
-    if repeat and group > 1 and not decoding:
+    if q.is_cuda and (allowed is not None or q.dtype == torch.float32):
+        group = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
-    if decoding:
-        out = decode_attention(q, k, v, allowed, scale)
-    else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1])
-    if empty is not None:
-        out = out.masked_fill(empty, 0.0)
-    return out.to(dtype)
-
-
-def decode_attention(q, k, v, keep=None, scale=None):
-    """Return kernels.attention for T = 1. keep (B,1,1,S) bool must leave each row a key.
-
-    The G query heads of a group pose as G queries of one kv head, so that no backend copies the
-    cache. On a CPU with S from 256 to 2048, this is 1.4 times as fast as enable_gqa and 5 to 8
-    times as fast as repeat_interleave.
-    """
-    precision = torch.get_float32_matmul_precision()
-    set_cpu_matmul(1, 1, q.device)  # MKL, because oneDNN would cost 10 us per row and kv head
-    B, Hkv, _, D = k.shape
-    grouped = q.reshape(B, Hkv, -1, D)  # (B,Hkv,G,D)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=keep, scale=scale)
-    torch.set_float32_matmul_precision(precision)
-    return out.view(q.shape)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1])
+    return out if empty is None else out.masked_fill(empty, 0.0)
 
 
 # --- RMSNorm and SwiGLU ---------------------------------------------------------------------------
@@ -207,7 +193,7 @@ class RMSNorm(torch.autograd.Function):
         r = norm.square_().div_(width).add_(ctx.eps).rsqrt_()
         n = x_fp32 * r
         dy_n = (n * dy).reshape(-1, width)
-        with autocast_off(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
             mean = (dy_n @ fp32(weight) / width).view(r.shape)
         dx = (dy * weight).sub_(n.mul_(mean)).mul_(r)
         dweight = dy_n.sum(0)
@@ -249,25 +235,8 @@ def check_expert_arguments(x, weight, gate_up, down, expert):
     weights_fit = gate_up.shape == (E, 2 * inner, C)
     tokens_fit = x.shape == (N, C) and weight.shape == expert.shape == choices
     if not weights_fit or not tokens_fit:
-        raise ValueError("need x (N,C), weight and expert (N,k), gate_up (E,2F,C), down (E,C,F); "
+        raise ValueError("need x (N,C), weight and expert (N,A), gate_up (E,2F,C), down (E,C,F); "
                          f"got {shapes(x, weight, expert, gate_up, down)}")
-
-
-class ExpertBlock(NamedTuple):
-    """One expert's share of the (token, choice) pairs, which are sorted by expert."""
-    count: int     # pairs that chose this expert
-    rows: slice    # these pairs, and following ones up to a multiple of the block unit
-
-
-def expert_blocks(counts, unit):
-    """Return one ExpertBlock per expert. counts: pairs per expert."""
-    blocks = []
-    start = 0
-    for count in counts:
-        surplus = -count % unit
-        blocks.append(ExpertBlock(count, slice(start, start + count + surplus)))
-        start += count
-    return blocks
 
 
 class Experts(torch.autograd.Function):
@@ -279,76 +248,81 @@ class Experts(torch.autograd.Function):
     twice as fast. Only one expert's weights at a time are cast to the dtype of x.
 
     A new number of rows is a new shape for oneDNN, which it would prepare in each of six products
-    per expert and step. So a block has a multiple of 16 rows; for many tokens, it is a multiple of
-    1/16 to 1/8 of an expert's mean share. A block may thus reach into the next experts' rows. Those
-    results are overwritten when their own block is computed.
+    per expert and step, and keep. So each expert gets a multiple of 16 rows; for many tokens, of
+    1/16 to 1/8 of an expert's mean share. The rows that belong to no pair hold token 0 with weight
+    0.
     """
 
     @staticmethod
     def forward(ctx, x, weight, gate_up, down, expert):
-        choices = expert.shape[1]
         chosen = expert.flatten()
-        order = chosen.argsort(stable=True)        # pairs (token * choices + choice), by expert
-        position = torch.empty_like(order)         # the inverse: where each pair stands in `order`
-        position[order] = torch.arange(len(order), device=x.device)
-        mean_share = len(order) // len(down)
-        unit = EXPERT_BLOCK << max(0, mean_share.bit_length() - 8)
-        counts = torch.bincount(chosen, minlength=len(down)).tolist()
-        ctx.blocks = expert_blocks(counts, unit)
-        token = F.pad(order // choices, (0, unit))  # token 0 fills the last block's surplus
+        mean_share = len(chosen) // len(down)
+        unit = EXPERT_ROWS << max(0, mean_share.bit_length() - 8)
+        counts = torch.bincount(chosen, minlength=len(down))
+        sizes = counts + -counts % unit
+        first_row = sizes.cumsum(0) - sizes
+        first_pair = counts.cumsum(0) - counts
+        pair = torch.arange(len(chosen), device=x.device)  # token * A + choice
+        order = chosen.argsort(stable=True)        # pairs by expert
+        position = torch.empty_like(order)         # the row of each pair
+        position[order] = pair
+        position += (first_row - first_pair)[chosen]
+        sizes = sizes.tolist()
+        token = order.new_zeros(sum(sizes))        # the token of each row
+        token[position] = pair // expert.shape[1]
         y = x.new_empty(len(token), x.shape[1])
         kept = []
-        for block, gate_up_e, down_e in zip(ctx.blocks, gate_up, down, strict=True):
-            inputs = x.index_select(0, token[block.rows])
-            h = gate_up_e.to(x.dtype) @ inputs.mT  # (2F,rows)
+        for rows, gate_up_e, down_e, y_e in zip(
+                token.split(sizes), gate_up, down, y.split(sizes), strict=True):
+            h = gate_up_e.to(x.dtype) @ x.index_select(0, rows).mT  # (2F,rows)
             gate, up = h.chunk(2)
             product = F.silu(gate).mul_(up)
-            torch.mm(product.mT, down_e.to(x.dtype).mT, out=y[block.rows])
+            torch.mm(product.mT, down_e.to(x.dtype).mT, out=y_e)
             if any(ctx.needs_input_grad):
                 kept.append(h)
-        ctx.save_for_backward(x, weight, gate_up, down, order, position, token, *kept)
+        ctx.sizes = sizes
+        ctx.save_for_backward(x, weight, gate_up, down, position, token, *kept)
         return F.embedding_bag(position.view(expert.shape), y, mode="sum",
                                per_sample_weights=weight.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, weight, gate_up, down, order, position, token, *kept = ctx.saved_tensors
-        pair_weight = weight.flatten()[order]
-        pair_weight = F.pad(pair_weight, (0, len(token) - len(order))).to(x.dtype)
-        dpair_weight = torch.empty_like(pair_weight)
-        dx = x.new_empty(len(token), x.shape[1])   # one row per pair
+        x, weight, gate_up, down, position, token, *kept = ctx.saved_tensors
+        row_weight = x.new_zeros(len(token))
+        row_weight[position] = weight.flatten().to(x.dtype)
+        row_weights = row_weight.split(ctx.sizes)
+        drow_weight = []
+        dx = []                                    # one row per pair
         dgate_up = torch.empty_like(gate_up)
         ddown = torch.empty_like(down)
-        for e, (block, h) in enumerate(zip(ctx.blocks, kept, strict=True)):
-            rows = block.rows
-            dy = dout.index_select(0, token[rows])
-            dy[block.count:] = 0                   # the surplus rows belong to the next experts
+        for e, (rows, h) in enumerate(zip(token.split(ctx.sizes), kept, strict=True)):
+            dy = dout.index_select(0, rows)
             gate, up = h.chunk(2)
             silu = F.silu(gate)
             product = silu * up
-            dproduct = down[e].to(x.dtype).mT @ dy.mT  # the pairs' weights follow below
-            torch.sum(dproduct * product, 0, out=dpair_weight[rows])
-            ddown[e] = dy.mT @ product.mul_(pair_weight[rows]).mT
-            dproduct.mul_(pair_weight[rows])
+            dproduct = down[e].to(x.dtype).mT @ dy.mT  # the rows' weights follow below
+            drow_weight.append((dproduct * product).sum(0))
+            ddown[e] = dy.mT @ product.mul_(row_weights[e]).mT
+            dproduct.mul_(row_weights[e])
             dh = torch.empty_like(h)
             dgate, dup = dh.chunk(2)
             torch.mul(dproduct, silu, out=dup)
             torch.ops.aten.silu_backward.grad_input(dproduct.mul_(up), gate, grad_input=dgate)
-            dgate_up[e] = dh @ x.index_select(0, token[rows])
-            torch.mm(dh.mT, gate_up[e].to(x.dtype), out=dx[rows])
+            dgate_up[e] = dh @ x.index_select(0, rows)
+            dx.append(dh.mT @ gate_up[e].to(x.dtype))
         position = position.view(weight.shape)
-        dx = F.embedding_bag(position, dx, mode="sum")
-        dweight = dpair_weight[position].to(weight.dtype)
+        dx = F.embedding_bag(position, torch.cat(dx), mode="sum")
+        dweight = torch.cat(drow_weight)[position].to(weight.dtype)
         return dx, dweight, dgate_up, ddown, None
 
 
 def grouped_matmul_fits(x, down):
-    """Return whether experts_grouped can take x (N,C) and down (E,C,F): bf16 on CUDA, a torch that
-    has grouped_mm, and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
-    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    return (x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and aligned
-            and hasattr(F, "grouped_mm"))
+    """Return whether experts_grouped can take x (N,C) and down (E,C,F): bf16 on CUDA,
+    and row strides of 16 bytes. (On a CPU grouped_mm is a loop.)"""
+    _, C, inner = down.shape
+    aligned = C % 8 == 0 and inner % 8 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and aligned
 
 
 def experts_grouped(x, weight, gate_up, down, expert):

@@ -254,6 +254,21 @@ def test_k3(log_ratio, value):
     assert loss.item() == pytest.approx(2 * value, abs=1e-6)
 
 
+def test_k3_of_small_differences_is_not_cancelled():
+    """exp(d) - d - 1 in float32 is 0 or negative where d^2 / 2 is below the last digit of 1."""
+    def kl(d):
+        logprobs = torch.zeros(1, 1)
+        _, logs = grpo_loss(logprobs, logprobs, d.view(1, 1), torch.zeros(1),
+                            torch.ones(1, 1, dtype=torch.bool), kl=1.0)
+        return logs["kl"]
+    size = torch.logspace(-12, 0, 501)
+    for d in torch.cat((size, -size)):
+        assert kl(d) >= 0
+        if d.abs() >= 1e-4:
+            exact = d.double()
+            assert kl(d) == pytest.approx((exact.expm1() - exact).item(), rel=2e-3)
+
+
 def test_kl_gradient_is_the_true_one():
     """R12.6: in expectation over every action of a small policy, the loss's gradient is that of
     KL(pi || pi_ref) exactly; without the ratio, k3's is that of KL(pi_ref || pi), far off."""

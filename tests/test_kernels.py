@@ -342,9 +342,8 @@ def test_tiling_does_not_change_the_result(reduction, monkeypatch):
     h, w, t = head()
     t[3], t[4] = 0, 49
     want = values_and_grads(lambda h, w: F.cross_entropy(h @ w.T, t, reduction=reduction), (h, w))
-    for tile, keep in ((2**21, 2**23), (64, 2**23), (64, 0), (1, 0)):
+    for tile in (2**21, 64, 1):
         monkeypatch.setattr(chunked_loss, "TILE", tile)
-        monkeypatch.setattr(chunked_loss, "MAX_KEPT_PROBS", keep)
         for n in (None, 1, 8, 36, 37, 99):
             close(values_and_grads(lambda h, w, n=n: K.linear_cross_entropy(
                 h, w, t, reduction=reduction, chunk_rows=n), (h, w)), want)
@@ -360,7 +359,6 @@ def test_a_large_vocabulary_in_bf16_is_tiled(monkeypatch):
         return loss.detach(), *torch.autograd.grad(loss, w)
     kept = run()
     monkeypatch.setattr(chunked_loss, "TILE", 64 * 100)
-    monkeypatch.setattr(chunked_loss, "MAX_KEPT_PROBS", 0)
     close(run(), kept, 1e-4)
     assert largest_allocation(lambda: run()) == 4 * w.numel()     # the gradient
 
@@ -410,6 +408,33 @@ def test_token_logprobs(temperature):
     close(c, b)
     with torch.no_grad():
         assert torch.equal(K.token_logprobs(h3, w, t3, temperature), a[0])
+
+
+@pytest.mark.parametrize("offset", (0.0, 1e4, -3e4))
+@pytest.mark.parametrize("tile", (2**21, 64))
+def test_large_logits_cost_no_digits(offset, tile, monkeypatch):
+    """In fp32, values and gradients are as near to float64's as those of torch's log_softmax. All
+    logits are multiples of 1/8, which the product computes exactly at any size."""
+    monkeypatch.setattr(chunked_loss, "TILE", tile)
+    h = torch.ones(37, 1)
+    w = (torch.randint(-40, 41, (50, 1)) / 8 + offset).requires_grad_()
+    t = torch.randint(50, (37,))
+    def run(fn, w):
+        return values_and_grads(fn, [w])
+    exact = run(lambda w: (h.double() @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0],
+                w.detach().double().requires_grad_())
+    torchs = run(lambda w: (h @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0], w)
+    for fn in (lambda w: K.token_logprobs(h, w, t),
+               lambda w: -K.linear_cross_entropy(h, w, t, reduction="none", chunk_rows=8)):
+        for ours, theirs, truth in zip(run(fn, w), torchs, exact, strict=True):
+            least = 1e-6 * truth.abs().max()
+            assert (ours - truth).abs().max() <= max((theirs - truth).abs().max(), least)
+    loss, grad = run(lambda w: K.linear_cross_entropy(h, w, t, reduction="sum")[None], w)
+    exact_loss, exact_grad = run(
+        lambda w: F.cross_entropy(h.double() @ w.T, t, reduction="sum")[None],
+        w.detach().double().requires_grad_())
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=0, atol=1e-5)
 
 
 def test_valid_vocab_gives_padding_rows_probability_zero():
@@ -573,11 +598,10 @@ def per_token(x, weight, gate_up, down, expert):
     ("auto", torch.float32, 1e-4), ("grouped", torch.float32, 1e-4)])
 @pytest.mark.parametrize("unit", [1, 4, 16])
 def test_experts_equal_a_loop_over_tokens(impl, dtype, tol, unit, monkeypatch):
-    """R5.5: forward and backward, blocks that end with the expert's rows, reach into the next
-    expert's, over all of them, beyond the last."""
+    """R5.5: forward and backward; with rows that belong to no pair, and without."""
     if impl == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    monkeypatch.setattr(fast, "EXPERT_BLOCK", unit)
+    monkeypatch.setattr(fast, "EXPERT_ROWS", unit)
     leaves, expert = experts(dtype=dtype)
     a = values_and_grads(lambda *x: K.experts(*x, expert, impl=impl), leaves)
     close(a, values_and_grads(lambda *x: per_token(*x, expert), leaves), tol)
@@ -605,7 +629,7 @@ def test_experts_odd_sizes_no_rows_and_errors():
 @pytest.mark.parametrize("N", [300, 3000])
 def test_experts_of_many_tokens(N):
     """Against the twin, with strides: float64 to rounding, under autocast no further from it than
-    the twin's own bf16. 3000 tokens: blocks of more than EXPERT_BLOCK rows."""
+    the twin's own bf16. 3000 tokens: every expert has several EXPERT_ROWS."""
     shapes = (16, N), (N, 6), (24, 5, 16), (5, 12, 16)
     x, weight, gate_up, down = (torch.randn(s, dtype=torch.float64) / 4 for s in shapes)
     leaves = [a.requires_grad_() for a in (x.mT, weight[:, ::2], gate_up.transpose(0, 1), down.mT)]
