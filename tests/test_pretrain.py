@@ -465,5 +465,5 @@ def test_too_little_data_is_explained(args, tmp_path):
     with pytest.raises(InputError, match="held-out|no document to train on"):
         pretrain.main(replace(args, data=str(tmp_path / "book.txt")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no .jsonl or .parquet files"):
+    with pytest.raises(InputError, match="no .jsonl, .txt or .parquet files"):
         pretrain.main(replace(args, data=str(tmp_path / "empty")))
