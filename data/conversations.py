@@ -36,9 +36,11 @@ def to_conversation(row: dict) -> tuple[list[dict], list | None]:
 
 
 def to_messages(turns, role: str = "user") -> list[dict]:
-    """Return messages, given as ours, as ShareGPT's, or as the text of one."""
+    """Return messages, given as ours, as ShareGPT's, as one of them, or as the text of one."""
     if isinstance(turns, str):
-        turns = [{"role": role, "content": turns}]
+        turns = {"role": role, "content": turns}
+    if isinstance(turns, dict):
+        turns = [turns]
     require(isinstance(turns, list) and len(turns) > 0, WANTED)
     return [to_message(turn) for turn in turns]
 
@@ -46,7 +48,8 @@ def to_messages(turns, role: str = "user") -> list[dict]:
 def to_message(turn) -> dict:
     require(isinstance(turn, dict), WANTED)
     if "from" not in turn:
-        return turn | {"content": join_parts(turn.get("content"))}
+        message = {"role": turn.get("role"), "content": join_parts(turn.get("content"))}
+        return message | {key: turn[key] for key in turn if key == "tool_calls"}
     role = str(turn["from"])
     content = turn.get("value")
     if role != "function_call":

@@ -72,7 +72,8 @@ def text_of(side) -> str:
     """Return a text, or messages, for a terminal. Control characters could move its cursor or
     colour it, so they become U+FFFD."""
     if not isinstance(side, str):
-        side = "\n".join(f"{message['role']}: {message['content']}" for message in side)
+        side = "\n".join(f"{message['role']}: {message['content'] or message['tool_calls']}"
+                         for message in side)
     shown = []
     for character in side:
         control = unicodedata.category(character)[0] == "C" and character not in "\n\t"
