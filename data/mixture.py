@@ -58,6 +58,14 @@ class Tokens:
         short = self.sizes < length
         return Tokens(self.ids, self.starts[short], self.ends[short])
 
+    def split_end(self, share: float) -> tuple["Tokens", "Tokens"]:
+        """Part the last `share` of all tokens, which must have no gaps, from those before."""
+        cut = int(len(self.ids) * (1 - share))
+        first = self.starts < cut
+        last = self.ends > cut
+        return (Tokens(self.ids, self.starts[first], self.ends[first].clip(max=cut)),
+                Tokens(self.ids, self.starts[last].clip(min=cut), self.ends[last]))
+
 
 def id_type(tokenizer):
     """Return the smallest type that holds every id: int64 takes two to four times the space."""

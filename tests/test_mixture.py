@@ -167,3 +167,14 @@ def test_pieces_of_longer_documents():
     pieces = [long.ids[a:b].tolist() for a, b in zip(long.starts, long.ends, strict=True)]
     assert pieces == [[0, 1, 2, 3], [4, 5, 6, 26], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 26]]
     assert short.sizes.tolist() == [3, 1]
+
+
+def test_the_end_of_the_tokens():
+    """Of 4 + 3 + 3 tokens: the cut falls into a document, between two, or after none of them."""
+    docs = mixture.tokenize(["abc", "de", "fg"], Letters())
+    for share, first, last in ((0.5, [(0, 4), (4, 5)], [(5, 7), (7, 10)]),
+                               (0.3, [(0, 4), (4, 7)], [(7, 10)]),
+                               (0.0, [(0, 4), (4, 7), (7, 10)], [])):
+        parts = docs.split_end(share)
+        bounds = [list(zip(d.starts.tolist(), d.ends.tolist(), strict=True)) for d in parts]
+        assert bounds == [first, last] and all(d.ids is docs.ids for d in parts)
