@@ -84,21 +84,22 @@ def open_lines(path: str | Path):
     return copy
 
 
-def read_texts(path: str | Path):
-    """Yield the documents of a text file. Lines that read <|endoftext|> separate them; without such
-    a line the file is one document. Raises InputError."""
-    lines = []
-    with open_text(path) as file:
-        try:
-            for line in file:
-                if line.rstrip() != "<|endoftext|>":
-                    lines.append(line)
-                    continue
-                yield "".join(lines)
-                lines = []
-        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    yield "".join(lines)
+def read_texts(*paths):
+    """Yield the documents of text files. Lines that read <|endoftext|> separate them; without such
+    a line a file is one document. Raises InputError."""
+    for path in paths:
+        lines = []
+        with open_text(path) as file:
+            try:
+                for line in file:
+                    if line.rstrip() != "<|endoftext|>":
+                        lines.append(line)
+                        continue
+                    yield "".join(lines)
+                    lines = []
+            except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+                raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        yield "".join(lines)
 
 
 def read_json(path: str | Path) -> dict:
