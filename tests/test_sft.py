@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import tracemalloc
 from pathlib import Path
@@ -17,6 +18,8 @@ from helpers import (
 
 import kernels
 import sft
+from data.documents import read_documents
+from data.pairs import read_pairs, tokenize_pair
 from lib import fast
 from lib.files import open_text
 from lib.optim import pad_rows
@@ -500,3 +503,27 @@ def test_finished_run_is_a_loadable_directory(micro_run, tmp_path):
     assert stops["eos_token_id"] == list(tokenizer.stop_ids)
     assert tokenizer.pad_id != tokenizer.im_end_id  # R8.3
     assert (path / "samples.jsonl").read_text("utf-8").count("\n") > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# docs/your-data.md
+
+def examples(heading) -> list[dict]:
+    """The rows that a section of docs/your-data.md shows in full."""
+    text = (Path(__file__).parents[1] / "docs" / "your-data.md").read_text("utf-8")
+    section = text.partition(f"## {heading}")[2].partition("\n## ")[0]
+    return [json.loads(row) for row in re.findall(r"`(\{.*?\})`", section) if "…" not in row]
+
+
+def test_the_shapes_of_the_documentation_are_read(tokenizer, tmp_path):
+    """Each example line, by the stage that its section names; a user's and an assistant's word."""
+    documents = examples("Documents")
+    path = write_rows(tmp_path / "docs.jsonl", documents)
+    assert [doc["text"] for doc in read_documents(path)] == [row["text"] for row in documents]
+    chats = examples("Conversations")
+    rows = read(chats, tokenizer)
+    said = [tokenizer.decode(rows[i].ids) for i in range(len(rows))]
+    assert len(said) == 4 and all("assistant\nHello<|im_end|>" in text for text in said)
+    pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", examples("Preference pairs")))
+    rows = [tokenize_pair(pair, tokenizer) for pair in pairs]
+    assert len(rows) == 2 and rows[0] == rows[1]
