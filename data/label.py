@@ -75,7 +75,7 @@ def text_of(side) -> str:
 
 
 def letters():
-    """Yield what is typed, line by line, as letters: `ha` and Enter notes a criterion, then judges."""
+    """Yield the letters of each line that is typed: `ha` notes a criterion, then judges."""
     for line in sys.stdin:
         yield from line.strip()
 
