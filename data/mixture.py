@@ -10,6 +10,7 @@ share of *tokens*: by documents, a source of long ones would take far more.
     ids, segment_ids = rows[[3, 8]]  # two rows of 129 tokens each
 """
 import hashlib
+import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,9 @@ import torch
 
 from lib.args import InputError, require
 from lib.files import atomic_path
+
+PIECE = 2**16                               # characters that are encoded at once, or some more
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 def is_held_out(text: str) -> bool:
@@ -77,35 +81,53 @@ def id_type(tokenizer):
     return np.uint16 if n_ids <= 2**16 else np.uint32
 
 
+def pieces(texts):
+    """Yield (piece, whether it ends its text). A text is cut about every PIECE characters, at a
+    line end between two visible characters: no token crosses it."""
+    for text in texts:
+        start = 0
+        while cut := LINE_END.search(text, start + PIECE):
+            yield text[start:cut.end()], False
+            start = cut.end()
+        yield text[start:], True
+
+
 def id_arrays(texts, tokenizer):
-    """Yield the ids of each text, with <|endoftext|> at the end as in Qwen's pre-training."""
-    texts = iter(texts)
+    """Yield (ids, whether they end a text) piece by piece, with <|endoftext|> at the end of a text
+    as in Qwen's pre-training."""
     dtype = id_type(tokenizer)
-    while chunk := list(islice(texts, 1000)):  # Python's lists of ints live 1000 texts at a time
-        for ids in tokenizer.encode_batch(chunk):
-            ids.append(tokenizer.eos_id)
-            yield np.array(ids, dtype)
+    waiting = pieces(texts)
+    while chunk := list(islice(waiting, 100)):  # a list of ints takes 10 times an array's space
+        batch = tokenizer.encode_batch([piece for piece, _ in chunk])
+        for ids, (_, is_end) in zip(batch, chunk, strict=True):
+            if is_end:
+                ids.append(tokenizer.eos_id)
+            yield np.array(ids, dtype), is_end
 
 
 def tokenize(texts, tokenizer) -> Tokens:
-    nothing = np.empty(0, id_type(tokenizer))  # np.concatenate refuses an empty list
-    arrays = [nothing]
-    arrays.extend(id_arrays(texts, tokenizer))
-    sizes = [len(ids) for ids in arrays]
-    bounds = np.cumsum(sizes)
-    ids = np.concatenate(arrays)
-    return Tokens(ids, bounds[:-1], bounds[1:])
+    arrays = [np.empty(0, id_type(tokenizer))]  # np.concatenate refuses an empty list
+    bounds = [0]
+    size = 0
+    for ids, is_end in id_arrays(texts, tokenizer):
+        arrays.append(ids)
+        size += len(ids)
+        if is_end:
+            bounds.append(size)
+    bounds = np.array(bounds)
+    return Tokens(np.concatenate(arrays), bounds[:-1], bounds[1:])
 
 
 def write_tokens(stem: Path, texts, tokenizer) -> None:
     """Write {stem}.bin (ids) and {stem}.ends (int64): what `read_tokens` maps into memory."""
-    end = 0
+    size = 0
     with atomic_path(f"{stem}.bin") as ids_path, atomic_path(f"{stem}.ends") as ends_path:
         with open(ids_path, "wb") as ids_file, open(ends_path, "wb") as ends_file:
-            for ids in id_arrays(texts, tokenizer):
-                end += len(ids)
+            for ids, is_end in id_arrays(texts, tokenizer):
+                size += len(ids)
                 ids_file.write(ids)
-                ends_file.write(np.int64(end))
+                if is_end:
+                    ends_file.write(np.int64(size))
 
 
 def read_tokens(stem: Path, tokenizer) -> Tokens:
