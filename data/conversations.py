@@ -16,10 +16,9 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT
 def to_conversation(row: dict) -> tuple[list[dict], list | None]:
     """Return the messages and the tools of a row. tokenizer.render checks the messages."""
     require(isinstance(row, dict), WANTED)
-    if "messages" in row:
-        messages = to_messages(row["messages"])
-    elif "conversations" in row:
-        messages = to_messages(row["conversations"])
+    turns = row.get("messages") or row.get("conversations")
+    if isinstance(turns, list):
+        messages = to_messages(turns)
     elif "instruction" in row and "output" in row and not row.get("history"):
         question = row["instruction"]
         require(isinstance(question, str), "instruction must be a string")

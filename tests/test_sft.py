@@ -255,7 +255,8 @@ def test_every_shape_becomes_messages(row, messages, tokenizer):
 
 @pytest.mark.parametrize("row, word", [
     ({"text": "a document"}, "columns text"), ({"question": "q", "answer": "a"}, "your-data.md"),
-    ({"messages": {"role": "user"}}, "messages"), ({"conversations": ["q", "a"]}, "messages"),
+    ({"messages": {"role": "user"}}, "messages"), ({"messages": "q"}, "messages"),
+    ({"conversations": ["q", "a"]}, "messages"),
     ({"conversations": [{"from": "bard", "value": "q"}]}, "'bard'"),
     ({"conversations": [{"from": "gpt", "value": None}]}, "content must be a string"),
     ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "must be JSON"),
