@@ -504,14 +504,7 @@ def train_command(args) -> None:
             f"{args.out} holds a tokenizer: pass --overwrite or another --out")
     tokenizer = Tokenizer.train(read_texts(*args.input), args.vocab_size)
     tokenizer.save_pretrained(args.out)
-    n_bytes = n_tokens = 0
-    for text in read_texts(*args.input):
-        for start in range(0, len(text), 2**20):  # the ids of a whole file would fill the memory
-            piece = text[start:start + 2**20]
-            n_bytes += len(piece.encode())
-            n_tokens += len(tokenizer.encode(piece))
-    rate = n_bytes / max(n_tokens, 1)
-    print(f"{args.out}: {tokenizer.n_vocab} tokens, {rate:.2f} bytes per token")
+    print(f"{args.out}: {tokenizer.n_vocab} tokens")
 
 
 def show_command(args) -> None:
