@@ -12,6 +12,7 @@ betas 0.9/0.95 and a cosine to 10% of the peak are Qwen1's. scaling.py is the re
 the learning rate and the batch size.
 
     python pretrain.py                                             # a minute on a CPU
+    python pretrain.py --data tinyshakespeare.txt --out runs/shakespeare       # any text
     python pretrain.py --data runs/demo/data --tokenizer runs/demo/tokenizer --tokens 3e6 --out ...
     python pretrain.py --data my.jsonl,more.txt --weights my=0.7,more=0.3 --model 0.5B ...
 
@@ -123,14 +124,31 @@ def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int)
         held_out.setdefault(source, [])
         part = held_out if mixture.is_held_out(text) else train
         part[source].append(text)
-    require(any(train.values()), "--data has no document to train on")
+    part = train if any(train.values()) else held_out  # of few documents, all may be held out
+    require(any(part.values()), "--data has no document to train on")
     if tokenizer is None:
-        texts = (text for source in train.values() for text in source)
+        texts = (text for source in part.values() for text in source)
         tokenizer = Tokenizer.train(texts, vocab_size)
     for part in (train, held_out):
         for source, texts in part.items():
             part[source] = mixture.tokenize(texts, tokenizer)
     return train, held_out, tokenizer
+
+
+def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict]:
+    """Return both, {source: Tokens}, as they are if the held-out documents fill a row. Of a few
+    documents, one in fifty is none. Then we hold out the last 2% of each source, or what fills a
+    row, as well. (A tokenizer that is trained here has seen it.)"""
+    if not any(len(documents.ids) for documents in train.values()):
+        train, held_out = held_out, {}
+    if sum(len(documents.ids) for documents in held_out.values()) > seq_len:
+        return train, held_out
+    tokens = sum(len(documents.ids) for documents in train.values())
+    share = max(1 / 50, (seq_len + 1) / max(1, tokens))
+    starts, ends = {}, {}
+    for name, documents in train.items():
+        starts[name], ends[f"{name}, end"] = documents.split_end(min(share, 1 / 5))
+    return starts, held_out | ends
 
 
 def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):
@@ -176,8 +194,8 @@ def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int):
             stream.append((number, document, size))
     random.Random(0).shuffle(stream)  # so that the rows are of all sources, not of the first
     enough = sum(size for _, _, size in stream) > seq_len
-    require(enough, "--data is too small: its held-out documents, one in fifty, do not fill a row "
-            f"of --seq_len {seq_len}")
+    require(enough, "--data is too small: its held-out part, one document in fifty or the last "
+            f"fifth of the tokens, does not fill a row of --seq_len {seq_len}")
     rows = mixture.PackedRows(sources, np.array(stream), seq_len)
     return rows[range(min(256, len(rows)))]
 
@@ -300,6 +318,7 @@ def main(args: Args) -> dict:
 
     # data
     train, held_out, tokenizer = load_tokens(args)
+    train, held_out = hold_out_ends(train, held_out, args.seq_len)
     train = {name: documents for name, documents in train.items() if len(documents.ids)}
     sizes = {name: len(documents.ids) for name, documents in train.items()}
     builtin = sizes.keys() == BUILTIN_WEIGHTS.keys()

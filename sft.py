@@ -18,9 +18,10 @@ starting point: at 106M parameters it gives 3.2e-5, and 1e-4 was better (docs/LO
     python tokenizer.py show runs/demo/sft --chat chats.jsonl              # look at the loss mask
 
 --data is JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
-"tool_calls" where there are some. Every assistant turn is trained on. Without --data, the stage
-trains on verified demonstrations (`python -m tasks demonstrations`). `python -m tasks rejection`
-makes a file for --data by rejection sampling.
+"tool_calls" where there are some. docs/your-data.md has the other shapes that are read, such as
+ShareGPT's and Alpaca's. Every assistant turn is trained on. Without --data, the stage trains on
+verified demonstrations (`python -m tasks demonstrations`). `python -m tasks rejection` makes a file
+for --data by rejection sampling.
 
 Expect: with the demonstrations, the loss starts far below pre-training's and drops at the end of
 each epoch. Afterwards more than 95% of the answers stop by themselves. A loss near 0 is a bad sign:
@@ -37,9 +38,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import kernels
+from data.conversations import to_conversation
 from lib.args import InputError, cli, positive, require
 from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
-from lib.files import open_text
+from lib.files import open_lines
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run, build_once
 from model import Qwen2
@@ -120,15 +122,9 @@ class Conversations:
         except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
             raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
-    def parse(self, line: bytes) -> dict:
-        row = json.loads(line)
-        require(isinstance(row, dict) and isinstance(row.get("messages"), list),
-                'expected {"messages": [{"role", "content"}, ...]}')
-        return row
-
     def tokenize(self, line: bytes) -> Row:
-        row = self.parse(line)
-        ids, mask = self.tokenizer.render(row["messages"], tools=row.get("tools"))
+        messages, tools = to_conversation(json.loads(line))
+        ids, mask = self.tokenizer.render(messages, tools=tools)
         return Row(ids[:self.max_len], mask[:self.max_len])
 
     def read_line(self, i: int) -> bytes:
@@ -145,7 +141,7 @@ class Conversations:
         """Return what was said before the assistant's first turn in n conversations."""
         prompts = []
         for i in range(min(n, len(self))):
-            messages = self.parse(self.read_line(i))["messages"]
+            messages, _ = to_conversation(json.loads(self.read_line(i)))
             first_answer = [message["role"] for message in messages].index("assistant")
             prompt = messages[:first_answer]
             if prompt and len(self.tokenizer.render_prompt(prompt)) <= self.max_len:
@@ -160,8 +156,7 @@ def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
         n = args.n_data or 1000
         path = Path(args.out).parent / f"demonstrations-{n}-seed{args.seed}.jsonl"
         build_once(path, "tasks", "demonstrations", "--n", n, "--seed", args.seed, "--out", path)
-    binary = open_text(path).detach()  # seek() needs byte offsets
-    return Conversations(binary, tokenizer, args.max_len, n, str(path))
+    return Conversations(open_lines(path), tokenizer, args.max_len, n, str(path))
 
 
 def pack(rows: list[Row], max_len: int) -> list[PackedRow]:

@@ -1,4 +1,4 @@
-"""Documents in and out: .txt, .jsonl and .parquet files become one stream of dicts.
+"""Documents in and out: .txt, .jsonl, .json and .parquet files become one stream of dicts.
 
 A document is {"text", "source", "kind"}. The source names the file that it is written to, and the
 weight that a mixture gives it. The kind is prose, code or synthetic, and sets the limits of the
@@ -15,29 +15,34 @@ from pathlib import Path
 
 from data.filters import LIMITS
 from lib.args import InputError, require
-from lib.files import atomic_path, open_text, read_jsonl
+from lib.files import atomic_path, read_jsonl, read_texts
 
 # ---------------------------------------------------------------------------------------------
 # reading
 
 def read_documents(path: str | Path, source: str = ""):
-    """Yield the documents of one .txt, .jsonl (either may end in .gz) or .parquet file.
+    """Yield the documents of one .txt, .jsonl, .json (each may end in .gz) or .parquet file.
 
     A row has a "text", and optionally a "source" and a "kind". Without one, the source is `source`
     or else the file's name, and the kind is prose. Raises InputError with the file and the line."""
     path = Path(path)
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".txt"):
-        rows = read_text(path)
-    elif name.endswith(".jsonl"):
+    kind = file_kind(path)
+    if kind == "txt":
+        rows = ((str(path), {"text": text}) for text in read_texts(path) if text.strip())
+    elif kind in ("jsonl", "json"):
         rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-    elif name.endswith(".parquet"):
+    elif kind == "parquet":
         rows = read_parquet(path)
     else:
-        raise InputError(f"{path}: no directory, .txt, .jsonl (.gz) or .parquet")
-    default_source = source or name.rpartition(".")[0]
+        raise InputError(f"{path}: no directory, .txt, .jsonl, .json (.gz) or .parquet")
+    default_source = source or path.name[:path.name.lower().rindex(f".{kind}")]
     for where, row in rows:
         yield to_document(row, where, default_source)
+
+
+def file_kind(path: Path) -> str:
+    """Return how the name ends, such as "jsonl" for web.JSONL.gz."""
+    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
 def to_document(row: dict, where: str, default_source: str) -> dict:
@@ -48,19 +53,6 @@ def to_document(row: dict, where: str, default_source: str) -> dict:
     source = str(row.get("source") or default_source)
     source = re.sub(r"[^\w-]", "_", source)  # it becomes a file name: no slashes, no dots
     return {"text": text, "source": source, "kind": kind or "prose"}
-
-
-def read_text(path: Path):
-    """Yield (where, row) for the documents of a text file. Lines that read <|endoftext|> separate
-    them; without such a line the file is one document."""
-    with open_text(path) as file:
-        try:
-            text = file.read()
-        except (UnicodeDecodeError, EOFError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    for part in re.split(r"(?m)^<\|endoftext\|>\s*$", text):
-        if part.strip():
-            yield str(path), {"text": part}
 
 
 def read_parquet(path: Path):
@@ -81,16 +73,16 @@ def read_parquet(path: Path):
 
 def read_all(paths: str):
     """Yield the documents of files and directories, whose names are separated by commas. In a
-    directory, all .jsonl, .jsonl.gz and .parquet files are read; they are one source unless their
-    rows name others."""
+    directory, all .jsonl, .txt and .parquet files are read; they are one source unless their rows
+    name others. Its .json files are reports and settings, and merges.txt is a tokenizer's: these
+    are left out."""
     for name in paths.split(","):
         path = Path(name)
         if path.is_dir():
-            files = []
-            for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet"):
-                files.extend(path.glob(pattern))
-            require(len(files) > 0, f"{path}: no .jsonl or .parquet files in it")
-            for file in sorted(files):
+            files = [file for file in sorted(path.iterdir()) if file.name != "merges.txt"
+                     and file_kind(file) in ("txt", "jsonl", "parquet")]
+            require(len(files) > 0, f"{path}: no .jsonl, .txt or .parquet files in it")
+            for file in files:
                 yield from read_documents(file, path.name)
         else:
             yield from read_documents(path)

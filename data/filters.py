@@ -180,12 +180,10 @@ def run_filters(documents, stages: dict):
     add up and later stages never see a dropped document."""
     for document in documents:
         document = document | {"text": normalise(document["text"])}
-        yield apply_stages(document, stages)
-
-
-def apply_stages(document: dict, stages: dict) -> Verdict:
-    for name, stage in stages.items():
-        reason = stage(document["text"], document.get("kind", "prose"))
-        if reason:
-            return Verdict(document, name, reason)
-    return Verdict(document, "kept", "")
+        verdict = Verdict(document, "kept", "")
+        for name, stage in stages.items():
+            reason = stage(document["text"], document.get("kind", "prose"))
+            if reason:
+                verdict = Verdict(document, name, reason)
+                break
+        yield verdict

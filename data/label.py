@@ -1,8 +1,8 @@
 """Review of preference pairs by people (report sections 4.2 and 4.3).
 
 A person judges pairs in the terminal, blind: the automatic label is not shown, and the two answers
-stand in a random order. Each label is written as soon as it is typed, and a second start continues
-where the first one stopped.
+stand in a random order. Each label is written after Enter, and a second start continues where the
+first one stopped.
 
     python -m data.label --pairs runs/dpo/pairs.jsonl --out ada.jsonl  # one file per person
     python -m data.label --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write out.jsonl
@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -26,12 +25,6 @@ from pathlib import Path
 from data.pairs import read_pairs
 from lib.args import cli, require
 from lib.files import disk_errors, read_jsonl, write_jsonl
-
-try:
-    import termios
-    import tty
-except ImportError:  # Windows
-    termios = None
 
 CRITERIA = {"t": "truthfulness", "h": "helpfulness", "c": "conciseness", "r": "relevance",
             "s": "harmlessness", "d": "debiasing"}
@@ -72,7 +65,8 @@ def text_of(side) -> str:
     """Return a text, or messages, for a terminal. Control characters could move its cursor or
     colour it, so they become U+FFFD."""
     if not isinstance(side, str):
-        side = "\n".join(f"{message['role']}: {message['content']}" for message in side)
+        side = "\n".join(f"{message['role']}: {message['content'] or message['tool_calls']}"
+                         for message in side)
     shown = []
     for character in side:
         control = unicodedata.category(character)[0] == "C" and character not in "\n\t"
@@ -80,32 +74,20 @@ def text_of(side) -> str:
     return "".join(shown)
 
 
-def keystrokes():
-    """Yield characters as they are typed; from a pipe, or on Windows, line by line."""
-    if termios is None or not sys.stdin.isatty():
-        for line in sys.stdin:
-            yield from line.strip()
-        return
-    settings = termios.tcgetattr(sys.stdin)
-    try:
-        tty.setcbreak(sys.stdin, termios.TCSADRAIN)  # keeps what was typed ahead
-        while key := sys.stdin.read(1):
-            yield key
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+def letters():
+    """Yield the letters of each line that is typed: `ha` notes a criterion, then judges."""
+    for line in sys.stdin:
+        yield from line.strip()
 
 
 def judge(keys, a: str, b: str) -> dict:
-    """Read keys up to a verdict, and show each. `a` and `b` say which of the pair, "chosen" or
-    "rejected", is A and B; the verdict and the noted criteria are in these terms."""
+    """Read letters up to a verdict. `a` and `b` say which of the pair, "chosen" or "rejected", is A
+    and B; the verdict and the noted criteria are in these terms."""
     verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "u": "undo", "q": "quit"}
-    typed = ""
     noted = {}
     for key in keys:
-        typed += key
-        print(text_of(key), end="", flush=True)
         if key in verdicts:
-            return {"verdict": verdicts[key], "criteria": noted, "keys": typed}
+            return {"verdict": verdicts[key], "criteria": noted}
         if key.lower() in CRITERIA:
             noted[CRITERIA[key.lower()]] = a if key.islower() else b
     return {"verdict": "quit"}
@@ -121,10 +103,8 @@ def labelled_pairs(path: Path) -> set[str]:
 
 
 def append_label(path: Path, row: dict) -> None:
-    line = json.dumps(row).encode() + b"\n"
-    with disk_errors(path), open(path, "ab", buffering=0) as file:  # one line in one write
-        file.write(line)
-        os.fsync(file.fileno())
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def label(args: Args) -> None:
@@ -135,26 +115,23 @@ def label(args: Args) -> None:
     seed = f"{args.seed} {path.name}"
     todo = sorted(pairs.keys() - labelled_pairs(path), key=lambda name: draw(seed, name))
     print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs are labelled in {path}\n{HELP}")
-    keys = keystrokes()
+    keys = letters()
     at = 0
     while at < len(todo):
         name = todo[at]
         pair = pairs[name]
-        started = time.time()
         a, b = ("chosen", "rejected") if draw(seed, name) % 2 else ("rejected", "chosen")
         print(f"\n---- question {at + 1} of {len(todo)} ----\n{text_of(pair['prompt'])}")
         print(f"\n---- A ----\n{text_of(pair[a])}")
         print(f"\n---- B ----\n{text_of(pair[b])}")
-        print("\na b = x u q > ", end="", flush=True)
+        print("\na b = x u q, then Enter > ", end="", flush=True)
         row = judge(keys, a, b)
-        print()
         if row["verdict"] == "quit":
             break
         if row["verdict"] == "undo":
             at = max(0, at - 1)
             continue
-        seconds = round(time.time() - started, 1)
-        append_label(path, {"pair": name, "a": a, "seconds": seconds} | row)
+        append_label(path, {"pair": name, "a": a} | row)
         at += 1
     print(f"pairs left: {len(todo) - at}; labels are in {path}")
 

@@ -10,10 +10,10 @@ share of *tokens*: by documents, a source of long ones would take far more.
     ids, segment_ids = rows[[3, 8]]  # two rows of 129 tokens each
 """
 import hashlib
+import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -22,11 +22,15 @@ import torch
 from lib.args import InputError, require
 from lib.files import atomic_path
 
+PIECE = 2**16                               # characters that are encoded at once, or some more
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+
 
 def is_held_out(text: str) -> bool:
     """Say whether a document only measures the loss: one in fifty, chosen by its hash, so that the
     same ones are held out whatever the order, the mixture or the seed."""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest()
+    content = text.encode("utf-8", "replace")
+    digest = hashlib.blake2b(content, digest_size=4).digest()
     return int.from_bytes(digest, "big") % 50 == 0
 
 
@@ -49,7 +53,8 @@ class Tokens:
         """Cut the documents into pieces of exactly `length`, and leave out their rests."""
         counts = self.sizes // length          # pieces per document
         earlier = counts.cumsum() - counts     # pieces of the documents before it
-        number = np.arange(counts.sum()) - np.repeat(earlier, counts)  # within its document
+        pieces = np.arange(counts.sum())
+        number = pieces - np.repeat(earlier, counts)  # within its document
         starts = np.repeat(self.starts, counts) + length * number
         return Tokens(self.ids, starts, starts + length)
 
@@ -58,6 +63,17 @@ class Tokens:
         short = self.sizes < length
         return Tokens(self.ids, self.starts[short], self.ends[short])
 
+    def split_end(self, share: float) -> tuple["Tokens", "Tokens"]:
+        """Part the last `share` of all tokens, which must have no gaps, from those before."""
+        cut = int(len(self.ids) * (1 - share))
+        begins_before = self.starts < cut
+        ends_behind = self.ends > cut
+        cut_ends = self.ends[begins_before].clip(max=cut)
+        cut_starts = self.starts[ends_behind].clip(min=cut)
+        first = Tokens(self.ids, self.starts[begins_before], cut_ends)
+        last = Tokens(self.ids, cut_starts, self.ends[ends_behind])
+        return first, last
+
 
 def id_type(tokenizer):
     """Return the smallest type that holds every id: int64 takes two to four times the space."""
@@ -65,31 +81,53 @@ def id_type(tokenizer):
     return np.uint16 if n_ids <= 2**16 else np.uint32
 
 
+def pieces(texts):
+    """Yield (piece, whether it ends its text). A text is cut about every PIECE characters, at a
+    line end between two visible characters: no token crosses it."""
+    for text in texts:
+        start = 0
+        while cut := LINE_END.search(text, start + PIECE):
+            yield text[start:cut.end()], False
+            start = cut.end()
+        yield text[start:], True
+
+
 def id_arrays(texts, tokenizer):
-    """Yield the ids of each text, with <|endoftext|> at the end as in Qwen's pre-training."""
-    texts = iter(texts)
-    while chunk := list(islice(texts, 1000)):  # Python's lists of ints live 1000 texts at a time
-        for ids in tokenizer.encode_batch(chunk):
-            yield np.array([*ids, tokenizer.eos_id], dtype=id_type(tokenizer))
+    """Yield (ids, whether they end a text) piece by piece, with <|endoftext|> at the end of a text
+    as in Qwen's pre-training."""
+    dtype = id_type(tokenizer)
+    waiting = pieces(texts)
+    while chunk := list(islice(waiting, 100)):  # a list of ints takes 10 times an array's space
+        batch = tokenizer.encode_batch([piece for piece, _ in chunk])
+        for ids, (_, is_end) in zip(batch, chunk, strict=True):
+            if is_end:
+                ids.append(tokenizer.eos_id)
+            yield np.array(ids, dtype), is_end
 
 
 def tokenize(texts, tokenizer) -> Tokens:
-    nothing = np.empty(0, id_type(tokenizer))  # np.concatenate refuses an empty list
-    arrays = [nothing]
-    arrays.extend(id_arrays(texts, tokenizer))
-    bounds = np.cumsum([len(ids) for ids in arrays])
+    arrays = [np.empty(0, id_type(tokenizer))]  # np.concatenate refuses an empty list
+    bounds = [0]
+    size = 0
+    for ids, is_end in id_arrays(texts, tokenizer):
+        arrays.append(ids)
+        size += len(ids)
+        if is_end:
+            bounds.append(size)
+    bounds = np.array(bounds)
     return Tokens(np.concatenate(arrays), bounds[:-1], bounds[1:])
 
 
 def write_tokens(stem: Path, texts, tokenizer) -> None:
     """Write {stem}.bin (ids) and {stem}.ends (int64): what `read_tokens` maps into memory."""
-    end = 0
+    size = 0
     with atomic_path(f"{stem}.bin") as ids_path, atomic_path(f"{stem}.ends") as ends_path:
         with open(ids_path, "wb") as ids_file, open(ends_path, "wb") as ends_file:
-            for ids in id_arrays(texts, tokenizer):
-                end += len(ids)
+            for ids, is_end in id_arrays(texts, tokenizer):
+                size += len(ids)
                 ids_file.write(ids)
-                ends_file.write(np.int64(end))
+                if is_end:
+                    ends_file.write(np.int64(size))
 
 
 def read_tokens(stem: Path, tokenizer) -> Tokens:
@@ -98,7 +136,8 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
     ids = np.empty(0, id_type(tokenizer))
     if path.stat().st_size > 0:  # an empty file cannot be mapped
         ids = np.memmap(path, id_type(tokenizer), "r")
-    bounds = np.append(0, np.fromfile(f"{stem}.ends", np.int64))
+    ends = np.fromfile(f"{stem}.ends", np.int64)
+    bounds = np.append(0, ends)
     require(len(ids) == bounds[-1],
             f"{stem}.bin and {stem}.ends are not of one piece: run python -m data again")
     return Tokens(ids, bounds[:-1], bounds[1:])
@@ -109,21 +148,16 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
 
 def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
     """Parse "a=0.7,b=0.3" into {source: weight}; an empty text means the default."""
+    if not text:
+        return dict(default)
     weights = {}
     try:
-        for part in filter(None, text.split(",")):
+        for part in text.split(","):
             name, value = part.split("=")
             weights[name.strip()] = float(value)
     except ValueError:
         raise InputError(f"--weights must be name=0.5,name=0.5, got {text!r}") from None
-    return weights or dict(default)
-
-
-class Item(NamedTuple):
-    """A row of a stream: the first `size` tokens of one document."""
-    source: int
-    document: int
-    size: int
+    return weights
 
 
 def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
@@ -132,35 +166,35 @@ def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
 
     Each source is read in random order, in a new one in each epoch. Its last document is cut to
     meet the share (and keeps its end token). Sources are spread evenly, so that every long stretch
-    of the stream has the shares. Returns the stream, (n, 3) int32 with `Item`'s columns, and a
-    report {source: {weight, share, tokens, available, documents, epochs, warning}}. Raises
-    InputError if the weights do not fit the sources."""
+    of the stream has the shares. Returns the stream, (n, 3) int32, and a report {source: {weight,
+    share, tokens, available, epochs, warning}}. A row (source, document, size) of the stream stands
+    for the first `size` tokens of a document. Raises InputError if the weights do not fit."""
     unknown = sorted(set(weights) - set(sources))
     require(not unknown, f"weights for {unknown}, but the sources are {sorted(sources)}")
     total = sum(weights.values())
-    require(total > 0 and min(weights.values()) >= 0, f"weights must be >= 0, got {weights}")
+    negative = any(weight < 0 for weight in weights.values())
+    require(total > 0 and not negative, f"weights must be >= 0, got {weights}")
     streams = []
     places = []
     report = {}
+    numbers = {name: number for number, name in enumerate(sources)}
     for name, weight in weights.items():
         wanted = round(tokens * weight / total)
-        available = int(sources[name].sizes.sum())
-        require(available > 0 or wanted == 0, f"source {name} is empty, but its weight is {weight}")
-        number = list(sources).index(name)
         sizes = sources[name].sizes
-        documents = 0
-        for items, place in read_epochs(name, number, sizes, wanted, seed):
+        available = int(sizes.sum())
+        require(available > 0 or wanted == 0, f"source {name} is empty, but its weight is {weight}")
+        for items, place in read_epochs(name, numbers[name], sizes, wanted, seed):
             streams.append(items)
             places.append(place)
-            documents += len(items)
         epochs = wanted / max(1, available)
         # Up to 4 epochs are nearly as good as new text (Muennighoff et al. 2023).
         warning = "read more than 4 times" if epochs > 4 else ""
         report[name] = {"weight": weight, "share": wanted / tokens, "tokens": wanted,
-                        "available": available, "documents": documents,
-                        "epochs": round(epochs, 2), "warning": warning}
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return np.concatenate(streams)[order], report
+                        "available": available, "epochs": round(epochs, 2), "warning": warning}
+    places = np.concatenate(places)
+    stream = np.concatenate(streams)
+    order = np.argsort(places, kind="stable")
+    return stream[order], report
 
 
 def read_epochs(name: str, number: int, sizes: np.ndarray, wanted: int, seed: int):
@@ -172,14 +206,17 @@ def read_epochs(name: str, number: int, sizes: np.ndarray, wanted: int, seed: in
         # Keyed by the name, so that adding a source keeps the order within the others.
         random = np.random.default_rng([seed, crc32(name.encode()), epoch])
         documents = random.permutation(len(sizes))
-        before = done + np.append(0, sizes[documents].cumsum()[:-1])  # tokens ahead of each
+        ends = done + sizes[documents].cumsum()
+        before = ends - sizes[documents]  # tokens ahead of each
         needed = before < wanted
         documents = documents[needed]
         before = before[needed]
         taken = np.minimum(sizes[documents], wanted - before)
-        columns = (np.full_like(documents, number), documents, taken)
-        place = (before + random.random(len(documents)) * taken) / wanted
-        yield np.column_stack(columns).astype(np.int32), place
+        numbers = np.full_like(documents, number)
+        items = np.column_stack((numbers, documents, taken))
+        inside = random.random(len(documents)) * taken
+        place = (before + inside) / wanted
+        yield items.astype(np.int32), place
         done = int(before[-1] + taken[-1])
         epoch += 1
 
@@ -200,7 +237,7 @@ class PackedRows:
         self.stream = stream
         self.width = seq_len + 1
         self.ends = np.cumsum(stream[:, 2], dtype=np.int64)  # of each item in the stream
-        tokens = int(stream[:, 2].sum())
+        tokens = int(self.ends[-1])
         self.n_rows = tokens // self.width
         require(self.n_rows > 0, f"{tokens} tokens do not fill one row of {seq_len} + 1")
 
@@ -220,16 +257,17 @@ class PackedRows:
         place = int(np.searchsorted(self.ends, row_start, side="right"))
         filled = 0
         while filled < self.width:
-            item = Item._make(self.stream[place].tolist())
-            tokens = self.sources[item.source]
-            item_start = self.ends[place] - item.size  # in the stream
-            skipped = row_start + filled - item_start  # its tokens that earlier rows hold
-            count = min(item.size - skipped, self.width - filled)
-            start = tokens.starts[item.document] + skipped
+            source, document, size = self.stream[place].tolist()
+            tokens = self.sources[source]
+            document_start = self.ends[place] - size  # in the stream
+            skipped = row_start + filled - document_start  # its tokens that earlier rows hold
+            count = min(size - skipped, self.width - filled)
+            start = tokens.starts[document] + skipped
             end = filled + count
             ids[filled:end] = tokens.ids[start:start + count]
             segment_ids[filled:end] = place
-            if skipped + count == item.size:  # a document that was cut keeps its end token
-                ids[end - 1] = tokens.ids[tokens.ends[item.document] - 1]
+            if skipped + count == size:  # a document that was cut keeps its end token
+                last = tokens.ends[document] - 1
+                ids[end - 1] = tokens.ids[last]
             filled = end
             place += 1

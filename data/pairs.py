@@ -1,15 +1,20 @@
 """Preference pairs: made from rollouts, read from files, reviewed (report sections 4.2 and 4.3).
 
-A pair is a dict, one line of a JSONL file: {"prompt", "chosen", "rejected"}, each a text or
-messages, as for TRL; "domain" where it is known. dpo.py and reward.py learn from `PairIds`.
+A pair is a dict, one line of a JSONL file: {"prompt", "chosen", "rejected"}, and "domain" where it
+is known. The prompt is a text or messages, the answers are texts; `read_pairs` takes the shapes of
+other projects, too. dpo.py and reward.py learn from `PairIds`.
 """
 import random
+import re
 from collections import Counter
 from typing import NamedTuple
 
-from lib.args import require
+from data.conversations import to_messages
+from lib.args import InputError, require
 from lib.files import read_jsonl
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_messages
+
+WANTED = 'expected "prompt", "chosen" and "rejected", each a text or messages: docs/your-data.md'
 
 
 class PairIds(NamedTuple):
@@ -46,31 +51,93 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
 
 
 def read_pairs(path: str) -> list[dict]:
-    """Read a JSONL file of pairs. Raise InputError with the line of a bad one."""
+    """Read a JSONL file of pairs of any shape in docs/your-data.md. Raise InputError with the line
+    of a bad one."""
     pairs = []
     for number, row in read_jsonl(path):
-        bad = [key for key in ("prompt", "chosen", "rejected") if not is_text(row.get(key))]
-        require(not bad, f"{path}:{number}: {', '.join(bad)}: must be a text or messages, in a row "
-                'of "prompt", "chosen", "rejected"')
-        pairs.append(row)
+        try:
+            pairs.append(to_pair(row))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
     require(len(pairs) > 0, f"{path}: holds no pairs")
     return pairs
 
 
-def is_text(side) -> bool:
-    """Is it a text, or messages that each have one?"""
-    if isinstance(side, str):
-        return True
-    if not isinstance(side, list) or not side:
-        return False
-    return all(isinstance(message, dict) and isinstance(message.get("content"), str)
-               for message in side)
+def to_pair(row: dict) -> dict:
+    """Return the row with a prompt that is a text or messages, and with two texts as answers.
+
+    Answers given as messages may repeat the prompt or go on from it. Whatever both have in front of
+    their last message becomes part of the prompt."""
+    for column in ("tools", "system"):
+        require(not row.get(column),
+                f'"{column}" of a pair cannot be read: its place is a system message in the prompt')
+    prompt = row.get("prompt", row.get("conversations"))
+    sides = [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(text, str) for text in (prompt, *sides)) and not is_transcript(prompt):
+        require(prompt != "", "the prompt is empty")
+        return row
+    question = [] if prompt is None else turns_of(prompt)
+    if question and question[-1] == {"role": "assistant", "content": ""}:
+        question.pop()  # of a transcript that ends in "Assistant:"
+    chosen, rejected = [whole_conversation(question, side) for side in sides]
+    check_messages(chosen)
+    check_messages(rejected)
+    for answer in (chosen[-1], rejected[-1]):
+        require(answer["role"] == "assistant" and not answer.get("tool_calls"),
+                "the last of the messages in chosen and in rejected must be the assistant's text")
+    require(chosen[:-1] == rejected[:-1],
+            "chosen and rejected must be the same messages but for the last one")
+    require(len(chosen) > 1 and chosen[-2]["role"] in ("user", "tool"),
+            "the messages before the answer must end in the user's: an answer that goes on with "
+            "words of the assistant cannot be read")
+    return row | {"prompt": chosen[:-1], "chosen": chosen[-1]["content"],
+                  "rejected": rejected[-1]["content"]}
+
+
+def whole_conversation(prompt: list[dict], side) -> list[dict]:
+    """Return the messages up to an answer, `side`, with the prompt in front where it is not yet."""
+    if isinstance(side, str) and not is_transcript(side):
+        require(len(prompt) > 0, WANTED)
+        return prompt + to_messages(side, "assistant")
+    side = turns_of(side)
+    if not prompt:
+        return side
+    if side[0]["role"] in ("assistant", "tool"):
+        return prompt + side
+    asked_system, asked = split_system(prompt)
+    system, turns = split_system(side)
+    same_system = asked_system == system or not asked_system or not system
+    require(turns[:len(asked)] == asked and same_system,
+            "the messages of chosen and rejected must begin with the prompt or go on from it")
+    return (system or asked_system) + turns
+
+
+def split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
+    n = int(messages[0]["role"] == "system")
+    return messages[:n], messages[n:]
+
+
+def turns_of(side) -> list[dict]:
+    """Return messages, given as messages, as one of them, as a question or as a transcript."""
+    if not is_transcript(side):
+        return to_messages(side)
+    _, *parts = re.split(r"\n\n(Human|Assistant):", side)
+    speakers = parts[::2]
+    require(set(speakers[::2]) == {"Human"} and set(speakers[1::2]) <= {"Assistant"},
+            'the turns after "\\n\\nHuman:" and "\\n\\nAssistant:" must alternate')
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[speaker], "content": text.strip()}
+            for speaker, text in zip(speakers, parts[1::2], strict=True)]
+
+
+def is_transcript(side) -> bool:
+    """Is it "\\n\\nHuman: ... \\n\\nAssistant: ...", as in hh-rlhf?"""
+    return isinstance(side, str) and side.startswith("\n\nHuman:")
 
 
 def tokenize_pair(pair: dict, tokenizer: Tokenizer) -> PairIds:
     sides = []
-    for side in (pair["chosen"], pair["rejected"]):
-        text = side if isinstance(side, str) else side[-1]["content"]
+    for text in (pair["chosen"], pair["rejected"]):
         sides.append(tokenizer.encode(text) + [tokenizer.im_end_id])
     return PairIds(tokenizer.render_prompt(pair["prompt"]), sides[0], sides[1])
 

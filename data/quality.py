@@ -122,18 +122,20 @@ def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[st
             f'{path}: "{field}" must hold numbers only or names only, and more than one of them')
     if isinstance(labels[0], str):
         classes = sorted(set(labels))
-        targets = torch.eye(len(classes))[[classes.index(label) for label in labels]]
-        return texts, targets, classes
-    least = min(labels)
-    high = (torch.tensor(labels).float() - least) / (max(labels) - least)
+        numbers = [classes.index(label) for label in labels]
+        return texts, torch.eye(len(classes))[numbers], classes
+    least, greatest = min(labels), max(labels)
+    high = (torch.tensor(labels).float() - least) / (greatest - least)
     return texts, torch.stack((1 - high, high), 1), ["low", QUALITY]
 
 
 def features(text: str) -> torch.Tensor:
     """Return the bag of a text: (n,) int64, the buckets of its words and word pairs, each once."""
     ids = dedup.word_ids(text)
-    grams = np.concatenate([dedup.ngram_hashes(ids, 1), dedup.ngram_hashes(ids, 2)])
-    return torch.from_numpy(np.unique(grams % np.uint64(BUCKETS)).astype(np.int64))
+    words = dedup.ngram_hashes(ids, 1)
+    pairs = dedup.ngram_hashes(ids, 2)
+    buckets = np.concatenate([words, pairs]) % np.uint64(BUCKETS)
+    return torch.from_numpy(np.unique(buckets).astype(np.int64))
 
 
 class Classifier(nn.Module):
@@ -160,7 +162,8 @@ def train(bags: list, targets: torch.Tensor, seed: int) -> Classifier:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(bags), generator=generator).split(64):
-            loss = F.cross_entropy(model([bags[i] for i in batch]), targets[batch])
+            logits = model([bags[i] for i in batch])
+            loss = F.cross_entropy(logits, targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -169,8 +172,8 @@ def train(bags: list, targets: torch.Tensor, seed: int) -> Classifier:
 
 def classify(model: Classifier, classes: list[str], text: str) -> dict[str, float]:
     """Return the probability of each domain, or of "quality" alone."""
-    probs = model([features(text)])[0].softmax(-1).tolist()
-    scores = dict(zip(classes, probs, strict=True))
+    logits = model([features(text)])[0]
+    scores = dict(zip(classes, logits.softmax(-1).tolist(), strict=True))
     return {QUALITY: scores[QUALITY]} if QUALITY in scores else scores
 
 
@@ -182,14 +185,16 @@ def cross_validate(texts: list[str], bags: list, targets: torch.Tensor, folds: i
     for i, text in enumerate(texts):
         match = near.find(text)
         groups.append(i if match.index < 0 else match.index)
-    fold = torch.randperm(len(texts), generator=rng(seed, 1))[groups] % folds
+    shuffled = torch.randperm(len(texts), generator=rng(seed, 1))
+    fold = shuffled[groups] % folds
     probs = torch.zeros_like(targets)
     for k in range(folds):
         seen = (fold != k).nonzero().flatten()
         new = (fold == k).nonzero().flatten()
         if len(new):
             model = train([bags[i] for i in seen], targets[seen], seed)
-            probs[new] = model([bags[i] for i in new]).detach().softmax(-1)
+            logits = model([bags[i] for i in new])
+            probs[new] = logits.detach().softmax(-1)
     return probs
 
 
@@ -198,7 +203,9 @@ def auc(scores, labels) -> float:
     scores = np.asarray(scores)
     good = np.asarray(labels, dtype=bool)
     gap = scores[good][:, None] - scores[~good]
-    return float((gap > 0).mean() + (gap == 0).mean() / 2)
+    wins = (gap > 0).mean()
+    ties = (gap == 0).mean()
+    return float(wins + ties / 2)
 
 
 def agreement(probs, targets, classes) -> dict:
@@ -217,8 +224,9 @@ def best(scores, sizes, keep: float) -> np.ndarray:
     """Select the documents of highest score that hold a share `keep` of all the text: (n,) bool.
     By number of documents, a score that prefers long ones would hardly drop anything."""
     order = np.argsort(-np.asarray(scores), kind="stable")
+    text_so_far = np.asarray(sizes)[order].cumsum()
     kept = np.zeros(len(order), dtype=bool)
-    kept[order] = np.cumsum(np.asarray(sizes)[order]) <= keep * np.sum(sizes)
+    kept[order] = text_so_far <= keep * np.sum(sizes)
     return kept
 
 
@@ -315,7 +323,9 @@ def main(args: Args) -> dict:
     if args.judge and QUALITY in classes:
         rows = [by_judge(text) for text in tqdm(texts, "judge", disable=None)]
         good = targets[:, 1] > 0.5
-        report["judge"] = {name: auc([row[name] for row in rows], good) for name in rows[0]}
+        report["judge"] = {}
+        for name in rows[0]:
+            report["judge"][name] = auc([row[name] for row in rows], good)
         print(f"judge, AUC: {report['judge']}")
     if args.data:
         report["sources"] = documents.write_sources(out, best_documents(args, scorers, classes))

@@ -3,6 +3,7 @@ import contextlib
 import gzip
 import json
 import os
+import tempfile
 import zlib
 from functools import partial
 from pathlib import Path
@@ -18,41 +19,93 @@ MAX_LINE = 2**26  # characters; a compressed file of a megabyte could hold a lin
 # reading
 
 def open_text(path: str | Path):
-    """Open a UTF-8 text file, which may end in .gz. Raises InputError."""
+    """Open a UTF-8 text file, which may end in .gz and may begin with a byte-order mark. Raises
+    InputError."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such file")
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        return open_file(path, "rt", encoding="utf-8")
+        return open_file(path, "rt", encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
 def read_jsonl(path: str | Path):
-    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz, without its blank lines.
+    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz, without its blank lines. A file
+    that holds one JSON array gives (number of the item from 1, item).
 
     Raises InputError with file and line for anything but one JSON object per line, and for a line
     of more than MAX_LINE characters."""
+    number = 1
     with open_text(path) as file:
-        lines = iter(partial(file.readline, MAX_LINE + 1), "")
         try:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(json_lines(file), start=1):
                 require(len(line) <= MAX_LINE,
                         f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip())
                     require(isinstance(row, dict),
                             f"{path}:{number}: each line must be a JSON object")
                     yield number, row
         except InputError:
             raise
         except json.JSONDecodeError as error:
+            number += error.lineno - 1  # in an array
             where = f"{error.msg}, column {error.colno}"
             raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
         except (ValueError, RecursionError) as error:  # endless digits, or endless nesting
             raise InputError(f"{path}:{number}: cannot be read ({error})") from None
+
+
+def json_lines(file):
+    """Yield the lines of an open file, or each item of the JSON array in it as one line."""
+    start = file.read(1000)
+    file.seek(0)
+    if start.lstrip().startswith("["):
+        for item in json.load(file):
+            yield json.dumps(item)
+    else:
+        yield from iter(partial(file.readline, MAX_LINE + 1), "")
+
+
+def open_lines(path: str | Path):
+    """Open a JSONL file for reading bytes, so that seek() quickly finds a line again. A .gz would
+    be read from its start each time, and an array has no lines: both are copied to a temporary
+    file. Raises InputError."""
+    binary = open_text(path).detach()
+    if Path(path).suffix.lower() != ".gz":
+        start = binary.read(1000)
+        binary.seek(0)
+        if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return binary
+    line = 1
+    with disk_errors(tempfile.gettempdir()):
+        copy = tempfile.TemporaryFile()
+        for number, row in read_jsonl(path):
+            copy.write(b"\n" * (number - line) + json.dumps(row).encode())
+            line = number
+        copy.seek(0)
+    return copy
+
+
+def read_texts(*paths):
+    """Yield the documents of text files. Lines that read <|endoftext|> separate them; without such
+    a line a file is one document. Raises InputError."""
+    for path in paths:
+        lines = []
+        with open_text(path) as file:
+            try:
+                for line in file:
+                    if line.rstrip() != "<|endoftext|>":
+                        lines.append(line)
+                        continue
+                    yield "".join(lines)
+                    lines = []
+            except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+                raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        yield "".join(lines)
 
 
 def read_json(path: str | Path) -> dict:

@@ -3,6 +3,7 @@ torch.optim.Adam and its own definition, TRL, the cached reference, pairs, resum
 docs/requirements.md."""
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import (
 import dpo
 from dpo import OnlineMerging, dpo_loss
 from data.pairs import pair_responses, read_pairs, tokenize_pair
+from lib.files import read_jsonl
 from sample import Rollout, completion_logprobs
 
 # ---------------------------------------------------------------------------------------------
@@ -282,18 +284,132 @@ def test_trl_files_load_unchanged(tokenizer, tmp_path):
     assert first == second == third
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "p", "chosen": "c"}, {"prompt": 5, "chosen": "c", "rejected": "r"},
-    {"prompt": "p", "chosen": [], "rejected": "r"},
-    {"prompt": "p", "chosen": "c", "rejected": None},
-    {"prompt": [], "chosen": "c", "rejected": "r"},
-    {"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "r"},
-    {"prompt": [{"role": "user", "content": 5}], "chosen": "c", "rejected": "r"}])
-def test_bad_pairs_are_named_by_line(tmp_path, row):
-    """One line with file:line, not a traceback from the middle of tokenizing."""
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+HI, MORE = message("user", "Hi"), message("user", "More")
+HELLO, GOOD, BAD = (message("assistant", text) for text in ("Hello", "Good", "Bad"))
+BRIEF, CALL = message("system", "Be brief."), message("assistant", None) | {
+    "tool_calls": [{"name": "f", "arguments": {}}]}
+RESULT = message("tool", "4")
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+# a row of a file, as its prompt must be read; the answers are Good and Bad
+PAIR_SHAPES = [
+    # several turns behind the prompt, and a system message or the prompt itself in front
+    ({"prompt": [HI], "chosen": [HELLO, MORE, GOOD], "rejected": [HELLO, MORE, BAD]},
+     [HI, HELLO, MORE]),
+    ({"prompt": "Hi", "chosen": [HI, HELLO, MORE, GOOD], "rejected": [HI, HELLO, MORE, BAD]},
+     [HI, HELLO, MORE]),
+    ({"prompt": "Hi", "chosen": [BRIEF, HI, GOOD], "rejected": [BRIEF, HI, BAD]}, [BRIEF, HI]),
+    ({"prompt": [BRIEF, HI], "chosen": [HI, GOOD], "rejected": "Bad"}, [BRIEF, HI]),
+    ({"prompt": [BRIEF, HI], "chosen": [BRIEF, HI, GOOD], "rejected": [BAD]}, [BRIEF, HI]),
+    ({"prompt": [BRIEF], "chosen": [HI, GOOD], "rejected": [HI, BAD]}, [BRIEF, HI]),
+    # a tool's result
+    ({"prompt": [HI], "chosen": [CALL, RESULT, GOOD], "rejected": [CALL, RESULT, BAD]},
+     [HI, CALL, RESULT]),
+    ({"prompt": [HI, CALL], "chosen": [RESULT, GOOD], "rejected": [RESULT, BAD]},
+     [HI, CALL, RESULT]),
+    # without a prompt: what both sides have in common
+    ({"chosen": [HI, GOOD], "rejected": [HI, BAD]}, [HI]),
+    ({"prompt": None, "chosen": [BRIEF, HI, HELLO, MORE, GOOD],
+      "rejected": [BRIEF, HI, HELLO, MORE, BAD]}, [BRIEF, HI, HELLO, MORE]),
+    # hh-rlhf and what is made of it
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Good", "rejected": "\n\nHuman: Hi\n\nAssistant: Bad"},
+     [HI]),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: Good",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: Bad"},
+     [HI, HELLO, MORE]),
+    ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Good", "rejected": "Bad"}, [HI]),
+    # ShareGPT's names, one message as an object, a text in parts
+    ({"conversations": [{"from": "human", "value": "Hi"}],
+      "chosen": {"from": "gpt", "value": "Good"},
+      "rejected": {"from": "gpt", "value": "Bad"}}, [HI]),
+    ({"prompt": [message("user", PARTS)], "chosen": GOOD, "rejected": BAD}, [HI]),
+]
+
+
+@pytest.mark.parametrize("row, prompt", PAIR_SHAPES)
+def test_every_shape_of_a_pair_is_kept_whole(row, prompt, tokenizer, tmp_path):
+    """The ids are those of the messages written out, and what is written is read the same."""
+    want = [tokenizer.render(prompt, add_generation_prompt=True)[0]]
+    want += [tokenizer.encode(text) + [tokenizer.im_end_id] for text in ("Good", "Bad")]
+    (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]))
+    assert list(tokenize_pair(pair, tokenizer)) == want
+    assert read_pairs(write_rows(tmp_path / "again.jsonl", [pair])) == [pair]
+
+
+def test_texts_are_taken_as_they_are(tmp_path):
+    """Spaces, an answer that looks like a transcript, a prompt that only mentions one."""
+    rows = [{"prompt": " a\n\nHuman: b", "chosen": " c\n", "rejected": "\n\nHuman: r", "n": 1}]
+    assert read_pairs(write_rows(tmp_path / "pairs.jsonl", rows)) == rows
+
+
+@pytest.mark.parametrize("name, n", [("hh_harmless_mild", 478), ("dpo_en_demo", 216),
+                                     ("dpo_zh_demo", 202)])
+def test_public_files_of_pairs(shared, name, n):
+    """Every row: all its texts are there, in their order."""
+    rows = [row for _, row in read_jsonl(shared / "pref" / f"{name}.jsonl")]
+    pairs = read_pairs(str(shared / "pref" / f"{name}.jsonl"))
+    assert len(pairs) == len(rows) == n
+    for row, pair in zip(rows, pairs, strict=True):
+        roles = [m["role"] for m in pair["prompt"] if m["role"] != "system"]
+        assert roles == (["user", "assistant"] * len(roles))[:len(roles)] and len(roles) % 2
+        said = "".join(m["content"] for m in pair["prompt"])
+        for side in ("chosen", "rejected"):
+            text = row[side]
+            if isinstance(text, dict):
+                text = "".join(turn["value"] for turn in [*row["conversations"], text])
+            text = re.sub(r"\n\n(Human|Assistant):", "", text)
+            assert "".join((said + pair[side]).split()) == "".join(text.split())
+
+
+TURNS = "\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row, word", [
+    ({"prompt": "p", "chosen": "c"}, "expected"),
+    ({"prompt": 5, "chosen": "c", "rejected": "r"}, "expected"),
+    ({"prompt": "", "chosen": "c", "rejected": "r"}, "empty"),
+    ({"prompt": "p", "chosen": [], "rejected": "r"}, "expected"),
+    ({"prompt": "p", "chosen": "c", "rejected": None}, "expected"),
+    ({"prompt": [], "chosen": "c", "rejected": "r"}, "expected"),
+    ({"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "r"}, "content"),
+    ({"prompt": [{"role": "user", "content": 5}], "chosen": "c", "rejected": "r"}, "content"),
+    ({"chosen": "c", "rejected": "r"}, "expected"),
+    # the answer is not the assistant's text
+    ({"prompt": [HI], "chosen": [HI], "rejected": [BAD]}, "the assistant's text"),
+    ({"prompt": [HI], "chosen": [HELLO, MORE], "rejected": [BAD]}, "the assistant's text"),
+    ({"prompt": [HI], "chosen": [CALL], "rejected": [BAD]}, "the assistant's text"),
+    ({"prompt": [HI], "chosen": [GOOD | {"tool_calls": CALL["tool_calls"]}], "rejected": [BAD]},
+     "the assistant's text"),
+    # it would go on with the assistant's words
+    ({"prompt": [HI, HELLO], "chosen": [GOOD], "rejected": [BAD]}, "goes on"),
+    ({"prompt": [HI, HELLO], "chosen": "Good", "rejected": "Bad"}, "goes on"),
+    ({"prompt": [BRIEF], "chosen": [GOOD], "rejected": [BAD]}, "end in the user's"),
+    ({"chosen": [GOOD], "rejected": [BAD]}, "end in the user's"),
+    # they part before their last message
+    ({"prompt": [HI], "chosen": [HELLO, MORE, GOOD], "rejected": [BAD]}, "but for the last one"),
+    ({"prompt": [HI], "chosen": [HELLO, MORE, GOOD], "rejected": [BAD, MORE, BAD]}, "last one"),
+    ({"chosen": f"{TURNS} Good", "rejected": "\n\nHuman: Ho\n\nAssistant: Bad"}, "last one"),
+    # another prompt, another system message, columns that would be lost
+    ({"prompt": "Ho", "chosen": [HI, GOOD], "rejected": [HI, BAD]}, "begin with the prompt"),
+    ({"prompt": "More", "chosen": [HI, HELLO, MORE, GOOD], "rejected": [HI, HELLO, MORE, BAD]},
+     "begin with the prompt"),
+    ({"prompt": [BRIEF, HI], "chosen": [message("system", "x"), HI, GOOD], "rejected": [BAD]},
+     "begin with the prompt"),
+    ({"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "tools": [{"name": "f"}]}, "tools"),
+    ({"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "system": "Be brief."}, "system"),
+    # transcripts out of turn
+    ({"chosen": f"{TURNS} A\n\nAssistant: Good", "rejected": f"{TURNS} Bad"}, "alternate"),
+    ({"chosen": "\n\nHuman: Hi\n\nHuman: Ho\n\nAssistant: Good", "rejected": f"{TURNS} Bad"},
+     "alternate"),
+    ({"chosen": "\n\nAssistant: Good", "rejected": f"{TURNS} Bad"}, "expected")])
+def test_bad_pairs_are_named_by_line(tmp_path, row, word):
+    """One line with file:line, not a traceback from the middle of tokenizing, nor half a pair."""
     good = {"prompt": "p", "chosen": "c", "rejected": "r"}
     path = write_rows(tmp_path / "pairs.jsonl", [good, row])
-    refuses(lambda: read_pairs(path), f"{path}:2")
+    refuses(lambda: read_pairs(path), f"{path}:2", word)
 
 
 # ---------------------------------------------------------------------------------------------

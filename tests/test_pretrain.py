@@ -1,5 +1,6 @@
 """pretrain.py: the loss and its gradient whatever the micro-batches, resuming bit for bit, and that
 it learns. Everything goes through main() on a small file. R numbers: docs/requirements.md."""
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -459,11 +460,59 @@ def test_bad_arguments_are_refused_in_one_line(change, message, args):
     assert not log_of(args) if Path(args.out, "log.jsonl").exists() else True
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_one_document_is_held_out_by_its_end(args, tmp_path, chosen):
+    """The usual first experiment, one text file: the last 2% of its tokens are held out, none of
+    them is trained on, and together both are the document. So it is if the document's hash says
+    that all of it is held out."""
+    numbers = itertools.count()
+    words = [f"word{i} " for i in range(5000)]
+    while is_held_out(text := f"{next(numbers)} " + "".join(words)) != chosen:
+        pass
+    (tmp_path / "book.txt").write_text(text)
+    args = replace(args, data=str(tmp_path / "book.txt"))
+    train, held_out, tokenizer = pretrain.load_tokens(args)
+    train, held_out = pretrain.hold_out_ends(train, held_out, SEQ)
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    (first,), (last,) = ([d for d in part.values() if len(d.starts)] for part in (train, held_out))
+    assert (first.starts.tolist(), last.ends.tolist()) == ([0], [len(ids)])
+    cut = int(len(ids) * 0.98)
+    assert first.ends.tolist() == last.starts.tolist() == [cut] and first.ids.tolist() == ids
+    rows, _ = pretrain.pack(train, {"book": 1.0}, replace(args, tokens=2 * cut))
+    trained = rows[range(len(rows))][0]
+    assert set(trained.flatten().tolist()) <= set(ids[:cut])
+    val_ids, _ = pretrain.held_out_rows(held_out, SEQ)
+    assert val_ids.flatten().tolist() == ids[cut:][:val_ids.numel()] and len(val_ids) >= 1
+    pretrain.main(replace(args, tokenizer="", vocab_size=300, tokens=2 * ROWS * (SEQ + 1)))
+    assert log_of(args)[-1]["val_loss"] > 0
+
+
+def test_a_few_short_documents_fill_one_held_out_row(args, tmp_path):
+    """2% of them would be less than a row: as much as a row takes of each source's end."""
+    sources = {name: [f"{name} {i} " + "some words " * 20 for i in range(3)] for name in "ab"}
+    documents.write_sources(tmp_path / "few", ({"text": text, "source": name}
+                                               for name in "ab" for text in sources[name]))
+    train, held_out, _ = pretrain.load_tokens(replace(args, data=str(tmp_path / "few")))
+    total = sum(len(docs.ids) for docs in train.values())
+    assert 5 * (SEQ + 1) < total < 50 * (SEQ + 1)
+    first, last = pretrain.hold_out_ends(train, held_out, SEQ)
+    assert SEQ < sum(docs.sizes.sum() for docs in last.values()) <= SEQ + 3
+    assert sum(docs.sizes.sum() for part in (first, last) for docs in part.values()) == total
+    assert len(pretrain.held_out_rows(last, SEQ)[0]) == 1
+
+
+def test_enough_held_out_documents_stay_as_they_are(args):
+    train, held_out, _ = pretrain.load_tokens(args)
+    assert pretrain.hold_out_ends(train, held_out, SEQ) == (train, held_out)
+
+
 def test_too_little_data_is_explained(args, tmp_path):
-    """One long document, as the usual first experiment: nothing can be held out."""
-    (tmp_path / "book.txt").write_text("A tale of two tokens. " * 2000)
-    with pytest.raises(InputError, match="held-out|no document to train on"):
-        pretrain.main(replace(args, data=str(tmp_path / "book.txt")))
+    (tmp_path / "note.txt").write_text("A tale of two tokens. " * 3)
+    with pytest.raises(InputError, match="--data is too small.* --seq_len 32"):
+        pretrain.main(replace(args, data=str(tmp_path / "note.txt")))
+    (tmp_path / "nothing.txt").write_text("\n")
+    with pytest.raises(InputError, match="no document to train on"):
+        pretrain.main(replace(args, data=str(tmp_path / "nothing.txt")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no .jsonl or .parquet files"):
+    with pytest.raises(InputError, match="no .jsonl, .txt or .parquet files"):
         pretrain.main(replace(args, data=str(tmp_path / "empty")))

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import tracemalloc
 from pathlib import Path
@@ -17,6 +18,8 @@ from helpers import (
 
 import kernels
 import sft
+from data.documents import read_documents
+from data.pairs import read_pairs, tokenize_pair
 from lib import fast
 from lib.files import open_text
 from lib.optim import pad_rows
@@ -208,6 +211,66 @@ def test_tool_calls_are_learned_and_their_results_are_not(tokenizer):
     assert json.dumps(TOOLS[0]) in text and "<tool_response>\nfour\n</tool_response>" in text
 
 
+def say(*texts, system=""):
+    """A conversation in our shape, from the user's and the assistant's texts in turns."""
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}] * bool(system) + messages
+
+
+SHAPES = [
+    ({"messages": say("q", "a"), "prompt": "q", "id": 7}, say("q", "a")),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a "},
+                                                {"type": "text", "text": "b"}]},
+                   {"role": "assistant", "content": [{"type": "text", "text": "c"}]}]},
+     say("a b", "c")),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
+                        {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]},
+     say("q", "a", "r", "b")),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"},
+                        {"from": "assistant", "value": "a"}]}, say("q", "a", system="s")),
+    ({"system": "s", "conversations": say("q", "a")}, say("q", "a", system="s")),
+    ({"conversations": [{"from": "human", "value": "q"},
+                        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                        {"from": "observation", "value": "one"}, {"from": "gpt", "value": "1"}]},
+     [{"role": "user", "content": "q"},
+      {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+      {"role": "tool", "content": "one"}, {"role": "assistant", "content": "1"}]),
+    ({"instruction": "Add.", "input": "2 + 2", "output": "4", "text": "Below is"},
+     say("Add.\n2 + 2", "4")),
+    ({"instruction": "Say hi.", "input": "", "output": "Hi", "system": "s", "history": []},
+     say("Say hi.", "Hi", system="s")),
+    ({"prompt": "q", "completion": "a"}, say("q", "a")),
+    ({"prompt": say("q", "a", "r"), "completion": say("", "b")[1:]}, say("q", "a", "r", "b")),
+]
+
+
+@pytest.mark.parametrize("row, messages", SHAPES)
+def test_every_shape_becomes_messages(row, messages, tokenizer):
+    """Of the same tokens and the same mask as the messages written out."""
+    assert read([row], tokenizer)[0] == tokenizer.render(messages)
+    first_answer = [message["role"] for message in messages].index("assistant")
+    assert read([row], tokenizer).prompts(1) == [{"prompt": messages[:first_answer]}]
+
+
+@pytest.mark.parametrize("row, word", [
+    ({"text": "a document"}, "columns text"), ({"question": "q", "answer": "a"}, "your-data.md"),
+    ({"messages": {"role": "user"}}, "messages"), ({"messages": "q"}, "messages"),
+    ({"conversations": ["q", "a"]}, "messages"),
+    ({"conversations": [{"from": "bard", "value": "q"}]}, "'bard'"),
+    ({"conversations": [{"from": "gpt", "value": None}]}, "content must be a string"),
+    ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "must be JSON"),
+    ({"conversations": [{"from": "function_call", "value": "5"}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}, "got list"),
+    ({"messages": [{"role": "user", "content": []}]}, "got list"),
+    ({"instruction": "q", "output": 5}, "messages"), ({"instruction": 5, "output": "a"}, "string"),
+    ({"instruction": "r", "output": "b", "history": [["q", "a"]]}, "columns"),
+    ({"prompt": "q", "completion": "bad", "label": False}, "columns"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "columns")])
+def test_other_shapes_are_refused_with_the_shape_wanted(row, word, tokenizer):
+    refuses(lambda: read([{"prompt": "q", "completion": "a"}, row], tokenizer), ":2:", word)
+
+
 GLAIVE = Path(__file__).parent.parent / "../shared/data/sft/glaive_toolcall_en_demo.jsonl"
 
 
@@ -230,6 +293,7 @@ def test_real_tool_conversations(tokenizer):
             want += "<|im_end|>" * (messages[-1]["role"] == "assistant")
         tools = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
         ids, mask = read([{"messages": messages, "tools": tools}], tokenizer, 10**6)[0]
+        assert read([row | {"tools": tools}], tokenizer, 10**6)[0] == (ids, mask)
         assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == want
 
 
@@ -247,6 +311,37 @@ def test_rows_come_from_their_place_in_the_file(tokenizer, tmp_path):
         assert (len(rows), rows.dropped) == (6, 1)
     rows = sft.Conversations((tmp_path / "a.jsonl").open("rb"), tokenizer, 512, 3)
     assert (len(rows), rows.dropped) == (2, 1)  # three rows were read
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_files_as_people_have_them(tokenizer, tmp_path, name, mark):
+    """Lines or an array, compressed or not, with a byte-order mark or without, with blank lines; a
+    bad row is named by its line, or by its number in the array."""
+    rows = [json.dumps({"messages": messages}) for messages in conversations(6)]
+
+    def load(rows):
+        text = "\n\n".join(rows) if "jsonl" in name else f"[{', '.join(rows)}]"
+        content = mark + text.encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        return sft.load_conversations(sft.Args(data=str(path)), tokenizer)
+    want = [tokenizer.render(messages) for messages in conversations(6)]
+    assert [load(rows)[i] for i in (5, 0, 3, 1, 4, 2)] == [want[i] for i in (5, 0, 3, 1, 4, 2)]
+    line = 13 if "jsonl" in name else 7
+    refuses(lambda: load([*rows, '{"text": "x"}']), f"{name}:{line}: expected")
+
+
+def test_a_compressed_file_is_read_once(tokenizer, tmp_path, monkeypatch):
+    """Whatever the order: seek() in a .gz reads it from its start, a quadratic time in all."""
+    path = tmp_path / "a.jsonl.gz"
+    text = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations(200))
+    path.write_bytes(gzip.compress(text.encode()))
+    rewound = []
+    rewind = gzip.GzipFile.rewind
+    monkeypatch.setattr(gzip.GzipFile, "rewind", lambda file: rewound.append(1) or rewind(file))
+    rows = sft.load_conversations(sft.Args(data=str(path)), tokenizer)
+    assert len([rows[i] for i in range(199, -1, -1)]) == 200 and len(rewound) <= 1
 
 
 def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path):
@@ -409,3 +504,27 @@ def test_finished_run_is_a_loadable_directory(micro_run, tmp_path):
     assert stops["eos_token_id"] == list(tokenizer.stop_ids)
     assert tokenizer.pad_id != tokenizer.im_end_id  # R8.3
     assert (path / "samples.jsonl").read_text("utf-8").count("\n") > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# docs/your-data.md
+
+def examples(heading) -> list[dict]:
+    """The rows that a section of docs/your-data.md shows in full."""
+    text = (Path(__file__).parents[1] / "docs" / "your-data.md").read_text("utf-8")
+    section = text.partition(f"## {heading}")[2].partition("\n## ")[0]
+    return [json.loads(row) for row in re.findall(r"`(\{.*?\})`", section) if "…" not in row]
+
+
+def test_the_shapes_of_the_documentation_are_read(tokenizer, tmp_path):
+    """Each example line, by the stage that its section names; a user's and an assistant's word."""
+    documents = examples("Documents")
+    path = write_rows(tmp_path / "docs.jsonl", documents)
+    assert [doc["text"] for doc in read_documents(path)] == [row["text"] for row in documents]
+    chats = examples("Conversations")
+    rows = read(chats, tokenizer)
+    said = [tokenizer.decode(rows[i].ids) for i in range(len(rows))]
+    assert len(said) == 4 and all("assistant\nHello<|im_end|>" in text for text in said)
+    pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", examples("Preference pairs")))
+    rows = [tokenize_pair(pair, tokenizer) for pair in pairs]
+    assert len(rows) == 2 and rows[0] == rows[1]

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -430,6 +431,29 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         ("'\\n'", "'2'"), ("'2'", "'<|im_end|>'")]
     out = run()
     assert "2048 tokens" in out and "Garbled?" in out
+
+
+def test_training_reads_the_documents_of_a_file(tmp_path, monkeypatch):
+    """Separator lines are no text, here as in pretrain.py: else "endoftext" becomes a token."""
+    texts = [CORPUS[0].replace("\r", "") + f"{i}\n" for i in range(40)]
+    for name, some in (("a.txt", texts[:30]), ("b.txt", texts[30:])):
+        (tmp_path / name).write_text("<|endoftext|>\n".join(some), "utf-8")
+    monkeypatch.setattr(sys, "argv", [
+        "tokenizer.py", "train", "--input", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"),
+        "--vocab_size", "330", "--out", str(tmp_path / "t")])
+    tok.main()
+    want = Tokenizer.train(texts, 330)
+    assert Tokenizer.from_pretrained(tmp_path / "t").tokens == want.tokens
+
+
+def test_training_takes_little_more_space_than_the_text():
+    """Not a list of all its words, which takes 20 times as much."""
+    text = "some words of a text and more of them \n" * 25_000  # a megabyte
+    tracemalloc.start()
+    Tokenizer.train([text], 300)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(text)
 
 
 def test_errors_are_one_line_with_exit_code_2(tmp_path):

@@ -140,7 +140,7 @@ CHATS = {
     "string": "x", "empty": [], "number": [5], "no_role": [{"content": "x"}],
     "role": [{"role": "boss", "content": "x"}], "role_list": [{"role": [], "content": "x"}],
     "null": [{"role": "user", "content": None}], "parts": [{"role": "user", "content": [
-        {"type": "text", "text": "x"}]}],
+        {"type": "image", "image": "x"}]}],
     "calls": [{"role": "assistant", "content": "", "tool_calls": [{"name": "x"}]}],
     "calls_number": [{"role": "assistant", "content": "", "tool_calls": 5}],
     "name_only": {"role": "user"}}
