@@ -47,7 +47,7 @@ NOT_UNIT = (rf"(?:{COMMANDS}|sin|cos|tan|ln|log|exp|or|and|not|but|mod|more|less
 # any word behind a blank is a unit.
 GLUED_UNIT = ("(?:mm|cm|km/h|km|m/s|kg|mg|ml|mph|lbs?|oz|ft|yd|hrs?|min|sec|[kmg]?hz|gb|tb|kwh?)")
 UNIT = (rf"(?:{GLUED_UNIT}|(?!{NOT_UNIT})(?:in|of|sq|mi|nm|dm|dl|cl|ha|cc|qt|pt|rs|mb|kb|mw|gw|kj"
-        r"|mj|kn|kv|ev|pa|db|[a-z]{3,}))")
+        r"|mj|kn|kv|ev|pa|db|μ[gms]|[a-z]{3,}))")
 # "5 apples", "60 miles per hour", "5 dollars an hour", "\frac{1}{2}cm^2", "3 kg/m^3"
 WITH_UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{GLUED_UNIT}|(?<=[ )}}]){UNIT})"
                         rf"(?:[ /](?:an? )?{UNIT}|/[a-z]){{0,3}}(?:\^\d)?\.?")
@@ -57,8 +57,8 @@ TEXT = re.compile(r"\\(?:text|mbox|hbox|math)(?:rm|bf|it|sf|tt|normal)?\s*\{([^{
 
 def text_command(match) -> str:
     r"""Drop \text{m} behind a number: it is a unit. Elsewhere \text{} holds the answer."""
-    before = match.string[:match.start()].rstrip()
-    behind_number = re.search(r"[\d)}]$|\\pi$", before)
+    before = match.string[:match.start()]
+    behind_number = re.search(r"(?:[\d)}]|\\pi)(?:\\[,;:! ]|[~\s])*$", before)
     if behind_number and not re.match(rf"\s*{NOT_UNIT}|.*\d", match[1]):
         return ""
     return f" {match[1].strip()}{match[2] or ''} "
@@ -126,7 +126,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[\d})])\s*,?\s+or\s|\s*,?\s+and\s", ","),
     (r"(?<!\w)\s+|\s+(?!\w)", ""),
     # \{x|x≥2\}, \{x\in(-\infty,\infty):x≥2\} -> x≥2
-    (r"^\\?\{\w(?:\\in[^:|]*)?[:|](.*[<>≤≥≠].*?)\\?\}$", r"\1"),
+    (r"^\\?\{\w(?:\\in[^:|]*)?[:|](?:\w\\in\(-\\infty,\\infty\),)?(.*[<>≤≥≠].*?)\\?\}$", r"\1"),
     # 1\frac{4}{5} and 1 4/5 are sums
     (r"(?<![\d.^_])(?<!\d )(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
     (r"(?<![\d.^_])(?<!\d )(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),

@@ -94,7 +94,7 @@ class Value:
         return -number if negative else number
 
     def atom(self):
-        """atom = number | letter | (sum) | {sum} | frac atom atom | sqrt [degree] atom | function"""
+        """atom = number | letter | (sum) | {sum} | frac atom atom | root | function"""
         token = self.tokens.pop() if self.tokens else ""
         if re.match(r"[\d.]", token):
             return Fraction(token)

@@ -12,11 +12,15 @@ one is our choice.
     10%                     0.1                   yes
     10%                     10                    yes too: "what percent?" is answered either way
     $5                      5 apples              yes: currency, units, degrees are dropped
+    0.\overline{3}          1/3                   yes
     x = 3                   3                     yes: so is the name
     x = 3 = 4               3                     no
+    x = 1, y = 2            y = 2, x = 1          yes: a list with names is compared by them
+    y = 1, x = 2            (1,2)                 no: x comes before y
     2+3                     5                     no: the sum is still to be worked out
     5                       2+3                   yes
     x^2-4                   (x-2)(x+2)            yes
+    \ln(x+x)                \ln 2x                yes
     2x = 4y+2               x - 2y = 1            yes: an equation times a number is the same one
     (1,2)                   (2,1)                 no, nor 1,2 and 2,1
     \{1,2\}                 2, 1                  yes: with a set on either side, order is free
@@ -27,16 +31,18 @@ one is our choice.
 
 GRPO finds and exploits a reward that pays for wrong answers. So the matcher is a whitelist: what
 its small grammar cannot read is compared as text, and nothing is ever evaluated as code. An answer
-goes through four steps, each a section below:
+goes through four steps:
 
     extract_answer   "So \boxed{x = \dfrac12}."  -> "x = \dfrac12"      find the final answer
-    normal_text      -> "x=\frac{1}{2}"                                 give it one spelling
-    parse            -> Value(1/2), or a text, or Node(kind, parts)     read it as a tree
-    same             compare two trees
+    normal_text      -> "x=\frac{1}{2}"     give it one spelling (tasks/answer_spelling.py)
+    parse            -> Value(1/2) (tasks/answer_values.py), or a text, or Node(kind, parts)
+    same             compare two such trees
 
-Not covered, so compared as text: functions (sin, log, |x|, 5!), number bases, 2x - y = 0 against
-y = 2x. i*i is not -1. As in public graders, upper and lower case are the same, and units are
-dropped, so 5 cm = 5 kg. `python bench/answers.py FILE...` measures how often the matcher is wrong.
+Not covered, so compared as text: |x|, 5!, number bases. Of functions we know no laws: \ln 6 is not
+\ln 2 + \ln 3. Nor do we solve anything: 2x - y = 0 is not y = 2x, and i*i is not -1. If you need
+these, recipes/math_verify.md takes a matcher with an algebra system. As in public graders, upper
+and lower case are the same, and units are dropped, so 5 cm = 5 kg. `python bench/answers.py
+FILE...` measures how often the matcher is wrong.
 """
 import math
 import re
@@ -54,11 +60,13 @@ TOLERANCE = 1e-9  # for roots and for float noise such as 17.999999999999996
 
 THINK = re.compile("<(/?)think(?:ing)?>")
 BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)\*\*")  # 2**3**2 is a power
-# "A: 18", "ANSWER: 18", "the answers are 1 and 2", or a heading such as "## Final Answer"
-PHRASE = re.compile(r"(?:^[ \t#*]*A[ \t]*[:：]|^[ \t#*]*(?i:(?:the )?(?:final |correct )?answer)[ \t*]*$|"
-                    r"\b(?i:answers?|correct (?:option|choice))\**[ \t]*(?:[:：=]|"
-                    r"(?i:is(?: equal to| therefore| thus)?|are|equals|(?:would|must) be)\b)|"
-                    r"答案[是为：:])[\s:：*]*(?=\S)", re.M)
+PHRASE = re.compile(r"""(?:
+    ^[ \t\#*]*A[ \t]*[:：]                                         # A: 18
+    |^[ \t\#*]*(?i:(?:the\ )?(?:final\ |correct\ )?answer)[ \t*]*$  # ## Final Answer, then 18 below
+    |\b(?i:ans(?:wers?)?|correct\ (?:option|choice))\**[ \t]*      # ANSWER: 18, the answer is 18
+     (?:[:：=]|(?i:is(?:\ equal\ to|\ therefore|\ thus)?|are|equals|(?:would|must)\ be)\b)
+    |答案[是为：:]
+    )[\s:：*]*(?=\S)""", re.M | re.X)
 DISPLAY = re.compile(r"\$\$[^$]+\$\$|\\\[.{1,300}?\\\]", re.S)
 SENTENCE_END = re.compile(r"\n|。|(?<!\bRs)\.(?:\s|$)")
 REASON = re.compile(r",? \(?(?:because|since|as|which|so|where|given|due to|thus|hence|therefore|"
@@ -104,7 +112,7 @@ def marked_answer(text: str) -> str | None:
     if display := DISPLAY.match(behind[-1]):
         return display[0]
     sentence = SENTENCE_END.split(behind[-1])[0]
-    return REASON.sub("", " ".join(sentence.split())).strip("* ")
+    return REASON.sub("", " ".join(sentence.split())).strip("* ").rstrip(" ,;—–-")
 
 
 def bare_answer(text: str) -> str | None:
@@ -150,11 +158,11 @@ LONE_LETTER = re.compile(r"\(?[a-j]\)?")
 LABEL = re.compile(r"(?<![\w\\])([b-hj]|[ai](?=[).:]|$))(?![\w^])")  # "a" and "i" may be words
 # "(B) 12", "B: twelve", "B - a dozen", but not the difference "b - 12"
 CHOICE = re.compile(r"(?:option |choice )?\(?([a-j])"
-                    rf"(?:\)?[).:](?=\s|$)|\)?$|\)? ?[-–—] ?(?:an? )?(?!{WORD})[a-z]{{3}})")
+                    rf"(?:\)?[).:](?=\s|$)|\)?$|\)? [-–—(] ?(?:an? )?(?!{WORD})[a-z]{{3}})")
 
 
 def choice(answer: str) -> str:
-    r"""Return the letter of "(B) 12", "b. twelve", \text{(B)}, "option B", "B - a dozen"; else ""."""
+    r"""Return the letter of "(B) 12", "b: twelve", \text{(B)}, "option B", "B - a dozen"; or ""."""
     text = TEXT.sub(r" \1 ", answer).strip("$ ").casefold()
     letters = set(LABEL.findall(text))
     begins = CHOICE.match(text)
@@ -207,7 +215,7 @@ NAME = re.compile(r"""  # what may stand before the answer
     |   p\([^()]*\)                                         # p(a|b) =
     |   \([a-z](?:,[a-z])+\)                                # (x,y) =
     |   (?=[=≈])                                            # =
-    )(?:[=≈]|\\in(?![a-z])\ ?)(?=.)""", re.X)
+    )(?:[=≈]|\\in(?![a-z])\ ?)(?=[^=≈])""", re.X)
 BOUNDED = re.compile(r"(\\?[a-z](?:_\w)?)[<>≤≥≠]")
 # x≠3, or all numbers without 3
 HOLE = re.compile(r"\\?[a-z](?:_\w)?≠([^,<>≤≥≠]+)|"
@@ -254,8 +262,8 @@ def named(node, names: list[str]):
 
 
 def interval(text: str) -> str:
-    r"""x≤5 -> (-\infty,5]; 2<x≤3 and 3≥x>2 -> (2,3]; x≠3 -> (-\infty,3)\cup(3,\infty). Any other text
-    stays as it is."""
+    r"""x≤5 -> (-\infty,5]; 2<x≤3 and 3≥x>2 -> (2,3]; x≠3 -> (-\infty,3)\cup(3,\infty). Any other
+    text stays as it is."""
     if match := HOLE.fullmatch(text):
         hole = match[match.lastindex]
         return rf"(-\infty,{hole})\cup({hole},\infty)"
