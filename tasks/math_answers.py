@@ -155,18 +155,6 @@ def is_chain(between: str) -> bool:
 
 DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 LONE_LETTER = re.compile(r"\(?[a-j]\)?")
-LABEL = re.compile(r"(?<![\w\\])([b-hj]|[ai](?=[).:]|$))(?![\w^])")  # "a" and "i" may be words
-# "(B) 12", "B: twelve", "B - a dozen", but not the difference "b - 12"
-CHOICE = re.compile(r"(?:option |choice )?\(?([a-j])"
-                    rf"(?:\)?[).:](?=\s|$)|\)?$|\)? [-–—(] ?(?:an? )?(?!{WORD})[a-z]{{3}})")
-
-
-def choice(answer: str) -> str:
-    r"""Return the letter of "(B) 12", "b: twelve", \text{(B)}, "option B", "B - a dozen"; or ""."""
-    text = TEXT.sub(r" \1 ", answer).strip("$ ").casefold()
-    letters = set(LABEL.findall(text))
-    begins = CHOICE.match(text)
-    return begins[1] if begins and letters == {begins[1]} else ""
 
 
 def math_equal(prediction: str, gold: str) -> bool:
@@ -190,6 +178,20 @@ def math_equal(prediction: str, gold: str) -> bool:
         return a == b or same(parse(a), parse(b))
     except OverflowError:  # a root or a fraction beside a number beyond all floats
         return False
+
+
+LABEL = re.compile(r"(?<![\w\\])([b-hj]|[ai](?=[).:]|$))(?![\w^])")  # "a" and "i" may be words
+# "(B) 12", "B: twelve", "B - a dozen", but not the difference "b - 12"
+CHOICE = re.compile(r"(?:option |choice )?\(?([a-j])"
+                    rf"(?:\)?[).:](?=\s|$)|\)?$|\)? [-–—(] ?(?:an? )?(?!{WORD})[a-z]{{3}})")
+
+
+def choice(answer: str) -> str:
+    r"""Return the letter of "(B) 12", "b: twelve", \text{(B)}, "option B", "B - a dozen"; or ""."""
+    text = TEXT.sub(r" \1 ", answer).strip("$ ").casefold()
+    letters = set(LABEL.findall(text))
+    begins = CHOICE.match(text)
+    return begins[1] if begins and letters == {begins[1]} else ""
 
 
 def parse_failed(answer: str) -> bool:
@@ -236,29 +238,29 @@ def parse(text: str):
     """Return the node of a normal text. What cannot be read stays a text, so nothing raises."""
     text = interval(text)
     kind, texts = parts_of(text)
-    parts = [parse(part) for part in texts if kind]
+    if not kind:
+        return leaf(text)
+    parts = [parse(part) for part in texts]
     if kind == "()" and len(parts) == 1:  # mere grouping
         return parts[0]
-    if kind:
-        names = [NAME.match(part) or BOUNDED.match(part) for part in texts]
-        return named(Node(kind, parts), [name[1] if name else "" for name in names])
-    name = NAME.match(text)
-    if not name:
-        return leaf(text.partition("≈")[0])  # \frac13 ≈ 0.33 is \frac13
-    node = parse(text[name.end():])
-    return named(node, re.findall("[a-z]", name[1])) if name[1].startswith("(") else node
+    matches = [NAME.match(part) or BOUNDED.match(part) for part in texts]
+    names = [match[1] if match else "" for match in matches]
+    return named(Node(kind, parts), names)
 
 
 def named(node, names: list[str]):
-    """Return the node with a name for each part, if the names fit. Coordinates x, y, z have their
+    """Return the node with the names of its parts, if each has one. Coordinates x, y, z have their
     own order, so that y=2,x=1 is (1,2)."""
-    if not isinstance(node, Node) or "" in names or len(set(names)) != len(node.parts):
+    if not isinstance(node, Node) or "" in names or len(names) != len(node.parts):
         return node
-    parts = node.parts
-    if set(names) <= set("xyz"):
-        parts = [parts[names.index(name)] for name in sorted(names)]
-        names = sorted(names)
-    return Node(node.kind, parts, names)
+    node = Node(node.kind, node.parts, names)
+    return Node(node.kind, by_name(node), sorted(names)) if set(names) <= set("xyz") else node
+
+
+def by_name(node: Node) -> list:
+    """Return the parts in the order of their names."""
+    pairs = sorted(zip(node.names, node.parts, strict=True), key=lambda pair: pair[0])
+    return [part for _, part in pairs]
 
 
 def interval(text: str) -> str:
@@ -316,8 +318,13 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def leaf(text: str):
-    """Return a number with or without its unit or percent sign, an expression, an equation, or the
-    text itself."""
+    r"""Return a number with or without its unit or percent sign, an expression, an equation, or the
+    text itself; or the node behind a name such as "x="."""
+    if name := NAME.match(text):
+        node = parse(text[name.end():])
+        coordinates = re.findall("[a-z]", name[1]) if name[1].startswith("(") else []
+        return named(node, coordinates)
+    text = text.partition("≈")[0]  # \frac13 ≈ 0.33 is \frac13
     match = WITH_UNITS.fullmatch(text)
     number = (match[1] if match else text).removesuffix("%")
     if len(number) > 1 and number.isalpha() and number not in COMMANDS.split("|"):
@@ -361,18 +368,21 @@ def same(a, b) -> bool:
         left, right = a.parts, b.parts
         ratios_agree = close(left[0].number * right[1].number, left[1].number * right[0].number)
         return left[0].symbols == right[0].symbols and ratios_agree
-    # A set may be written without its braces, and coordinates with names: x=1, y=2.
-    alike = [{",", "{}"}, {",", "()"}] if a.names or b.names else [{",", "{}"}]
-    if len(a.parts) != len(b.parts) or (len(kinds) == 2 and kinds not in alike):
+    if len(a.parts) != len(b.parts) or not (len(kinds) == 1 or may_be_alike(kinds, a, b)):
         return False
-    others = b.parts
     if a.names and b.names:
-        if set(a.names) != set(b.names):
-            return False
-        others = [b.parts[b.names.index(name)] for name in a.names]
-    elif "{}" in kinds or kinds == {r"\cup"}:
+        pairs = zip(by_name(a), by_name(b), strict=True)
+        return sorted(a.names) == sorted(b.names) and all(same(x, y) for x, y in pairs)
+    if "{}" in kinds or kinds == {r"\cup"}:
         return same_in_any_order(a.parts, b.parts)
-    return all(same(x, y) for x, y in zip(a.parts, others, strict=True))
+    return all(same(x, y) for x, y in zip(a.parts, b.parts, strict=True))
+
+
+def may_be_alike(kinds: set[str], a: Node, b: Node) -> bool:
+    """A set may be written without its braces, and a point with names: x=1,y=2 (but x=1,x=2 are two
+    solutions)."""
+    is_point = any(len(set(node.names)) == len(node.parts) for node in (a, b))
+    return kinds == {",", "{}"} or (kinds == {",", "()"} and is_point)
 
 
 def same_value(a: Value, b: Value) -> bool:
