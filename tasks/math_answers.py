@@ -72,7 +72,7 @@ SENTENCE_END = re.compile(r"\n|。|(?<!\bRs)\.(?:\s|$)")
 REASON = re.compile(r",? \(?(?:because|since|as|which|so|where|given|due to|thus|hence|therefore|"
                     r"i\.e|that is)\b.*", re.I)
 # Stands between boxes that are one answer: "," "and" ", y =" "or x =". A mere "or" is a correction.
-CHAIN = re.compile(r"[ ,;+]*(?:[,;+]|and|or(?=.*=)) *(?:\\?[A-Za-z](?:_\w)? *= *)?")
+CHAIN = re.compile(r"(?:,|,?and,?|,?or(?=.*=),?) ?(?:\\?[A-Za-z](?:_\w)? ?= ?)?")
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\\\[(.{1,300}?)\\\]|\\\((.{1,300}?)\\\)|"
                      r"\$((?:\\.|[^$\\\n]){1,300})\$(?!\d)", re.S)  # "$5 or $6" is no formula
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?!\d)(?:/\d+)?%?")
@@ -145,9 +145,10 @@ def last_box(text: str) -> str | None:
 
 def is_chain(between: str) -> bool:
     r"""Return whether the text between two boxes makes them one answer: "\) \text{and} \(y="."""
-    between = re.sub(r"\\q?quad", ",", TEXT.sub(r" \1 ", between))
-    between = re.sub(r"\\[!,;: ()\[\]]|[\s$]+", " ", between)
-    return bool(CHAIN.fullmatch(between.strip()))
+    plain = re.sub(r"\\q?quad", ",", TEXT.sub(r" \1 ", between))
+    plain = re.sub(r"\\[!,;: ()\[\]]|\$", " ", plain)
+    plain = re.sub("[ ,;+]*[,;+][ ,;+]*", ",", " ".join(plain.split()))
+    return bool(CHAIN.fullmatch(plain))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -372,6 +372,7 @@ def test_not_a_text():
     # boxes that are one answer
     (r"\boxed{1}\quad\boxed{2}", True, "1, 2"), (r"\boxed{1} \text{ and } \boxed{2}", True, "1, 2"),
     (r"\boxed{1},\;\boxed{2}, and \boxed{3}", True, "1, 2, 3"),
+    (r"\boxed{1}\quad\text{and}\quad\boxed{2}", True, "1, 2"),
     (r"\(\boxed{1}\) and \(\boxed{2}\)", True, "1, 2"),
     (r"\boxed{1} \text{or} \boxed{2}", True, "2"),
     (r"\(x_1 = \boxed{1}\), \(x_2 = \boxed{2}\)", True, "1, 2"),
@@ -509,7 +510,8 @@ def final(tree) -> bool:
 def test_long_texts_are_linear():
     for unit in (r"\boxed{", "{", "1,000", "A: ", "answer is ", "-1", "* ", "\n\n", "#### ", "1.",
                  r"\[", r"\(", r"\$", "$", r"\boxed{x+1}, ", "\\", "{1}", " ", "**a", "<think>",
-                 "<answer>", "answer\n", "answer is 1 as ", ", ", r"\text{", "answer*", r"\quad"):
+                 "<answer>", "answer\n", "answer is 1 as ", ", ", r"\text{", "answer*", r"\quad",
+                 r"\ ", r"\,,"):
         start = time.process_time()
         extract_answer(unit * 20_000)
         extract_answer(rf"\boxed{{1}}{unit * 20_000}\boxed{{2}}")
