@@ -123,7 +123,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"^-?\d{1,3}(?: \d{3})+$", lambda number: number[0].replace(" ", "")),
     # Lists, then blanks. Other numbers are never joined: "1 2" is not 12.
     (r"^(?=.*[<>≤≥])(.*)\bor\b", r"\1\\cup "),  # x < 1 or x > 2
-    (r"(?<=[\d})])\s*,?\s+or\s|\s*,?\s+and\s", ","),
+    (r"(?<=[\d})]) ?,? or |,? and ", ","),
     (r"(?<!\w)\s+|\s+(?!\w)", ""),
     # \{x|x≥2\}, \{x\in(-\infty,\infty):x≥2\} -> x≥2
     (r"^\\?\{\w(?:\\in[^:|]*)?[:|](?:\w\\in\(-\\infty,\\infty\),)?(.*[<>≤≥≠].*?)\\?\}$", r"\1"),
