@@ -92,6 +92,8 @@ def enter_private_root(call, root, job):
         mount(None, target, None, read_only)  # binding ignores these flags; a remount does not
     # subset=pid: no /proc/sys, where the machine's root may write even without any capability.
     call("mount", b"proc", root.encode() + b"/proc", b"proc", 14, b"subset=pid")
+    for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+        posix.symlink(f"/proc/self/fd{target}", f"{root}/dev/{name}")
     posix.chdir(root)
     if not (call("pivot_root", b".", b".") and call("umount2", b".", 2)):
         raise OSError("cannot leave the old root")

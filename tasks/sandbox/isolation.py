@@ -50,7 +50,7 @@ def visible_files() -> View:
             wanted.append(folder if parent in private else parent)
     wanted.sort(key=len)  # parents first
     wanted += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
-    directories = ["/tmp", "/proc", "/dev"]
+    directories = ["/tmp", "/proc", "/dev", "/dev/shm"]
     bound = []
     for path in filter(os.path.exists, wanted):
         parents = [path[:i] for i in range(1, len(path)) if path[i] == "/"]
