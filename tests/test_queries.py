@@ -9,7 +9,8 @@ import pytest
 from helpers import refuses
 
 import tasks.queries
-from tasks.queries import DOMAINS, SPLITS, builtin, distinct, extract_code, score, score_many
+from tasks.code_blocks import extract_code
+from tasks.queries import DOMAINS, SPLITS, builtin, distinct, score, score_many
 
 N = 600
 

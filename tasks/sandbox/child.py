@@ -230,6 +230,7 @@ def run_python(job, link):
             names.clear()
             names.update(original_builtins)
             vars(module).update(__builtins__=builtins, __guard__=guard)
+            sys.path.append(job["packages"])
             exec(tests, vars(module))
         write(link, job["key"] + read_exactly(link, 32) + b"\n")
         leave(0)  # at once: no atexit handlers, no waiting for threads
