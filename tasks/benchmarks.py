@@ -170,6 +170,7 @@ def refuse_bad_check(query: dict) -> None:
             raise ValueError(f"the {name} must not be empty")
     if kind == "code":
         program = check.get("prefix", "") + check["tests"]
+        program += query.get("solution") or ""
         program.encode()  # refuses half a surrogate pair, which no file can hold
     if kind == "ifeval":
         for rule, arguments in zip(check["instruction_id_list"], check["kwargs"], strict=True):

@@ -81,8 +81,15 @@ def fenced_blocks(text: str) -> list[Block]:
             # "```python" inside a block opens the next one: its own fence was forgotten.
             fence = opening_fence(line if rest[:1].isalnum() else rest)
         else:
-            is_indented = not line[:fence.indentation].strip(" \t>")
-            lines.append((line[fence.indentation:] if is_indented else line) + "\n")
+            if not line[:fence.indentation].strip(" \t>"):
+                line = line[fence.indentation:]
+            code, marks, rest = line.partition(fence.marks)
+            is_last = marks and code.strip() and not rest.strip()  # "return x```"
+            lines.append((code if is_last else line) + "\n")
+            if is_last:
+                blocks.append(Block(fence.language, "".join(lines)))
+                lines = []
+                fence = None
     if fence:
         blocks.append(Block(fence.language, "".join(lines)))
     return blocks
