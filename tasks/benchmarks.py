@@ -206,7 +206,8 @@ def read_queries(path) -> Iterator[tuple[int, dict]]:
             query = readers[0](row)
             if isinstance(query["prompt"], list):
                 query["prompt"] = [join_parts(message) for message in query["prompt"]]
-                query.setdefault("item", "\n".join(contents(query["prompt"])))
+                asked = [message for message in query["prompt"] if message["role"] == "user"]
+                query.setdefault("item", "\n".join(contents(asked)))
             refuse_bad_check(query)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{here}: cannot read this row of columns {', '.join(row)} "

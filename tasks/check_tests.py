@@ -48,44 +48,44 @@ def idle_program(check: dict, which: int) -> str:
     return check.get("prefix", "") + "\n" + "\n".join(sorted(lines))
 
 
-def problem_of_text(check: dict) -> str:
-    """Return what is wrong with tests by their text alone, or ""."""
+def job_of(check: dict, program: str) -> dict:
+    return {"code": program, "language": check["language"], "tests": check["tests"],
+            "timeout": 20.0}
+
+
+def problem_of(check: dict, idle: sandbox.Result, solved: sandbox.Result | None) -> str:
+    """Return why tests decide nothing, or "".
+
+    idle, solved: how the answer that does no work ran, and the query's own solution, if any."""
     if EXIT.search(check["tests"]):
         return "its tests end the program, but must reach their last line; an assert can decide"
     if check["language"] in COMPILED and not re.search(r"\bmain\s*\(", check["tests"]):
         return "its tests must hold main()"
+    if idle.passed:
+        return "its tests let an answer pass that does nothing"
+    is_broken = "prefix" not in check and SYNTAX_ERROR.search(idle.reason)
+    if is_broken or NEVER_PASSES.search(idle.reason):
+        return f"its tests let no answer pass: {idle.reason}"
+    # A run that is late proves nothing, because this machine may be busy.
+    if solved and not solved.passed and "time limit" not in solved.reason:
+        return f"its own solution fails: {solved.reason}"
     return ""
 
 
 def find_problems(queries: list[dict]) -> list[str]:
     """Return per query why its tests decide nothing, or "". Only queries of code can have one."""
+    coded = {i: query["check"] for i, query in enumerate(queries)
+             if query["check"]["kind"] == "code"}
+    solutions = {i: queries[i]["solution"] for i in coded if queries[i].get("solution")}
+    idle_jobs = [job_of(check, idle_program(check, 0)) for check in coded.values()]
+    solution_jobs = [job_of(coded[i], whole_program(solution, coded[i]))
+                     for i, solution in solutions.items()]
+    idle = dict(zip(coded, sandbox.run_many(idle_jobs), strict=True))
+    solved = dict(zip(solutions, sandbox.run_many(solution_jobs), strict=True))
+    passing = [i for i, result in idle.items() if result.passed]
+    jobs = [job_of(coded[i], idle_program(coded[i], 1)) for i in passing]
+    idle.update(zip(passing, sandbox.run_many(jobs), strict=True))
     problems = [""] * len(queries)
-    coded = [i for i, query in enumerate(queries) if query["check"]["kind"] == "code"]
-
-    def run_all(numbers: list[int], program) -> dict[int, sandbox.Result]:
-        jobs = []
-        for i in numbers:
-            check = queries[i]["check"]
-            jobs.append({"code": program(queries[i]), "language": check["language"],
-                         "tests": check["tests"], "timeout": 20.0})
-        return dict(zip(numbers, sandbox.run_many(jobs), strict=True))
-
-    idle = run_all(coded, lambda query: idle_program(query["check"], 0))
-    passing = [i for i in coded if idle[i].passed]
-    idle |= run_all(passing, lambda query: idle_program(query["check"], 1))
-    solved = run_all([i for i in coded if queries[i].get("solution")],
-                     lambda query: whole_program(query["solution"], query["check"]))
-    for i in coded:
-        check = queries[i]["check"]
-        reason = idle[i].reason
-        is_broken = "prefix" not in check and SYNTAX_ERROR.search(reason)
-        # A run that is late proves nothing, because this machine may be busy.
-        is_wrong = i in solved and not (solved[i].passed or "time limit" in solved[i].reason)
-        problems[i] = problem_of_text(check)
-        if idle[i].passed:
-            problems[i] = problems[i] or "its tests let an answer pass that does nothing"
-        elif is_broken or NEVER_PASSES.search(reason):
-            problems[i] = problems[i] or f"its tests let no answer pass: {reason}"
-        elif is_wrong:
-            problems[i] = problems[i] or f"its own solution fails: {solved[i].reason}"
+    for i, check in coded.items():
+        problems[i] = problem_of(check, idle[i], solved.get(i))
     return problems
