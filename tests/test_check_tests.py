@@ -88,6 +88,8 @@ def test_what_decides_is_accepted():
     assert find_problems(queries) == [""] * len(queries)
     right = [SQUARES[query["check"]["language"]] for query in queries]
     wrong = [code.replace("*", "+") for code in right]
+    assert find_problems([query_of("python", "assert not odd(4)"),
+                          query_of("python", "assert odd(3)")]) == ["", ""]
     assert tasks.queries.score_many(queries, right) == [1.0] * len(queries)
     assert tasks.queries.score_many(queries, wrong) == [0.0] * len(queries)
 

@@ -33,6 +33,8 @@ FENCES = {
     "python3": RIGHT.replace("python", "python3"), "3.11": RIGHT.replace("python", "python3.11"),
     "capital": RIGHT.replace("python", "Python"), "tildes": RIGHT.replace("```", "~~~"),
     "four marks": RIGHT.replace("```", "````"), "other name": RIGHT.replace("python", "text"),
+    "other name, then output": RIGHT.replace("python", "text") + "\n```\n9\n```",
+    "behind one that is not closed": f"```python\nf = None\n{RIGHT}",
     "indented": "1. So:\n\n   " + RIGHT.replace("\n", "\n   "),
     "in a list": "- " + RIGHT.replace("\n", "\n  "), "quoted": "> " + RIGHT.replace("\n", "\n> "),
     "closed at once": RIGHT[:-4] + "```\nDone.",
@@ -48,6 +50,7 @@ FENCES = {
 def test_fences(name):
     assert passes(FENCES[name]) and passes(FENCES[name], PREFIX)
     assert not passes(FENCES[name].replace("x * x", "x + x"))
+    assert "\r" not in extract_code(FENCES[name], tests=TESTS)  # bash would read it
 
 
 @pytest.mark.parametrize("after", [
@@ -108,8 +111,9 @@ def test_a_bare_body_continues_the_prefix(body):
 
 @pytest.mark.parametrize("names", ["annotations", "(annotations,\n    division)"])
 def test_future_imports_come_first(names):
-    """Python allows them nowhere else; `compile` is the oracle that they were misplaced."""
-    code = f"from __future__ import {names}\n{F}"
+    """Python allows them nowhere else; `compile` is the oracle that they were misplaced. Without
+    this one the annotation is an error."""
+    code = f"from __future__ import {names}\n{F.replace('(x)', '(x: Later)')}"
     with pytest.raises(SyntaxError):
         compile(PREFIX + code, "x", "exec")
     assert passes(f"```python\n{code}```", PREFIX)

@@ -727,6 +727,8 @@ BASH_LISTS = [  # tests that f passes if it squares, and that it fails if it dou
     "if [ $(f 3) = 9 ] && [ $(f 4) = 16 ]; then\n  echo ok\nelse\n  exit 1\nfi",
     "t() {\n  [ -z \"$1\" ] && return 0\n  [ $(f 3) = 9 ]\n}\nt 1",
     "x=0\n[ -n \"$y\" ] && x=1\n[ $(f 3) = 9 ]", "[ $(f 3) = 9 ] || exit 1",
+    "[ $(f 3) = 6 ] && { echo no; exit 1; }\ntrue", "if [ $(f 3) = 6 ]; then\n  exit 1\nelse\n"
+    "  # no && test\n  true\nfi", "case $(f 3) in\n  9) true && echo ok ;;\n  *) false ;;\nesac",
     "[ $(f 3) = 9 ] || [ $(f 3) = 8 ]", "for i in 1 3; do\n  [ $i = 1 ] && continue\n"
     "  [ $(f $i) = $((i * i)) ]\ndone"]
 

@@ -60,7 +60,7 @@ COMPILER_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 2
 SHOWN = 10_000  # bytes of stdout and of stderr kept in a Result
 REQUIRED = ("pids", "network", "files", "no new privileges", "limits")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 COMPILE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that compile() raises
 
 
