@@ -18,7 +18,7 @@ from typing import NamedTuple
 ALIASES = {"py": "python", "ipython": "python", "js": "javascript", "node": "javascript",
            "ts": "typescript", "cpp": "c++", "cc": "c++", "cxx": "c++", "sh": "bash",
            "shell": "bash", "rs": "rust", "golang": "go", "rb": "ruby", "pl": "perl"}
-THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
+THINK = re.compile("<(/?)think(?:ing)?>")
 FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^\n(]*)\n?", re.M)
 WORD = re.compile(r"\w+")
 
@@ -146,7 +146,9 @@ def join_blocks(blocks: list[str], asked: frozenset[str], definitions) -> str:
 
 def extract_code(response: str, language: str = "python", tests: str = "", prefix: str = "") -> str:
     """Return the code of a response: its blocks by the rule above, or else the whole response."""
-    text = THINKING.sub("", response).rpartition("</think>")[2]
+    parts = THINK.split(response)  # behind each tag its "/" and the text that follows
+    is_endless = len(parts) > 1 and parts[-2] == ""
+    text = "" if is_endless else parts[-1]
     asked = asked_names(tests)
     before, _, after = text.partition("\n```")
     begins_with_code = prefix and before[:1].isspace() or functions(before) & asked

@@ -90,7 +90,8 @@ def test_blocks_that_are_not_needed_are_left_out():
 
 
 @pytest.mark.parametrize("response", [
-    f"<think>\n{RIGHT}\n</think>", f"<think>{RIGHT}", f"{RIGHT}</think>", WRONG, "", "no"])
+    f"<think>\n{RIGHT}\n</think>", f"<think>{RIGHT}", f"{RIGHT}</think>",
+    f"<thinking>{RIGHT}</thinking>", f"Well. <think>{RIGHT}", WRONG, "", "no"])
 def test_thinking_is_no_answer(response):
     assert not passes(response)
     assert score({"check": {"kind": "code", "language": "python", "tests": TESTS}}, response) == 0
