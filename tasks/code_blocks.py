@@ -160,13 +160,12 @@ def extract_code(response: str, language: str = "python", tests: str = "", prefi
         return text
     everything = [block.code for block in blocks]
     fitting = [block.code for block in blocks if block.language in ("", language)]
-    for candidates in (fitting, everything):  # the solution's fence may name a wrong language
-        for definitions in (functions, values):
-            joined = join_blocks(candidates, asked, definitions)
-            if joined:
-                return joined
     bodies = [code for code in fitting if prefix and code[:1].isspace()]
-    return (bodies or fitting or everything)[-1]
+    choices = [
+        join_blocks(fitting, asked, functions), *bodies[-1:], join_blocks(fitting, asked, values),
+        join_blocks(everything, asked, functions),  # the fence may name a wrong language
+        (fitting or everything)[-1]]
+    return next(filter(None, choices), "")
 
 
 def whole_program(response: str, check: dict) -> str:

@@ -110,6 +110,11 @@ def test_a_bare_body_continues_the_prefix(body):
     assert passes(body, PREFIX) and not passes(body.replace("x * x", "x + x"), PREFIX)
 
 
+def test_a_body_is_not_replaced_by_a_variable():
+    body = "```python\n    return x * x\n```\n```python\nx = 3\n```"
+    assert passes(body, PREFIX, "for x in [3]:\n    assert f(x) == 9")
+
+
 @pytest.mark.parametrize("names", ["annotations", "(annotations,\n    division)"])
 def test_future_imports_come_first(names):
     """Python allows them nowhere else; `compile` is the oracle that they were misplaced. Without
