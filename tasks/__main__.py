@@ -4,11 +4,15 @@
     python -m tasks demonstrations --n 1000 --out demonstrations.jsonl
     python -m tasks rejection --init runs/sft --queries rl --out passed.jsonl
     python sft.py --init runs/sft --data passed.jsonl --out runs/rejection
+    python -m tasks check --queries my.jsonl --out usable.jsonl
 
 `demonstrations` writes answers of the built-in generators. `rejection` is rejection sampling: it
 samples several responses to each query from the model in --init, and keeps the distinct ones that
 pass (report 4.1 keeps what passes execution, answer matching or its constraints). The report does
 not disclose the number of responses or the temperature; 8 and 1.0 are our choice.
+
+`check` tries the tests of every row of a file (see check_tests.py) and writes the rows that can be
+used. Python takes two runs of about 20 ms per row and core, compiled languages about a second.
 """
 from dataclasses import dataclass
 
@@ -18,6 +22,8 @@ from lib.optim import setup
 from lib.vllm_client import rollout_backend
 from sample import load_policy, rollout
 from tasks import queries
+from tasks.benchmarks import read_queries
+from tasks.check_tests import find_problems
 
 SHOWN = 8  # queries that `python -m tasks` prints
 
@@ -28,7 +34,7 @@ class Args:
     n: int = 0                   # at most so many queries; 0: all of a file, 1000 built-in ones
     seed: int = 0                # seed of the queries and of sampling
     init: str = "runs/sft"       # rejection: model directory that answers
-    queries: str = "rl"          # rejection: split or file of queries (see tasks/queries.py)
+    queries: str = "rl"          # rejection, check: split or file of queries (see tasks/queries.py)
     responses: int = 8           # rejection: responses sampled per query
     max_new_tokens: int = 160    # rejection: longest response, in tokens
     rollout_url: str = ""        # rejection: sample on a server of --init, http://HOST:PORT/v1
@@ -48,8 +54,9 @@ def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_n
     for group in groups:
         for answer in group:
             if answer.score > 0:
-                passed[answer.query["prompt"], answer.text] = True
-    return [queries.conversation(prompt, text) for prompt, text in passed]
+                prompt = answer.query["prompt"]
+                passed[repr(prompt), answer.text] = queries.conversation(prompt, answer.text)
+    return list(passed.values())
 
 
 def main(args: Args) -> None:
@@ -88,5 +95,22 @@ def rejection(args: Args) -> None:
           "that pass their checks")
 
 
+def check(args: Args) -> None:
+    """Name the rows of a file whose tests decide nothing; write the others: --queries, --out"""
+    pairs = list(read_queries(args.queries))
+    for line, query in pairs:
+        queries.refuse_foreign(query, f"{args.queries}:{line}")
+    problems = find_problems([query for _, query in pairs])
+    usable = []
+    for (line, query), problem in zip(pairs, problems, strict=True):
+        if problem:
+            print(f"{args.queries}:{line}: {problem}")
+        else:
+            usable.append(query)
+    if args.out:
+        write_jsonl(args.out, usable)
+    print(f"{len(usable)} of {len(pairs)} queries can be used")
+
+
 if __name__ == "__main__":
-    cli(main, Args, demonstrations=demonstrations, rejection=rejection)
+    cli(main, Args, demonstrations=demonstrations, rejection=rejection, check=check)

@@ -1,36 +1,57 @@
 """Readers of the public benchmark files: GSM8K, SVAMP, MGSM, MATH, HumanEval, MBPP, IFEval.
 
 A reader turns a row into a query {"prompt", "domain", "check"}. Where we add words to the question,
-a fourth key "item" holds the question alone, so that contamination is measured on that. The words
-are our choice.
+a key "item" holds the question alone, so that contamination is measured on that. The words are our
+choice. A key "solution" holds a right program, which must pass the tests (check_tests.py).
 """
+from collections.abc import Iterator
+
 from lib.args import InputError, require
 from lib.files import read_jsonl
 from tasks import ifeval
-from tasks.math_answers import last_box
+from tasks.math_answers import extract_answer
 
 
-def query(prompt: str, domain: str, **check) -> dict:
-    prompt = prompt.strip()
-    if not prompt or check.get("answer") == "":
-        raise ValueError("the prompt or the answer is empty")
+def query(prompt: str | list[dict], domain: str, **check) -> dict:
+    if isinstance(prompt, str):
+        prompt = prompt.strip()
     return {"prompt": prompt, "domain": domain, "check": check}
 
 
-def math_query(question: str, answer) -> dict:
-    return query(question, "mathematics", kind="math", answer=str(answer).strip())
+def math_query(question, answer) -> dict:
+    return query(question, "mathematics", kind="math", answer=gold_text(answer))
+
+
+def gold_text(answer) -> str:
+    """Return an annotated answer as a text. A list of one answer stands for this answer."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, float) and answer == int(answer):
+        answer = int(answer)  # SVAMP has 145.0
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise TypeError(f"the answer must be a text or a number, got {type(answer).__name__}")
+    return str(answer).strip()
+
+
+def final_answer(text) -> str:
+    """Return the final answer of a worked solution, or a short text as it stands."""
+    if not isinstance(text, str):
+        return gold_text(text)
+    if "####" in text:
+        return text.split("####")[1]
+    found = extract_answer(text, strict=True)
+    if found is None and (len(text) > 100 or "\n" in text):
+        raise ValueError("a long answer needs ####, or a box, before the final answer")
+    return found or text
 
 
 def gsm8k(row: dict) -> dict:
-    return math_query(row["question"], row["answer"].split("####")[1])
+    return math_query(row["question"], final_answer(row["answer"]))
 
 
 def svamp(row: dict) -> dict:
     body = row["Body"].strip().rstrip(".")  # a third of the rows lack the full stop
-    answer = row["Answer"]
-    if isinstance(answer, float) and answer == int(answer):
-        answer = int(answer)  # the file has 145.0
-    return math_query(f"{body}. {row['Question']}", answer)
+    return math_query(f"{body}. {row['Question']}", row["Answer"])
 
 
 def mgsm(row: dict) -> dict:
@@ -41,8 +62,21 @@ def mgsm(row: dict) -> dict:
 
 
 def math(row: dict) -> dict:
-    answer = row["answer"] if "answer" in row else last_box(row["solution"])
-    return math_query(row["problem"], "" if answer is None else answer)
+    answer = row.get("answer")
+    if answer is None:
+        answer = extract_answer(row.get("solution", ""), strict=True)
+    return math_query(row["problem"], answer)
+
+
+def prompt_and_answer(row: dict) -> dict:
+    return math_query(row["prompt"], final_answer(row["answer"]))
+
+
+def verl(row: dict) -> dict:
+    """The same rows hold code for other checkers, whose tests are no answer."""
+    if "math" not in str(row.get("ability")).lower():
+        raise ValueError('of verl\'s rows, only those of "ability": "math" can be read')
+    return math_query(row["prompt"], row["reward_model"]["ground_truth"])
 
 
 def humaneval(row: dict) -> dict:
@@ -52,19 +86,22 @@ def humaneval(row: dict) -> dict:
               f"```python code block.\n\n```python\n{row['prompt'].strip()}\n```")
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
     return query(prompt, "code", kind="code", language="python", tests=tests,
-                 prefix=row["prompt"]) | {"item": row["prompt"]}
+                 prefix=row["prompt"]) | {"item": row["prompt"],
+                                          "solution": row.get("canonical_solution")}
 
 
 def mbpp(row: dict) -> dict:
-    """The prompt shows the first assert, because nothing else names the function."""
+    """The prompt shows the first assert, because nothing else names the function. MBPP+ has more
+    tests in the column "test"."""
     text = row.get("text") or row["prompt"]
     asserts = row["test_list"]
     prompt = (f"{text}\nReply with one ```python code block. Your code should pass this test:\n\n"
               f"```python\n{asserts[0]}\n```")
-    lines = row.get("test_imports", []) + [row.get("test_setup_code", "")] + asserts
+    lines = row.get("test_imports", []) + [row.get("test_setup_code")] + asserts
+    lines.append(row.get("test"))
     tests = "\n".join(line for line in lines if line) + "\n"
     return query(prompt, "code", kind="code", language="python", tests=tests) | {
-        "item": f"{text}\n{asserts[0]}"}
+        "item": f"{text}\n{asserts[0]}", "solution": row["code"]}
 
 
 def ifeval_row(row: dict) -> dict:
@@ -83,12 +120,36 @@ READERS = {  # columns: the reader of a row that has all of them; the first that
     ("Body", "Question", "Answer"): svamp,
     ("messages", "answer"): mgsm,
     ("problem", "solution"): math,
+    ("problem", "answer"): math,
     ("prompt", "test", "entry_point"): humaneval,
     ("text", "code", "test_list"): mbpp,
-    ("prompt", "code", "test_list"): mbpp,  # the sanitized MBPP
+    ("prompt", "code", "test_list"): mbpp,  # the sanitized MBPP, and MBPP+
     ("prompt", "instruction_id_list", "kwargs"): ifeval_row,
+    ("prompt", "reward_model"): verl,
+    ("prompt", "answer"): prompt_and_answer,
 }
 TEXTS = {"math": ["answer"], "code": ["language", "tests"], "ifeval": [], "rules": []}
+
+
+def join_parts(message: dict) -> dict:
+    """Return a message whose content is a text, also where it was a list of parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        kinds = {part.get("type", "text") for part in content} - {"text"}
+        if kinds:
+            raise TypeError(f"a model of text cannot read parts of type {', '.join(kinds)}")
+        content = "".join(part["text"] for part in content)
+    has_text = isinstance(content, str) or content is None and message.get("tool_calls")
+    if not has_text or not isinstance(message["role"], str):
+        raise TypeError("each message must have a role and a text as its content")
+    return message | {"content": content}
+
+
+def contents(prompt: str | list[dict]) -> list[str]:
+    """Return the texts of a prompt: the prompt itself, or what its messages say."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return [message["content"] or "" for message in prompt]
 
 
 def refuse_bad_check(query: dict) -> None:
@@ -97,14 +158,16 @@ def refuse_bad_check(query: dict) -> None:
     kind = check["kind"]
     if kind not in TEXTS:
         raise ValueError(f"check.kind must be one of {', '.join(TEXTS)}")
-    if not query["prompt"] or not isinstance(query["prompt"], (str, list)):
-        raise TypeError("prompt must be a text or messages")
-    texts = {"domain": query["domain"]} | {name: check[name] for name in TEXTS[kind]}
+    texts = {"domain": query["domain"], "prompt": "".join(contents(query["prompt"]))}
+    texts |= {name: check[name] for name in TEXTS[kind]}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise TypeError(f"{name} must be a text")
+            raise TypeError(f"{name} must be a text, got {type(text).__name__}")
+        if not text.strip():
+            raise ValueError(f"the {name} must not be empty")
     if kind == "code":
         program = check.get("prefix", "") + check["tests"]
+        program += query.get("solution") or ""
         program.encode()  # refuses half a surrogate pair, which no file can hold
     if kind == "ifeval":
         if not check["instruction_id_list"]:
@@ -113,9 +176,9 @@ def refuse_bad_check(query: dict) -> None:
             ifeval.follows("text", rule, arguments)
 
 
-def load_file(path) -> list[dict]:
-    """Return the queries of a .jsonl or .jsonl.gz whose columns are among READERS."""
-    queries = []
+def read_queries(path) -> Iterator[tuple[int, dict]]:
+    """Yield (line, query) of a file whose columns are among READERS, see `read_jsonl`."""
+    line = 0
     for line, row in read_jsonl(path):
         here = f"{path}:{line}"
         readers = [read for columns, read in READERS.items() if row.keys() >= set(columns)]
@@ -124,10 +187,19 @@ def load_file(path) -> list[dict]:
             raise InputError(f"{here}: unknown columns {', '.join(row)}; with --reward a row must "
                              f'have a "prompt", else all columns of one of {known}')
         try:
-            queries.append(readers[0](row))
-            refuse_bad_check(queries[-1])
+            query = readers[0](row)
+            if isinstance(query["prompt"], list):
+                query["prompt"] = [join_parts(message) for message in query["prompt"]]
+                asked = [message for message in query["prompt"] if message["role"] == "user"]
+                query.setdefault("item", "\n".join(contents(asked)))
+            refuse_bad_check(query)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{here}: cannot read this row of columns {', '.join(row)} "
                              f"({type(error).__name__}: {error})") from None
-    require(len(queries) > 0, f"{path}: the file holds no rows")
-    return queries
+        yield line, query
+    require(line > 0, f"{path}: the file holds no rows")
+
+
+def load_file(path) -> list[dict]:
+    """Return the queries of a file, see `read_queries`."""
+    return [query for _, query in read_queries(path)]

@@ -21,7 +21,6 @@ model of a given size.
 """
 import hashlib
 import random
-import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -29,7 +28,9 @@ from typing import NamedTuple
 from lib.args import require
 from lib.files import read_jsonl
 from tasks import ifeval, sandbox, toy
-from tasks.benchmarks import load_file
+from tasks.benchmarks import contents, read_queries
+from tasks.check_tests import find_problems
+from tasks.code_blocks import whole_program
 from tasks.custom import own_reward, own_score
 from tasks.math_answers import extract_answer, math_equal
 
@@ -67,12 +68,7 @@ class Program(NamedTuple):
 # In RL many programs come again in later steps, so we remember whether the latest ones passed.
 VERDICTS: dict[Program, bool] = {}
 MAX_VERDICTS = 20_000  # some 20 MB of text
-
-
-def extract_code(response: str) -> str:
-    """Return the last fenced block, or the whole response if there is none."""
-    blocks = re.findall(r"```(?:\w+)?\n(.*?)```", response, re.S)
-    return blocks[-1] if blocks else response
+CHECKED = 200  # rows of a file whose tests are tried when it is loaded
 
 
 def run_programs(programs: list[Program]) -> dict[Program, bool]:
@@ -96,7 +92,8 @@ def answers_rightly(check: dict, response: str) -> bool:
 def follows_all(query: dict, response: str) -> bool:
     """Return whether the response follows every constraint of the query."""
     # The prompt names the topic and the words to use, so an echo of it must earn nothing.
-    is_echo = toy.words_of(query["prompt"]) == toy.words_of(response)
+    said = toy.words_of(response)
+    is_echo = any(toy.words_of(text) == said for text in contents(query["prompt"]))
     if is_echo or not response.strip():
         return False
     check = query["check"]
@@ -115,7 +112,7 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
         if check["kind"] == "code":
-            code = check.get("prefix", "") + extract_code(response)
+            code = whole_program(response, check)
             programs[i] = Program(code, check["language"], check["tests"])
         elif check["kind"] == "math":
             scores[i] = float(answers_rightly(check, response))
@@ -172,11 +169,10 @@ def builtin(split: str, n: int, seed: int = 0) -> list[dict]:
     return [example.query for example in distinct(split, n, seed)]
 
 
-def conversation(prompt: str, answer: str) -> dict:
-    """Return a row of SFT's data: one question of a user and the assistant's answer."""
-    user = {"role": "user", "content": prompt}
-    assistant = {"role": "assistant", "content": answer}
-    return {"messages": [user, assistant]}
+def conversation(prompt: str | list[dict], answer: str) -> dict:
+    """Return a row of SFT's data: a user's question, or messages, and the assistant's answer."""
+    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    return {"messages": [*asked, {"role": "assistant", "content": answer}]}
 
 
 def demonstrations(n: int, seed: int = 0) -> list[dict]:
@@ -194,8 +190,11 @@ def demonstrations(n: int, seed: int = 0) -> list[dict]:
 
 
 def as_text(examples: list[Example], form: str) -> str:
-    return "\n\n".join(form.format(example.query["prompt"], example.answer)
-                       for example in examples)
+    texts = []
+    for example in examples:
+        question = "\n".join(contents(example.query["prompt"]))
+        texts.append(form.format(question, example.answer))
+    return "\n\n".join(texts)
 
 
 def few_shot(query: dict, k: int, seed: int = 0) -> str:
@@ -257,15 +256,28 @@ def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
 
 
 def load_runnable_file(path: str, n: int) -> list[dict]:
-    """Return the queries of a file. Refuse now what cannot run on this machine, not in training."""
-    queries = load_file(path)[:n or None]
-    problems = sandbox.languages()
-    for query in queries:
-        check = query["check"]
-        if check["kind"] == "code":
-            problem = problems.get(check["language"], "is unknown")
-            require(not problem, f"{path}: a check in {check['language']}: {problem}")
+    """Return the queries of a file. Refuse now what cannot be judged here, not in training.
+
+    The tests of the first CHECKED rows are tried, which takes two runs per row. For all rows of a
+    large file `python -m tasks check` does it once."""
+    lines = []
+    queries = []
+    for line, query in islice(read_queries(path), n or None):
+        refuse_foreign(query, f"{path}:{line}")
+        lines.append(line)
+        queries.append(query)
+    problems = find_problems(queries[:CHECKED])
+    for line, problem in zip(lines, problems, strict=False):
+        require(not problem, f"{path}:{line}: {problem} (`python -m tasks check` finds all)")
     return queries
+
+
+def refuse_foreign(query: dict, where: str) -> None:
+    """Raise InputError for a check in a language that this machine cannot run."""
+    check = query["check"]
+    if check["kind"] == "code":
+        problem = sandbox.languages().get(check["language"], "is unknown")
+        require(not problem, f"{where}: a check in {check['language']}: {problem}")
 
 
 def load_for_own_reward(name: str, n: int, seed: int, check: dict, built_in: int) -> list[dict]:

@@ -75,13 +75,24 @@ def test_readers_by_example(tmp_path):
 @pytest.mark.parametrize("bad, message", [
     ('{"question": ', ":2: "),
     ({"foo": 1}, ":2: .*foo.*question, answer.*test_list.*instruction_id_list"),
-    ({"question": "Q", "answer": "18"}, ":2: "), ({"question": None, "answer": "#### 1"}, ":2: "),
+    ({"question": "Q", "answer": "word " * 30}, ":2: .*####"),
+    ({"question": None, "answer": "#### 1"}, ":2: "),
     ({"problem": "P", "solution": "no box"}, ":2: "),
     ({"Body": 1, "Question": "Q", "Answer": 1}, ":2: "),
     ({"text": "T", "code": "", "test_list": []}, ":2: "),
     ({"question": "Q", "answer": "#### "}, ":2: "),
     ({"prompt": "P", "domain": "d", "check": {"kind": "vibes"}}, ":2: "),
     ({"prompt": "P", "domain": "d", "check": 3}, ":2: "),
+    ({"prompt": "P", "domain": "d", "check": {"kind": "math", "answer": " "}}, ":2: .*empty"),
+    ({"prompt": "P", "domain": "d", "check": {"kind": "math", "answer": 3}}, ":2: .*got int"),
+    ({"prompt": "P", "domain": "d", "check": {"kind": "code", "language": "python", "tests": ""}},
+     ":2: .*tests must not be empty"),
+    ({"prompt": 3, "domain": "d", "check": {"kind": "math", "answer": "3"}}, ":2: "),
+    ({"prompt": [{"role": "user", "content": 3}], "domain": "d",
+      "check": {"kind": "math", "answer": "3"}}, ":2: .*content"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}], "domain": "d",
+      "check": {"kind": "math", "answer": "3"}}, ":2: .*image"),
+    ({"prompt": "P", "ability": "code", "reward_model": {"ground_truth": "{}"}}, ":2: .*ability"),
     ({"prompt": "P", "instruction_id_list": ["a"], "kwargs": []}, ":2: "),
     ({"Body": "B", "Question": "Q", "Answer": float("inf")}, ":2: ")])
 def test_bad_rows_name_file_and_line(tmp_path, bad, message):
@@ -95,3 +106,72 @@ def test_empty_or_missing_file(tmp_path):
         load_file(write(tmp_path, ""))
     with pytest.raises(InputError):
         load_file(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("1/2", "1/2"), (18, "18"), (27.0, "27"), (0.5, "0.5"), (["2"], "2"), ([3.0], "3"),
+    (None, None), ([], None), (["2", "3"], None), ({"value": 2}, None), (True, None),
+    ([None], None), (float("nan"), None), ("", None)])
+@pytest.mark.parametrize("columns", ["question", "problem", "prompt", "Body", "verl"])
+def test_golds_are_texts_or_refused(tmp_path, answer, gold, columns):
+    """A gold is never the Python spelling of something else, in any shape of row."""
+    row = {columns: "Q?", "answer": answer}
+    if columns == "Body":
+        row = {"Body": "B.", "Question": "Q?", "Answer": answer}
+    if columns == "verl":
+        row = {"prompt": [{"role": "user", "content": "Q?"}], "ability": "MATH",
+               "reward_model": {"style": "rule", "ground_truth": answer}}
+    path = write(tmp_path, row)
+    if gold is None:
+        with pytest.raises(InputError, match=":1: "):
+            load_file(path)
+    else:
+        assert load_file(path)[0]["check"] == {"kind": "math", "answer": gold}
+
+
+def test_final_answers(tmp_path):
+    """A worked solution states its answer; a short text is one."""
+    solution = "Work it out.\nTherefore, the answer is: 180."
+    rows = [{"problem": "P", "solution": solution}, {"prompt": "P", "answer": solution},
+            {"question": "P", "answer": solution}, {"question": "P", "answer": "180"},
+            {"question": "P", "answer": "90 * 2\n#### 180"},
+            {"problem": "P", "solution": "So \\boxed{180}.", "answer": None}]
+    assert [q["check"]["answer"].strip() for q in load_file(write(tmp_path, *rows))] == ["180"] * 6
+
+
+def test_arrays_and_byte_order_marks(tmp_path):
+    """Both are read as JSONL is; what is broken in an array is named as in any other file."""
+    rows = [{"question": "Q?", "answer": "#### 1"}, {"question": "R?", "answer": "#### 2"}]
+    queries = load_file(write(tmp_path, *rows))
+    path = tmp_path / "rows.json"
+    for text in (json.dumps(rows), json.dumps(rows, indent=2)):
+        for encoding in ("utf-8", "utf-8-sig"):
+            path.write_text(text, encoding)
+            assert load_file(path) == queries
+    lines = write(tmp_path, *rows)
+    lines.write_text(lines.read_text("utf-8"), "utf-8-sig")
+    assert load_file(lines) == queries
+    for text, message in (("[1]", ":1: "), (json.dumps(rows)[:-3], ":1: "), ("[]", "no rows"),
+                          (json.dumps([rows[0], {"a": 1}]), ":2: unknown columns a")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_file(path)
+
+
+def test_prompts_of_messages(tmp_path):
+    """Parts of text become a text, and the item that contamination is measured on is a text."""
+    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "it."}]
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": [system, {"role": "user", "content": parts}], "domain": "d",
+           "check": {"kind": "math", "answer": "5"}}
+    (query,) = load_file(write(tmp_path, row))
+    assert query["prompt"] == [system, {"role": "user", "content": "Name it."}]
+    assert query["item"] == "Name it."
+
+
+def test_mbpp_plus_keeps_its_tests(tmp_path):
+    row = {"prompt": "Square.", "code": "x", "test_list": ["assert f(2) == 4"], "test_imports": [],
+           "test": "assert f(3) == 9"}
+    (query,) = load_file(write(tmp_path, row))
+    assert query["check"]["tests"] == "assert f(2) == 4\nassert f(3) == 9\n"
+    assert query["solution"] == "x"

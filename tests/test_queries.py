@@ -9,7 +9,8 @@ import pytest
 from helpers import refuses
 
 import tasks.queries
-from tasks.queries import DOMAINS, SPLITS, builtin, distinct, extract_code, score, score_many
+from tasks.code_blocks import extract_code
+from tasks.queries import DOMAINS, SPLITS, builtin, distinct, score, score_many
 
 N = 600
 
@@ -106,6 +107,19 @@ def test_the_two_instruction_checks():
     check = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["sea"]}]}
     for kind, worth in (("rules", 0), ("ifeval", 1)):
         assert score({"prompt": "p", "check": {"kind": kind, **check}}, "The seas.") == worth
+
+
+def test_checks_of_messages():
+    """A prompt of messages is scored as a text is, and no message said back earns anything."""
+    prompt = [{"role": "system", "content": "Be brief."},
+              {"role": "user", "content": "Name a sea."}]
+    check = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["sea"]}]}
+    for kind in ("ifeval", "rules"):
+        query = {"prompt": prompt, "domain": "instruction", "check": {"kind": kind, **check}}
+        responses = ["A sea.", "No.", "Name a sea.", ""]
+        assert [score(query, response) for response in responses] == [1, 0, 0, 0]
+    math = {"prompt": prompt, "domain": "mathematics", "check": {"kind": "math", "answer": "5"}}
+    assert tasks.queries.few_shot(math, 0) == "Question: Be brief.\nName a sea.\nAnswer:"
 
 
 # The demo's published numbers come from these: a change of any draw changes all of them.

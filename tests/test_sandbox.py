@@ -717,6 +717,65 @@ def test_early_exits_score_zero(language, folder):
     assert_nothing_left(folder)
 
 
+BASH_LISTS = [  # tests that f passes if it squares, and that it fails if it doubles
+    "[ $(f 3) = 9 ] && echo ok", "[ $(f 3) = 9 ] && [ $(f 4) = 16 ]", "[ $(f 3) = 9 ] && true",
+    "test $(f 3) -eq 9 && test $(f 4) -eq 16 && echo passed\necho done", "! [ $(f 3) = 6 ]",
+    "! [[ $(f 3) = 6 ]]\necho done", "! f 3 | grep -q 6", "f 3 | grep -q 9 && echo ok",
+    "[[ $(f 3) == 9 ]] && [[ $(f 4) == 16 ]] # both\n[ $(f 2) = 4 ]", "! diff <(f 3) <(echo 6)",
+    "[ $(f 3) = 9 ] &&\n  [ $(f 4) = 16 ]", "[ $(f 3) = 9 ] \\\n  && [ $(f 4) = 16 ]",
+    "for i in 3 4; do\n  [ $(f $i) = $((i * i)) ] && echo $i\ndone", "[ $(f 3) = 6 ] && exit 1",
+    "if [ $(f 3) = 9 ] && [ $(f 4) = 16 ]; then\n  echo ok\nelse\n  exit 1\nfi",
+    "t() {\n  [ -z \"$1\" ] && return 0\n  [ $(f 3) = 9 ]\n}\nt 1",
+    "x=0\n[ -n \"$y\" ] && x=1\n[ $(f 3) = 9 ]", "[ $(f 3) = 9 ] || exit 1",
+    "[ $(f 3) = 6 ] && { echo no; exit 1; }\ntrue", "if [ $(f 3) = 6 ]; then\n  exit 1\nelse\n"
+    "  # no && test\n  true\nfi", "case $(f 3) in\n  9) true && echo ok ;;\n  *) false ;;\nesac",
+    "[ $(f 3) = 9 ] || [ $(f 3) = 8 ]", "for i in 1 3; do\n  [ $i = 1 ] && continue\n"
+    "  [ $(f $i) = $((i * i)) ]\ndone"]
+
+
+def test_bash_lists_decide():
+    """`set -e` exempts lists and negations. In tests they count, and an action is none."""
+    code, _ = sandbox.SAMPLES["bash"]
+    for program, passed in ((code, True), (code.replace("*", "+"), False)):
+        results = sandbox.run_many([{"code": program, "language": "bash", "tests": tests}
+                                    for tests in BASH_LISTS])
+        wrong = [tests for tests, r in zip(BASH_LISTS, results, strict=True) if r.passed != passed]
+        assert not wrong, (passed, wrong)
+    assert not sandbox.run("#", "bash", "! [ $(f 3) = 6 ]").passed  # there is no f
+
+
+DEVICES = [  # code and tests that need /dev/fd, /dev/stdin, /dev/stderr, /dev/shm
+    ("bash", "f() { echo 9; }", "diff <(f 3) <(echo 9)"),
+    ("bash", "f() { mapfile -t a < <(printf '%s\\n' \"$@\" | sort -n); echo ${a[0]}; }",
+     "[ $(f 3 2) = 2 ]"),
+    ("bash", "f() { cat /dev/stdin; }", "[ $(echo 9 | f) = 9 ]"),
+    ("bash", "f() { echo x > /dev/stderr; echo 9 > /dev/stdout; }", "[ $(f) = 9 ]"),
+    ("python", "import multiprocessing\n\n\ndef g(x):\n    return x * x\n\n\ndef f(x):\n"
+     "    with multiprocessing.Pool(2) as pool:\n        return pool.map(g, [x])[0]",
+     "assert f(3) == 9"),
+    ("python", "from multiprocessing.pool import ThreadPool\n\n\ndef f(x):\n    with ThreadPool(2)"
+     " as pool:\n        return sum(pool.map(lambda y: y * x, [x]))", "assert f(3) == 9"),
+    ("python", "from multiprocessing.shared_memory import SharedMemory\n\n\ndef f(x):\n"
+     "    m = SharedMemory(create=True, size=9)\n    m.buf[0] = x * x\n    y = m.buf[0]\n"
+     "    m.close()\n    m.unlink()\n    return y", "assert f(3) == 9")]
+
+
+@pytest.mark.parametrize("language, code, tests", DEVICES)
+def test_devices(language, code, tests, isolation):
+    r = sandbox.run(code, language, tests, timeout=20.0)
+    assert r.passed, r
+
+
+def test_numpy_is_there_for_the_tests_only(isolation):
+    """HumanEval+ imports it. The code that is tested has no library but Python's."""
+    tests = "import numpy as np\nassert np.allclose([f(3)], [9.0])"
+    assert sandbox.run(GOOD, tests=tests, timeout=20.0).passed
+    r = sandbox.run(WRONG, tests=tests, timeout=20.0)
+    assert (r.passed, r.stage) == (False, "tests") and "AssertionError" in r.reason
+    r = sandbox.run(f"import numpy\n{GOOD}", tests=tests, timeout=20.0)
+    assert (r.passed, r.stage) == (False, "run") and "No module named 'numpy'" in r.reason
+
+
 FOREIGN = {
     "bash bomb": ("bash", ":(){ :|:& };:\nsleep 99"),
     "bash daemon": ("bash", "(setsid sleep 99 &)\nsleep 99"),

@@ -1,5 +1,6 @@
 """python -m tasks: conversations for SFT whose answers passed their checks."""
 import json
+from types import SimpleNamespace
 
 from helpers import letter_queries, refuses, stage_args, teach_letters
 
@@ -32,3 +33,16 @@ def test_rejection_sampling_keeps_what_passes(tokenizer, tmp_path):
     values["queries"] = letter_queries(tmp_path / "never.jsonl", "never said")
     refuses(lambda: program.rejection(stage_args(program, out=str(path), **values)), "passes")
     assert not path.exists()
+
+
+def test_rejection_sampling_of_messages(monkeypatch):
+    """The conversation continues the messages; equal responses to one prompt are there once."""
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"}]
+    query = {"prompt": prompt, "domain": "mathematics", "check": {"kind": "math", "answer": "5"}}
+    answers = [SimpleNamespace(query=query, text=text, score=score, ids=[number])
+               for number, (text, score) in enumerate(
+                   [("5.", 1.0), ("6.", 0.0), ("5.", 1.0), ("Five.", 1.0)])]
+    monkeypatch.setattr(program, "rollout", lambda *args, **kwargs: [answers])
+    rows = program.rejection_sample(None, None, [query], 4, 8, 0)
+    assert rows == [{"messages": [*prompt, {"role": "assistant", "content": text}]}
+                    for text in ("5.", "Five.")]

@@ -48,7 +48,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tasks.sandbox.isolation import DISK, find_launcher, seccomp_filter, visible_files
+from tasks.sandbox.isolation import DISK, PACKAGES, find_launcher, seccomp_filter, visible_files
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
 __all__ = ["LANGUAGES", "REQUIRED", "SAMPLES", "Result", "languages", "run", "run_many"]
@@ -60,7 +60,7 @@ COMPILER_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 2
 SHOWN = 10_000  # bytes of stdout and of stderr kept in a Result
 REQUIRED = ("pids", "network", "files", "no new privileges", "limits")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 COMPILE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that compile() raises
 
 
@@ -235,7 +235,7 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
         "file": row.file, "source": source, "commands": find_commands(language),
         "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests, "key": key_a.encode(),
         "check_limits": check_limits, "run_limits": run_limits, "path": view.path,
-        "private_root": launcher.private_root, "disk": DISK,
+        "packages": PACKAGES, "private_root": launcher.private_root, "disk": DISK,
         "directories": view.directories, "bound": view.bound,
         "filter": seccomp_filter("pids" in launcher.layers),
         "layers": ["session", "environment", "directory", *launcher.layers],

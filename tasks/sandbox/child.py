@@ -92,6 +92,8 @@ def enter_private_root(call, root, job):
         mount(None, target, None, read_only)  # binding ignores these flags; a remount does not
     # subset=pid: no /proc/sys, where the machine's root may write even without any capability.
     call("mount", b"proc", root.encode() + b"/proc", b"proc", 14, b"subset=pid")
+    for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+        posix.symlink(f"/proc/self/fd{target}", f"{root}/dev/{name}")
     posix.chdir(root)
     if not (call("pivot_root", b".", b".") and call("umount2", b".", 2)):
         raise OSError("cannot leave the old root")
@@ -228,6 +230,7 @@ def run_python(job, link):
             names.clear()
             names.update(original_builtins)
             vars(module).update(__builtins__=builtins, __guard__=guard)
+            sys.path.append(job["packages"])
             exec(tests, vars(module))
         write(link, job["key"] + read_exactly(link, 32) + b"\n")
         leave(0)  # at once: no atexit handlers, no waiting for threads

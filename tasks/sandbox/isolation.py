@@ -6,6 +6,7 @@ All of it is used wherever the system has it. Namespaces and private files cost 
 import errno
 import functools
 import glob
+import importlib.util
 import os
 import py_compile
 import shutil
@@ -24,6 +25,11 @@ NO_JOB = 3  # the exit status of a child whose socket is empty; child.py has it 
 # -s -S: no site-packages, which halves the start-up time. -B: write no bytecode.
 # -u: what was printed survives a kill.
 PYTHON = [getattr(sys, "_base_executable", None) or sys.executable, "-s", "-S", "-B", "-u"]
+
+# The tests of HumanEval+ and MBPP+ import numpy, so these folders are visible. The code that is
+# tested cannot import it: only for the tests is their parent on sys.path.
+PACKAGES = os.path.dirname(os.path.dirname(importlib.util.find_spec("numpy").origin))
+NUMPY = [f"{PACKAGES}/numpy", f"{PACKAGES}/numpy.libs"]
 
 
 class View(NamedTuple):
@@ -48,9 +54,10 @@ def visible_files() -> View:
         for folder in (os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))):
             parent = os.path.dirname(folder)
             wanted.append(folder if parent in private else parent)
+    wanted += NUMPY
     wanted.sort(key=len)  # parents first
     wanted += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
-    directories = ["/tmp", "/proc", "/dev"]
+    directories = ["/tmp", "/proc", "/dev", "/dev/shm"]
     bound = []
     for path in filter(os.path.exists, wanted):
         parents = [path[:i] for i in range(1, len(path)) if path[i] == "/"]

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -20,14 +21,36 @@ class Language:
     after: str = ""  # prints KEY_A, then KEY_B, in two pieces: printing this text is no pass
     main: str = "$^"  # pattern of a main() that `after` replaces by its own and calls ...
     renamed_main: str = ""  # ... by this name
+    rewrite_tests: Callable[[str], str] = str  # the default leaves them as they are
     check_seconds: float = 10.0  # added to the time limit for the check
     # Runtimes that reserve gigabytes of addresses get RLIMIT_DATA, which counts writable memory.
     memory_limit: str = "RLIMIT_DATA"
 
     def program(self, code: str, tests: str, key_a: str, key_b: str) -> str:
         """Return the text of the whole program, which prints both keys if it reaches its end."""
-        text = re.sub(self.main, self.renamed_main, self.before + code + self.between + tests)
+        text = self.before + code + self.between + self.rewrite_tests(tests)
+        text = re.sub(self.main, self.renamed_main, text)
         return text + self.after.replace("KEY_A", key_a).replace("KEY_B", key_b)
+
+
+# Lines of bash whose failure `set -e` ignores: "! ..." and lists that end in a test or a message.
+BASH_EXEMPT = re.compile(
+    r"^\s*!\s|[&|]\s*(?:[!\[{]|\(\(|(?:test|true|echo|printf|grep|diff|cmp)\b)[^&|]*$")
+# Lines with another meaning: "[ a ] && exit 1", comments, and lines that the next one continues.
+BASH_OTHER = re.compile(r"\bexit\b|^\s*#|(?:\b(?:then|do)|;;|[{(\\|&])\s*$")
+
+
+def check_lists(tests: str) -> str:
+    """Return bash tests in which `[ a ] && echo ok` and `! [ a ]` end the program if they fail."""
+    joined = re.sub(r"\\\n[ \t]*(?=&&)|(?<=&&)[ \t]*\n[ \t]*", " ", tests)
+    lines = []
+    for line in joined.split("\n"):
+        lines.append(line)
+        if BASH_EXEMPT.search(line) and not BASH_OTHER.search(line):
+            lines.append("[ $? = 0 ]")
+    if any(line.lstrip().startswith("! ") for line in lines):  # a missing function satisfies none
+        lines.insert(0, "command_not_found_handle() { builtin kill -9 $$; }")
+    return "\n".join(lines)
 
 
 # The code may have turned assert into a macro that does nothing.
@@ -116,7 +139,8 @@ LANGUAGES = {
         main=r"\bfunc\s+main\s*\(\s*\)", renamed_main="func testedMain()"),
     "bash": Language(
         "main.sh", check="bash -n main.sh", run="bash main.sh", install="apt-get install bash",
-        between=BASH_BETWEEN, after="\nprintf '%s%s\\n' KEY_A KEY_B\n", memory_limit="RLIMIT_AS"),
+        between=BASH_BETWEEN, after="\nprintf '%s%s\\n' KEY_A KEY_B\n",
+        rewrite_tests=check_lists, memory_limit="RLIMIT_AS"),
     "perl": Language(
         "main.pl", check="perl -c main.pl", run="perl main.pl", install="apt-get install perl",
         between="\n;\n", after="\n;print STDOUT 'KEY_A', 'KEY_B', \"\\n\";\n",
