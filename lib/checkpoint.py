@@ -36,13 +36,16 @@ def load_model(Model, Config, path: str | Path, dtype, device):
         what = "is missing" if name in expected else "does not belong to this architecture"
         raise InputError(f"{path}: weight {name} {what}")
     for name, tensor in weights.items():
-        require(tensor.is_floating_point(),
-                f"{path}: weight {name} is {tensor.dtype}, not a floating-point type")
+        where = f"{path}: weight {name}"
+        require(tensor.is_floating_point(), f"{where} is {tensor.dtype}, not a floating-point type")
         found = tuple(tensor.shape)
         shape = tuple(expected[name].shape)
-        require(found == shape,
-                f"{path}: weight {name} has shape {found}, but config.json implies {shape}")
-    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+        require(found == shape, f"{where} has shape {found}, but config.json implies {shape}")
+        tensor = tensor.to(device=device, dtype=dtype)
+        lowest, highest = tensor.aminmax()  # 20 times as fast as isfinite().all(); NaN is kept
+        require(math.isfinite(lowest) and math.isfinite(highest),
+                f"{where} holds NaN or infinity (in {dtype})")
+        weights[name] = tensor
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_()
 
@@ -61,12 +64,11 @@ def save_model(model, path: str | Path) -> None:
 # What other architectures say in config.json, with the values that Qwen2 has. Other keys are
 # ignored: transformers writes many that the forward pass does not read.
 ONLY = {
-    "hidden_act": ("silu",), "use_sliding_window": (False, None), "is_causal": (True, None),
-    "qkv_bias": (True, None), "attention_bias": (True, None), "mlp_bias": (False, None),
-    "qk_norm": (False, None), "use_qk_norm": (False, None), "use_mrope": (False, None),
-    "partial_rotary_factor": (1.0, None), "attention_dropout": (0.0, None),
-    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-    "quantization_config": (None,),
+    "hidden_act": ("silu",), "is_causal": (True, None), "qkv_bias": (True, None),
+    "attention_bias": (True, None), "mlp_bias": (False, None), "qk_norm": (False, None),
+    "use_qk_norm": (False, None), "use_mrope": (False, None),
+    "partial_rotary_factor": (1.0, None), "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,), "quantization_config": (None,),
 }
 ONLY_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None,
              "mscale": None, "mscale_all_dim": None}
@@ -98,6 +100,7 @@ def read_config(path: str | Path, Config):
         values |= long_context(raw)
         check_values(values, Config, raw["model_type"] == "qwen2_moe")
         config = Config(**values)
+        check_window(raw, config.max_position_embeddings)
         head_dim = raw.get("head_dim")
         require(head_dim in (None, config.head_dim),
                 f"head_dim is {head_dim}, but Qwen2 has hidden_size / num_attention_heads")
@@ -113,9 +116,22 @@ def check_architecture(raw: dict) -> None:
     for name, allowed in ONLY.items():
         value = raw.get(name, allowed[0])
         require(value in allowed, f"{name} is {value!r}, but Qwen2 has only {allowed[0]!r}")
+    for name, value in raw.items():
+        require("dropout" not in name or value in (0.0, None), f"{name} is {value!r}, but Qwen2 "
+                "trains without dropout")
+
+
+def check_window(raw: dict, n_positions: int) -> None:
+    """Refuse a sliding window, unless it is switched off or as long as the longest text."""
+    allowed = {"full_attention"}
+    if raw.get("use_sliding_window"):
+        window = raw.get("sliding_window", 0)
+        require(window is None or window >= n_positions, "use_sliding_window is not supported "
+                f"with a sliding_window ({window}) below the {n_positions} positions")
+        allowed.add("sliding_attention")
     for layer_type in raw.get("layer_types") or ():
-        require(layer_type == "full_attention", f"layer_types has {layer_type!r}, but Qwen2 has "
-                "only full_attention")
+        require(layer_type in allowed, f"layer_types has {layer_type!r}, but Qwen2 has only "
+                "full_attention")
 
 
 def check_values(values: dict, Config, is_moe: bool) -> None:
@@ -216,16 +232,29 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
     weights = {}
     for file in weight_files(Path(path)):
         try:
-            weights |= load_file(file)
+            tensors = load_file(file)
         except SafetensorError as error:
             raise InputError(f"{file}: not a safetensors file ({error})") from None
-    # Checked here, before a model with a billion layers is built.
-    for name in ("num_hidden_layers", "num_experts"):
-        require(getattr(config, name) <= len(weights), f"{path}: config.json has {name} "
-                f"{getattr(config, name)}, but there are only {len(weights)} tensors")
+        for name, tensor in tensors.items():
+            # torch.compile and DistributedDataParallel put their names before those of the model.
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            require(name not in weights, f"{file}: a second weight {name}")
+            if ".rotary_emb." not in name:  # buffers of old checkpoints, computed anew here
+                weights[name] = tensor
+    check_size(config, len(weights), path)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    return fuse_experts(weights, config)
+    return fuse_experts(weights, config, path)
+
+
+def check_size(config, n_tensors: int, path) -> None:
+    """Refuse a config.json with more layers or experts than the files hold, before it is built."""
+    layers = config.num_hidden_layers
+    require(9 * layers <= n_tensors,  # seven of attention, two norms
+            f"{path}: config.json has {layers} layers, but there are only {n_tensors} tensors")
+    sparse = sum(config.is_sparse(layer) for layer in range(layers))
+    require(3 * sparse * config.num_experts <= n_tensors, f"{path}: config.json has {sparse} "
+            f"layers of {config.num_experts} experts, but there are only {n_tensors} tensors")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -300,27 +329,23 @@ def split_experts(weights: dict, config) -> dict:
     return out
 
 
-def fuse_experts(weights: dict, config) -> dict:
-    """Stack the experts: the inverse of `split_experts`. If one is missing, they are left as they
-    are, and the check of names will say which."""
+def fuse_experts(weights: dict, config, path) -> dict:
+    """Stack the experts: the inverse of `split_experts`."""
     for layer in range(config.num_hidden_layers):
         if not config.is_sparse(layer):
             continue
-        mlp = f"model.layers.{layer}.mlp"
-        if not config.shared_expert_intermediate_size:
-            weights.pop(f"{mlp}.shared_expert_gate.weight", None)
-            for part in ("gate", "up", "down"):
-                name = f"{mlp}.shared_expert.{part}_proj.weight"
-                if name in weights and weights[name].numel() == 0:
-                    del weights[name]
-        names = {}
+        experts = f"model.layers.{layer}.mlp.experts"
+        stacked = {}
         for part in ("gate", "up", "down"):
-            names[part] = [f"{mlp}.experts.{e}.{part}_proj.weight"
-                           for e in range(config.num_experts)]
-        if all(name in weights for part in names.values() for name in part):
-            gate = torch.stack([weights.pop(name) for name in names["gate"]])
-            up = torch.stack([weights.pop(name) for name in names["up"]])
-            weights[f"{mlp}.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
-            down = torch.stack([weights.pop(name) for name in names["down"]])
-            weights[f"{mlp}.experts.down_proj"] = down
+            names = [f"{experts}.{e}.{part}_proj.weight" for e in range(config.num_experts)]
+            for name in names:
+                require(name in weights, f"{path}: weight {name} is missing")
+            tensors = [weights.pop(name) for name in names]
+            shapes = {tuple(tensor.shape) for tensor in tensors}
+            require(len(shapes) == 1, f"{path}: {experts} have several shapes {sorted(shapes)}")
+            stacked[part] = torch.stack(tensors)
+        require(stacked["gate"].shape == stacked["up"].shape,
+                f"{path}: {experts} have several shapes")
+        weights[f"{experts}.gate_up_proj"] = torch.cat((stacked["gate"], stacked["up"]), dim=1)
+        weights[f"{experts}.down_proj"] = stacked["down"]
     return weights

@@ -20,7 +20,7 @@ def open_text(path: str | Path):
     require(path.is_file(), f"{path}: no such file")
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        return open_file(path, "rt", encoding="utf-8")
+        return open_file(path, "rt", encoding="utf-8-sig")  # with or without a byte-order mark
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 

@@ -582,6 +582,34 @@ BROKEN = {
     "no local_size": (lambda p: edit_config(p, dual_chunk_attention_config={"chunk_size": 64}),
                       "without local_size"),
     "sliding window": (lambda p: edit_config(p, use_sliding_window=True), "sliding"),
+    "window of 127": (lambda p: edit_config(p, use_sliding_window=True, sliding_window=127),
+                      r"sliding_window \(127\) below the 128 positions"),
+    "window under YaRN": (lambda p: edit_config(
+        p, use_sliding_window=True, sliding_window=128, rope_scaling={
+            "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}),
+        r"sliding_window \(128\) below the 256 positions"),
+    "layers with a window": (lambda p: edit_config(p, layer_types=["sliding_attention"] * 3),
+                             "layer_types has 'sliding_attention'"),
+    "attention dropout": (lambda p: edit_config(p, attention_dropout=0.1),
+                          "attention_dropout is 0.1"),
+    "other dropout": (lambda p: edit_config(p, resid_dropout=0.2), "resid_dropout is 0.2"),
+    "NaN": (lambda p: edit_weights(p, **{"model.norm.weight": torch.tensor(
+        [1.0] * 31 + [math.nan])}), "weight model.norm.weight holds NaN or infinity"),
+    "-infinity": (lambda p: edit_weights(p, **{"model.layers.2.mlp.gate.weight": torch.full(
+        (6, 32), -math.inf)}), "weight model.layers.2.mlp.gate.weight holds NaN"),
+    "too large for float32": (lambda p: edit_weights(p, **{"model.norm.weight": torch.full(
+        (32,), 1e300, dtype=torch.float64)}), "model.norm.weight holds NaN or infinity"),
+    "two names": (lambda p: edit_weights(p, **{"_orig_mod.model.norm.weight": torch.ones(32)}),
+                  "a second weight model.norm.weight"),
+    "more layers than tensors": (lambda p: edit_config(p, num_hidden_layers=20),
+                                 "20 layers, but there are only 99 tensors"),
+    "more experts than tensors": (lambda p: edit_config(p, num_experts=20_000),
+                                  "3 layers of 20000 experts"),
+    "experts of two shapes": (lambda p: edit_weights(p, **{
+        "model.layers.1.mlp.experts.3.up_proj.weight": torch.ones(20, 31)}), "several shapes"),
+    "up is not gate": (lambda p: edit_weights(p, **{
+        f"model.layers.1.mlp.experts.{e}.up_proj.weight": torch.ones(20, 31) for e in range(6)}),
+        "several shapes"),
     "heads": (lambda p: edit_config(p, num_key_value_heads=3), "4 query heads"),
     "no hidden_size": (lambda p: edit_config(p, hidden_size=None), "no hidden_size"),
     "no experts": (lambda p: edit_config(p, num_experts=0), "num_experts"),
@@ -607,6 +635,50 @@ def test_a_broken_directory_is_refused_in_one_line(spoil, message, tmp_path):
         Qwen2.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
     assert tmp_path.name in str(error.value) or message == "4 query heads"
+
+
+def rename_weights(path, prefix):
+    weights = load_file(path / "model.safetensors")
+    save_file({prefix + name: w for name, w in weights.items()}, path / "model.safetensors")
+
+
+HARMLESS = {
+    "inv_freq": lambda p: edit_weights(p, **{
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}),
+    "torch.compile": lambda p: rename_weights(p, "_orig_mod."),
+    "DistributedDataParallel": lambda p: rename_weights(p, "module."),
+    "both": lambda p: rename_weights(p, "module._orig_mod."),
+    "window as long as the texts": lambda p: edit_config(
+        p, use_sliding_window=True, sliding_window=128, layer_types=["sliding_attention"] * 3),
+    "window of null": lambda p: edit_config(p, use_sliding_window=True, sliding_window=None),
+    "window switched off": lambda p: edit_config(p, use_sliding_window=False, sliding_window=4),
+    "dropout of 0": lambda p: edit_config(p, attention_dropout=0, hidden_dropout=0.0,
+                                          classifier_dropout=None),
+    "byte-order mark": lambda p: (p / "config.json").write_text(
+        (p / "config.json").read_text("utf-8"), "utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_changes_nothing_is_accepted(change, tmp_path):
+    model = build(SPARSE)
+    model.save_pretrained(tmp_path)
+    change(tmp_path)
+    again = Qwen2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_an_impossible_size_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    """20,000 layers of 20,000 experts, and a file of 20,000 empty tensors: they would be 1.2
+    billion names."""
+    build(SPARSE).save_pretrained(tmp_path)
+    save_file({f"t{i}": torch.empty(0) for i in range(20_000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(M, "Block", None)
+    for layers in (20_000, 2_000):
+        edit_config(tmp_path, num_hidden_layers=layers, num_experts=20_000)
+        with pytest.raises(InputError, match=f"{layers} layers.* only 20000 tensors"):
+            Qwen2.from_pretrained(tmp_path)
 
 
 def test_something_that_is_no_directory_is_refused(tmp_path):
