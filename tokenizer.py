@@ -39,9 +39,8 @@ import regex  # `re` has no \p{L}; tiktoken depends on it already
 from lib import tokenizer_files
 from lib.args import InputError, exit_on_input_error, require
 from lib.files import read_jsonl
+from lib.tokenizer_files import CHAT_TEMPLATE, PATTERN, ChatLayout
 
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 # In the order of their ids. Hugging Face (HF) hides only the first 14 in decoded text: tool calls
 # and code-infilling marks are part of an answer.
 CONTROL_TOKENS = (
@@ -210,11 +209,31 @@ def called_function(call):
     return call.get("function", call) if isinstance(call, dict) else call
 
 
-def chat_segments(messages: list[dict], add_generation_prompt: bool, tools: list | None):
-    """Yield a conversation in Qwen2.5's ChatML as Segments."""
+def parse_tools(tools) -> list[dict]:
+    """Return the tools of a conversation, which some data sets store as JSON text."""
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"tools is not JSON ({error})") from None
+    tools = tools or []
+    are_objects = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    require(are_objects, "tools must be a list of objects, or the JSON text of one")
+    return tools
+
+
+def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layout: ChatLayout):
+    """Yield a conversation in ChatML, as Qwen2.5's chat template writes it, as Segments."""
     check_messages(messages)
-    yield from system_turn(messages[0], tools)
+    tools = parse_tools(tools)
     roles = [message["role"] for message in messages]
+    if not layout.has_tools:
+        calls = [message for message in messages if message.get("tool_calls")]
+        require(not tools and not calls and "tool" not in roles,
+                "the model's chat template has no place for tools, their calls and results")
+    system = messages[0]["content"] if roles[0] == "system" else layout.default_system
+    if system is not None:
+        yield from system_turn(system, tools)
     for i, message in enumerate(messages):
         if roles[i] == "system" and i == 0:
             continue                                  # system_turn has it
@@ -232,10 +251,10 @@ def chat_segments(messages: list[dict], add_generation_prompt: bool, tools: list
         yield Segment("<|im_start|>assistant\n", template=True)
 
 
-def system_turn(first: dict, tools: list | None):
-    """Yield the turn before all others: the first message or the default text, then the tools."""
+def system_turn(system: str, tools: list[dict]):
+    """Yield the turn before all others: the system prompt, then the tools."""
     yield Segment("<|im_start|>system\n", template=True)
-    yield Segment(first["content"] if first["role"] == "system" else DEFAULT_SYSTEM)
+    yield Segment(system)
     if tools:
         yield Segment(TOOLS_HEAD, template=True)
         for tool in tools:
@@ -272,6 +291,13 @@ def assistant_turn(message: dict):
     yield Segment("\n", template=True)
 
 
+def any_of(names) -> re.Pattern:
+    """Return a pattern for any of these texts, the longest that fits. `split` gives every second
+    piece to it."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if names else "((?!))")
+
+
 class Tokenizer:
     """`n_vocab`: how many ids exist. `special`: control token -> id. `eos_id` <|endoftext|> ends a
     document, `im_end_id` a turn; either ends a generation (`stop_ids`). `pad_id` is neither, but
@@ -279,10 +305,12 @@ class Tokenizer:
 
     def __init__(self, tokens: dict[bytes, int], special: dict[str, int] | None = None,
                  merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
-                 hidden=frozenset(CONTROL_TOKENS[:14])):
+                 hidden=frozenset(CONTROL_TOKENS[:14]), normalized=frozenset(),
+                 chat_template: str = CHAT_TEMPLATE):
         """tokens: regular token -> id. Without `special`, Qwen2.5's 22 control tokens follow them.
         Without `merges`, any two neighbours that together are a token may merge, as in tiktoken.
-        hidden: what skip_special_tokens hides. InputError if the parts make no tokenizer."""
+        hidden: what skip_special_tokens hides. normalized: the special tokens that are looked for
+        after NFC, not before. InputError if the parts make no tokenizer."""
         if special is None:
             special = {name: len(tokens) + i for i, name in enumerate(CONTROL_TOKENS)}
         self.special = special
@@ -292,6 +320,9 @@ class Tokenizer:
         self.pattern = pattern
         self.nfc = nfc
         self.hidden = hidden
+        self.normalized = normalized
+        self.chat_template = chat_template
+        self._layout = tokenizer_files.chat_layout(chat_template, DEFAULT_SYSTEM)
 
         token_of = {i: token for token, i in tokens.items()}
         token_of |= {i: name.encode() for name, i in special.items()}
@@ -304,10 +335,17 @@ class Tokenizer:
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
         self.stop_ids = (self.im_end_id, self.eos_id)
-        highest = max(i for i in special.values() if i not in self.stop_ids)
+        # Words that a fine-tune added to the vocabulary are in `special` too, but control nothing.
+        words = {name for name in special.keys() - hidden - set(CONTROL_TOKENS)
+                 if not name.startswith(("<", "["))}
+        control = special.keys() - words
+        highest = max(special[name] for name in control if special[name] not in self.stop_ids)
         self.pad_id = special.get("<|fim_pad|>", highest)
-        longest_first = sorted(special, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._control = any_of(control)
+        self._words = any_of(words) if words else None
+        # [allow_special]: what `encode` looks for before NFC, and after it
+        self._before_nfc = [any_of(words - normalized), any_of(special.keys() - normalized)]
+        self._after_nfc = [any_of(words & normalized), any_of(special.keys() & normalized)]
         self._bpe = tokenizer_files.tiktoken_encoding(tokens, merges, pattern, self.n_vocab)
 
     def padded_vocab_size(self, multiple: int = 128) -> int:
@@ -340,28 +378,22 @@ class Tokenizer:
         path = Path(path)
         source = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else path
         try:
-            if source.is_dir():
-                return cls(**tokenizer_files.read_vocab_and_merges(source, CONTROL_TOKENS))
-            if source == path:
-                return cls(**tokenizer_files.read_ranks(path))
-            return cls(**tokenizer_files.read_tokenizer_json(source, CONTROL_TOKENS))
+            if path.is_dir():
+                return cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
+            return cls(**tokenizer_files.read_ranks(path))
         except InputError as error:
             where = "" if str(path) in str(error) else f"{source}: "
             raise InputError(f"{where}{error}") from None
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(f"{source}: not a byte-level BPE tokenizer ({error!r})") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files that transformers and vLLM read, each atomically."""
         if self.merges is None:
             self.merges = tokenizer_files.merges_from_ranks(self.tokens)
-        # transformers' Qwen2Tokenizer builds Qwen's pipeline whatever tokenizer.json says.
-        is_qwen = self.pattern == PATTERN and self.nfc
-        tokenizer_class = "Qwen2Tokenizer" if is_qwen else "PreTrainedTokenizerFast"
-        template = tokenizer_files.chat_template(DEFAULT_SYSTEM, TOOLS_HEAD, TOOLS_TAIL)
-        tokenizer_files.write_files(self, Path(directory), tokenizer_class, template)
+        tokenizer_files.write_files(self, Path(directory))
 
     def _encode_plain(self, text: str) -> list[int]:
         """Return the ids of clean text, in which control tokens are plain text."""
@@ -379,14 +411,16 @@ class Tokenizer:
         """Return the ids of a text; decode(encode(s)) is NFC(s). By default <|im_end|> in the text
         is six ordinary tokens: text from a user or a file must never end a turn. With allow_special
         it is the control token, which is only for text that this program wrote itself."""
-        if not allow_special:
+        if not allow_special and self._words is None:
             return self._encode_plain(clean_text(text, self.nfc))
         ids = []
-        for piece in self._control.split(text):      # split first, then NFC, as HF does
-            if piece in self.special:
+        for i, piece in enumerate(self._before_nfc[allow_special].split(text)):
+            if i % 2:
                 ids.append(self.special[piece])
-            else:
-                ids += self.encode(piece)
+                continue
+            clean = clean_text(piece, self.nfc)
+            for j, part in enumerate(self._after_nfc[allow_special].split(clean)):
+                ids += [self.special[part]] if j % 2 else self._encode_plain(part)
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -418,6 +452,12 @@ class Tokenizer:
             ids = [i for i in ids if i not in hidden]
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def _segments(self, messages, add_generation_prompt: bool, tools):
+        require(self._layout is not None, "the chat template in tokenizer_config.json or "
+                "chat_template.jinja is not one of Qwen2.5's, Qwen2's or plain ChatML; remove it "
+                "to chat in Qwen2.5's layout")
+        return chat_segments(messages, add_generation_prompt, tools, self._layout)
+
     def _runs(self, segments):
         """Yield segments cut and joined into what is encoded at once: a single control token, or
         plain text that is trained throughout or not at all."""
@@ -436,24 +476,25 @@ class Tokenizer:
         yield Segment(text, trained)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False,
-               tools: list | None = None) -> tuple[list[int], list[int]]:
+               tools: list | str | None = None) -> tuple[list[int], list[int]]:
         """Return (ids, mask) of a conversation; the project has no other renderer. The mask is 1 on
         what an assistant says and on its <|im_end|>, else 0. InputError names a bad message.
+        The system prompt of a chat without one is that of the directory's chat template.
 
         Text between control tokens is encoded in one piece, across template and content, as HF
         does. Only an answer starts a new piece: generation starts from the ids of "assistant\\n",
         so training must see them too. (In HF, "\\n" and a blank first line become one token.)"""
         ids, mask = [], []
-        for run in self._runs(chat_segments(messages, add_generation_prompt, tools)):
+        for run in self._runs(self._segments(messages, add_generation_prompt, tools)):
             new = [self.special[run.text]] if run.template else self.encode(run.text)
             ids += new
             mask += [int(run.trained)] * len(new)
         return ids, mask
 
     def render_text(self, messages, add_generation_prompt: bool = False, tools=None) -> str:
-        """Return the conversation as Qwen2.5's own template writes it. Show it, but never encode
-        it: in this string a forged <|im_end|> cannot be told from a real one."""
-        segments = chat_segments(messages, add_generation_prompt, tools)
+        """Return the conversation as the chat template writes it. Show it, but never encode it: in
+        this string a forged <|im_end|> cannot be told from a real one."""
+        segments = self._segments(messages, add_generation_prompt, tools)
         return "".join(segment.text for segment in segments)
 
     def render_prompt(self, prompt: str | list[dict]) -> list[int]:
