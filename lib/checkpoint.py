@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
 
-SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as on the Hub
-
 
 def load_model(Model, Config, path: str | Path, dtype, device):
     """Return a `Model` with the configuration and the weights of a directory.
@@ -52,10 +50,16 @@ def load_model(Model, Config, path: str | Path, dtype, device):
 
 def save_model(model, path: str | Path) -> None:
     """Write the weights, then config.json. Each file replaces its older version in one step."""
-    weights = {model.on_disk.get(name, name): w for name, w in model.state_dict().items()}
-    write_weights(weights, model.config, Path(path))
+    path = Path(path)
+    weights = {}
+    for name, weight in split_experts(model.state_dict(), model.config).items():
+        weights[model.on_disk.get(name, name)] = weight.detach().cpu().contiguous()
+    with atomic_path(path / "model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    # Of an earlier model in this directory: readers disagree on which of the two they prefer.
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    write_config(model.config, model.architecture, dtype, Path(path))
+    write_config(model.config, model.architecture, dtype, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,38 +273,6 @@ def weight_files(path: Path) -> list[Path]:
     for name in names:
         require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")
     return [path / name for name in names]
-
-
-def write_weights(weights: dict[str, torch.Tensor], config, path: Path) -> None:
-    """Write model.safetensors, or shards with an index if they exceed SHARD_BYTES."""
-    shards = [{}]
-    size = 0
-    for name, tensor in split_experts(weights, config).items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    whole = path / "model.safetensors"
-    index = path / "model.safetensors.index.json"
-    file_of = {}
-    total = 0
-    for i, shard in enumerate(shards, start=1):
-        file = path / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = whole
-        with atomic_path(file) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-        for name, tensor in shard.items():
-            file_of[name] = file.name
-            total += tensor.nbytes
-    # Remove an earlier save in the other layout: readers disagree on which of them they prefer.
-    if len(shards) == 1:
-        index.unlink(missing_ok=True)
-    else:
-        content = {"metadata": {"total_size": total}, "weight_map": file_of}
-        write_atomic(index, json.dumps(content))
-        whole.unlink(missing_ok=True)
 
 
 def split_experts(weights: dict, config) -> dict:
