@@ -51,15 +51,18 @@ def load_model(Model, Config, path: str | Path, dtype, device):
 def save_model(model, path: str | Path) -> None:
     """Write the weights, then config.json. Each file replaces its older version in one step."""
     path = Path(path)
+    config = model.config
+    require(not config.num_experts or config.shared_expert_intermediate_size,
+            f"{path}: a Qwen2-MoE directory needs a shared expert")
     weights = {}
-    for name, weight in split_experts(model.state_dict(), model.config).items():
+    for name, weight in split_experts(model.state_dict(), config).items():
         weights[model.on_disk.get(name, name)] = weight.detach().cpu().contiguous()
     with atomic_path(path / "model.safetensors") as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     # Of an earlier model in this directory: readers disagree on which of the two they prefer.
     (path / "model.safetensors.index.json").unlink(missing_ok=True)
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    write_config(model.config, model.architecture, dtype, path)
+    write_config(config, model.architecture, dtype, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -68,17 +71,17 @@ def save_model(model, path: str | Path) -> None:
 # What other architectures say in config.json, with the values that Qwen2 has. Other keys are
 # ignored: transformers writes many that the forward pass does not read.
 ONLY = {
-    "hidden_act": ("silu",), "is_causal": (True, None), "qkv_bias": (True, None),
-    "attention_bias": (True, None), "mlp_bias": (False, None), "qk_norm": (False, None),
-    "use_qk_norm": (False, None), "use_mrope": (False, None),
-    "partial_rotary_factor": (1.0, None), "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,), "quantization_config": (None,),
+    "hidden_act": "silu", "is_causal": True, "qkv_bias": True, "attention_bias": True,
+    "mlp_bias": False, "qk_norm": False, "use_qk_norm": False, "use_mrope": False,
+    "partial_rotary_factor": 1.0, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "quantization_config": None, "attention_dropout": 0.0,
 }
 ONLY_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None,
              "mscale": None, "mscale_all_dim": None}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "rope_theta")
-REQUIRED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+REQUIRED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                "shared_expert_intermediate_size")
 POSITIVE = ("max_position_embeddings", "rms_norm_eps", "decoder_sparse_step", "yarn_factor")
 # Fields of Config that config.json stores in another form.
 LONG_CONTEXT = ("original_max_position_embeddings", "yarn_factor", "chunk_size", "local_size")
@@ -95,14 +98,16 @@ def read_config(path: str | Path, Config):
             "was stopped, continue it with --resume)")
     raw = read_json(file)
     try:
-        check_architecture(raw)
+        kind = raw.get("model_type")
+        require(kind in ("qwen2", "qwen2_moe"), f"model_type is {kind!r}, not qwen2 or qwen2_moe")
+        check_only(ONLY, raw, "")
         values = {}
         for field in fields(Config):
             if field.name not in LONG_CONTEXT and raw.get(field.name) is not None:
                 values[field.name] = raw[field.name]
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
         values |= long_context(raw)
-        check_values(values, Config, raw["model_type"] == "qwen2_moe")
+        check_values(values, Config, kind == "qwen2_moe")
         config = Config(**values)
         check_window(raw, config.max_position_embeddings)
         head_dim = raw.get("head_dim")
@@ -113,16 +118,12 @@ def read_config(path: str | Path, Config):
         raise InputError(f"{file}: {error}") from None
 
 
-def check_architecture(raw: dict) -> None:
-    """Refuse what other models have and Qwen2 has not."""
-    kind = raw.get("model_type")
-    require(kind in ("qwen2", "qwen2_moe"), f"model_type is {kind!r}, not qwen2 or qwen2_moe")
-    for name, allowed in ONLY.items():
-        value = raw.get(name, allowed[0])
-        require(value in allowed, f"{name} is {value!r}, but Qwen2 has only {allowed[0]!r}")
-    for name, value in raw.items():
-        require("dropout" not in name or value in (0.0, None), f"{name} is {value!r}, but Qwen2 "
-                "trains without dropout")
+def check_only(only: dict, part: dict, where: str) -> None:
+    """Refuse other values than those of `only` in a part of config.json. null is no value."""
+    for name, allowed in only.items():
+        value = part.get(name)
+        require(value in (allowed, None),
+                f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
 
 
 def check_window(raw: dict, n_positions: int) -> None:
@@ -143,15 +144,15 @@ def check_values(values: dict, Config, is_moe: bool) -> None:
     required = REQUIRED + REQUIRED_MOE if is_moe else REQUIRED
     for name in required:
         require(values.get(name) is not None, f"no {name}")
-    types = {field.name: TYPES.get(field.type) for field in fields(Config)}
-    for name, value in values.items():
-        if name == "mlp_only_layers":
+    for field in fields(Config):
+        value = values.get(field.name, field.default)
+        if field.name == "mlp_only_layers":
             good = all(type(layer) is int for layer in value)
-        elif name in required or name in POSITIVE:
-            good = type(value) in types[name] and 0 < value < math.inf
         else:
-            good = type(value) in types[name] and 0 <= value < math.inf
-        require(good, f"{name} is {value!r}")
+            is_positive = field.name in required or field.name in POSITIVE
+            good = type(value) in TYPES[field.type] and 0 <= value < math.inf
+            good = good and (value > 0 or not is_positive)
+        require(good, f"{field.name} is {value!r}")
 
 
 def long_context(raw: dict) -> dict:
@@ -162,44 +163,36 @@ def long_context(raw: dict) -> dict:
     forms = []
     for name in ("rope_scaling", "rope_parameters"):
         form = raw.get(name) or {}
-        require(isinstance(form, dict), f"{name} is no flat object")
-        require(not any(isinstance(v, dict) for v in form.values()), f"{name} is no flat object")
+        is_flat = isinstance(form, dict) and not any(isinstance(v, dict) for v in form.values())
+        require(is_flat, f"{name} is no flat object")
         forms.append(form)
-    thetas = {form.get("rope_theta") for form in (*forms, raw)} - {None}
-    require(len(thetas) < 2, f"several rope_theta {sorted(thetas)}")
-    values = {"rope_theta": thetas.pop() if thetas else None}
-    lengths = {raw.get("original_max_position_embeddings")}  # training lengths
-
     rope = forms[0] or forms[1]
+    chunks = raw.get("dual_chunk_attention_config") or {}
+    # YaRN over a length that the model was not trained at would be silently wrong.
+    length = the_only("original_max_position_embeddings", [raw, rope, chunks]) or 0
+    values = {"rope_theta": the_only("rope_theta", [raw, *forms]),
+              "original_max_position_embeddings": length}
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in ("default", "yarn"), f"rope scaling {kind!r} is not supported, only yarn")
     if kind == "yarn":
-        for name, only in ONLY_YARN.items():
-            value = rope.get(name)
-            require(value in (only, None),
-                    f"yarn with {name} {value} is not supported, only {only}")
+        check_only(ONLY_YARN, rope, "YaRN: ")
         require(isinstance(rope.get("factor"), (int, float)), "yarn without a factor")
         values["yarn_factor"] = float(rope["factor"])
-        lengths.add(rope.get("original_max_position_embeddings"))
-    chunks = raw.get("dual_chunk_attention_config")
-    if chunks:
-        for name in ("chunk_size", "local_size"):
-            require(isinstance(chunks.get(name), int),
-                    f"dual_chunk_attention_config without {name}")
-            values[name] = chunks[name]
-        lengths.add(chunks.get("original_max_position_embeddings"))
-
-    # YaRN over a length that the model was not trained at would be silently wrong.
-    lengths.discard(None)
-    require(len(lengths) < 2, f"several training lengths {sorted(lengths)} "
-            "(original_max_position_embeddings)")
-    length = lengths.pop() if lengths else 0
-    values["original_max_position_embeddings"] = length
-    if kind == "yarn":
         # Users turn on YaRN by adding rope_scaling alone; the model then has more positions.
         positions = raw.get("max_position_embeddings") or 0
         values["max_position_embeddings"] = max(positions, int(length * values["yarn_factor"]))
+    if chunks:
+        for name in ("chunk_size", "local_size"):
+            require(name in chunks, f"dual_chunk_attention_config without {name}")
+            values[name] = chunks[name]
     return values
+
+
+def the_only(name: str, objects: list[dict]):
+    """Return the value that these JSON objects give to a name. InputError if two values differ."""
+    found = {part.get(name) for part in objects} - {None}
+    require(len(found) < 2, f"several {name} {sorted(found)}")
+    return found.pop() if found else None
 
 
 def write_config(config, architecture: str, dtype: str, path: Path) -> None:
@@ -290,14 +283,6 @@ def split_experts(weights: dict, config) -> dict:
                 out[f"{experts}.{e}.up_proj.weight"] = up
             else:
                 out[f"{experts}.{e}.down_proj.weight"] = w[e]
-        if part == "down_proj" and not config.shared_expert_intermediate_size:
-            # transformers requires a shared expert all the same, with an inner size of 0.
-            shared = experts.removesuffix("experts") + "shared_expert"
-            C = config.hidden_size
-            out[f"{shared}.gate_proj.weight"] = w.new_empty(0, C)
-            out[f"{shared}.up_proj.weight"] = w.new_empty(0, C)
-            out[f"{shared}.down_proj.weight"] = w.new_empty(C, 0)
-            out[f"{shared}_gate.weight"] = w.new_zeros(1, C)
     return out
 
 
@@ -307,17 +292,17 @@ def fuse_experts(weights: dict, config, path) -> dict:
         if not config.is_sparse(layer):
             continue
         experts = f"model.layers.{layer}.mlp.experts"
-        stacked = {}
-        for part in ("gate", "up", "down"):
-            names = [f"{experts}.{e}.{part}_proj.weight" for e in range(config.num_experts)]
-            for name in names:
+        parts = {"gate": [], "up": [], "down": []}
+        for e in range(config.num_experts):
+            for part, tensors in parts.items():
+                name = f"{experts}.{e}.{part}_proj.weight"
                 require(name in weights, f"{path}: weight {name} is missing")
-            tensors = [weights.pop(name) for name in names]
-            shapes = {tuple(tensor.shape) for tensor in tensors}
-            require(len(shapes) == 1, f"{path}: {experts} have several shapes {sorted(shapes)}")
-            stacked[part] = torch.stack(tensors)
-        require(stacked["gate"].shape == stacked["up"].shape,
-                f"{path}: {experts} have several shapes")
-        weights[f"{experts}.gate_up_proj"] = torch.cat((stacked["gate"], stacked["up"]), dim=1)
-        weights[f"{experts}.down_proj"] = stacked["down"]
+                tensors.append(weights.pop(name))
+        try:
+            gate = torch.stack(parts["gate"])
+            up = torch.stack(parts["up"])
+            weights[f"{experts}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+            weights[f"{experts}.down_proj"] = torch.stack(parts["down"])
+        except RuntimeError as error:
+            raise InputError(f"{path}: {experts} have several shapes ({error})") from None
     return weights

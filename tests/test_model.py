@@ -567,11 +567,11 @@ BROKEN = {
                      "rope scaling 'linear' is not supported, only yarn"),
     "yarn factor": (lambda p: edit_config(p, rope_scaling={"type": "yarn"}), "without a factor"),
     "yarn betas": (lambda p: edit_config(p, rope_scaling={"type": "yarn", "factor": 2.0,
-                                                          "beta_fast": 16}), "beta_fast 16"),
+                                                          "beta_fast": 16}), "beta_fast is 16"),
     "training lengths": (lambda p: edit_config(
         p, original_max_position_embeddings=128, rope_scaling={
             "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
-        r"several training lengths \[64, 128\]"),
+        r"several original_max_position_embeddings \[64, 128\]"),
     "two thetas": (lambda p: edit_config(p, rope_theta=5e5), r"several rope_theta \[500000.0,"),
     "theta a layer": (lambda p: edit_config(p, rope_parameters={"full": {"rope_theta": 1e4}}),
                       "no flat object"),
@@ -596,7 +596,6 @@ BROKEN = {
                              "layer_types has 'sliding_attention'"),
     "attention dropout": (lambda p: edit_config(p, attention_dropout=0.1),
                           "attention_dropout is 0.1"),
-    "other dropout": (lambda p: edit_config(p, resid_dropout=0.2), "resid_dropout is 0.2"),
     "NaN": (lambda p: edit_weights(p, **{"model.norm.weight": torch.tensor(
         [1.0] * 31 + [math.nan])}), "weight model.norm.weight holds NaN or infinity"),
     "-infinity": (lambda p: edit_weights(p, **{"model.layers.2.mlp.gate.weight": torch.full(
@@ -656,8 +655,7 @@ HARMLESS = {
         p, use_sliding_window=True, sliding_window=128, layer_types=["sliding_attention"] * 3),
     "window of null": lambda p: edit_config(p, use_sliding_window=True, sliding_window=None),
     "window switched off": lambda p: edit_config(p, use_sliding_window=False, sliding_window=4),
-    "dropout of 0": lambda p: edit_config(p, attention_dropout=0, hidden_dropout=0.0,
-                                          classifier_dropout=None),
+    "dropout of 0": lambda p: edit_config(p, attention_dropout=0, hidden_dropout=0.0),
     "byte-order mark": lambda p: (p / "config.json").write_text(
         (p / "config.json").read_text("utf-8"), "utf-8-sig"),
 }
