@@ -13,10 +13,9 @@ Text becomes ids in five steps:
   5. BPE merges the adjacent pair that was learned earliest, until no learned pair is left.
 tiktoken (Rust) does step 5; `train_bpe` learns the merges.
 
-Numbers that people confuse: 151,643 regular tokens (256 bytes + 151,387 merges), 151,646 with the
-three control tokens of Qwen2, 151,665 with all 22 of Qwen2.5 (`n_vocab`, the ids that exist). The
-embedding has 151,936 rows up to 3B and 152,064 from 7B up, multiples of 128 that divide well over
-GPUs; `vocab_size` in a config.json counts these rows. Never sample those from 151,665 on.
+Numbers that people confuse (docs/01-tokenizer.md): 151,643 regular tokens and 22 control tokens are
+151,665 ids (`n_vocab`). `vocab_size` in a config.json counts the rows of the embedding: 151,936 or
+152,064, multiples of 128. Never sample the rows from 151,665 on.
 
 One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. A pad that is also a stop
 id gets masked out of the loss, and the model never learns to stop.
@@ -217,8 +216,8 @@ def parse_tools(tools) -> list[dict]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"tools is not JSON ({error})") from None
     tools = tools or []
-    are_objects = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    require(are_objects, "tools must be a list of objects, or the JSON text of one")
+    require(isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools),
+            "tools must be a list of objects, or the JSON text of one")
     return tools
 
 
@@ -227,10 +226,9 @@ def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layo
     check_messages(messages)
     tools = parse_tools(tools)
     roles = [message["role"] for message in messages]
-    if not layout.has_tools:
-        calls = [message for message in messages if message.get("tool_calls")]
-        require(not tools and not calls and "tool" not in roles,
-                "the model's chat template has no place for tools, their calls and results")
+    uses_tools = "tool" in roles or any(message.get("tool_calls") for message in messages)
+    require(layout.has_tools or not (tools or uses_tools),
+            "the model's chat template has no place for tools, their calls and results")
     system = messages[0]["content"] if roles[0] == "system" else layout.default_system
     if system is not None:
         yield from system_turn(system, tools)
@@ -295,7 +293,8 @@ def any_of(names) -> re.Pattern:
     """Return a pattern for any of these texts, the longest that fits. `split` gives every second
     piece to it."""
     longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if names else "((?!))")
+    alternatives = "|".join(map(re.escape, longest_first))
+    return re.compile(f"({alternatives})" if names else "((?!))")  # the latter is never there
 
 
 class Tokenizer:
@@ -527,7 +526,7 @@ def show_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None) ->
         print(f"{i:>7}  {tokenizer.decode([i])!r:<24} {target}")
 
 
-def demo() -> None:
+def demo(_args) -> None:
     """Train on Python's language reference, which is on every machine."""
     from pydoc_data.topics import topics
     start = time.perf_counter()
@@ -540,8 +539,8 @@ def demo() -> None:
 
 
 def train_command(args) -> None:
-    require(args.overwrite or not (args.out / "tokenizer.json").exists(),
-            f"{args.out} holds a tokenizer: pass --overwrite or another --out")
+    require(not (args.out / "tokenizer.json").exists(),
+            f"{args.out} holds a tokenizer: pass another --out")
     texts = []
     for path in args.input:
         try:
@@ -550,41 +549,35 @@ def train_command(args) -> None:
             raise InputError(f"--input {path}: {error}") from None
     tokenizer = Tokenizer.train(texts, args.vocab_size)
     tokenizer.save_pretrained(args.out)
-    n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-    bytes_per_token = sum(len(text.encode()) for text in texts) / max(n_tokens, 1)
-    print(f"{args.out}: {tokenizer.n_vocab} tokens, {bytes_per_token:.2f} bytes per token")
+    print(f"{args.out}: {tokenizer.n_vocab} tokens")
 
 
 def show_command(args) -> None:
     tokenizer = Tokenizer.from_pretrained(args.path)
-    if args.text is not None:
+    if args.chat is None:
         show(tokenizer, args.text)
         return
-    for _, row in read_jsonl(args.chat):
-        show_chat(tokenizer, row.get("messages"), row.get("tools"))
-        break             # only the first
+    _, first = next(read_jsonl(args.chat), (0, {}))
+    show_chat(tokenizer, first.get("messages"), first.get("tools"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command")
+    parser.set_defaults(run=demo)
+    commands = parser.add_subparsers()
     train = commands.add_parser("train", help="learn a vocabulary from text files")
     train.add_argument("--input", nargs="+", required=True, type=Path, help="UTF-8 text files")
     train.add_argument("--vocab_size", type=int, default=4096, help="all tokens, control included")
     train.add_argument("--out", required=True, type=Path, help="directory to write")
-    train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --out")
+    train.set_defaults(run=train_command)
     shown = commands.add_parser("show", help="print the tokens of a text")
     shown.add_argument("path", help="directory or .tiktoken file")
     what = shown.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
     what.add_argument("--chat", help="JSONL of conversations: the first one, with its loss mask")
+    shown.set_defaults(run=show_command)
     args = parser.parse_args()
-    if args.command == "train":
-        train_command(args)
-    elif args.command == "show":
-        show_command(args)
-    else:
-        demo()
+    args.run(args)
 
 
 if __name__ == "__main__":

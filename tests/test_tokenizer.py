@@ -638,9 +638,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(CORPUS[0], encoding="utf-8")
     train = ["train", "--input", tmp_path / "a.txt", "--vocab_size", 300, "--out", tmp_path / "t"]
     assert "300 tokens" in run(*train)
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="holds a tokenizer"):
         run(*train)
-    assert "300 tokens" in run(*train, "--overwrite")
     out = run("show", tmp_path / "t", "--text", "世 é<|im_end|>")
     assert "e4" in out and "part of a character" in out and "    280  <|im_end|>" in out
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [
