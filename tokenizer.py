@@ -35,10 +35,10 @@ from typing import NamedTuple
 
 import regex  # `re` has no \p{L}; tiktoken depends on it already
 
-from lib import tokenizer_files
+from lib import chat, tokenizer_files
 from lib.args import InputError, exit_on_input_error, require
 from lib.files import read_jsonl
-from lib.tokenizer_files import CHAT_TEMPLATE, PATTERN, ChatLayout
+from lib.tokenizer_files import PATTERN
 
 # In the order of their ids. Hugging Face (HF) hides only the first 14 in decoded text: tool calls
 # and code-infilling marks are part of an answer.
@@ -183,52 +183,12 @@ class Segment(NamedTuple):
     template: bool = False   # this file wrote it, so it may hold control tokens
 
 
-def check_messages(messages) -> None:
-    """Raise an InputError that names the first message which cannot be rendered."""
-    require(isinstance(messages, list) and len(messages) > 0,
-            "messages must be a list with at least one message")
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        require(role in ("system", "user", "assistant", "tool"),
-                f"messages[{i}]: role must be system, user, assistant or tool, got {role!r}")
-        content = message.get("content")
-        calls = message.get("tool_calls") or []
-        require(isinstance(calls, list), f"messages[{i}]: tool_calls must be a list")
-        only_calls = role == "assistant" and content is None and len(calls) > 0
-        require(isinstance(content, str) or only_calls,
-                f"messages[{i}]: content must be a string, got {type(content).__name__}")
-        for n, call in enumerate(calls):
-            function = called_function(call)
-            require(isinstance(function, dict) and {"name", "arguments"} <= function.keys(),
-                    f"messages[{i}]: tool_calls[{n}] must have a name and arguments")
-
-
-def called_function(call):
-    """Return {"name": …, "arguments": …}, which OpenAI's format wraps into {"function": …}."""
-    return call.get("function", call) if isinstance(call, dict) else call
-
-
-def parse_tools(tools) -> list[dict]:
-    """Return the tools of a conversation, which some data sets store as JSON text."""
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"tools is not JSON ({error})") from None
-    tools = tools or []
-    require(isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools),
-            "tools must be a list of objects, or the JSON text of one")
-    return tools
-
-
-def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layout: ChatLayout):
-    """Yield a conversation in ChatML, as Qwen2.5's chat template writes it, as Segments."""
-    check_messages(messages)
-    tools = parse_tools(tools)
+def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layout):
+    """Yield a conversation in ChatML as Segments, as the chat template of this layout writes it."""
+    chat.check_messages(messages)
+    tools = chat.parse_tools(tools)
+    chat.check_layout(layout, messages, tools)
     roles = [message["role"] for message in messages]
-    uses_tools = "tool" in roles or any(message.get("tool_calls") for message in messages)
-    require(layout.has_tools or not (tools or uses_tools),
-            "the model's chat template has no place for tools, their calls and results")
     system = messages[0]["content"] if roles[0] == "system" else layout.default_system
     if system is not None:
         yield from system_turn(system, tools)
@@ -279,7 +239,7 @@ def assistant_turn(message: dict):
     yield Segment("<|im_start|>assistant\n", template=True)
     yield Segment(content, trained=True)
     for n, call in enumerate(message.get("tool_calls") or []):
-        function = called_function(call)
+        function = chat.called_function(call)
         arguments = json.dumps(function["arguments"], ensure_ascii=False)
         newline = "\n" if content or n > 0 else ""
         yield Segment(newline + '<tool_call>\n{"name": "', trained=True, template=True)
@@ -305,7 +265,7 @@ class Tokenizer:
     def __init__(self, tokens: dict[bytes, int], special: dict[str, int] | None = None,
                  merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
                  hidden=frozenset(CONTROL_TOKENS[:14]), normalized=frozenset(),
-                 chat_template: str = CHAT_TEMPLATE):
+                 chat_template: str = chat.CHAT_TEMPLATE):
         """tokens: regular token -> id. Without `special`, Qwen2.5's 22 control tokens follow them.
         Without `merges`, any two neighbours that together are a token may merge, as in tiktoken.
         hidden: what skip_special_tokens hides. normalized: the special tokens that are looked for
@@ -321,7 +281,7 @@ class Tokenizer:
         self.hidden = hidden
         self.normalized = normalized
         self.chat_template = chat_template
-        self._layout = tokenizer_files.chat_layout(chat_template, DEFAULT_SYSTEM)
+        self._layout = chat.chat_layout(chat_template, DEFAULT_SYSTEM)
 
         token_of = {i: token for token, i in tokens.items()}
         token_of |= {i: name.encode() for name, i in special.items()}
@@ -451,12 +411,6 @@ class Tokenizer:
             ids = [i for i in ids if i not in hidden]
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def _segments(self, messages, add_generation_prompt: bool, tools):
-        require(self._layout is not None, "the chat template in tokenizer_config.json or "
-                "chat_template.jinja is not one of Qwen2.5's, Qwen2's or plain ChatML; remove it "
-                "to chat in Qwen2.5's layout")
-        return chat_segments(messages, add_generation_prompt, tools, self._layout)
-
     def _runs(self, segments):
         """Yield segments cut and joined into what is encoded at once: a single control token, or
         plain text that is trained throughout or not at all."""
@@ -484,7 +438,8 @@ class Tokenizer:
         does. Only an answer starts a new piece: generation starts from the ids of "assistant\\n",
         so training must see them too. (In HF, "\\n" and a blank first line become one token.)"""
         ids, mask = [], []
-        for run in self._runs(self._segments(messages, add_generation_prompt, tools)):
+        segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
+        for run in self._runs(segments):
             new = [self.special[run.text]] if run.template else self.encode(run.text)
             ids += new
             mask += [int(run.trained)] * len(new)
@@ -493,7 +448,7 @@ class Tokenizer:
     def render_text(self, messages, add_generation_prompt: bool = False, tools=None) -> str:
         """Return the conversation as the chat template writes it. Show it, but never encode it: in
         this string a forged <|im_end|> cannot be told from a real one."""
-        segments = self._segments(messages, add_generation_prompt, tools)
+        segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
         return "".join(segment.text for segment in segments)
 
     def render_prompt(self, prompt: str | list[dict]) -> list[int]:

@@ -6,12 +6,9 @@
     qwen.tiktoken           one base64 token and its rank per line; no control tokens
 """
 import base64
-import hashlib
 import json
-import re
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
 
 import tiktoken
 
@@ -187,55 +184,6 @@ def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
         a, b = merge.split(" ") if isinstance(merge, str) else merge
         parts["merges"].append((unprintable(a), unprintable(b)))
     return parts
-
-
-# ---------------------------------------------------------------------------------------------
-# chat templates: Jinja programs, which are recognised and never executed
-
-# What `save_pretrained` writes: the layout of tokenizer.chat_segments. A test renders with both.
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text("utf-8").rstrip("\n")
-
-
-class ChatLayout(NamedTuple):
-    """What tokenizer.chat_segments needs to know about a chat template."""
-    default_system: str | None   # the system prompt of a chat without one
-    has_tools: bool              # in the layout of CHAT_TEMPLATE
-
-
-# SHA-256 of `canonical` templates, with SYSTEM for the default system prompt.
-LAYOUTS = {
-    "be7b34286e436f3d": True,    # Qwen2.5, Qwen2.5-Math, QwQ-32B-Preview
-    "832ca47832e862f4": False,   # Qwen2, Qwen2-MoE
-    "e53d9f11cfb1fe5b": False,   # plain ChatML, without a default system prompt
-}
-
-
-def chat_layout(template: str, default_system: str) -> ChatLayout | None:
-    """Return the layout of a chat template, None if it is none that we know.
-
-    default_system: that of CHAT_TEMPLATE."""
-    if template == CHAT_TEMPLATE:
-        return ChatLayout(default_system, True)
-    text = canonical(template) if isinstance(template, str) else ""
-    literal = re.search(r"<\|im_start\|>system\\n([^']+)<\|im_end\|>\\n'", text)
-    system = None
-    if literal:
-        text = text.replace(literal[1], "SYSTEM")
-        # Jinja's own rule for the escapes in a string
-        system = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape")
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return ChatLayout(system, LAYOUTS[digest]) if digest in LAYOUTS else None
-
-
-def canonical(template: str) -> str:
-    """Return a template without differences that change nothing: blanks around a tag with "-" and
-    inside tags, x['y'] for x.y, 'a' + 'b' for 'ab', a line end in a string for \\n."""
-    text = re.sub(r"\s*\{([{%])-", r"{\1", template.removesuffix("\n"))
-    text = re.sub(r"-([%}])\}\s*", r"\1}", text)
-    string_or_blank = r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\s+"""
-    text = re.sub(r"(?s)\{[{%].*?[%}]\}", lambda tag: re.sub(string_or_blank, r"\1", tag[0]), text)
-    text = re.sub(r"\[(['\"])(\w+)\1\]", r".\2", text.replace("\n", r"\n"))
-    return text.replace("'+'", "")
 
 
 # ---------------------------------------------------------------------------------------------

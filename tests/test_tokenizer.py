@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tok
-from lib import tokenizer_files
+from lib import chat, tokenizer_files
 from lib.args import InputError
 from tokenizer import Tokenizer
 
@@ -586,8 +586,9 @@ UNKNOWN = {
     "a blank in a string": loop_template("S").replace("<|im_start|>'", "<|im_start|> '"),
     "thinking": loop_template("S").replace("assistant\\n", "assistant\\n<think>\\n"),
     "an apostrophe": loop_template(r"It\'s me"),
-    "a changed layout": tok.CHAT_TEMPLATE.replace("'tool'", "'ipython'"),
+    "a changed layout": chat.CHAT_TEMPLATE.replace("'tool'", "'ipython'"),
     "code": "{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}x{% endfor %}",
+    "blanks": " " * 10**7, "open tags": "{%" * 10**6, "a bad escape": loop_template(r"\x"),
     "empty": "", "a list": [{"name": "default", "template": loop_template("S")}], "a number": 5}
 
 
