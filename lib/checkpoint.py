@@ -238,20 +238,22 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
             require(name not in weights, f"{file}: a second weight {name}")
             if ".rotary_emb." not in name:  # buffers of old checkpoints, computed anew here
                 weights[name] = tensor
-    check_size(config, len(weights), path)
+    check_size(config, weights, path)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return fuse_experts(weights, config, path)
 
 
-def check_size(config, n_tensors: int, path) -> None:
+def check_size(config, weights: dict, path) -> None:
     """Refuse a config.json with more layers or experts than the files hold, before it is built."""
     layers = config.num_hidden_layers
-    require(9 * layers <= n_tensors,  # seven of attention, two norms
-            f"{path}: config.json has {layers} layers, but there are only {n_tensors} tensors")
+    for layer in range(layers):
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        require(name in weights, f"{path}: weight {name} is missing, but config.json has {layers} "
+                "layers")
     sparse = sum(config.is_sparse(layer) for layer in range(layers))
-    require(3 * sparse * config.num_experts <= n_tensors, f"{path}: config.json has {sparse} "
-            f"layers of {config.num_experts} experts, but there are only {n_tensors} tensors")
+    require(3 * sparse * config.num_experts <= len(weights), f"{path}: config.json has {sparse} "
+            f"layers of {config.num_experts} experts, but there are only {len(weights)} tensors")
 
 
 def weight_files(path: Path) -> list[Path]:

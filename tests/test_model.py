@@ -604,8 +604,8 @@ BROKEN = {
         (32,), 1e300, dtype=torch.float64)}), "model.norm.weight holds NaN or infinity"),
     "two names": (lambda p: edit_weights(p, **{"_orig_mod.model.norm.weight": torch.ones(32)}),
                   "a second weight model.norm.weight"),
-    "more layers than tensors": (lambda p: edit_config(p, num_hidden_layers=20),
-                                 "20 layers, but there are only 99 tensors"),
+    "a layer too many": (lambda p: edit_config(p, num_hidden_layers=4),
+                         "layers.3.input_layernorm.weight is missing, but .* 4 layers"),
     "more experts than tensors": (lambda p: edit_config(p, num_experts=20_000),
                                   "3 layers of 20000 experts"),
     "experts of two shapes": (lambda p: edit_weights(p, **{
@@ -675,11 +675,14 @@ def test_an_impossible_size_is_refused_before_anything_is_built(tmp_path, monkey
     """20,000 layers of 20,000 experts, and a file of 20,000 empty tensors: they would be 1.2
     billion names."""
     build(SPARSE).save_pretrained(tmp_path)
-    save_file({f"t{i}": torch.empty(0) for i in range(20_000)}, tmp_path / "model.safetensors")
+    names = [f"model.layers.{i}.input_layernorm.weight" for i in range(20_000)]
     monkeypatch.setattr(M, "Block", None)
-    for layers in (20_000, 2_000):
+    for layers, says in ((20_000, "20000 layers of 20000 experts.* only 20000 tensors"),
+                         (30_000, "layers.20000.input_layernorm.weight is missing"),
+                         (10**15, "layers.20000.input_layernorm.weight is missing")):
         edit_config(tmp_path, num_hidden_layers=layers, num_experts=20_000)
-        with pytest.raises(InputError, match=f"{layers} layers.* only 20000 tensors"):
+        save_file({name: torch.empty(0) for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=says):
             Qwen2.from_pretrained(tmp_path)
 
 
