@@ -13,10 +13,9 @@ Text becomes ids in five steps:
   5. BPE merges the adjacent pair that was learned earliest, until no learned pair is left.
 tiktoken (Rust) does step 5; `train_bpe` learns the merges.
 
-Numbers that people confuse: 151,643 regular tokens (256 bytes + 151,387 merges), 151,646 with the
-three control tokens of Qwen2, 151,665 with all 22 of Qwen2.5 (`n_vocab`, the ids that exist). The
-embedding has 151,936 rows up to 3B and 152,064 from 7B up, multiples of 128 that divide well over
-GPUs; `vocab_size` in a config.json counts these rows. Never sample those from 151,665 on.
+Numbers that people confuse (docs/01-tokenizer.md): 151,643 regular tokens and 22 control tokens are
+151,665 ids (`n_vocab`). `vocab_size` in a config.json counts the rows of the embedding: 151,936 or
+152,064, multiples of 128. Never sample the rows from 151,665 on.
 
 One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. A pad that is also a stop
 id gets masked out of the loss, and the model never learns to stop.
@@ -37,12 +36,11 @@ from typing import NamedTuple
 import regex  # `re` has no \p{L}; tiktoken depends on it already
 
 from data.conversations import to_conversation
-from lib import tokenizer_files
+from lib import chat, tokenizer_files
 from lib.args import InputError, exit_on_input_error, require
 from lib.files import read_jsonl, read_texts
+from lib.tokenizer_files import PATTERN
 
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 # In the order of their ids. Hugging Face (HF) hides only the first 14 in decoded text: tool calls
 # and code-infilling marks are part of an answer.
 CONTROL_TOKENS = (
@@ -186,36 +184,15 @@ class Segment(NamedTuple):
     template: bool = False   # this file wrote it, so it may hold control tokens
 
 
-def check_messages(messages) -> None:
-    """Raise an InputError that names the first message which cannot be rendered."""
-    require(isinstance(messages, list) and len(messages) > 0,
-            "messages must be a list with at least one message")
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        require(role in ("system", "user", "assistant", "tool"),
-                f"messages[{i}]: role must be system, user, assistant or tool, got {role!r}")
-        content = message.get("content")
-        calls = message.get("tool_calls") or []
-        require(isinstance(calls, list), f"messages[{i}]: tool_calls must be a list")
-        only_calls = role == "assistant" and content is None and len(calls) > 0
-        require(isinstance(content, str) or only_calls,
-                f"messages[{i}]: content must be a string, got {type(content).__name__}")
-        for n, call in enumerate(calls):
-            function = called_function(call)
-            require(isinstance(function, dict) and {"name", "arguments"} <= function.keys(),
-                    f"messages[{i}]: tool_calls[{n}] must have a name and arguments")
-
-
-def called_function(call):
-    """Return {"name": …, "arguments": …}, which OpenAI's format wraps into {"function": …}."""
-    return call.get("function", call) if isinstance(call, dict) else call
-
-
-def chat_segments(messages: list[dict], add_generation_prompt: bool, tools: list | None):
-    """Yield a conversation in Qwen2.5's ChatML as Segments."""
-    check_messages(messages)
-    yield from system_turn(messages[0], tools)
+def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layout):
+    """Yield a conversation in ChatML as Segments, as the chat template of this layout writes it."""
+    chat.check_messages(messages)
+    tools = chat.parse_tools(tools)
+    chat.check_layout(layout, messages, tools)
     roles = [message["role"] for message in messages]
+    system = messages[0]["content"] if roles[0] == "system" else layout.default_system
+    if system is not None:
+        yield from system_turn(system, tools)
     for i, message in enumerate(messages):
         if roles[i] == "system" and i == 0:
             continue                                  # system_turn has it
@@ -233,10 +210,10 @@ def chat_segments(messages: list[dict], add_generation_prompt: bool, tools: list
         yield Segment("<|im_start|>assistant\n", template=True)
 
 
-def system_turn(first: dict, tools: list | None):
-    """Yield the turn before all others: the first message or the default text, then the tools."""
+def system_turn(system: str, tools: list[dict]):
+    """Yield the turn before all others: the system prompt, then the tools."""
     yield Segment("<|im_start|>system\n", template=True)
-    yield Segment(first["content"] if first["role"] == "system" else DEFAULT_SYSTEM)
+    yield Segment(system)
     if tools:
         yield Segment(TOOLS_HEAD, template=True)
         for tool in tools:
@@ -263,7 +240,7 @@ def assistant_turn(message: dict):
     yield Segment("<|im_start|>assistant\n", template=True)
     yield Segment(content, trained=True)
     for n, call in enumerate(message.get("tool_calls") or []):
-        function = called_function(call)
+        function = chat.called_function(call)
         arguments = json.dumps(function["arguments"], ensure_ascii=False)
         newline = "\n" if content or n > 0 else ""
         yield Segment(newline + '<tool_call>\n{"name": "', trained=True, template=True)
@@ -273,6 +250,14 @@ def assistant_turn(message: dict):
     yield Segment("\n", template=True)
 
 
+def any_of(names) -> re.Pattern:
+    """Return a pattern for any of these texts, the longest that fits. `split` gives every second
+    piece to it."""
+    longest_first = sorted(names, key=len, reverse=True)
+    alternatives = "|".join(map(re.escape, longest_first))
+    return re.compile(f"({alternatives})" if names else "((?!))")  # the latter is never there
+
+
 class Tokenizer:
     """`n_vocab`: how many ids exist. `special`: control token -> id. `eos_id` <|endoftext|> ends a
     document, `im_end_id` a turn; either ends a generation (`stop_ids`). `pad_id` is neither, but
@@ -280,10 +265,12 @@ class Tokenizer:
 
     def __init__(self, tokens: dict[bytes, int], special: dict[str, int] | None = None,
                  merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
-                 hidden=frozenset(CONTROL_TOKENS[:14])):
+                 hidden=frozenset(CONTROL_TOKENS[:14]), normalized=frozenset(),
+                 chat_template: str = chat.CHAT_TEMPLATE):
         """tokens: regular token -> id. Without `special`, Qwen2.5's 22 control tokens follow them.
         Without `merges`, any two neighbours that together are a token may merge, as in tiktoken.
-        hidden: what skip_special_tokens hides. InputError if the parts make no tokenizer."""
+        hidden: what skip_special_tokens hides. normalized: the special tokens that are looked for
+        after NFC, not before. InputError if the parts make no tokenizer."""
         if special is None:
             special = {name: len(tokens) + i for i, name in enumerate(CONTROL_TOKENS)}
         self.special = special
@@ -293,6 +280,9 @@ class Tokenizer:
         self.pattern = pattern
         self.nfc = nfc
         self.hidden = hidden
+        self.normalized = normalized
+        self.chat_template = chat_template
+        self._layout = chat.chat_layout(chat_template, DEFAULT_SYSTEM)
 
         token_of = {i: token for token, i in tokens.items()}
         token_of |= {i: name.encode() for name, i in special.items()}
@@ -305,10 +295,17 @@ class Tokenizer:
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
         self.stop_ids = (self.im_end_id, self.eos_id)
-        highest = max(i for i in special.values() if i not in self.stop_ids)
+        # Words that a fine-tune added to the vocabulary are in `special` too, but control nothing.
+        words = {name for name in special.keys() - hidden - set(CONTROL_TOKENS)
+                 if not name.startswith(("<", "["))}
+        control = special.keys() - words
+        highest = max(special[name] for name in control if special[name] not in self.stop_ids)
         self.pad_id = special.get("<|fim_pad|>", highest)
-        longest_first = sorted(special, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._control = any_of(control)
+        self._words = any_of(words) if words else None
+        # [allow_special]: what `encode` looks for before NFC, and after it
+        self._before_nfc = [any_of(words - normalized), any_of(special.keys() - normalized)]
+        self._after_nfc = [any_of(words & normalized), any_of(special.keys() & normalized)]
         self._bpe = tokenizer_files.tiktoken_encoding(tokens, merges, pattern, self.n_vocab)
 
     def padded_vocab_size(self, multiple: int = 128) -> int:
@@ -341,28 +338,22 @@ class Tokenizer:
         path = Path(path)
         source = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else path
         try:
-            if source.is_dir():
-                return cls(**tokenizer_files.read_vocab_and_merges(source, CONTROL_TOKENS))
-            if source == path:
-                return cls(**tokenizer_files.read_ranks(path))
-            return cls(**tokenizer_files.read_tokenizer_json(source, CONTROL_TOKENS))
+            if path.is_dir():
+                return cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
+            return cls(**tokenizer_files.read_ranks(path))
         except InputError as error:
             where = "" if str(path) in str(error) else f"{source}: "
             raise InputError(f"{where}{error}") from None
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(f"{source}: not a byte-level BPE tokenizer ({error!r})") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files that transformers and vLLM read, each atomically."""
         if self.merges is None:
             self.merges = tokenizer_files.merges_from_ranks(self.tokens)
-        # transformers' Qwen2Tokenizer builds Qwen's pipeline whatever tokenizer.json says.
-        is_qwen = self.pattern == PATTERN and self.nfc
-        tokenizer_class = "Qwen2Tokenizer" if is_qwen else "PreTrainedTokenizerFast"
-        template = tokenizer_files.chat_template(DEFAULT_SYSTEM, TOOLS_HEAD, TOOLS_TAIL)
-        tokenizer_files.write_files(self, Path(directory), tokenizer_class, template)
+        tokenizer_files.write_files(self, Path(directory))
 
     def _encode_plain(self, text: str) -> list[int]:
         """Return the ids of clean text, in which control tokens are plain text."""
@@ -380,14 +371,16 @@ class Tokenizer:
         """Return the ids of a text; decode(encode(s)) is NFC(s). By default <|im_end|> in the text
         is six ordinary tokens: text from a user or a file must never end a turn. With allow_special
         it is the control token, which is only for text that this program wrote itself."""
-        if not allow_special:
+        if not allow_special and self._words is None:
             return self._encode_plain(clean_text(text, self.nfc))
         ids = []
-        for piece in self._control.split(text):      # split first, then NFC, as HF does
-            if piece in self.special:
+        for i, piece in enumerate(self._before_nfc[allow_special].split(text)):
+            if i % 2:
                 ids.append(self.special[piece])
-            else:
-                ids += self.encode(piece)
+                continue
+            clean = clean_text(piece, self.nfc)
+            for j, part in enumerate(self._after_nfc[allow_special].split(clean)):
+                ids += [self.special[part]] if j % 2 else self._encode_plain(part)
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -437,24 +430,26 @@ class Tokenizer:
         yield Segment(text, trained)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False,
-               tools: list | None = None) -> tuple[list[int], list[int]]:
+               tools: list | str | None = None) -> tuple[list[int], list[int]]:
         """Return (ids, mask) of a conversation; the project has no other renderer. The mask is 1 on
         what an assistant says and on its <|im_end|>, else 0. InputError names a bad message.
+        The system prompt of a chat without one is that of the directory's chat template.
 
         Text between control tokens is encoded in one piece, across template and content, as HF
         does. Only an answer starts a new piece: generation starts from the ids of "assistant\\n",
         so training must see them too. (In HF, "\\n" and a blank first line become one token.)"""
         ids, mask = [], []
-        for run in self._runs(chat_segments(messages, add_generation_prompt, tools)):
+        segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
+        for run in self._runs(segments):
             new = [self.special[run.text]] if run.template else self.encode(run.text)
             ids += new
             mask += [int(run.trained)] * len(new)
         return ids, mask
 
     def render_text(self, messages, add_generation_prompt: bool = False, tools=None) -> str:
-        """Return the conversation as Qwen2.5's own template writes it. Show it, but never encode
-        it: in this string a forged <|im_end|> cannot be told from a real one."""
-        segments = chat_segments(messages, add_generation_prompt, tools)
+        """Return the conversation as the chat template writes it. Show it, but never encode it: in
+        this string a forged <|im_end|> cannot be told from a real one."""
+        segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
         return "".join(segment.text for segment in segments)
 
     def render_prompt(self, prompt: str | list[dict]) -> list[int]:
@@ -487,7 +482,7 @@ def show_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None) ->
         print(f"{i:>7}  {tokenizer.decode([i])!r:<24} {target}")
 
 
-def demo() -> None:
+def demo(_args) -> None:
     """Train on Python's language reference, which is on every machine."""
     from pydoc_data.topics import topics
     start = time.perf_counter()
@@ -500,8 +495,8 @@ def demo() -> None:
 
 
 def train_command(args) -> None:
-    require(args.overwrite or not (args.out / "tokenizer.json").exists(),
-            f"{args.out} holds a tokenizer: pass --overwrite or another --out")
+    require(not (args.out / "tokenizer.json").exists(),
+            f"{args.out} holds a tokenizer: pass another --out")
     tokenizer = Tokenizer.train(read_texts(*args.input), args.vocab_size)
     tokenizer.save_pretrained(args.out)
     print(f"{args.out}: {tokenizer.n_vocab} tokens")
@@ -509,34 +504,30 @@ def train_command(args) -> None:
 
 def show_command(args) -> None:
     tokenizer = Tokenizer.from_pretrained(args.path)
-    if args.text is not None:
+    if args.chat is None:
         show(tokenizer, args.text)
         return
-    for _, row in read_jsonl(args.chat):
-        show_chat(tokenizer, *to_conversation(row))
-        break             # only the first
+    _, first = next(read_jsonl(args.chat), (0, {}))
+    show_chat(tokenizer, *to_conversation(first))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command")
+    parser.set_defaults(run=demo)
+    commands = parser.add_subparsers()
     train = commands.add_parser("train", help="learn a vocabulary from text files")
     train.add_argument("--input", nargs="+", required=True, type=Path, help="UTF-8 text files")
     train.add_argument("--vocab_size", type=int, default=4096, help="all tokens, control included")
     train.add_argument("--out", required=True, type=Path, help="directory to write")
-    train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --out")
+    train.set_defaults(run=train_command)
     shown = commands.add_parser("show", help="print the tokens of a text")
     shown.add_argument("path", help="directory or .tiktoken file")
     what = shown.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
     what.add_argument("--chat", help="JSONL of conversations: the first one, with its loss mask")
+    shown.set_defaults(run=show_command)
     args = parser.parse_args()
-    if args.command == "train":
-        train_command(args)
-    elif args.command == "show":
-        show_command(args)
-    else:
-        demo()
+    args.run(args)
 
 
 if __name__ == "__main__":

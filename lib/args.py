@@ -147,6 +147,7 @@ def filter_output() -> None:
 
 def exit_on_input_error(main, *args) -> None:
     """Call main(*args) and report bad input in one line. A bug keeps its traceback."""
+    filter_output()
     try:
         main(*args)
         sys.stdout.flush()
@@ -171,7 +172,6 @@ def cli(main, Args, **commands) -> None:
             return
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    filter_output()
     exit_on_input_error(run_until_stopped, main, Args, argv)
 
 

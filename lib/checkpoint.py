@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
 
-SHARD_BYTES = 5 * 10**9  # weights above this are split over several files, as on the Hub
-
 
 def load_model(Model, Config, path: str | Path, dtype, device):
     """Return a `Model` with the configuration and the weights of a directory.
@@ -36,23 +34,35 @@ def load_model(Model, Config, path: str | Path, dtype, device):
         what = "is missing" if name in expected else "does not belong to this architecture"
         raise InputError(f"{path}: weight {name} {what}")
     for name, tensor in weights.items():
-        require(tensor.is_floating_point(),
-                f"{path}: weight {name} is {tensor.dtype}, not a floating-point type")
+        where = f"{path}: weight {name}"
+        require(tensor.is_floating_point(), f"{where} is {tensor.dtype}, not a floating-point type")
         found = tuple(tensor.shape)
         shape = tuple(expected[name].shape)
-        require(found == shape,
-                f"{path}: weight {name} has shape {found}, but config.json implies {shape}")
-    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+        require(found == shape, f"{where} has shape {found}, but config.json implies {shape}")
+        tensor = tensor.to(device=device, dtype=dtype)
+        lowest, highest = tensor.aminmax()  # 20 times as fast as isfinite().all(); NaN is kept
+        require(math.isfinite(lowest) and math.isfinite(highest),
+                f"{where} holds NaN or infinity (in {dtype})")
+        weights[name] = tensor
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_()
 
 
 def save_model(model, path: str | Path) -> None:
     """Write the weights, then config.json. Each file replaces its older version in one step."""
-    weights = {model.on_disk.get(name, name): w for name, w in model.state_dict().items()}
-    write_weights(weights, model.config, Path(path))
+    path = Path(path)
+    config = model.config
+    require(not config.num_experts or config.shared_expert_intermediate_size,
+            f"{path}: a Qwen2-MoE directory needs a shared expert")
+    weights = {}
+    for name, weight in split_experts(model.state_dict(), config).items():
+        weights[model.on_disk.get(name, name)] = weight.detach().cpu().contiguous()
+    with atomic_path(path / "model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    # Of an earlier model in this directory: readers disagree on which of the two they prefer.
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    write_config(model.config, model.architecture, dtype, Path(path))
+    write_config(config, model.architecture, dtype, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,18 +71,17 @@ def save_model(model, path: str | Path) -> None:
 # What other architectures say in config.json, with the values that Qwen2 has. Other keys are
 # ignored: transformers writes many that the forward pass does not read.
 ONLY = {
-    "hidden_act": ("silu",), "use_sliding_window": (False, None), "is_causal": (True, None),
-    "qkv_bias": (True, None), "attention_bias": (True, None), "mlp_bias": (False, None),
-    "qk_norm": (False, None), "use_qk_norm": (False, None), "use_mrope": (False, None),
-    "partial_rotary_factor": (1.0, None), "attention_dropout": (0.0, None),
-    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-    "quantization_config": (None,),
+    "hidden_act": "silu", "is_causal": True, "qkv_bias": True, "attention_bias": True,
+    "mlp_bias": False, "qk_norm": False, "use_qk_norm": False, "use_mrope": False,
+    "partial_rotary_factor": 1.0, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "quantization_config": None, "attention_dropout": 0.0,
 }
 ONLY_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None,
              "mscale": None, "mscale_all_dim": None}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "rope_theta")
-REQUIRED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+REQUIRED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                "shared_expert_intermediate_size")
 POSITIVE = ("max_position_embeddings", "rms_norm_eps", "decoder_sparse_step", "yarn_factor")
 # Fields of Config that config.json stores in another form.
 LONG_CONTEXT = ("original_max_position_embeddings", "yarn_factor", "chunk_size", "local_size")
@@ -89,15 +98,18 @@ def read_config(path: str | Path, Config):
             "was stopped, continue it with --resume)")
     raw = read_json(file)
     try:
-        check_architecture(raw)
+        kind = raw.get("model_type")
+        require(kind in ("qwen2", "qwen2_moe"), f"model_type is {kind!r}, not qwen2 or qwen2_moe")
+        check_only(ONLY, raw, "")
         values = {}
         for field in fields(Config):
             if field.name not in LONG_CONTEXT and raw.get(field.name) is not None:
                 values[field.name] = raw[field.name]
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
         values |= long_context(raw)
-        check_values(values, Config, raw["model_type"] == "qwen2_moe")
+        check_values(values, Config, kind == "qwen2_moe")
         config = Config(**values)
+        check_window(raw, config.max_position_embeddings)
         head_dim = raw.get("head_dim")
         require(head_dim in (None, config.head_dim),
                 f"head_dim is {head_dim}, but Qwen2 has hidden_size / num_attention_heads")
@@ -106,16 +118,25 @@ def read_config(path: str | Path, Config):
         raise InputError(f"{file}: {error}") from None
 
 
-def check_architecture(raw: dict) -> None:
-    """Refuse what other models have and Qwen2 has not."""
-    kind = raw.get("model_type")
-    require(kind in ("qwen2", "qwen2_moe"), f"model_type is {kind!r}, not qwen2 or qwen2_moe")
-    for name, allowed in ONLY.items():
-        value = raw.get(name, allowed[0])
-        require(value in allowed, f"{name} is {value!r}, but Qwen2 has only {allowed[0]!r}")
+def check_only(only: dict, part: dict, where: str) -> None:
+    """Refuse other values than those of `only` in a part of config.json. null is no value."""
+    for name, allowed in only.items():
+        value = part.get(name)
+        require(value in (allowed, None),
+                f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
+
+
+def check_window(raw: dict, n_positions: int) -> None:
+    """Refuse a sliding window, unless it is switched off or as long as the longest text."""
+    allowed = {"full_attention"}
+    if raw.get("use_sliding_window"):
+        window = raw.get("sliding_window", 0)
+        require(window is None or window >= n_positions, "use_sliding_window is not supported "
+                f"with a sliding_window ({window}) below the {n_positions} positions")
+        allowed.add("sliding_attention")
     for layer_type in raw.get("layer_types") or ():
-        require(layer_type == "full_attention", f"layer_types has {layer_type!r}, but Qwen2 has "
-                "only full_attention")
+        require(layer_type in allowed, f"layer_types has {layer_type!r}, but Qwen2 has only "
+                "full_attention")
 
 
 def check_values(values: dict, Config, is_moe: bool) -> None:
@@ -123,15 +144,15 @@ def check_values(values: dict, Config, is_moe: bool) -> None:
     required = REQUIRED + REQUIRED_MOE if is_moe else REQUIRED
     for name in required:
         require(values.get(name) is not None, f"no {name}")
-    types = {field.name: TYPES.get(field.type) for field in fields(Config)}
-    for name, value in values.items():
-        if name == "mlp_only_layers":
+    for field in fields(Config):
+        value = values.get(field.name, field.default)
+        if field.name == "mlp_only_layers":
             good = all(type(layer) is int for layer in value)
-        elif name in required or name in POSITIVE:
-            good = type(value) in types[name] and 0 < value < math.inf
         else:
-            good = type(value) in types[name] and 0 <= value < math.inf
-        require(good, f"{name} is {value!r}")
+            is_positive = field.name in required or field.name in POSITIVE
+            good = type(value) in TYPES[field.type] and 0 <= value < math.inf
+            good = good and (value > 0 or not is_positive)
+        require(good, f"{field.name} is {value!r}")
 
 
 def long_context(raw: dict) -> dict:
@@ -142,44 +163,36 @@ def long_context(raw: dict) -> dict:
     forms = []
     for name in ("rope_scaling", "rope_parameters"):
         form = raw.get(name) or {}
-        require(isinstance(form, dict), f"{name} is no flat object")
-        require(not any(isinstance(v, dict) for v in form.values()), f"{name} is no flat object")
+        is_flat = isinstance(form, dict) and not any(isinstance(v, dict) for v in form.values())
+        require(is_flat, f"{name} is no flat object")
         forms.append(form)
-    thetas = {form.get("rope_theta") for form in (*forms, raw)} - {None}
-    require(len(thetas) < 2, f"several rope_theta {sorted(thetas)}")
-    values = {"rope_theta": thetas.pop() if thetas else None}
-    lengths = {raw.get("original_max_position_embeddings")}  # training lengths
-
     rope = forms[0] or forms[1]
+    chunks = raw.get("dual_chunk_attention_config") or {}
+    # YaRN over a length that the model was not trained at would be silently wrong.
+    length = the_only("original_max_position_embeddings", [raw, rope, chunks]) or 0
+    values = {"rope_theta": the_only("rope_theta", [raw, *forms]),
+              "original_max_position_embeddings": length}
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in ("default", "yarn"), f"rope scaling {kind!r} is not supported, only yarn")
     if kind == "yarn":
-        for name, only in ONLY_YARN.items():
-            value = rope.get(name)
-            require(value in (only, None),
-                    f"yarn with {name} {value} is not supported, only {only}")
+        check_only(ONLY_YARN, rope, "YaRN: ")
         require(isinstance(rope.get("factor"), (int, float)), "yarn without a factor")
         values["yarn_factor"] = float(rope["factor"])
-        lengths.add(rope.get("original_max_position_embeddings"))
-    chunks = raw.get("dual_chunk_attention_config")
-    if chunks:
-        for name in ("chunk_size", "local_size"):
-            require(isinstance(chunks.get(name), int),
-                    f"dual_chunk_attention_config without {name}")
-            values[name] = chunks[name]
-        lengths.add(chunks.get("original_max_position_embeddings"))
-
-    # YaRN over a length that the model was not trained at would be silently wrong.
-    lengths.discard(None)
-    require(len(lengths) < 2, f"several training lengths {sorted(lengths)} "
-            "(original_max_position_embeddings)")
-    length = lengths.pop() if lengths else 0
-    values["original_max_position_embeddings"] = length
-    if kind == "yarn":
         # Users turn on YaRN by adding rope_scaling alone; the model then has more positions.
         positions = raw.get("max_position_embeddings") or 0
         values["max_position_embeddings"] = max(positions, int(length * values["yarn_factor"]))
+    if chunks:
+        for name in ("chunk_size", "local_size"):
+            require(name in chunks, f"dual_chunk_attention_config without {name}")
+            values[name] = chunks[name]
     return values
+
+
+def the_only(name: str, objects: list[dict]):
+    """Return the value that these JSON objects give to a name. InputError if two values differ."""
+    found = {part.get(name) for part in objects} - {None}
+    require(len(found) < 2, f"several {name} {sorted(found)}")
+    return found.pop() if found else None
 
 
 def write_config(config, architecture: str, dtype: str, path: Path) -> None:
@@ -216,16 +229,31 @@ def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
     weights = {}
     for file in weight_files(Path(path)):
         try:
-            weights |= load_file(file)
+            tensors = load_file(file)
         except SafetensorError as error:
             raise InputError(f"{file}: not a safetensors file ({error})") from None
-    # Checked here, before a model with a billion layers is built.
-    for name in ("num_hidden_layers", "num_experts"):
-        require(getattr(config, name) <= len(weights), f"{path}: config.json has {name} "
-                f"{getattr(config, name)}, but there are only {len(weights)} tensors")
+        for name, tensor in tensors.items():
+            # torch.compile and DistributedDataParallel put their names before those of the model.
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            require(name not in weights, f"{file}: a second weight {name}")
+            if ".rotary_emb." not in name:  # buffers of old checkpoints, computed anew here
+                weights[name] = tensor
+    check_size(config, weights, path)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    return fuse_experts(weights, config)
+    return fuse_experts(weights, config, path)
+
+
+def check_size(config, weights: dict, path) -> None:
+    """Refuse a config.json with more layers or experts than the files hold, before it is built."""
+    layers = config.num_hidden_layers
+    for layer in range(layers):
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        require(name in weights, f"{path}: weight {name} is missing, but config.json has {layers} "
+                "layers")
+    sparse = sum(config.is_sparse(layer) for layer in range(layers))
+    require(3 * sparse * config.num_experts <= len(weights), f"{path}: config.json has {sparse} "
+            f"layers of {config.num_experts} experts, but there are only {len(weights)} tensors")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -240,38 +268,6 @@ def weight_files(path: Path) -> list[Path]:
     for name in names:
         require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")
     return [path / name for name in names]
-
-
-def write_weights(weights: dict[str, torch.Tensor], config, path: Path) -> None:
-    """Write model.safetensors, or shards with an index if they exceed SHARD_BYTES."""
-    shards = [{}]
-    size = 0
-    for name, tensor in split_experts(weights, config).items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    whole = path / "model.safetensors"
-    index = path / "model.safetensors.index.json"
-    file_of = {}
-    total = 0
-    for i, shard in enumerate(shards, start=1):
-        file = path / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = whole
-        with atomic_path(file) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-        for name, tensor in shard.items():
-            file_of[name] = file.name
-            total += tensor.nbytes
-    # Remove an earlier save in the other layout: readers disagree on which of them they prefer.
-    if len(shards) == 1:
-        index.unlink(missing_ok=True)
-    else:
-        content = {"metadata": {"total_size": total}, "weight_map": file_of}
-        write_atomic(index, json.dumps(content))
-        whole.unlink(missing_ok=True)
 
 
 def split_experts(weights: dict, config) -> dict:
@@ -289,38 +285,26 @@ def split_experts(weights: dict, config) -> dict:
                 out[f"{experts}.{e}.up_proj.weight"] = up
             else:
                 out[f"{experts}.{e}.down_proj.weight"] = w[e]
-        if part == "down_proj" and not config.shared_expert_intermediate_size:
-            # transformers requires a shared expert all the same, with an inner size of 0.
-            shared = experts.removesuffix("experts") + "shared_expert"
-            C = config.hidden_size
-            out[f"{shared}.gate_proj.weight"] = w.new_empty(0, C)
-            out[f"{shared}.up_proj.weight"] = w.new_empty(0, C)
-            out[f"{shared}.down_proj.weight"] = w.new_empty(C, 0)
-            out[f"{shared}_gate.weight"] = w.new_zeros(1, C)
     return out
 
 
-def fuse_experts(weights: dict, config) -> dict:
-    """Stack the experts: the inverse of `split_experts`. If one is missing, they are left as they
-    are, and the check of names will say which."""
+def fuse_experts(weights: dict, config, path) -> dict:
+    """Stack the experts: the inverse of `split_experts`."""
     for layer in range(config.num_hidden_layers):
         if not config.is_sparse(layer):
             continue
-        mlp = f"model.layers.{layer}.mlp"
-        if not config.shared_expert_intermediate_size:
-            weights.pop(f"{mlp}.shared_expert_gate.weight", None)
-            for part in ("gate", "up", "down"):
-                name = f"{mlp}.shared_expert.{part}_proj.weight"
-                if name in weights and weights[name].numel() == 0:
-                    del weights[name]
-        names = {}
-        for part in ("gate", "up", "down"):
-            names[part] = [f"{mlp}.experts.{e}.{part}_proj.weight"
-                           for e in range(config.num_experts)]
-        if all(name in weights for part in names.values() for name in part):
-            gate = torch.stack([weights.pop(name) for name in names["gate"]])
-            up = torch.stack([weights.pop(name) for name in names["up"]])
-            weights[f"{mlp}.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
-            down = torch.stack([weights.pop(name) for name in names["down"]])
-            weights[f"{mlp}.experts.down_proj"] = down
+        experts = f"model.layers.{layer}.mlp.experts"
+        parts = {"gate": [], "up": [], "down": []}
+        for e in range(config.num_experts):
+            for part, tensors in parts.items():
+                name = f"{experts}.{e}.{part}_proj.weight"
+                require(name in weights, f"{path}: weight {name} is missing")
+                tensors.append(weights.pop(name))
+        try:
+            gate = torch.stack(parts["gate"])
+            up = torch.stack(parts["up"])
+            weights[f"{experts}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+            weights[f"{experts}.down_proj"] = torch.stack(parts["down"])
+        except RuntimeError as error:
+            raise InputError(f"{path}: {experts} have several shapes ({error})") from None
     return weights

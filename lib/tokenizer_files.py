@@ -7,12 +7,20 @@
 """
 import base64
 import json
+import unicodedata
 from pathlib import Path
 
 import tiktoken
 
 from lib.args import InputError, require
 from lib.files import read_json, write_atomic
+
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# A pattern from elsewhere could take years for a word, or break tiktoken. The second is GPT-2's
+# with single digits, for SmolLM2: no smaller pretrained model comes in Qwen2's format.
+KNOWN_PATTERNS = (
+    PATTERN, r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 # Why a vocabulary file looks garbled: JSON holds text, but tokens are bytes, and many are not valid
 # UTF-8 (a third of a Chinese character). GPT-2 writes each byte as one printable character. Bytes
@@ -93,34 +101,62 @@ def read_ranks(path: Path) -> dict:
     return {"tokens": tokens}
 
 
+def read_directory(path: Path, control_tokens: list[str]) -> dict:
+    """Read tokenizer.json, or vocab.json and merges.txt where there is none."""
+    config = {}
+    if (path / "tokenizer_config.json").is_file():
+        config = read_json(path / "tokenizer_config.json")
+    listed = listed_tokens(path, config)
+    if (path / "tokenizer.json").is_file():
+        parts = read_tokenizer_json(path / "tokenizer.json", control_tokens)
+        for token in listed:
+            require(parts["special"].get(token["content"]) == token["id"],
+                    f"tokenizer.json has no token {token['content']!r} with the id {token['id']}, "
+                    "but added_tokens.json or tokenizer_config.json has")
+    else:
+        merges = (path / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
+        if merges[0].startswith("#version"):
+            merges = merges[1:]
+        parts = from_spelling(read_json(path / "vocab.json"), merges, listed, control_tokens)
+    # transformers prefers the file to the key.
+    if (path / "chat_template.jinja").is_file():
+        parts["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8-sig")
+    elif config.get("chat_template") is not None:
+        parts["chat_template"] = config["chat_template"]
+    return parts
+
+
+def listed_tokens(path: Path, config: dict) -> list[dict]:
+    """Return the tokens of tokenizer_config.json and of its predecessor, added_tokens.json."""
+    listed = {}
+    if (path / "added_tokens.json").is_file():
+        for name, i in read_json(path / "added_tokens.json").items():
+            is_special = name.startswith("<|")
+            listed[name] = {"content": name, "id": i, "special": is_special,
+                            "normalized": not is_special}
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        listed[token["content"]] = {**token, "id": int(i)}
+    return list(listed.values())
+
+
 def read_tokenizer_json(path: Path, control_tokens: list[str]) -> dict:
     """Read tokenizer.json. InputError for steps that we do not have: a tokenizer that is nearly
     right would train a model on wrong ids without a word."""
     data = read_json(path)
     steps = data["pre_tokenizer"].get("pretokenizers", [])
+    normalizer = data["normalizer"]
+    if normalizer is not None and len(normalizer.get("normalizers", ())) == 1:
+        normalizer = normalizer["normalizers"][0]
     require([step["type"] for step in steps] == ["Split", "ByteLevel"]
             and not steps[0]["invert"] and steps[0]["behavior"] == "Isolated"
             and not steps[1]["use_regex"] and not steps[1]["add_prefix_space"]
-            and data["normalizer"] in (None, {"type": "NFC"}),
+            and normalizer in (None, {"type": "NFC"}),
             "only NFC, Split(regex, isolated), ByteLevel are known, as in Qwen2.5")
+    pattern = steps[0]["pattern"]["Regex"]
+    require(pattern in KNOWN_PATTERNS, "the pre-tokenizer's pattern is not Qwen2's")
     vocab, merges = data["model"]["vocab"], data["model"]["merges"]
     parts = from_spelling(vocab, merges, data["added_tokens"], control_tokens)
-    parts["pattern"] = steps[0]["pattern"]["Regex"]
-    parts["nfc"] = data["normalizer"] is not None
-    return parts
-
-
-def read_vocab_and_merges(directory: Path, control_tokens: list[str]) -> dict:
-    """Read vocab.json and merges.txt, and the control tokens of tokenizer_config.json if any."""
-    merges = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
-    if merges[:1] == ["#version: 0.2"]:
-        merges = merges[1:]
-    added = []
-    config = directory / "tokenizer_config.json"
-    if config.is_file():
-        for i, token in read_json(config).get("added_tokens_decoder", {}).items():
-            added.append({"id": int(i), **token})
-    return from_spelling(read_json(directory / "vocab.json"), merges, added, control_tokens)
+    return parts | {"pattern": pattern, "nfc": normalizer is not None}
 
 
 def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
@@ -130,9 +166,16 @@ def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
     parts = {}
     if not added:
         added = [{"content": name, "id": vocab[name]} for name in control_tokens if name in vocab]
+    for token in added:
+        name = token["content"]
+        odd = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        require(not odd, f"added token {name!r}: {odd} is not supported")
+        require(name and unicodedata.is_normalized("NFC", name),
+                f"added token {name!r} must be some text in Unicode NFC")
     if added:
         parts["special"] = {token["content"]: token["id"] for token in added}
         parts["hidden"] = {token["content"] for token in added if token.get("special", True)}
+        parts["normalized"] = {token["content"] for token in added if token.get("normalized")}
     # Some, such as SmolLM2, list the control tokens inside the vocabulary too.
     special = parts.get("special", ())
     parts["tokens"] = {unprintable(text): i for text, i in vocab.items() if text not in special}
@@ -146,40 +189,7 @@ def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
 # ---------------------------------------------------------------------------------------------
 # writing
 
-# The layout of tokenizer.chat_segments in Jinja; a test renders with both.
-CHAT_TEMPLATE = r"""{{- '<|im_start|>system\n' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content }}{% else %}{{- SYSTEM }}{% endif %}
-{%- if tools %}{{- HEAD }}{% for tool in tools %}{{- '\n' }}{{- tool | tojson }}{% endfor %}
-    {{- TAIL }}{% endif %}{{- '<|im_end|>\n' }}
-{%- for message in messages %}
-    {%- if message.role == 'tool' %}
-        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}
-        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{% endif %}
-    {%- elif message.role == 'assistant' and message.tool_calls %}
-        {{- '<|im_start|>assistant' }}
-        {%- if message.content %}{{- '\n' + message.content }}{% endif %}
-        {%- for call in message.tool_calls %}
-            {%- if call.function is defined %}{% set call = call.function %}{% endif %}
-            {{- '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
-            {{- call.arguments | tojson }}{{- '}\n</tool_call>' }}
-        {%- endfor %}{{- '<|im_end|>\n' }}
-    {%- elif message.role != 'system' or not loop.first %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def chat_template(default_system: str, tools_head: str, tools_tail: str) -> str:
-    """Return CHAT_TEMPLATE with its three texts. A Jinja string literal is written like JSON's."""
-    template = CHAT_TEMPLATE
-    for name, text in (("SYSTEM", default_system), ("HEAD", tools_head), ("TAIL", tools_tail)):
-        template = template.replace(f" {name} ", f" {json.dumps(text)} ")
-    return template
-
-
-def write_files(tokenizer, directory: Path, tokenizer_class: str, template: str) -> None:
+def write_files(tokenizer, directory: Path) -> None:
     """Write the four files of HF, each atomically."""
     merges = [f"{printable(a)} {printable(b)}" for a, b in tokenizer.merges]
     vocab = {printable(token): i for token, i in tokenizer.tokens.items()}
@@ -188,15 +198,17 @@ def write_files(tokenizer, directory: Path, tokenizer_class: str, template: str)
     vocab |= {name: i for name, i in tokenizer.special.items() if i < last}
     added = {}
     for name, i in sorted(tokenizer.special.items(), key=lambda item: item[1]):
-        added[i] = {"content": name, "lstrip": False, "normalized": False, "rstrip": False,
-                    "single_word": False, "special": name in tokenizer.hidden}
+        added[i] = {"content": name, "lstrip": False, "normalized": name in tokenizer.normalized,
+                    "rstrip": False, "single_word": False, "special": name in tokenizer.hidden}
     files = {"vocab.json": vocab,
              "tokenizer.json": tokenizer_json(tokenizer, vocab, merges, added),
-             "tokenizer_config.json": tokenizer_config(tokenizer, added, tokenizer_class, template)}
+             "tokenizer_config.json": tokenizer_config(tokenizer, added)}
     write_atomic(directory / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
     for name, content in files.items():
         text = json.dumps(content, ensure_ascii=False, indent=2)
         write_atomic(directory / name, text + "\n")
+    for name in ("added_tokens.json", "chat_template.jinja"):  # an older save's, now contradicted
+        (directory / name).unlink(missing_ok=True)
 
 
 def tokenizer_json(tokenizer, vocab: dict, merges: list[str], added: dict) -> dict:
@@ -219,13 +231,15 @@ def tokenizer_json(tokenizer, vocab: dict, merges: list[str], added: dict) -> di
     }
 
 
-def tokenizer_config(tokenizer, added: dict, tokenizer_class: str, template: str) -> dict:
+def tokenizer_config(tokenizer, added: dict) -> dict:
+    # transformers' Qwen2Tokenizer builds Qwen's pipeline whatever tokenizer.json says.
+    is_qwen = tokenizer.pattern == PATTERN and tokenizer.nfc
     pad = added[tokenizer.pad_id]["content"]
     hidden = [name for name in tokenizer.special if name in tokenizer.hidden]
     return {
-        "tokenizer_class": tokenizer_class,
+        "tokenizer_class": "Qwen2Tokenizer" if is_qwen else "PreTrainedTokenizerFast",
         "added_tokens_decoder": added,
-        "chat_template": template,
+        "chat_template": tokenizer.chat_template,
         "additional_special_tokens": [name for name in hidden if name != "<|endoftext|>"],
         "bos_token": None,
         "unk_token": None,

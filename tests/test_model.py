@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import checkpoint
 import kernels
 import model as M
 from lib.args import InputError
@@ -502,36 +501,41 @@ def test_load_in_another_dtype(tmp_path):
                        model.head_weight.bfloat16().float())
 
 
+def shard(path, n):
+    """Cut model.safetensors into n files with an index, as the Hub stores large models."""
+    weights = load_file(path / "model.safetensors")
+    file_of = {name: f"model-{i % n + 1:05d}-of-{n:05d}.safetensors"
+               for i, name in enumerate(sorted(weights))}
+    for file in set(file_of.values()):
+        save_file({name: w for name, w in weights.items() if file_of[name] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({
+        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+        "weight_map": file_of}))
+    (path / "model.safetensors").unlink()
+    return sorted(set(file_of.values()))
+
+
 @pytest.mark.parametrize("name", ["tied", "moe"])
-def test_sharded_save_and_load(name, tmp_path, monkeypatch):
-    """As the Hub stores large models; each shard under the limit, total_size right."""
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+def test_sharded_weights_load(name, tmp_path):
     model, ids = build(CONFIGS[name]), random_ids(2, 7)
     model.save_pretrained(tmp_path)
-    shards = sorted(tmp_path.glob("*.safetensors"))
-    assert len(shards) > 3
-    assert all(s.stat().st_size < 25_000 for s in shards)  # + header
-    assert shards[1].name == f"model-00002-of-{len(shards):05d}.safetensors"
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    size = sum(p.nbytes for p in model.parameters())
-    assert index["metadata"]["total_size"] == size
+    shards = shard(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == shards
     again = Qwen2.from_pretrained(tmp_path)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=1e-5)
-    os.remove(shards[1])
-    with pytest.raises(InputError, match=shards[1].name):
+    os.remove(tmp_path / shards[1])
+    with pytest.raises(InputError, match=shards[1]):
         Qwen2.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("first, second", [(20_000, 10**9), (10**9, 20_000)])
-def test_saving_over_another_layout_leaves_no_stale_weights(first, second, tmp_path, monkeypatch):
+def test_saving_over_shards_leaves_no_stale_weights(tmp_path):
     """Readers prefer one of model.safetensors and the index: the other must be gone."""
     old, new = build(DENSE, 0), build(DENSE, 1)
-    for model, limit in ((old, first), (new, second)):
-        monkeypatch.setattr(checkpoint, "SHARD_BYTES", limit)
-        model.save_pretrained(tmp_path)
-    whole, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
-    assert whole.exists() != index.exists()
+    old.save_pretrained(tmp_path)
+    shard(tmp_path, 3)
+    new.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
     assert torch.equal(Qwen2.from_pretrained(tmp_path).head_weight, new.head_weight)
 
 
@@ -563,11 +567,11 @@ BROKEN = {
                      "rope scaling 'linear' is not supported, only yarn"),
     "yarn factor": (lambda p: edit_config(p, rope_scaling={"type": "yarn"}), "without a factor"),
     "yarn betas": (lambda p: edit_config(p, rope_scaling={"type": "yarn", "factor": 2.0,
-                                                          "beta_fast": 16}), "beta_fast 16"),
+                                                          "beta_fast": 16}), "beta_fast is 16"),
     "training lengths": (lambda p: edit_config(
         p, original_max_position_embeddings=128, rope_scaling={
             "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
-        r"several training lengths \[64, 128\]"),
+        r"several original_max_position_embeddings \[64, 128\]"),
     "two thetas": (lambda p: edit_config(p, rope_theta=5e5), r"several rope_theta \[500000.0,"),
     "theta a layer": (lambda p: edit_config(p, rope_parameters={"full": {"rope_theta": 1e4}}),
                       "no flat object"),
@@ -582,6 +586,33 @@ BROKEN = {
     "no local_size": (lambda p: edit_config(p, dual_chunk_attention_config={"chunk_size": 64}),
                       "without local_size"),
     "sliding window": (lambda p: edit_config(p, use_sliding_window=True), "sliding"),
+    "window of 127": (lambda p: edit_config(p, use_sliding_window=True, sliding_window=127),
+                      r"sliding_window \(127\) below the 128 positions"),
+    "window under YaRN": (lambda p: edit_config(
+        p, use_sliding_window=True, sliding_window=128, rope_scaling={
+            "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}),
+        r"sliding_window \(128\) below the 256 positions"),
+    "layers with a window": (lambda p: edit_config(p, layer_types=["sliding_attention"] * 3),
+                             "layer_types has 'sliding_attention'"),
+    "attention dropout": (lambda p: edit_config(p, attention_dropout=0.1),
+                          "attention_dropout is 0.1"),
+    "NaN": (lambda p: edit_weights(p, **{"model.norm.weight": torch.tensor(
+        [1.0] * 31 + [math.nan])}), "weight model.norm.weight holds NaN or infinity"),
+    "-infinity": (lambda p: edit_weights(p, **{"model.layers.2.mlp.gate.weight": torch.full(
+        (6, 32), -math.inf)}), "weight model.layers.2.mlp.gate.weight holds NaN"),
+    "too large for float32": (lambda p: edit_weights(p, **{"model.norm.weight": torch.full(
+        (32,), 1e300, dtype=torch.float64)}), "model.norm.weight holds NaN or infinity"),
+    "two names": (lambda p: edit_weights(p, **{"_orig_mod.model.norm.weight": torch.ones(32)}),
+                  "a second weight model.norm.weight"),
+    "a layer too many": (lambda p: edit_config(p, num_hidden_layers=4),
+                         "layers.3.input_layernorm.weight is missing, but .* 4 layers"),
+    "more experts than tensors": (lambda p: edit_config(p, num_experts=20_000),
+                                  "3 layers of 20000 experts"),
+    "experts of two shapes": (lambda p: edit_weights(p, **{
+        "model.layers.1.mlp.experts.3.up_proj.weight": torch.ones(20, 31)}), "several shapes"),
+    "up is not gate": (lambda p: edit_weights(p, **{
+        f"model.layers.1.mlp.experts.{e}.up_proj.weight": torch.ones(20, 31) for e in range(6)}),
+        "several shapes"),
     "heads": (lambda p: edit_config(p, num_key_value_heads=3), "4 query heads"),
     "no hidden_size": (lambda p: edit_config(p, hidden_size=None), "no hidden_size"),
     "no experts": (lambda p: edit_config(p, num_experts=0), "num_experts"),
@@ -607,6 +638,52 @@ def test_a_broken_directory_is_refused_in_one_line(spoil, message, tmp_path):
         Qwen2.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
     assert tmp_path.name in str(error.value) or message == "4 query heads"
+
+
+def rename_weights(path, prefix):
+    weights = load_file(path / "model.safetensors")
+    save_file({prefix + name: w for name, w in weights.items()}, path / "model.safetensors")
+
+
+HARMLESS = {
+    "inv_freq": lambda p: edit_weights(p, **{
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}),
+    "torch.compile": lambda p: rename_weights(p, "_orig_mod."),
+    "DistributedDataParallel": lambda p: rename_weights(p, "module."),
+    "both": lambda p: rename_weights(p, "module._orig_mod."),
+    "window as long as the texts": lambda p: edit_config(
+        p, use_sliding_window=True, sliding_window=128, layer_types=["sliding_attention"] * 3),
+    "window of null": lambda p: edit_config(p, use_sliding_window=True, sliding_window=None),
+    "window switched off": lambda p: edit_config(p, use_sliding_window=False, sliding_window=4),
+    "dropout of 0": lambda p: edit_config(p, attention_dropout=0, hidden_dropout=0.0),
+    "byte-order mark": lambda p: (p / "config.json").write_text(
+        (p / "config.json").read_text("utf-8"), "utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_changes_nothing_is_accepted(change, tmp_path):
+    model = build(SPARSE)
+    model.save_pretrained(tmp_path)
+    change(tmp_path)
+    again = Qwen2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_an_impossible_size_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    """20,000 layers of 20,000 experts, and a file of 20,000 empty tensors: they would be 1.2
+    billion names."""
+    build(SPARSE).save_pretrained(tmp_path)
+    names = [f"model.layers.{i}.input_layernorm.weight" for i in range(20_000)]
+    monkeypatch.setattr(M, "Block", None)
+    for layers, says in ((20_000, "20000 layers of 20000 experts.* only 20000 tensors"),
+                         (30_000, "layers.20000.input_layernorm.weight is missing"),
+                         (10**15, "layers.20000.input_layernorm.weight is missing")):
+        edit_config(tmp_path, num_hidden_layers=layers, num_experts=20_000)
+        save_file({name: torch.empty(0) for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=says):
+            Qwen2.from_pretrained(tmp_path)
 
 
 def test_something_that_is_no_directory_is_refused(tmp_path):

@@ -5,9 +5,10 @@ import random
 import re
 import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
-from test_tokenizer import CHATS, CORPUS, GPT2, fuzz, jsonl
+from test_tokenizer import CHATS, CORPUS, DEFAULTS, fuzz, jsonl, loop_template, with_template
 
 import tokenizer as tok
 from lib import tokenizer_files
@@ -323,15 +324,16 @@ def test_auto_tokenizer(both, tokenizers, compare, tmp_path):
 def test_other_models_tokenizer(tokenizers, transformers, compare, tmp_path):
     """As SmolLM2 in Qwen2's format: control tokens first and inside the vocabulary, another
     pattern, no NFC, few control tokens, some bytes missing."""
+    pattern = tokenizer_files.KNOWN_PATTERNS[1]
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
     alphabet = [bytes([b]) for b in tokenizer_files.BYTE_ORDER if b not in (4, 0xF1)]
-    merges = tok.train_bpe(tok.count_pretokens(CORPUS, GPT2), 150)
+    merges = tok.train_bpe(tok.count_pretokens(CORPUS, pattern), 150)
     names = control + [tokenizer_files.printable(t) for t in alphabet + [a + b for a, b in merges]]
     hf = tokenizers.Tokenizer(tokenizers.models.BPE(
         vocab={t: i for i, t in enumerate(names)},
         merges=[(tokenizer_files.printable(a), tokenizer_files.printable(b)) for a, b in merges]))
     hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(GPT2), behavior="isolated"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     hf.decoder = tokenizers.decoders.ByteLevel()
     hf.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in control])
@@ -416,6 +418,68 @@ def test_chats_in_transformers(both, compare):
                 compare(f"tokenizer: chats, ids, {which}", ids, auto.apply_chat_template(
                     messages, tools, add_generation_prompt=prompt, return_dict=False))
     assert differ > 50                                # the difference is real
+
+
+def published_templates():
+    """Qwen2.5's text as TRL ships it, the same with other models' default system prompts (spelled
+    as in a Jinja string), and the loops of Qwen2 and plain ChatML."""
+    trl = pytest.importorskip("trl", reason="make test-parity installs it")
+    text = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text("utf-8")
+    assert text.count(tok.DEFAULT_SYSTEM) == 2
+    yield text
+    for spelled in DEFAULTS:
+        if "\n" not in spelled:
+            yield text.replace(tok.DEFAULT_SYSTEM, spelled)
+        yield loop_template(spelled)
+    yield loop_template()
+
+
+def test_published_templates_in_transformers(trained, transformers, compare, tmp_path):
+    """Each is recognised, and renders as Jinja does; a tool where the layout has tools."""
+    trained.save_pretrained(tmp_path / "plain")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    for i, template in enumerate(published_templates()):
+        ours = with_template(trained, tmp_path / str(i), template)
+        for messages, tools in [*CHATS.values(), *chats(60, seed=i)]:
+            uses_tools = tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+            if uses_tools and "tools" not in template:
+                continue
+            for prompt in False, True:
+                compare("tokenizer: published chat templates", ours.render_text(
+                    messages, prompt, tools), auto.apply_chat_template(
+                        messages, tools, add_generation_prompt=prompt, tokenize=False,
+                        chat_template=template))
+
+
+def test_added_words_in_tokenizers(trained, tokenizers, compare, tmp_path):
+    """Words and tags, found before NFC or after it."""
+    names = ["zig", "zigzag", "naïve", "<think>", "<|new|>", "你好", "s z"]
+    data = trained_with(names, trained, tmp_path)
+    hf = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.n_vocab == trained.n_vocab + len(names) == len(data["added_tokens"]) + len(
+        data["model"]["vocab"])
+    rng = random.Random(0)
+    texts = ["".join(rng.choices([*names, *fuzz(20, seed=i), "e\u0301", "\u0338", "z"], k=6))
+             for i in range(2000)]
+    texts = [text.translate(dict.fromkeys(map(ord, young(hf)))) for text in texts]
+    compare("tokenizer: added words, ids", [ours.encode(text, True) for text in texts],
+            ids_of(hf, list(map(scalars, texts))))
+    ours.save_pretrained(tmp_path / "again")
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    compare("tokenizer: added words, saved", ids_of(again, texts), ids_of(hf, texts))
+
+
+def trained_with(names, trained, path) -> dict:
+    """Save the tokenizer with added tokens; every second one is looked for after NFC."""
+    trained.save_pretrained(path)
+    data = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    for i, name in enumerate(names):
+        data["added_tokens"].append({
+            "id": trained.n_vocab + i, "content": name, "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": i % 2 == 0, "special": name.startswith("<|")})
+    (path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
+    return data
 
 
 def test_forged_control_tokens(both, compare):

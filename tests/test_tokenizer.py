@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tok
-from lib import tokenizer_files
+from lib import chat, tokenizer_files
 from lib.args import InputError
 from tokenizer import Tokenizer
 
@@ -307,9 +307,121 @@ def test_load_errors_name_the_file(small, tmp_path):
     with_change(lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0), "only NFC")
     with_change(lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
                 "pattern")
-    with_change(lambda d: d["added_tokens"][2].update(content="<eot>"), r"no <\|im_end\|>")
+    with_change(lambda d: d["added_tokens"][2].update(content="<eot>"), r"no .*<\|im_end\|>")
     (tmp_path / "tokenizer.json").write_text("{")
     refuses(tmp_path, "tokenizer.json: not JSON")
+
+
+def change_json(file, change):
+    data = json.loads(file.read_text(encoding="utf-8-sig"))
+    change(data)
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def set_pattern(pattern):
+    return lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern})
+
+
+@pytest.mark.parametrize("pattern", [
+    "(", r"(?=(a+)+b)x|\p{L}+|\s|.", r"(?:(?=a)a|a)*(?!a)b|(?s).", "|x", r"\d\d\d\d",
+    r"(?:(?:a{1000}){1000}){1000}|(?s).", r"(a+)\1+|(?s).", r"(\s+)+x|(?s).", tok.PATTERN + "|"])
+def test_only_known_patterns_are_compiled(small, tmp_path, pattern):
+    """They match for ever, break tiktoken, drop text, or are no regular expression."""
+    small.save_pretrained(tmp_path)
+    change_json(tmp_path / "tokenizer.json", set_pattern(pattern))
+    with pytest.raises(InputError, match="tokenizer.json: the pre-tokenizer's pattern is not"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_directories_of_other_forms(small, tmp_path):
+    """A byte-order mark, a Sequence that holds NFC alone, the long first line of merges.txt, and
+    control tokens that only added_tokens.json has."""
+    small.save_pretrained(tmp_path)
+    texts = list(fuzz(300, seed=4)) + ["<|im_end|>", "e\u0301"]
+    want = [small.encode(text, allow_special=True) for text in texts]
+
+    def check():
+        again = Tokenizer.from_pretrained(tmp_path)
+        assert [again.encode(text, allow_special=True) for text in texts] == want
+        assert (again.special, again.pad_id) == (small.special, small.pad_id)
+
+    full = tmp_path / "tokenizer.json"
+    change_json(full, lambda d: d.update(normalizer={"type": "Sequence",
+                                                     "normalizers": [d["normalizer"]]}))
+    check()
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    check()
+    full.unlink()
+    check()
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").partition("\n")[2]
+    (tmp_path / "merges.txt").write_text("#version: 0.2 - by somebody\n" + merges, "utf-8-sig")
+    check()
+    (tmp_path / "added_tokens.json").write_text(json.dumps(small.special))
+    change_json(tmp_path / "tokenizer_config.json", lambda d: d.pop("added_tokens_decoder"))
+    check()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 9}))
+    with pytest.raises(InputError, match="do not have the ids"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def add_word(content, **flags):
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True,
+             "special": False, "id": 400} | flags
+    return lambda d: d["added_tokens"].append({"content": content} | flags)
+
+
+def test_added_words_are_always_used(small, tmp_path):
+    """A word is vocabulary, also in a user's text; a tag is a control token. Both are saved."""
+    small.save_pretrained(tmp_path / "a")
+    for i, (name, normalized) in enumerate([("cat mat", True), ("cat", True), ("<think>", True),
+                                            ("caf\u00e9", False), ("\u4f60\u597d", True)]):
+        change_json(tmp_path / "a" / "tokenizer.json",
+                    add_word(name, id=400 + i, normalized=normalized))
+    Tokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for path in tmp_path / "a", tmp_path / "b":
+        words = Tokenizer.from_pretrained(path)
+        assert words.n_vocab == 405 and words.pad_id == small.pad_id
+        assert words.encode("the cat mat, cats") == [
+            *small.encode("the "), 400, *small.encode(", "), 401, *small.encode("s")]
+        # normalized: looked for after NFC ("e" + accent is one character), else before it
+        assert words.encode("\u4f60\u597dcafe\u0301") == [404, *small.encode("cafe\u0301")]
+        assert words.encode("caf\u00e9") == [403]
+        assert words.encode("<think><|im_end|>") == small.encode("<think><|im_end|>")
+        assert words.encode("<think><|im_end|>cat", True) == [402, small.im_end_id, 401]
+        assert words.encode("<think>\u0338", True) == small.encode("<think>\u0338")
+        assert words.decode([401, 402], skip_special_tokens=True) == "cat<think>"
+        ids, _ = words.render([{"role": "user", "content": "cat"}])
+        assert ids[-3:] == [401, small.im_end_id, 198]
+
+
+@pytest.mark.parametrize("change, says", [
+    (add_word("cat", lstrip=True), "added token 'cat': .'lstrip'. is not supported"),
+    (add_word("<x>", rstrip=True), "added token '<x>': .'rstrip'. is not supported"),
+    (add_word("cat", single_word=True), "added token 'cat': .'single_word'. is not supported"),
+    (add_word(""), "added token '' must be some text"),
+    (add_word("e\u0301"), "must be some text in Unicode NFC"),
+    (add_word("cat", id=7), "do not have the ids"),
+])
+def test_added_tokens_that_we_do_not_have_are_refused(small, tmp_path, change, says):
+    small.save_pretrained(tmp_path)
+    change_json(tmp_path / "tokenizer.json", change)
+    with pytest.raises(InputError, match=says):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_files_that_disagree_about_tokens_are_refused(small, tmp_path, file):
+    """transformers would add the token; tokenizer.json alone would miss it."""
+    small.save_pretrained(tmp_path)
+    if file == "added_tokens.json":
+        (tmp_path / file).write_text(json.dumps(small.special | {"hydroxychloroquine": 400}))
+    else:
+        change_json(tmp_path / file, lambda d: d["added_tokens_decoder"].update(
+            {"400": {"content": "hydroxychloroquine"}}))
+    with pytest.raises(InputError, match="tokenizer.json has no token 'hydroxychloroquine' with"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_train_errors():
@@ -407,6 +519,116 @@ def test_bad_messages_are_named(small, messages, says):
         small.render_text(messages)
 
 
+# --- chat templates ------------------------------------------------------------------------------
+
+def loop_template(default=None):
+    """The layout of Qwen2 or, without a default system prompt, plain ChatML."""
+    first = "" if default is None else (
+        "{% if loop.first and messages[0].role != 'system' %}"
+        "{{ '<|im_start|>system\\n" + default + "<|im_end|>\\n' }}{% endif %}")
+    return ("{% for message in messages %}" + first + "{{'<|im_start|>' + message['role'] + '\\n' "
+            "+ message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+DEFAULTS = {  # as a template spells it: as it is read
+    "You are a helpful assistant.": "You are a helpful assistant.",
+    r"Put your final answer within \\boxed{}.": r"Put your final answer within \boxed{}.",
+    r"Two\nlines, \u4f60\u597d \"x\"": "Two\nlines, \u4f60\u597d \"x\"",
+    "Two\nlines": "Two\nlines"}
+
+
+def with_template(tokenizer, path, template):
+    tokenizer.save_pretrained(path)
+    change_json(path / "tokenizer_config.json", lambda d: d.update(chat_template=template))
+    return Tokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize("spelled", DEFAULTS)
+def test_the_template_decides_the_default_system_prompt(small, tmp_path, spelled):
+    tokenizer = with_template(small, tmp_path, loop_template(spelled))
+    user = {"role": "user", "content": "Hi"}
+    chat = "<|im_start|>user\nHi<|im_end|>\n"
+    text = f"<|im_start|>system\n{DEFAULTS[spelled]}<|im_end|>\n{chat}"
+    assert tokenizer.render_text([user]) == text
+    assert tokenizer.decode(tokenizer.render([user])[0]) == text
+    assert tokenizer.render_text([user], True) == text + "<|im_start|>assistant\n"
+    system = {"role": "system", "content": "S"}
+    assert tokenizer.render_text([system, user]) == f"<|im_start|>system\nS<|im_end|>\n{chat}"
+
+
+def test_plain_chatml_has_no_default_system_prompt(small, tmp_path):
+    tokenizer = with_template(small, tmp_path, loop_template())
+    chat = "<|im_start|>user\nHi<|im_end|>\n"
+    assert tokenizer.render_text([{"role": "user", "content": "Hi"}]) == chat
+    assert tokenizer.render_text([{"role": "system", "content": "S"}, {
+        "role": "user", "content": "Hi"}]) == f"<|im_start|>system\nS<|im_end|>\n{chat}"
+
+
+def test_the_template_file_goes_before_the_key(small, tmp_path):
+    user = [{"role": "user", "content": "Hi"}]
+    small.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(loop_template("F") + "\n", encoding="utf-8-sig")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.render_text(user).startswith("<|im_start|>system\nF<|im_end|>\n")
+    tokenizer.save_pretrained(tmp_path / "again")       # under the key, with not a letter changed
+    config = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text("utf-8"))
+    assert config["chat_template"] == loop_template("F") + "\n"
+    again = Tokenizer.from_pretrained(tmp_path / "again")
+    assert again.render(user) == tokenizer.render(user)
+    small.save_pretrained(tmp_path)                     # and the old tokenizer's file is gone
+    assert Tokenizer.from_pretrained(tmp_path).render(user) == small.render(user)
+
+
+UNKNOWN = {
+    "no line end after <|im_end|>": loop_template("S").replace("+ '\\n'}}", "}}"),
+    "a blank for a line end": loop_template("S").replace("'] + '\\n'", "'] + ' '"),
+    "a line end between tags": loop_template("S").replace("}}{% endfor", "}}\n{% endfor"),
+    "a blank in a string": loop_template("S").replace("<|im_start|>'", "<|im_start|> '"),
+    "thinking": loop_template("S").replace("assistant\\n", "assistant\\n<think>\\n"),
+    "an apostrophe": loop_template(r"It\'s me"),
+    "a changed layout": chat.CHAT_TEMPLATE.replace("'tool'", "'ipython'"),
+    "code": "{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}x{% endfor %}",
+    "blanks": " " * 10**7, "open tags": "{%" * 10**6, "a bad escape": loop_template(r"\x"),
+    "empty": "", "a list": [{"name": "default", "template": loop_template("S")}], "a number": 5}
+
+
+@pytest.mark.parametrize("template", UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_an_unknown_template_is_refused_only_for_chats(small, tmp_path, template):
+    tokenizer = with_template(small, tmp_path, template)
+    assert tokenizer.encode("a cat") == small.encode("a cat")
+    for render in tokenizer.render, tokenizer.render_text:
+        with pytest.raises(InputError, match="chat template .* is not one of") as error:
+            render([{"role": "user", "content": "Hi"}])
+        assert "\n" not in str(error.value)
+    tokenizer.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text("utf-8"))
+    assert config["chat_template"] == template
+
+
+def test_a_template_without_tools_refuses_them(small, tmp_path):
+    tokenizer = with_template(small, tmp_path, loop_template("S"))
+    for messages, tools in (*[CHATS[name] for name in ("tools", "tools, no system", "tool last")],
+                            ([{"role": "assistant", "content": "", "tool_calls": [CALL]}], None)):
+        with pytest.raises(InputError, match="no place for tools"):
+            tokenizer.render(messages, tools=tools)
+
+
+def test_tools_may_be_json_text(small):
+    user = [{"role": "user", "content": "u"}]
+    want = small.render_text(user, tools=TOOLS)
+    assert "Größe" in want
+    assert small.render_text(user, tools=json.dumps(TOOLS)) == want
+    for nothing in (None, [], "[]", "null", "", " [ ] "):
+        assert small.render(user, tools=nothing) == small.render(user)
+    for bad, says in (("[not json", "tools is not JSON"), (TOOLS[0], "list of objects"),
+                      (json.dumps(TOOLS[0]), "list of objects"), (["f"], "list of objects"),
+                      ('["f"]', "list of objects"), ("[" * 100_000, "tools is not JSON"),
+                      (5, "list of objects"), ([json.dumps(TOOLS[0])], "list of objects")):
+        with pytest.raises(InputError, match=says):
+            small.render(user, tools=bad)
+
+
 # --- command line --------------------------------------------------------------------------------
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -418,9 +640,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(CORPUS[0], encoding="utf-8")
     train = ["train", "--input", tmp_path / "a.txt", "--vocab_size", 300, "--out", tmp_path / "t"]
     assert "300 tokens" in run(*train)
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="holds a tokenizer"):
         run(*train)
-    assert "300 tokens" in run(*train, "--overwrite")
     out = run("show", tmp_path / "t", "--text", "世 é<|im_end|>")
     assert "e4" in out and "part of a character" in out and "    280  <|im_end|>" in out
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [
