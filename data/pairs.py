@@ -12,7 +12,8 @@ from typing import NamedTuple
 from data.conversations import to_messages
 from lib.args import InputError, require
 from lib.files import read_jsonl
-from tokenizer import Tokenizer, check_messages
+from lib.chat import check_messages
+from tokenizer import Tokenizer
 
 WANTED = 'expected "prompt", "chosen" and "rejected", each a text or messages: docs/your-data.md'
 
