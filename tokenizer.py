@@ -241,7 +241,7 @@ def assistant_turn(message: dict):
     yield Segment(content, trained=True)
     for n, call in enumerate(message.get("tool_calls") or []):
         function = chat.called_function(call)
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        arguments = json.dumps(chat.called_arguments(function), ensure_ascii=False)
         newline = "\n" if content or n > 0 else ""
         yield Segment(newline + '<tool_call>\n{"name": "', trained=True, template=True)
         yield Segment(f'{function["name"]}", "arguments": {arguments}', trained=True)

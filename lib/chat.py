@@ -39,6 +39,18 @@ def called_function(call):
     return call.get("function", call) if isinstance(call, dict) else call
 
 
+def called_arguments(function: dict) -> dict:
+    """Return the arguments of a call, which OpenAI's API gives as the JSON text of an object."""
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the arguments of {function['name']} are not JSON ({error})") from None
+    require(isinstance(arguments, dict), f"the arguments of {function['name']} must be an object")
+    return arguments
+
+
 def parse_tools(tools) -> list[dict]:
     """Return the tools of a conversation, which some data sets store as JSON text."""
     if isinstance(tools, str) and tools:

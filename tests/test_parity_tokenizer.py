@@ -380,7 +380,7 @@ def chats(n, seed=0):
 
     def call():
         call = {"name": rng.choice(["f", "größe"]), "arguments": rng.choice(
-            [{}, "text", {rng.choice("abc"): rng.choice(values), "世": rng.choice(values)}])}
+            [{}, {rng.choice("abc"): rng.choice(values), "世": rng.choice(values)}])}
         return rng.choice([call, {"type": "function", "function": call}])
 
     for _ in range(n):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tok
+from helpers import refuses
 from lib import chat, tokenizer_files
 from lib.args import InputError
 from tokenizer import Tokenizer
@@ -475,6 +476,17 @@ def test_mask_is_exactly_the_answers(small):
     assert trained_runs(small, CHATS["tools, no system"][0], add_generation_prompt=True) == []
     ids, _ = small.render(*CHATS["tools"][:1])
     assert ids.count(small.special["<tool_call>"]) == 3      # the template's own tags
+
+
+def test_arguments_as_json_text_are_those_of_the_object(small):
+    """OpenAI's API gives the arguments of a call as a string; a server writes an object."""
+    def call(arguments):
+        return [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls":
+                 [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}]
+    arguments = {"x": [1, "\u00e9\n"], "y": {}}
+    assert small.render(call(json.dumps(arguments))) == small.render(call(arguments))
+    for bad, words in (("text", "not JSON"), ("[1]", "must be an object"), (None, "an object")):
+        refuses(lambda bad=bad: small.render(call(bad)), "arguments of f", words)
 
 
 @pytest.mark.parametrize("answer", ["yes", "", "\n\nyes", " \n yes", "  yes", "\u0301", "'s", "1"])
