@@ -197,8 +197,7 @@ def zero_unseeing(rows, allowed):
 def block_forward(q_scaled, k_t, v, allowed):
     """Return O = P v of one block."""
     probs = block_probabilities(q_scaled, k_t, allowed)
-    out = probs.to(v.dtype) @ v
-    return zero_unseeing(out, allowed)
+    return probs.to(v.dtype) @ v
 
 
 def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed):
@@ -208,7 +207,6 @@ def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed):
         dP = dO v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k,   dk = dS^T q,   dv = P^T dO
     """
     probs = block_probabilities(q_scaled, k_t, allowed)
-    dout = zero_unseeing(dout, allowed)
     dprobs = fp32(dout @ v_t)
     dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
     dscores = dscores.to(q.dtype)
@@ -230,7 +228,8 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
-        ctx.options = causal, scale
+        may_be_empty = mask is not None or q.shape[2] > k.shape[2]
+        ctx.options = causal, scale, may_be_empty
         compute = fast.maybe_compiled(block_forward, dynamic=True)
         q_scaled = fp32(fold_groups(q, k.shape[1])) * scale  # (B,Hkv,T*G,D)
         # Transposed once: a matrix product would copy each block's keys to transpose them.
@@ -239,6 +238,8 @@ class FusedAttention(torch.autograd.Function):
         out = []
         for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
             block_out = compute(q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
+            if may_be_empty:
+                block_out = zero_unseeing(block_out, allowed)
             out.append(block_out)
         return unfold_groups(torch.cat(out, 2), q.shape[2])
 
@@ -246,7 +247,7 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, segment_ids, mask = ctx.saved_tensors
-        causal, scale = ctx.options
+        causal, scale, may_be_empty = ctx.options
         compute = fast.maybe_compiled(block_backward, dynamic=True)
         with torch.autocast(q.device.type, enabled=False):
             folded_q = fold_groups(q, k.shape[1])
@@ -259,9 +260,12 @@ class FusedAttention(torch.autograd.Function):
             dk = torch.zeros(k.shape, dtype=q_scaled.dtype, device=k.device)
             dv = torch.zeros_like(dk)
             for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
+                block_dout = folded_dout[:, :, rows]
+                if may_be_empty:
+                    block_dout = zero_unseeing(block_dout, allowed)
                 block_dq, block_dk, block_dv = compute(
                     q_scaled[:, :, rows], k_t[..., keys], folded_q[:, :, rows],
-                    contiguous_k[:, :, keys], v_t[..., keys], folded_dout[:, :, rows], allowed)
+                    contiguous_k[:, :, keys], v_t[..., keys], block_dout, allowed)
                 dq.append(block_dq)
                 dk[:, :, keys] += block_dk
                 dv[:, :, keys] += block_dv

@@ -105,7 +105,7 @@ def test_gradient_does_not_depend_on_split_or_padding(sizes, extra, monkeypatch)
             sft.sft_loss(model, ids, mask, count).backward()
             start += size
         return gradients(model)
-    for dtype, tol in (torch.float64, 1e-12), (torch.float32, 1e-6 * 5):
+    for dtype, tol in (torch.float64, 1e-12), (torch.float32, 6e-6):
         if dtype == torch.float32:
             monkeypatch.setattr(kernels, "rms_norm", kernels.rms_norm_reference)
             monkeypatch.setattr(fast, "set_cpu_matmul", lambda *args: None)
