@@ -29,7 +29,7 @@ KEYWORD = re.compile(
     r"(?:self\.)?(\w+)", re.M)
 C_FUNCTION = re.compile(
     r"^(?!(?:if|for|while|switch|else|catch)\b)(?:[A-Za-z_][\w:<>,*&\[\] \t]{0,80}[ \t*&])?"
-    r"([A-Za-z_]\w{0,80})[ \t]*\([^;{}]{0,200}\)[^;{}()=]{0,60}\{", re.M)
+    r"([A-Za-z_]\w{0,80})[ \t]*\([^;{}]{0,200}\)[\w\s]{0,60}\{", re.M)
 VALUE = re.compile(r"^(?:export[ \t]+)?(?:(?:const|let|var|local|my|auto)[ \t]+)?\$?([A-Za-z_]\w*)"
                    r"[ \t]*(?::[^=\n]{0,80})?=(?![=~>])", re.M)
 IMPORT = re.compile(r"^(?:from[ \t]+\S+[ \t]+)?import[ \t]+([^\n]+)", re.M)

@@ -258,8 +258,8 @@ def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
 def load_runnable_file(path: str, n: int) -> list[dict]:
     """Return the queries of a file. Refuse now what cannot be judged here, not in training.
 
-    The tests of the first CHECKED rows are tried, which takes two runs per row. For all rows of a
-    large file `python -m tasks check` does it once."""
+    The tests of the first CHECKED rows are tried: in Python two runs of 15 ms per row. For all rows
+    of a large file `python -m tasks check` does it once."""
     lines = []
     queries = []
     for line, query in islice(read_queries(path), n or None):

@@ -64,6 +64,12 @@ def test_what_follows_the_solution_does_not_replace_it(after):
     assert passes(f"{after}\nSee:\n{RIGHT}")
 
 
+def test_a_call_is_no_definition():
+    """Beside a dict, a call looks like a function of C."""
+    code = "```python\ndef f(x, y):\n    return x, y\n```\n```\n9\n```"
+    assert passes(code, tests="assert f((4, 5), {1: 2}) == ((4, 5), {1: 2})")
+
+
 def test_the_last_definition_counts():
     """Two solutions are not two chances."""
     assert passes(f"{WRONG}\nBetter:\n{RIGHT}") and not passes(f"{RIGHT}\nBetter:\n{WRONG}")
