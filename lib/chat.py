@@ -46,7 +46,8 @@ def called_arguments(function: dict) -> dict:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"the arguments of {function['name']} are not JSON ({error})") from None
+            raise InputError(f"the arguments of {function['name']} are not JSON ({error})"
+                             ) from None
     require(isinstance(arguments, dict), f"the arguments of {function['name']} must be an object")
     return arguments
 

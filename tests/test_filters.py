@@ -151,3 +151,9 @@ def test_documents_are_dropped_with_a_reason_for_each_drop():
     tests = contamination.Contamination([docs[4]["text"][:100]])
     kept, dropped = clean(docs, {"contaminated": tests})
     assert dropped == {"contaminated": 1} and docs[4] not in kept
+
+
+def test_normalise_takes_linear_time():
+    """One line of 2,000,000 blanks: a pattern that looks for the line's end from each of them would
+    take hours."""
+    assert normalise("a" + " \t" * 1_000_000 + "b \t\nc") == "a" + " \t" * 1_000_000 + "b\nc"
