@@ -48,7 +48,15 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tasks.sandbox.isolation import DISK, find_launcher, seccomp_filter, visible_files
+from tasks.sandbox.isolation import (
+    DISK,
+    count_threads,
+    find_launcher,
+    fork_filter,
+    hide_memory,
+    seccomp_filter,
+    visible_files,
+)
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
 __all__ = ["LANGUAGES", "REQUIRED", "SAMPLES", "Result", "languages", "run", "run_many"]
@@ -61,6 +69,7 @@ SHOWN = 10_000  # bytes of stdout and of stderr kept in a Result
 REQUIRED = ("pids", "network", "files", "no new privileges", "limits")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+GUARD_MARK = b"\0the guard of child.py"
 COMPILE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that compile() raises
 
 
@@ -83,9 +92,11 @@ def languages() -> dict[str, str]:
 
 
 class _GuardComparisons(ast.NodeTransformer):
-    """Rewrite f(1) == 2 to __guard__(f(1), 7, True) == __guard__(2, 7, False), 7 being its number.
+    """Rewrite f(1) == 2 to guard(f(1), 7, True, False) == guard(2, 7, False, True), 7 being its
+    number, and the last two whether the operand is the first, and whether it is the last.
 
-    `comparison_guard` in child.py is that function. An assert gets its own text as its message.
+    `comparison_guard` in child.py is that function; GUARD_MARK stands for it until then. An assert
+    gets its own text as its message.
     """
 
     count = 0
@@ -95,10 +106,11 @@ class _GuardComparisons(ast.NodeTransformer):
         if any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops):
             return node  # no class can overload these
         self.count += 1
-        operands = []
-        for operand in [node.left, *node.comparators]:
-            arguments = [operand, ast.Constant(self.count), ast.Constant(operand is node.left)]
-            operands.append(ast.Call(ast.Name("__guard__", ast.Load()), arguments, []))
+        operands = [node.left, *node.comparators]
+        for i, operand in enumerate(operands):
+            place = (self.count, i == 0, i == len(operands) - 1)
+            arguments = [operand, *map(ast.Constant, place)]
+            operands[i] = ast.Call(ast.Constant(GUARD_MARK), arguments, [])
         node.left = operands[0]
         node.comparators = operands[1:]
         return node
@@ -179,11 +191,16 @@ def _run_child(command, job: dict, key_b: str, timeout: float, check_seconds: fl
         return answer, os.pread(out.fileno(), most, 0), os.pread(err.fileno(), most, 0)
 
 
-def _limits(row: Language, timeout: float, memory_mb: int) -> tuple[dict, dict]:
+def _limits(row: Language, timeout: float, memory_mb: int, own_pids: bool) -> tuple[dict, dict]:
     """Return the limits of the check and of the run; the child can only lower them later."""
     check = COMPILER_LIMITS | {"RLIMIT_CPU": int(timeout + row.check_seconds) + 2,
                                "RLIMIT_DATA": max(2048, memory_mb) << 20}
-    return check, LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory_limit: memory_mb << 20}
+    run = LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory_limit: memory_mb << 20}
+    if not own_pids:  # then the kernel counts all threads of this user
+        present = count_threads()
+        check["RLIMIT_NPROC"] += present
+        run["RLIMIT_NPROC"] += present
+    return check, run
 
 
 def _reason(answer: _Answer, output: str, timeout: float, is_python: bool) -> str:
@@ -229,15 +246,19 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     except COMPILE_ERRORS as error:
         return Result(False, "static", " ".join(str(error).split()), "", "", 0.0)
     launcher = find_launcher()
+    own_pids = "pids" in launcher.layers
+    if not own_pids:
+        hide_memory()
     view = visible_files()
-    check_limits, run_limits = _limits(row, timeout, memory_mb)
+    check_limits, run_limits = _limits(row, timeout, memory_mb, own_pids)
     job = {
         "file": row.file, "source": source, "commands": find_commands(language),
         "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests, "key": key_a.encode(),
         "check_limits": check_limits, "run_limits": run_limits, "path": view.path,
         "private_root": launcher.private_root, "disk": DISK,
         "directories": view.directories, "bound": view.bound,
-        "filter": seccomp_filter("pids" in launcher.layers),
+        "filter": seccomp_filter(own_pids),
+        "no_fork": b"" if row.forks else fork_filter(), "guard_mark": GUARD_MARK,
         "layers": ["session", "environment", "directory", *launcher.layers],
         "required": REQUIRED if require_isolation else (),
     }
@@ -245,11 +266,13 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     seconds = time.monotonic() - start
     if answer.dots == 0 and answer.verdict.startswith(b"refused"):  # the code comes after a dot
         raise RuntimeError(answer.verdict.decode().strip())
+    if not answer.layers and not answer.late:  # the child's first word, before it has any code
+        raise OSError(f"the sandbox did not start: {err[:SHOWN].decode('utf-8', 'replace')}")
     proof = f"{key_a}{key_b}\n".encode()
     if is_python:
         proved = secrets.compare_digest(answer.verdict, proof)
     else:
-        proved = answer.verdict == b"done\n" and (proof in out or proof in err)
+        proved = answer.verdict == b"exit status 0\n" and (proof in out or proof in err)
     passed = proved and not answer.late
     stdout = out.replace(proof, b"")[:SHOWN].decode("utf-8", "replace")
     stderr = err.replace(proof, b"")[:SHOWN].decode("utf-8", "replace")

@@ -3,13 +3,13 @@
 All of it is used wherever the system has it. Namespaces and private files cost 2 to 4 of the 13 to
 19 ms of a Python run (bench/RESULTS.md), which is little beside generating the program.
 """
+import contextlib
 import errno
 import functools
 import glob
 import os
 import py_compile
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def visible_files() -> View:
               "/etc/ld.so.cache", sys.base_prefix] + glob.glob("/etc/java*")
     # A toolchain is the folder around its bin/, which also holds lib/ and share/. If that folder
     # would show the files of a user, only bin/ is visible.
-    private = ("/", os.path.expanduser("~"), os.path.expanduser("~/.local"))
+    private = ["/"] + [os.path.expanduser(folder) for folder in ("~", "~/.local", "~/.cargo")]
     for tool in tools:
         for folder in (os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))):
             parent = os.path.dirname(folder)
@@ -125,20 +125,49 @@ def find_launcher() -> Launcher:
     return next(filter(works, launchers().values()), launchers()["bare"])
 
 
-# Tracing of other processes, and interfaces of the kernel that tests of algorithms never need.
+# Tracing of other processes, memory that no limit counts, sockets (socketpair stays), and
+# interfaces of the kernel that tests of algorithms never need.
 DENIED = """ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp mount umount2 pivot_root
-    move_mount open_tree fsopen fsmount unshare setns bpf perf_event_open userfaultfd
-    io_uring_setup keyctl add_key request_key kexec_load init_module finit_module"""
-# Without process ids of its own, a run must not leave our kill's reach, nor kill others.
-DENIED_WITHOUT_PIDS = "setsid setpgid kill tkill rt_sigqueueinfo pidfd_send_signal"
+    move_mount mount_setattr open_tree fsopen fsmount unshare setns bpf perf_event_open userfaultfd
+    io_uring_setup keyctl add_key request_key kexec_load init_module finit_module
+    shmget msgget semget mq_open socket"""
+# Without process ids of its own, a run must not leave our kill's reach, nor reach other processes.
+DENIED_WITHOUT_PIDS = """setsid setpgid kill tkill rt_sigqueueinfo pidfd_send_signal setpriority
+    ioprio_set sched_setaffinity sched_setattr sched_setparam sched_setscheduler"""
+CLONE_THREAD = 0x10000
+CLONE_NEWUSER = 0x10000000
+
+
+class Rule(NamedTuple):
+    """A system call to deny: always, or if its first argument & mask == value."""
+
+    name: str
+    mask: int = 0
+    value: int = 0
+    error: int = errno.EPERM
 
 
 @functools.lru_cache(None)
 def seccomp_filter(own_pids: bool) -> bytes:
-    """Return a BPF program that denies some system calls, and all sockets but local ones.
+    """Return a BPF program that denies some system calls, b"" without libseccomp."""
+    names = DENIED if own_pids else f"{DENIED} {DENIED_WITHOUT_PIDS}"
+    rules = [Rule(name) for name in names.split()]
+    rules.append(Rule("clone", CLONE_NEWUSER, CLONE_NEWUSER))
+    # The flags of clone3 are in memory, where no filter sees them; the C library then uses clone.
+    rules.append(Rule("clone3", error=errno.ENOSYS))
+    return compile_filter(rules)
 
-    It is b"" on systems without libseccomp.
+
+@functools.lru_cache(None)
+def fork_filter() -> bytes:
+    """Return a BPF program that denies new processes, but not threads; b"" without libseccomp.
+
+    A program that forks could let each copy try an answer, and then give the one that passed.
     """
+    return compile_filter([Rule("fork"), Rule("vfork"), Rule("clone", CLONE_THREAD, 0)])
+
+
+def compile_filter(rules: list[Rule]) -> bytes:
     try:
         import ctypes  # not every Python has it, and importing it takes 3 ms
 
@@ -146,21 +175,43 @@ def seccomp_filter(own_pids: bool) -> bytes:
     except (ImportError, OSError):
         return b""
     allow = 0x7FFF0000
-    deny = 0x50000 | errno.EPERM
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(allow))
-    names = DENIED if own_pids else f"{DENIED} {DENIED_WITHOUT_PIDS}"
-    for name in names.split():
-        number = library.seccomp_syscall_resolve_name(name.encode())
-        if number >= 0:  # otherwise this processor or this library does not know it
-            library.seccomp_rule_add_array(context, deny, number, 0, None)
-    number = library.seccomp_syscall_resolve_name(b"socket")
-    # struct scmp_arg_cmp: the index of the argument, the operator (1: not equal), two values
-    not_local = struct.pack("IiQQ", 0, 1, socket.AF_UNIX, 0)
-    if library.seccomp_rule_add_array(context, deny, number, 1, not_local):
-        return b""
+    for rule in rules:
+        number = library.seccomp_syscall_resolve_name(rule.name.encode())
+        if number < 0:  # this processor or this library does not know it
+            continue
+        # struct scmp_arg_cmp: the index of the argument, the operator (7: masked equality), values
+        comparison = struct.pack("IiQQ", 0, 7, rule.mask, rule.value)
+        count = 1 if rule.mask else 0
+        if library.seccomp_rule_add_array(context, 0x50000 | rule.error, number, count, comparison):
+            return b""
     with tempfile.TemporaryFile() as file:
         if library.seccomp_export_bpf(context, file.fileno()):
             return b""
         file.seek(0)
         return file.read()
+
+
+@functools.lru_cache(None)
+def hide_memory() -> None:
+    """Let no other process of this user read this process's memory and environment in /proc.
+
+    Debuggers of this user cannot attach either, so we do it only where runs could see /proc.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE; systems but Linux lack prctl
+
+
+def count_threads() -> int:
+    """Return the number of this user's threads on this machine, 0 where there is no /proc."""
+    count = 0
+    user = f"\nUid:\t{os.getuid()}\t"
+    for status in glob.glob("/proc/[0-9]*/status"):
+        with contextlib.suppress(OSError), open(status, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+            if user in text:
+                count += int(text.partition("\nThreads:")[2].split()[0])
+    return count
