@@ -44,6 +44,12 @@ def isolation(request, monkeypatch):
 
 
 @pytest.fixture
+def may_fork(monkeypatch):
+    """Forks in every language, as in bash or without libseccomp: what they leave must die."""
+    monkeypatch.setattr(sandbox, "fork_filter", lambda: b"")
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Private directories are made here, so a process of a run is known by its cwd."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -268,7 +274,7 @@ FORK = "import os, time\nfor _ in range({n}):\n    if os.fork() == 0:\n        {
 @pytest.mark.parametrize("child, n", [("time.sleep(99)", 50), (
     "os.close(1)\n        os.execv('/bin/sleep', ['sleep', '99'])", 5)])
 @pytest.mark.parametrize("end", ["", "time.sleep(99)", "os._exit(0)"])
-def test_grandchildren_are_killed(child, n, end, isolation, folder):
+def test_grandchildren_are_killed(child, n, end, isolation, folder, may_fork):
     """R9.1: forked processes that hold the socket and the output end with the run. (50: within
     NPROC; root is not bound by it, so that a real bomb would be no bounded test.)"""
     start = time.monotonic()
@@ -279,7 +285,7 @@ def test_grandchildren_are_killed(child, n, end, isolation, folder):
 
 
 @needs_proc
-def test_setsid_does_not_escape_namespaces(folder):
+def test_setsid_does_not_escape_namespaces(folder, may_fork):
     """R9.1: a daemon that left the session dies too, whether or not the program itself left."""
     if "pids" not in sandbox.run("pass").isolation:
         pytest.skip("no user namespaces here; documented as not stopped")
@@ -293,7 +299,7 @@ def test_setsid_does_not_escape_namespaces(folder):
 
 
 @needs_proc
-def test_many_time_outs_leave_nothing(isolation, folder):
+def test_many_time_outs_leave_nothing(isolation, folder, may_fork):
     """R9.1: 30 time-outs with a grandchild each: no process, no zombie, flat memory and fds."""
     def rss():
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
@@ -434,7 +440,7 @@ def test_all_canonical_solutions_and_mutants():
 
 @pytest.mark.slow
 @needs_proc
-def test_200_time_outs(isolation, folder):
+def test_200_time_outs(isolation, folder, may_fork):
     """R9.1 in full."""
     jobs = [{"code": f"import os, time\nos.fork()\ntime.sleep(99) #{i}", "timeout": 0.2}
             for i in range(200)]
@@ -590,7 +596,7 @@ def resident():
 
 @needs_proc
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name, folder, monkeypatch):
+def test_hostile(name, folder, monkeypatch, may_fork):
     """R9.1-R9.4 in namespaces."""
     if "pids" not in find_launcher().layers:
         pytest.skip("no user namespaces here")
@@ -603,7 +609,7 @@ def test_hostile(name, folder, monkeypatch):
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in NAMESPACES_ONLY])
-def test_hostile_without_namespaces(name, folder, monkeypatch):
+def test_hostile_without_namespaces(name, folder, monkeypatch, may_fork):
     monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
     if not seccomp_filter(False):
         pytest.skip("no libseccomp here")
@@ -746,7 +752,7 @@ FOREIGN = {
 
 @needs_proc
 @pytest.mark.parametrize("name", FOREIGN)
-def test_hostile_elsewhere(name, folder, monkeypatch):
+def test_hostile_elsewhere(name, folder, monkeypatch, may_fork):
     language, program = FOREIGN[name]
     if language not in HERE or "pids" not in find_launcher().layers:
         pytest.skip(f"no {language} or no namespaces here")
@@ -829,7 +835,7 @@ def test_mbpp_verdicts():
 
 @needs_proc
 @pytest.mark.slow
-def test_500_runs_in_a_pool(folder):
+def test_500_runs_in_a_pool(folder, may_fork):
     jobs = [{"code": (GOOD, WRONG, "import os; os.fork()", "x = [0] * 10 ** 7\n" + GOOD)[i % 4]
              + f" #{i}", "tests": TESTS} for i in range(500)]
     sandbox.run_many(jobs[:8], 8)
