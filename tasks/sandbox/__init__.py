@@ -59,14 +59,24 @@ from tasks.sandbox.isolation import (
 )
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
-__all__ = ["LANGUAGES", "REQUIRED", "SAMPLES", "Result", "languages", "run", "run_many"]
+__all__ = ["ESSENTIAL", "LANGUAGES", "REQUIRED", "SAMPLES", "Result", "isolation_gaps",
+           "languages", "run", "run_many"]
 
 # Per process, except NPROC, which counts the processes of the user (or of its namespace).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
 COMPILER_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 256,
                    "RLIMIT_NOFILE": 1024}
 SHOWN = 10_000  # bytes of stdout and of stderr kept in a Result
-REQUIRED = ("pids", "network", "files", "no new privileges", "limits")
+# What a program can do where a layer is missing.
+HARM = {
+    "pids": "outlive its run, and slow down your other processes",
+    "network": "use the network",
+    "files": "read and change every file that you can, tokens and keys included",
+    "no new privileges": "use setuid programs",
+    "limits": "use up memory, disk or processes",
+}
+REQUIRED = tuple(HARM)
+ESSENTIAL = ("files", "pids")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 GUARD_MARK = b"\0the guard of child.py"
@@ -89,6 +99,15 @@ def languages() -> dict[str, str]:
     if os.name != "posix":
         return dict.fromkeys(LANGUAGES, "needs POSIX (Linux, macOS, WSL)")
     return {name: "" if find_commands(name) else row.install for name, row in LANGUAGES.items()}
+
+
+def isolation_gaps() -> dict[str, str]:
+    """Return {layer: what a program can do without it} for the layers that do not hold here."""
+    layers = run("pass").isolation
+    gaps = {layer: harm for layer, harm in HARM.items() if layer not in layers}
+    if "seccomp" in layers:  # it denies sockets
+        gaps.pop("network", None)
+    return gaps
 
 
 class _GuardComparisons(ast.NodeTransformer):
@@ -224,8 +243,8 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     tests: in Python and in scripts, statements with asserts in the code's namespace; in C, C++,
         Java, Rust and Go, what holds main(), in Java the class Main.
     timeout: seconds of wall time. memory_mb: MiB of memory of each process.
-    Raise RuntimeError if the language does not run here or, with `require_isolation`, if a layer
-    of REQUIRED is missing; OSError if no process can be started.
+    Raise RuntimeError if the language does not run here, no process can be started for its check
+    or, with `require_isolation`, a layer of REQUIRED is missing; OSError if no child can be started.
     """
     if os.name != "posix" or language not in LANGUAGES or not find_commands(language):
         here = [name for name, lack in languages().items() if not lack]
@@ -266,8 +285,9 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     seconds = time.monotonic() - start
     if answer.dots == 0 and answer.verdict.startswith(b"refused"):  # the code comes after a dot
         raise RuntimeError(answer.verdict.decode().strip())
-    if not answer.layers and not answer.late:  # the child's first word, before it has any code
-        raise OSError(f"the sandbox did not start: {err[:SHOWN].decode('utf-8', 'replace')}")
+    if not answer.layers and not answer.late:  # the child's first words; it has run no code yet
+        problem = err[-500:].decode("utf-8", "replace").strip() or "no error message"
+        raise OSError(f"the sandbox did not start: {problem.splitlines()[-1]}")
     proof = f"{key_a}{key_b}\n".encode()
     if is_python:
         proved = secrets.compare_digest(answer.verdict, proof)

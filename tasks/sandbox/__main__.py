@@ -1,7 +1,7 @@
 """Try every language in the sandbox: python -m tasks.sandbox"""
 import argparse
 
-from tasks.sandbox import REQUIRED, SAMPLES, languages, run
+from tasks.sandbox import REQUIRED, SAMPLES, isolation_gaps, languages, run
 
 
 def main():
@@ -19,6 +19,8 @@ def main():
         verdict = "PASS" if right.passed and not wrong.passed else "FAIL"
         print(f"{name:11} {verdict} in {right.seconds:.3f} s  {right.reason}")
     print("layers:", ", ".join(run("pass").isolation))
+    for layer, harm in isolation_gaps().items():
+        print(f"without {layer!r} a program can {harm}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ a socket to the parent. The protocol, in order:
   parent      10 digits, the length of the job; the job, a marshalled dict (`run` makes it);
               key B, 32 bytes, which stay unread in the socket until the last test has passed
   child       the layers of isolation that hold, and a newline: "pids,network,limits"
-              "refused: without ...", and the end, if a required layer is missing
+              "refused: ...", and the end, if a required layer or a process for the check is missing
               "." when the code compiles
               "." when the tests come next: in Python the code has run, elsewhere it has compiled
               one line, the verdict. In Python key A + key B, or the error. In other languages the
@@ -189,13 +189,14 @@ def run_commands(job, link, call):
     We do not wait for the program, so that it need not be able to fork.
     """
     home = posix.getcwd()
-    environment = {"HOME": home, "TMPDIR": home, "PATH": job["path"], "LANG": "C.UTF-8"}
+    environment = {"HOME": home, "TMPDIR": home, "PATH": job["path"], "LANG": "C.UTF-8",
+                   "OPENSSL_CONF": "/dev/null"}  # node stops if it may not read the system's
     check, run = job["commands"]
     write_file(job["file"], job["source"])
     try:
         pid = posix.posix_spawn(check[0], check, environment)
     except BlockingIOError as error:
-        refuse(link, error)
+        refuse(link, error)  # too many processes: this is no verdict on the code
     status = posix.waitstatus_to_exitcode(posix.waitpid(pid, 0)[1])
     if status:
         posix.write(link, b"exit status %d\n" % status)
@@ -219,7 +220,6 @@ def write_file(path, data):
 
 
 def refuse(link, reason):
-    """Report that the sandbox does not work here, which is no verdict on the code."""
     posix.write(link, f"refused: {reason}\n".encode())
     posix._exit(1)
 
@@ -364,11 +364,7 @@ def main():
             layers.append("files")
         except OSError:
             pass  # run without this layer
-    try:
-        child = posix.fork()
-    except BlockingIOError as error:
-        posix.write(link, b"\n")  # no layers
-        refuse(link, error)
+    child = posix.fork()
     if child:
         supervise(child, link)
     if call:

@@ -111,7 +111,7 @@ def works(launcher: Launcher) -> bool:
     try:
         done = subprocess.run(launcher.command, stdin=subprocess.DEVNULL, capture_output=True,
                               timeout=10)
-    except FileNotFoundError:
+    except OSError:  # not installed, or in a folder that we may not read
         return False
     return done.returncode == NO_JOB
 
@@ -139,22 +139,29 @@ CLONE_NEWUSER = 0x10000000
 
 
 class Rule(NamedTuple):
-    """A system call to deny: always, or if its first argument & mask == value."""
+    """A system call to deny: always, or where its first argument is as `when` says."""
 
     name: str
-    mask: int = 0
-    value: int = 0
+    when: bytes = b""
     error: int = errno.EPERM
+
+
+def first_argument(operator: int, a: int, b: int) -> bytes:
+    """Return a struct scmp_arg_cmp of libseccomp. Operators: 1: not a. 7: a is the mask, b the rest
+    of the masked argument."""
+    return struct.pack("IiQQ", 0, operator, a, b)
 
 
 @functools.lru_cache(None)
 def seccomp_filter(own_pids: bool) -> bytes:
     """Return a BPF program that denies some system calls, b"" without libseccomp."""
-    names = DENIED if own_pids else f"{DENIED} {DENIED_WITHOUT_PIDS}"
-    rules = [Rule(name) for name in names.split()]
-    rules.append(Rule("clone", CLONE_NEWUSER, CLONE_NEWUSER))
+    rules = [Rule(name) for name in DENIED.split()]
+    rules.append(Rule("clone", first_argument(7, CLONE_NEWUSER, CLONE_NEWUSER)))
     # The flags of clone3 are in memory, where no filter sees them; the C library then uses clone.
     rules.append(Rule("clone3", error=errno.ENOSYS))
+    if not own_pids:
+        rules += [Rule(name) for name in DENIED_WITHOUT_PIDS.split()]
+        rules.append(Rule("prlimit64", first_argument(1, 0, 0)))  # 0: the process itself
     return compile_filter(rules)
 
 
@@ -164,7 +171,8 @@ def fork_filter() -> bytes:
 
     A program that forks could let each copy try an answer, and then give the one that passed.
     """
-    return compile_filter([Rule("fork"), Rule("vfork"), Rule("clone", CLONE_THREAD, 0)])
+    return compile_filter([
+        Rule("fork"), Rule("vfork"), Rule("clone", first_argument(7, CLONE_THREAD, 0))])
 
 
 def compile_filter(rules: list[Rule]) -> bytes:
@@ -181,10 +189,9 @@ def compile_filter(rules: list[Rule]) -> bytes:
         number = library.seccomp_syscall_resolve_name(rule.name.encode())
         if number < 0:  # this processor or this library does not know it
             continue
-        # struct scmp_arg_cmp: the index of the argument, the operator (7: masked equality), values
-        comparison = struct.pack("IiQQ", 0, 7, rule.mask, rule.value)
-        count = 1 if rule.mask else 0
-        if library.seccomp_rule_add_array(context, 0x50000 | rule.error, number, count, comparison):
+        deny = 0x50000 | rule.error
+        count = 1 if rule.when else 0
+        if library.seccomp_rule_add_array(context, deny, number, count, rule.when):
             return b""
     with tempfile.TemporaryFile() as file:
         if library.seccomp_export_bpf(context, file.fileno()):
