@@ -80,7 +80,7 @@ def run_programs(programs: list[Program]) -> dict[Program, bool]:
     new = [program for program in dict.fromkeys(programs) if program not in VERDICTS]
     try:
         results = sandbox.run_many([program._asdict() for program in new])
-    except (OSError, RuntimeError) as error:  # of the sandbox, so it is no verdict on a program
+    except OSError as error:  # of the sandbox, so it is no verdict on a program
         raise InputError(f"code cannot be judged: {error}") from None
     for program, result in zip(new, results, strict=True):
         VERDICTS[program] = result.passed

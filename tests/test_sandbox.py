@@ -334,9 +334,10 @@ def test_limits(code, reason, folder):
 
 def test_limits_are_set():
     """R9.2: those too that the tests above cannot meet (root has no NPROC)."""
+    most = 64 if "pids" in find_launcher().layers else 64 + count_threads()
     tests = ("import resource\nassert resource.getrlimit(resource.RLIMIT_CPU) == (9, 9)\n"
              "assert resource.getrlimit(resource.RLIMIT_AS)[0] == 256 << 20\n"
-             "assert resource.getrlimit(resource.RLIMIT_NPROC)[0] <= 64")
+             f"assert resource.getrlimit(resource.RLIMIT_NPROC)[0] <= {most}")
     assert sandbox.run("pass", tests=tests, timeout=7.5, memory_mb=256).passed
 
 
@@ -698,17 +699,16 @@ def test_hostile_without_namespaces(name, folder, monkeypatch, may_fork):
 # isolation, other languages
 
 def test_layers_and_refusal(isolation):
-    """The result says which layers held, and `require_isolation` refuses to run with less."""
+    """The result says which layers held, and `isolation_gaps` which did not."""
     r = sandbox.run("pass")
     assert {"session", "environment", "directory", "limits"} <= {*r.isolation}
     if isolation == "bare":
         assert not {"pids", "network"} & {*r.isolation}  # "files": where the kernel has Landlock
-        with pytest.raises(RuntimeError, match="without pids, network"):
-            sandbox.run("open('x', 'w')", require_isolation=True)
-    elif {*sandbox.REQUIRED} <= {*r.isolation}:
-        assert sandbox.run("pass", require_isolation=True).passed
-    assert "refused" in sandbox.run(
-        "import os\nfor i in range(3, 9):\n    try: os.write(i, b'refused\\n')\n"
+        assert "pids" in sandbox.isolation_gaps()
+    elif {*sandbox.HARM} <= {*r.isolation}:
+        assert not sandbox.isolation_gaps()
+    assert "too many processes" in sandbox.run(
+        "import os\nfor i in range(3, 9):\n    try: os.write(i, b'too many processes\\n')\n"
         "    except OSError: pass\n1 / 0").reason  # forged: a Result, not an exception
 
 
@@ -737,7 +737,7 @@ CODE = {"prompt": "p", "check": {"kind": "code", "language": "python", "tests": 
 
 def test_gaps_are_named_and_refused(monkeypatch, capsys):
     queries = [{"prompt": "p", "check": {"kind": "math", "answer": "1"}}, CODE]
-    if not {*sandbox.REQUIRED} - {*sandbox.run("pass").isolation}:
+    if not {*sandbox.HARM} - {*sandbox.run("pass").isolation}:
         require_isolation(queries, False)
         assert capsys.readouterr().out == ""
     monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
@@ -785,7 +785,7 @@ def test_a_harness_that_fails_gives_no_verdict(monkeypatch):
                               ([python, "-c", program.format("posix_spawn"), child], "bash")]:
         monkeypatch.setattr(sandbox, "find_launcher", lambda c=command: bare._replace(command=c))
         code, tests = sandbox.SAMPLES[language]
-        with pytest.raises((OSError, RuntimeError), match="did not start|try again"):
+        with pytest.raises(OSError, match="could not start a process: .*(message|again|many)"):
             sandbox.run(code, language, tests)
         with pytest.raises(InputError, match="code cannot be judged"):
             run_programs([Program(code, language, tests)])

@@ -8,27 +8,26 @@ process behind, and passes only with a proof that the tests reached their end:
     Python  The child reads key B after the last test, and sends key A + key B.
     others  The program prints key A + key B in its last statement (languages.py).
 
-Covered:
+Held:
 - early ends: `sys.exit(0)`, `os._exit(0)`, a killed process or a printed "ok" send no keys;
-- patches in Python: no assert uses AssertionError by name, and builtins are restored before the
-  tests;
-- objects whose `__eq__` is always true, in Python: no comparison of the tests may mix a plain value
-  with an object of a class that the code made, alone or in a list, tuple, set or dict. The price:
-  an honest class, even a namedtuple, compares only with its like.
+- patches: the tests have builtins of their own, macros and builtin commands are put back;
+- objects whose `__eq__` is always true, in Python: the tests compare plain values only with plain
+  values, any other type with its like. The price: an honest class, even a namedtuple, does too;
+- copies that each try an answer: only bash programs may fork.
 
 THIS IS A RESOURCE LIMITER, NOT A SECURITY BOUNDARY: run hostile code in a container or a VM.
-Not covered:
+Left (docs/trust.md has the whole table):
 - holes in the kernel, all of which is in reach; reading /usr and the toolchains;
-- code that studies this package and forges a pass: in Python, frames hold key A and the tests, and
-  the socket holds key B; in other languages the program's text holds both keys;
-- patched library modules (`math.fabs = ...`), test globals, and operators that do not compare (an
-  `__sub__` that returns 0); outside Python also patched comparisons and library functions;
+- code that studies this package and forges a pass: in Python, frames hold key A, the tests and
+  their answers, and the socket holds key B; in other languages the program's text holds both keys;
+- in Python, comparisons outside of `==`, `<`, `in` ...: `match`, `list.count`, `operator.eq`,
+  unittest, an `__sub__` that returns 0; a slice; patched library modules (`math.isclose = ...`);
+- elsewhere, overloaded comparisons, source filters in Perl, assembly in C, library functions;
 - memory summed over processes: each of 64 processes may use the limit;
 - runs in progress when this process gets SIGKILL: only their CPU limit ends them, so a sleeping
   process stays, and so does an empty folder;
-- what a layer that `Result.isolation` lacks would stop. Without "files": all that your user can
-  read and write, this package included. Without "network" and "seccomp": the network. Without
-  "pids" and "seccomp": processes that call setsid(). `require_isolation=True` refuses to run then.
+- what a layer that `isolation_gaps` names would stop. The stages refuse to run code without
+  "files" and "pids", unless they get --allow_unsafe_code.
 
 `python -m tasks.sandbox` tries every language. `run` needs POSIX; C and C++ need a linker with
 --wrap, which macOS lacks.
@@ -59,8 +58,8 @@ from tasks.sandbox.isolation import (
 )
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
-__all__ = ["ESSENTIAL", "LANGUAGES", "REQUIRED", "SAMPLES", "Result", "isolation_gaps",
-           "languages", "run", "run_many"]
+__all__ = ["ESSENTIAL", "LANGUAGES", "SAMPLES", "Result", "isolation_gaps", "languages", "run",
+           "run_many"]
 
 # Per process, except NPROC, which counts the processes of the user (or of its namespace).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
@@ -75,7 +74,6 @@ HARM = {
     "no new privileges": "use setuid programs",
     "limits": "use up memory, disk or processes",
 }
-REQUIRED = tuple(HARM)
 ESSENTIAL = ("files", "pids")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
@@ -236,15 +234,26 @@ def _reason(answer: _Answer, output: str, timeout: float, is_python: bool) -> st
     return reason[:500]
 
 
+def _require_start(answer: _Answer, err: bytes) -> None:
+    """Raise OSError if the sandbox itself failed: this is no verdict on the code, which comes after
+    the layers and the first dot."""
+    problem = ""
+    if not answer.layers and not answer.late:
+        problem = err[-500:].decode("utf-8", "replace").strip() or "no message"
+    elif answer.dots == 0 and answer.verdict == b"too many processes\n":
+        problem = answer.verdict.decode().strip()
+    if problem:
+        raise OSError(f"the sandbox could not start a process: {problem.splitlines()[-1]}")
+
+
 def run(code: str, language: str = "python", tests: str = "", timeout: float = 5.0,
-        memory_mb: int = 512, require_isolation: bool = False) -> Result:
+        memory_mb: int = 512) -> Result:
     """Run `code`, then `tests`, in a new process; whatever the code does is a Result.
 
     tests: in Python and in scripts, statements with asserts in the code's namespace; in C, C++,
         Java, Rust and Go, what holds main(), in Java the class Main.
     timeout: seconds of wall time. memory_mb: MiB of memory of each process.
-    Raise RuntimeError if the language does not run here, no process can be started for its check
-    or, with `require_isolation`, a layer of REQUIRED is missing; OSError if no child can be started.
+    Raise RuntimeError if the language does not run here, OSError if no process can be started.
     """
     if os.name != "posix" or language not in LANGUAGES or not find_commands(language):
         here = [name for name, lack in languages().items() if not lack]
@@ -272,22 +281,17 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     check_limits, run_limits = _limits(row, timeout, memory_mb, own_pids)
     job = {
         "file": row.file, "source": source, "commands": find_commands(language),
-        "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests, "key": key_a.encode(),
-        "check_limits": check_limits, "run_limits": run_limits, "path": view.path,
+        "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests,
+        "guard_mark": GUARD_MARK, "key": key_a.encode(), "path": view.path,
+        "check_limits": check_limits, "run_limits": run_limits,
         "private_root": launcher.private_root, "disk": DISK,
         "directories": view.directories, "bound": view.bound,
-        "filter": seccomp_filter(own_pids),
-        "no_fork": b"" if row.forks else fork_filter(), "guard_mark": GUARD_MARK,
+        "filter": seccomp_filter(own_pids), "no_fork": b"" if row.forks else fork_filter(),
         "layers": ["session", "environment", "directory", *launcher.layers],
-        "required": REQUIRED if require_isolation else (),
     }
     answer, out, err = _run_child(launcher.command, job, key_b, timeout, row.check_seconds)
     seconds = time.monotonic() - start
-    if answer.dots == 0 and answer.verdict.startswith(b"refused"):  # the code comes after a dot
-        raise RuntimeError(answer.verdict.decode().strip())
-    if not answer.layers and not answer.late:  # the child's first words; it has run no code yet
-        problem = err[-500:].decode("utf-8", "replace").strip() or "no error message"
-        raise OSError(f"the sandbox did not start: {problem.splitlines()[-1]}")
+    _require_start(answer, err)
     proof = f"{key_a}{key_b}\n".encode()
     if is_python:
         proved = secrets.compare_digest(answer.verdict, proof)

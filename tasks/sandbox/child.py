@@ -6,7 +6,7 @@ a socket to the parent. The protocol, in order:
   parent      10 digits, the length of the job; the job, a marshalled dict (`run` makes it);
               key B, 32 bytes, which stay unread in the socket until the last test has passed
   child       the layers of isolation that hold, and a newline: "pids,network,limits"
-              "refused: ...", and the end, if a required layer or a process for the check is missing
+              "too many processes", and the end, if the check could not be started
               "." when the code compiles
               "." when the tests come next: in Python the code has run, elsewhere it has compiled
               one line, the verdict. In Python key A + key B, or the error. In other languages the
@@ -102,30 +102,26 @@ def enter_private_root(call, root, job):
 def restrict_files(call, paths):
     """Deny all files but `paths`, read-only, and this folder; return whether Landlock does so.
 
-    For systems without a private root. Landlock also denies the memory of other processes and,
-    from Linux 6.12 on, signals and abstract sockets. It does not cover chmod, utime and stat.
+    For systems without a private root. It also denies the memory of other processes. It does not
+    cover chmod, utime and stat.
     """
-    create, add_rule, restrict = 444, 445, 446  # system calls, with these numbers everywhere
+    create = 444  # the numbers of these system calls are the same everywhere
+    add_rule = 445
+    restrict = 446
     version = call("syscall", create, None, 0, 1)
     if version < 1:
         return False
-    all_rights = (1 << min(12 + version, 16 if version > 4 else 15)) - 1
-    connections = 3 if version >= 4 else 0
-    signals_and_sockets = 3 if version >= 6 else 0
-    handled = b""
-    for rights in (all_rights, connections, signals_and_sockets):
-        handled += rights.to_bytes(8, sys.byteorder)
-    rules = call("syscall", create, handled, len(handled), 0)
-    execute, write, read, list_folder = 1, 2, 4, 8
+    all_rights = (1 << min(12 + version, 15)) - 1
+    rules = call("syscall", create, all_rights.to_bytes(8, sys.byteorder), 8, 0)
     for path in [*paths, "/proc/self", "."]:
         file = posix.open(path, posix.O_PATH | posix.O_CLOEXEC)
-        rights = execute | read
+        rights = 1 | 4  # execute, read
         if path == ".":
             rights = all_rights
         elif posix.fstat(file).st_mode & 0o170000 == 0o040000:  # a directory
-            rights |= list_folder
+            rights |= 8  # list
         elif path.startswith("/dev/"):
-            rights |= write
+            rights |= 2  # write
         rule = rights.to_bytes(8, sys.byteorder) + file.to_bytes(4, sys.byteorder)
         call("syscall", add_rule, rules, 1, rule, 0)
         posix.close(file)
@@ -195,8 +191,9 @@ def run_commands(job, link, call):
     write_file(job["file"], job["source"])
     try:
         pid = posix.posix_spawn(check[0], check, environment)
-    except BlockingIOError as error:
-        refuse(link, error)  # too many processes: this is no verdict on the code
+    except BlockingIOError:
+        posix.write(link, b"too many processes\n")
+        posix._exit(1)
     status = posix.waitstatus_to_exitcode(posix.waitpid(pid, 0)[1])
     if status:
         posix.write(link, b"exit status %d\n" % status)
@@ -217,11 +214,6 @@ def write_file(path, data):
     while data:
         data = data[posix.write(file, data):]
     posix.close(file)
-
-
-def refuse(link, reason):
-    posix.write(link, f"refused: {reason}\n".encode())
-    posix._exit(1)
 
 
 # Types of the library that compare with plain values, and how to reach what is in them. Their
@@ -374,10 +366,7 @@ def main():
     is_python = not job["commands"][0]
     if set_limits(job["run_limits"] if is_python else job["check_limits"]):
         layers.append("limits")
-    missing = [name for name in job["required"] if name not in layers]
     posix.write(link, (",".join(layers) + "\n").encode())
-    if missing:
-        refuse(link, f"without {', '.join(missing)}")
     if is_python:
         if call:
             install_filter(call, job["no_fork"])

@@ -134,34 +134,21 @@ DENIED = """ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp mount umo
 # Without process ids of its own, a run must not leave our kill's reach, nor reach other processes.
 DENIED_WITHOUT_PIDS = """setsid setpgid kill tkill rt_sigqueueinfo pidfd_send_signal setpriority
     ioprio_set sched_setaffinity sched_setattr sched_setparam sched_setscheduler"""
-CLONE_THREAD = 0x10000
-CLONE_NEWUSER = 0x10000000
-
-
-class Rule(NamedTuple):
-    """A system call to deny: always, or where its first argument is as `when` says."""
-
-    name: str
-    when: bytes = b""
-    error: int = errno.EPERM
-
-
-def first_argument(operator: int, a: int, b: int) -> bytes:
-    """Return a struct scmp_arg_cmp of libseccomp. Operators: 1: not a. 7: a is the mask, b the rest
-    of the masked argument."""
-    return struct.pack("IiQQ", 0, operator, a, b)
+# Conditions on a call's first argument, as libseccomp's struct scmp_arg_cmp: the argument's index,
+# the operator (1: not equal, 7: equal under a mask), its operands.
+NEW_USER_NAMESPACE = struct.pack("IiQQ", 0, 7, 0x10000000, 0x10000000)
+NO_THREAD = struct.pack("IiQQ", 0, 7, 0x10000, 0)
+OTHER_PROCESS = struct.pack("IiQQ", 0, 1, 0, 0)
 
 
 @functools.lru_cache(None)
 def seccomp_filter(own_pids: bool) -> bytes:
-    """Return a BPF program that denies some system calls, b"" without libseccomp."""
-    rules = [Rule(name) for name in DENIED.split()]
-    rules.append(Rule("clone", first_argument(7, CLONE_NEWUSER, CLONE_NEWUSER)))
-    # The flags of clone3 are in memory, where no filter sees them; the C library then uses clone.
-    rules.append(Rule("clone3", error=errno.ENOSYS))
+    """Return a BPF program that denies some system calls; b"" without libseccomp."""
+    rules = dict.fromkeys(DENIED.split(), b"")
+    rules |= {"clone": NEW_USER_NAMESPACE, "clone3": b""}
     if not own_pids:
-        rules += [Rule(name) for name in DENIED_WITHOUT_PIDS.split()]
-        rules.append(Rule("prlimit64", first_argument(1, 0, 0)))  # 0: the process itself
+        rules |= dict.fromkeys(DENIED_WITHOUT_PIDS.split(), b"")
+        rules["prlimit64"] = OTHER_PROCESS
     return compile_filter(rules)
 
 
@@ -171,11 +158,11 @@ def fork_filter() -> bytes:
 
     A program that forks could let each copy try an answer, and then give the one that passed.
     """
-    return compile_filter([
-        Rule("fork"), Rule("vfork"), Rule("clone", first_argument(7, CLONE_THREAD, 0))])
+    return compile_filter({"fork": b"", "vfork": b"", "clone": NO_THREAD})
 
 
-def compile_filter(rules: list[Rule]) -> bytes:
+def compile_filter(rules: dict[str, bytes]) -> bytes:
+    """Return a BPF program that denies each system call under its condition; b"": always."""
     try:
         import ctypes  # not every Python has it, and importing it takes 3 ms
 
@@ -185,13 +172,15 @@ def compile_filter(rules: list[Rule]) -> bytes:
     allow = 0x7FFF0000
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(allow))
-    for rule in rules:
-        number = library.seccomp_syscall_resolve_name(rule.name.encode())
+    for name, condition in rules.items():
+        number = library.seccomp_syscall_resolve_name(name.encode())
         if number < 0:  # this processor or this library does not know it
             continue
-        deny = 0x50000 | rule.error
-        count = 1 if rule.when else 0
-        if library.seccomp_rule_add_array(context, deny, number, count, rule.when):
+        # The flags of clone3 are in memory, where no filter sees them. "Not implemented" makes the
+        # C library use clone.
+        deny = 0x50000 | (errno.ENOSYS if name == "clone3" else errno.EPERM)
+        count = 1 if condition else 0
+        if library.seccomp_rule_add_array(context, deny, number, count, condition):
             return b""
     with tempfile.TemporaryFile() as file:
         if library.seccomp_export_bpf(context, file.fileno()):
