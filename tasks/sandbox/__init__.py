@@ -213,8 +213,8 @@ def _limits(row: Language, timeout: float, memory_mb: int, own_pids: bool) -> tu
     check = COMPILER_LIMITS | {"RLIMIT_CPU": int(timeout + row.check_seconds) + 2,
                                "RLIMIT_DATA": max(2048, memory_mb) << 20}
     run = LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory_limit: memory_mb << 20}
-    if not own_pids:  # then the kernel counts all threads of this user
-        present = count_threads()
+    if not own_pids:  # then the kernel counts all threads of this user, those of other runs too
+        present = count_threads() + LIMITS["RLIMIT_NPROC"] * (os.cpu_count() or 1)
         check["RLIMIT_NPROC"] += present
         run["RLIMIT_NPROC"] += present
     return check, run

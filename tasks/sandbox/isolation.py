@@ -202,12 +202,10 @@ def hide_memory() -> None:
 
 
 def count_threads() -> int:
-    """Return the number of this user's threads on this machine, 0 where there is no /proc."""
-    count = 0
-    user = f"\nUid:\t{os.getuid()}\t"
-    for status in glob.glob("/proc/[0-9]*/status"):
-        with contextlib.suppress(OSError), open(status, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-            if user in text:
-                count += int(text.partition("\nThreads:")[2].split()[0])
-    return count
+    """Return the number of threads of this machine, with those of all users: one cheap read, and
+    the limit made of it is never too low."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:  # "0.20 0.18 0.12 1/80 11206"
+            return int(file.read().split()[3].partition("/")[2])
+    except OSError:
+        return 1 << 16  # not Linux: no limit
