@@ -171,9 +171,6 @@ CHEATS = {  # R9.4: each defines an f that is wrong, and must not pass
     "__main__": WRONG + "import __main__\n__main__.exec = lambda *a: None",
     "dunder side": WRONG + "__guard__ = lambda x, n, first: 4",
     "trace": WRONG + "import sys\nsys.settrace(lambda *a: None)",
-    "trace that jumps": "import sys\ndef jump(frame, event, arg):\n"
-    "    if event == 'line': frame.f_lineno = 2\n    return jump\n"
-    "def f(x):\n    sys.settrace(jump); sys._getframe(1).f_trace = jump\n    return 4",
     "mock.ANY": "from unittest.mock import ANY\ndef f(x): return ANY",
     "ALWAYS_EQ": "from test.support import ALWAYS_EQ\ndef f(x): return ALWAYS_EQ",
     "weakref.proxy": E + "import weakref\ne = E()\ndef f(x): return weakref.proxy(e)",
@@ -207,8 +204,7 @@ sys.stderr = Quiet()
 def f(x):
     for guess in range(10):
         if (pid := os.fork()) == 0: return guess
-        os.waitpid(pid, 0)
-    os._exit(0)
+        if os.waitpid(pid, 0)[1]: return guess  # it had nothing to report, so it passed
 """,
     "writes on all fds": WRONG + "import os\nfor fd in range(3, 20):\n"
     "    try: os.write(fd, b'..passed\\n')\n    except OSError: pass",
@@ -254,6 +250,13 @@ def test_an_operand_is_seen_as_it_is_compared():
         E + "from collections import deque\ndef f(x): return deque([E()])", tests=deque).passed
     assert sandbox.run(
         "from collections import deque\ndef f(x): return deque([x + x])", tests=deque).passed
+
+
+def test_a_trace_function_cannot_jump():
+    code = ("import sys\ndef jump(frame, event, arg):\n"
+            "    if event == 'line' and frame.f_lineno == 2: frame.f_lineno = 3\n    return jump\n"
+            "def f(x):\n    sys.settrace(jump); sys._getframe(1).f_trace = jump\n    return 4")
+    assert not sandbox.run(code, tests=TESTS + "\ndone = 1").passed
 
 
 def test_a_copy_proves_nothing(may_fork):
@@ -877,7 +880,8 @@ EARLY = {  # statements that end the program with status 0, and texts that claim
     "typescript": ["process.exit(0)", "console.assert = () => {}"],
     "c": ["#include <stdlib.h>\n__attribute__((constructor)) void g() { exit(0); }",
           "#include <unistd.h>\n__attribute__((constructor)) void g() { _exit(0); }",
-          "#define assert(x)", "#define NDEBUG", "#define main() unused(void)",
+          "#define assert(x)", "#define NDEBUG",
+          "int main(void) { return 0; }\n#define main() unused(void)",
           "int main(void) { return 0; }\n#define main tests_main",
           'int evil(int n, char **v) __asm__("__real_main");\n'
           "int evil(int n, char **v) { return 0; }",
@@ -899,7 +903,7 @@ EARLY = {  # statements that end the program with status 0, and texts that claim
     "perl": ["exit 0;", "$SIG{__DIE__} = sub { exit 0 };", "use POSIX; POSIX::_exit(0);",
              "print 'passed'; exit;", "END { $? = 0 }", "__END__", "use subs 'die';\nsub die { 1 }",
              "BEGIN { *CORE::GLOBAL::die = sub { 1 } }",
-             "BEGIN { open F, '<', $0; my $t = join '', <F>; $t =~ s/die unless.*//;\n"
+             "BEGIN { open F, '<', $0; my $t = join '', <F>; $t =~ s/^die unless.*//m;\n"
              "open F, '>', $0; print F $t; close F }"],
     "ruby": ["exit!(0)", "at_exit { exit!(0) }", "abort", "__END__", "exec '/bin/true'"],
     "php": ["exit(0);", "ini_set('zend.assertions', '0');", "ini_set('assert.exception', '0');",
@@ -965,6 +969,16 @@ def test_copies_that_guess(language, folder):
         pytest.skip(f"no {language} or no libseccomp here")
     r = sandbox.run(COPIES[language], language, sandbox.SAMPLES[language][1], timeout=10.0)
     assert not r.passed and r.reason, r
+
+
+def test_rust_macros_are_put_back():
+    """An attribute at the end of the code does not take away the first of them."""
+    if "rust" not in HERE:
+        pytest.skip("no rust here")
+    macro = "\nmacro_rules! assert { ($($t:tt)*) => {} }\n#[cfg(test)]"
+    tests = "fn main() { assert!(f(3) == 9, \"{}\", f(3)); }"
+    assert not sandbox.run("fn f(x: i32) -> i32 { x + x }" + macro, "rust", tests).passed
+    assert sandbox.run("fn f(x: i32) -> i32 { x * x }", "rust", tests, timeout=20.0).passed
 
 
 def test_bash_keeps_errexit():

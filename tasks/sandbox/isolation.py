@@ -43,7 +43,7 @@ def visible_files() -> View:
               "/etc/ld.so.cache", sys.base_prefix] + glob.glob("/etc/java*")
     # A toolchain is the folder around its bin/, which also holds lib/ and share/. If that folder
     # would show the files of a user, only bin/ is visible.
-    private = ["/"] + [os.path.expanduser(folder) for folder in ("~", "~/.local", "~/.cargo")]
+    private = ("/", os.path.expanduser("~"), os.path.expanduser("~/.local"))
     for tool in tools:
         for folder in (os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))):
             parent = os.path.dirname(folder)
