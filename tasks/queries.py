@@ -95,7 +95,7 @@ def require_isolation(queries: list[dict], allow_unsafe_code: bool) -> None:
 
     Without a layer of sandbox.ESSENTIAL refuse, unless it is allowed. Without code checks there is
     nothing to say."""
-    if all(query["check"]["kind"] != "code" for query in queries):
+    if not any(query["check"].get("kind") == "code" for query in queries):
         return
     gaps = sandbox.isolation_gaps()
     text = "; ".join(f"without {layer!r} it can {harm}" for layer, harm in gaps.items())
