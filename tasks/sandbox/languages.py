@@ -90,9 +90,10 @@ trap - EXIT ERR DEBUG; set -e
 # f may have called `set +e`; no code can replace the keyword [[.
 BASH_AFTER = "\n[[ $- == *e* ]] && printf '%s%s\\n' KEY_A KEY_B\n"
 # The tests are not parsed yet. Subs of these names in this package or in all would replace die.
+# The inner BEGIN is `no strict 'refs'`, which would load a file.
 PERL_BETWEEN = """
 ;
-BEGIN { no strict 'refs'; delete @{__PACKAGE__ . '::'}{qw(die exit eval)};
+BEGIN { BEGIN { $^H &= ~2 } delete @{__PACKAGE__ . '::'}{qw(die exit eval)};
     delete @CORE::GLOBAL::{qw(die exit eval)}; }
 """
 PHP_BETWEEN = """
