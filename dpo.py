@@ -61,6 +61,7 @@ class Args:
     responses: int = 8               # answers sampled per query
     pairs_per_query: int = 4         # at most this many pairs per query
     temperature: float = 1.0         # of the sampling
+    allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # sample from --init on a server, http://HOST:PORT/v1
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # drop pairs with a longer prompt + answer
@@ -242,6 +243,8 @@ def main(args: Args) -> dict:
     positive(args, "responses", "temperature", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
+    shown = tasks.queries.builtin("val", 32, args.seed)
+    tasks.queries.require_isolation(shown, args.allow_unsafe_code)
 
     # model
     model, tokenizer = load_policy(args.init, device)
@@ -298,9 +301,8 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save, with a look at what the model answers now
-    queries = tasks.queries.builtin("val", 32, args.seed)
     with autocast:
-        groups = rollout(full_model(model), tokenizer, queries, 1, args.max_new_tokens, 1.0,
+        groups = rollout(full_model(model), tokenizer, shown, 1, args.max_new_tokens, 1.0,
                          args.seed, tasks.queries.score_many)
     run.save_samples([group[0] for group in groups])
     run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)

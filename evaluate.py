@@ -49,6 +49,7 @@ class Args:
     samples: int = 4                 # answers per query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
+    allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # ask --init on a server, http://HOST:PORT/v1
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
@@ -228,6 +229,7 @@ def main(args: Args) -> dict:
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480,
                                  reward_timeout=args.reward_timeout)
+    tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     foreign = sorted({query["domain"] for query in queries} - set(tasks.queries.DOMAINS))
     require(not args.few_shot or not foreign,
             f"--few_shot has worked examples of the built-in domains only, not of {foreign}")

@@ -74,6 +74,7 @@ class Args:
     num_generations: int = 8         # responses per query (the report's 8)
     temperature: float = 1.0         # of the sampling, and of the log-probabilities
     max_new_tokens: int = 128        # longest response
+    allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps per episode: above 1 the clip is active
     micro_batch: int = 32            # responses per forward pass: changes memory only
@@ -337,6 +338,7 @@ def main(args: Args) -> dict:
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128,
                                  reward_timeout=args.reward_timeout)
+    tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     with autocast:
         policy = synced_policy(model, server, run)
         queries = order_queries(policy, reward_model, tokenizer, queries, args)

@@ -52,6 +52,7 @@ class Args:
     policies: str = ""               # comma-separated models that answer them; empty: --init
     temperatures: str = "0.7,1.0"    # each policy samples at each of these
     responses: int = 4               # answers per query, policy and temperature
+    allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # servers that have --policies, http://HOST:PORT/v1,...
     pairs_per_query: int = 4         # at most this many pairs per query
     max_new_tokens: int = 128        # longest sampled answer
@@ -236,12 +237,13 @@ def load_pairs(args: Args, run: Run, device, autocast) -> tuple[list[dict], dict
     if args.queries == "none":
         return pairs, held_out
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
+    others = tasks.queries.builtin("val", args.n_held_out, args.seed)
+    tasks.queries.require_isolation(queries + others, args.allow_unsafe_code)
     if run.resumed:  # a server would answer otherwise this time
         pairs = read_pairs(str(run.path / "pairs.jsonl"))
     else:
         answers = sample_answers(args, queries, device, autocast)["all"]
         pairs = pairs + pair_responses(answers, args.pairs_per_query, args.seed)
-    others = tasks.queries.builtin("val", args.n_held_out, args.seed)
     by_source = sample_answers(args, others, device, autocast)
     for source, answers in by_source.items():
         held_out[source] = pair_responses(answers, args.pairs_per_query, args.seed)

@@ -55,6 +55,7 @@ class Args:
     generate: int = 0                # questions that --policy answers; instead of all the above
     policy: str = ""                 # chat model that answers them
     responses: int = 4               # answers per question
+    allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     reward_model: str = ""           # orders the answers that pass their check; empty: all stay
     seed: int = 0                    # of folds, training and sampling
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -259,6 +260,7 @@ def passing_answers(args: Args, device, autocast) -> list:
     return the distinct answers that pass their check (report sections 3.1 and 4.1)."""
     policy, tokenizer = load_policy(args.policy, device)
     queries = tasks.queries.builtin("sft", args.generate, args.seed)
+    tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     with autocast:
         groups = rollout(policy, tokenizer, queries, args.responses, 128, seed=args.seed,
                          score=tasks.queries.score_many)

@@ -38,6 +38,7 @@ class Args:
     queries: str = "rl"          # rejection, check: split or file of queries (see tasks/queries.py)
     responses: int = 8           # rejection: responses sampled per query
     max_new_tokens: int = 160    # rejection: longest response, in tokens
+    allow_unsafe_code: bool = False  # rejection: judge code although isolation is missing
     rollout_url: str = ""        # rejection: sample on a server of --init, http://HOST:PORT/v1
     device: str = "auto"         # rejection: auto, cpu, cuda[:N]
     dtype: str = "auto"          # rejection: auto, float32, bfloat16
@@ -85,6 +86,7 @@ def rejection(args: Args) -> None:
     positive(args, "responses", "max_new_tokens")
     device, autocast = setup(args)
     asked = queries.load(args.queries, args.n, args.seed, built_in=1000)
+    queries.require_isolation(asked, args.allow_unsafe_code)
     model, tokenizer = load_policy(args.init, device)
     with autocast:
         policy = rollout_backend(args.rollout_url, model, tokenizer)

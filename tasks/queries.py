@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from lib.args import require
+from lib.args import InputError, require
 from lib.files import read_jsonl
 from tasks import ifeval, sandbox, toy
 from tasks.benchmarks import contents, read_queries
@@ -74,13 +74,32 @@ CHECKED = 200  # rows of a file whose tests are tried when it is loaded
 def run_programs(programs: list[Program]) -> dict[Program, bool]:
     """Return whether each program passes its tests. Those without a verdict run in the sandbox."""
     new = [program for program in dict.fromkeys(programs) if program not in VERDICTS]
-    results = sandbox.run_many([program._asdict() for program in new])
+    try:
+        results = sandbox.run_many([program._asdict() for program in new])
+    except OSError as error:  # of the sandbox, so it is no verdict on a program
+        raise InputError(f"code cannot be judged: {error}") from None
     for program, result in zip(new, results, strict=True):
         VERDICTS[program] = result.passed
     passed = {program: VERDICTS[program] for program in programs}
     for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
         del VERDICTS[oldest]
     return passed
+
+
+def require_isolation(queries: list[dict], allow_unsafe_code: bool) -> None:
+    """Say what a model's code could do on this machine, where the sandbox lacks some isolation.
+
+    Without a layer of sandbox.ESSENTIAL refuse, unless it is allowed. Without code checks there is
+    nothing to say."""
+    if not any(query["check"].get("kind") == "code" for query in queries):
+        return
+    gaps = sandbox.isolation_gaps()
+    text = "; ".join(f"without {layer!r} it can {harm}" for layer, harm in gaps.items())
+    require(allow_unsafe_code or gaps.keys().isdisjoint(sandbox.ESSENTIAL),
+            f"the model's code is not isolated on this machine: {text}. Run in a container or VM "
+            "that holds nothing else of value, and add --allow_unsafe_code")
+    if gaps:
+        print(f"warning: the model's code is not isolated: {text} (docs/trust.md)")
 
 
 def answers_rightly(check: dict, response: str) -> bool:

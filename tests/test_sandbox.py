@@ -11,14 +11,25 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 
 import pytest
 
+from helpers import stage_args
+from lib.args import InputError
 from tasks import sandbox
-from tasks.sandbox.isolation import find_launcher, launchers, seccomp_filter, works
-from tasks.sandbox.languages import Language
+from tasks.queries import Program, require_isolation, run_programs
+from tasks.sandbox.isolation import (
+    count_threads,
+    find_launcher,
+    launchers,
+    seccomp_filter,
+    visible_files,
+    works,
+)
+from tasks.sandbox.languages import Language, find_commands, find_program
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "code"
@@ -41,6 +52,12 @@ def isolation(request, monkeypatch):
         pytest.skip(f"{request.param} is missing or not allowed here")
     monkeypatch.setattr(sandbox, "find_launcher", lambda: launcher)
     return request.param
+
+
+@pytest.fixture
+def may_fork(monkeypatch):
+    """Forks in every language, as in bash or without libseccomp: what they leave must die."""
+    monkeypatch.setattr(sandbox, "fork_filter", lambda: b"")
 
 
 @pytest.fixture
@@ -127,6 +144,7 @@ def test_static_check():
     assert not broken.passed and "tests" in broken.reason
 
 
+E = "class E:\n    def __eq__(self, o): return True\n    def __hash__(self): return hash(4)\n"
 CHEATS = {  # R9.4: each defines an f that is wrong, and must not pass
     "sys.exit": "import sys; sys.exit(0)",
     "sys.exit in f": "import sys\ndef f(x): sys.exit(0)",
@@ -153,6 +171,41 @@ CHEATS = {  # R9.4: each defines an f that is wrong, and must not pass
     "__main__": WRONG + "import __main__\n__main__.exec = lambda *a: None",
     "dunder side": WRONG + "__guard__ = lambda x, n, first: 4",
     "trace": WRONG + "import sys\nsys.settrace(lambda *a: None)",
+    "mock.ANY": "from unittest.mock import ANY\ndef f(x): return ANY",
+    "ALWAYS_EQ": "from test.support import ALWAYS_EQ\ndef f(x): return ALWAYS_EQ",
+    "weakref.proxy": E + "import weakref\ne = E()\ndef f(x): return weakref.proxy(e)",
+    "mappingproxy": "import types\nclass D(dict):\n    def __eq__(self, o): return True\n"
+    "d = D()\ndef f(x): return types.MappingProxyType(d)",
+    "UserList": E + "import collections\n"
+    "def f(x):\n    u = collections.UserList(); u.data = E(); return u",
+    "Fraction": E + "import fractions\n"
+    "def f(x):\n    q = fractions.Fraction(1); q._numerator = E(); return q",
+    "metaclass flags": "class M(type):\n    __flags__ = 0\nclass E(metaclass=M):\n"
+    "    def __eq__(s, o): return True\ndef f(x): return E()",
+    "metaclass hash": "class M(type):\n    def __eq__(s, o): return True\n"
+    "    def __hash__(s): return hash(int)\nclass E(metaclass=M):\n"
+    "    def __eq__(s, o): return True\ndef f(x): return E()",
+    "class in a library": E + "import math\nE.__module__ = 'math'\nmath.E = E\n"
+    "def f(x): return E()",
+    "class in Counter's place": E + "import collections\ncollections.Counter = E\n"
+    "E.__module__ = 'collections'\nE.__name__ = E.__qualname__ = 'Counter'\n"
+    "def f(x): return E()",
+    "module of its own": "import sys, types\nm = sys.modules['m'] = types.ModuleType('m')\n"
+    "exec('class E:\\n    def __eq__(s, o): return True', m.__dict__)\ndef f(x): return m.E()",
+    "type patched in f": E + "import builtins\ndef f(x):\n"
+    "    builtins.type = builtins.id = lambda o: int\n    return E()",
+    "guard patched in f": "def f(x):\n    globals()['__guard__'] = lambda *a: 0\n    return 0",
+    "copies that guess": """
+import os, sys
+class Quiet:
+    def write(self, text): os._exit(0)
+    def flush(self): pass
+sys.stderr = Quiet()
+def f(x):
+    for guess in range(10):
+        if (pid := os.fork()) == 0: return guess
+        if os.waitpid(pid, 0)[1]: return guess  # it had nothing to report, so it passed
+""",
     "writes on all fds": WRONG + "import os\nfor fd in range(3, 20):\n"
     "    try: os.write(fd, b'..passed\\n')\n    except OSError: pass",
     "frames": WRONG + """
@@ -185,8 +238,37 @@ def test_cheats_score_zero(name):
     assert not r.passed and r.reason, r
 
 
+def test_an_operand_is_seen_as_it_is_compared():
+    """A list that was plain when the first operand was read, and is not when it is compared."""
+    code = E + "l = []\ndef f(x): return l\ndef g(x):\n    l.append(E())\n    return [4]"
+    assert not sandbox.run(code, tests="assert f(2) == g(4)").passed
+    holds = "assert f(2).keys() == {4}"
+    assert not sandbox.run(E + "def f(x): return {E(): 1}", tests=holds).passed
+    assert sandbox.run("def f(x): return {2 * x: 1}", tests=holds).passed
+    deque = "import collections\nassert f(2) == collections.deque([4])"
+    assert not sandbox.run(
+        E + "from collections import deque\ndef f(x): return deque([E()])", tests=deque).passed
+    assert sandbox.run(
+        "from collections import deque\ndef f(x): return deque([x + x])", tests=deque).passed
+
+
+def test_a_trace_function_cannot_jump():
+    code = ("import sys\ndef jump(frame, event, arg):\n"
+            "    if event == 'line' and frame.f_lineno == 2: frame.f_lineno = 3\n    return jump\n"
+            "def f(x):\n    sys.settrace(jump); sys._getframe(1).f_trace = jump\n    return 4")
+    assert not sandbox.run(code, tests=TESTS + "\ndone = 1").passed
+
+
+def test_a_copy_proves_nothing(may_fork):
+    """Where no filter denies fork, a copy that reaches the end of the tests has no proof."""
+    code = "import os\ndef f(x):\n    if os.fork(): os.wait(); os._exit(0)\n    return x * x"
+    assert not sandbox.run(code, tests=TESTS).passed
+
+
 def test_patched_builtins_are_put_back():
     """R9.4"""
+    code = "import builtins\ndef f(x):\n    builtins.abs = lambda x: 0\n    return 0"
+    assert not sandbox.run(code, tests="f(1)\nassert abs(f(3) - 9) < 1e-6").passed
     code = WRONG + "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.all = lambda x: True"
     assert not sandbox.run(code, tests="assert abs(f(3) - 9) < 1e-6").passed
     assert not sandbox.run(code, tests="assert all(f(i) == i * i for i in range(9))").passed
@@ -255,9 +337,10 @@ def test_limits(code, reason, folder):
 
 def test_limits_are_set():
     """R9.2: those too that the tests above cannot meet (root has no NPROC)."""
+    most = 64 if "pids" in find_launcher().layers else count_threads() + 64 * os.cpu_count() + 99
     tests = ("import resource\nassert resource.getrlimit(resource.RLIMIT_CPU) == (9, 9)\n"
              "assert resource.getrlimit(resource.RLIMIT_AS)[0] == 256 << 20\n"
-             "assert resource.getrlimit(resource.RLIMIT_NPROC)[0] <= 64")
+             f"assert resource.getrlimit(resource.RLIMIT_NPROC)[0] <= {most}")
     assert sandbox.run("pass", tests=tests, timeout=7.5, memory_mb=256).passed
 
 
@@ -268,7 +351,7 @@ FORK = "import os, time\nfor _ in range({n}):\n    if os.fork() == 0:\n        {
 @pytest.mark.parametrize("child, n", [("time.sleep(99)", 50), (
     "os.close(1)\n        os.execv('/bin/sleep', ['sleep', '99'])", 5)])
 @pytest.mark.parametrize("end", ["", "time.sleep(99)", "os._exit(0)"])
-def test_grandchildren_are_killed(child, n, end, isolation, folder):
+def test_grandchildren_are_killed(child, n, end, isolation, folder, may_fork):
     """R9.1: forked processes that hold the socket and the output end with the run. (50: within
     NPROC; root is not bound by it, so that a real bomb would be no bounded test.)"""
     start = time.monotonic()
@@ -279,7 +362,7 @@ def test_grandchildren_are_killed(child, n, end, isolation, folder):
 
 
 @needs_proc
-def test_setsid_does_not_escape_namespaces(folder):
+def test_setsid_does_not_escape_namespaces(folder, may_fork):
     """R9.1: a daemon that left the session dies too, whether or not the program itself left."""
     if "pids" not in sandbox.run("pass").isolation:
         pytest.skip("no user namespaces here; documented as not stopped")
@@ -293,7 +376,7 @@ def test_setsid_does_not_escape_namespaces(folder):
 
 
 @needs_proc
-def test_many_time_outs_leave_nothing(isolation, folder):
+def test_many_time_outs_leave_nothing(isolation, folder, may_fork):
     """R9.1: 30 time-outs with a grandchild each: no process, no zombie, flat memory and fds."""
     def rss():
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
@@ -434,7 +517,7 @@ def test_all_canonical_solutions_and_mutants():
 
 @pytest.mark.slow
 @needs_proc
-def test_200_time_outs(isolation, folder):
+def test_200_time_outs(isolation, folder, may_fork):
     """R9.1 in full."""
     jobs = [{"code": f"import os, time\nos.fork()\ntime.sleep(99) #{i}", "timeout": 0.2}
             for i in range(200)]
@@ -516,6 +599,17 @@ HOSTILE = {
     "symlink for the cleanup": "import os\nos.symlink('{folder}', 'x')\nos.chmod('.', 0)\n1 / 0",
     "hard link": "import os\nos.link('{outside}', 'x')\nopen('x', 'w').write('changed')",
     "leaves a file": "open('/tmp/sandbox-left', 'w')\nopen('/var/tmp/sandbox-left', 'w')",
+    "SysV memory": LIBC + "print('OPEN' if c.shmget(0, 1 << 20, 0o1600) >= 0 else '')\n"
+    "print('OPEN' if c.msgget(0, 0o1600) >= 0 or c.semget(0, 1, 0o1600) >= 0 else '')\n1 / 0",
+    "message queue": LIBC + "n = {'x86_64': 240, 'aarch64': 180}[os.uname().machine]\n"
+    "print('OPEN' if c.syscall(n, b'sandbox-test', 0o102, 0o600, None) >= 0 else '')\n1 / 0",
+    "namespace by clone": LIBC + "n = {'x86_64': 56, 'aarch64': 220}[os.uname().machine]\n"
+    "print('OPEN' if c.syscall(n, 0x10000011, 0, 0, 0, 0) >= 0 else '')\n1 / 0",
+    "namespace by clone3": LIBC + "a = (ctypes.c_uint64 * 11)()\na[0], a[4] = 0x10000000, 17\n"
+    "print('OPEN' if c.syscall(435, a, 88) >= 0 else '')\n1 / 0",
+    "limits of the parent": "import resource\n"
+    "resource.prlimit({pid}, resource.RLIMIT_NOFILE, (64, 64))\nprint('OPEN')",
+    "priority of the parent": "import os\nos.setpriority(0, {pid}, 19)\nprint('OPEN')",
     "mounts": LIBC + "print(c.mount(b'/dev', b'/tmp', None, 4096, None))\n"
     "print('OPEN' if os.listdir('.') else '')",
     "makes read-only writable": LIBC + "print(c.mount(None, b'/usr', None, 4128, None))\n"
@@ -537,15 +631,9 @@ HOSTILE = {
     "print('OPEN' if c.ptrace(16, os.getppid(), None, None) == 0 else '')",
     "memory of the supervisor": "import os\nprint(open(f'/proc/{os.getppid()}/mem', 'wb'), 'OPEN')",
 }
-# What only namespaces or files of one's own stop, and what would be a real bomb for root.
-NAMESPACES_ONLY = {"fork bomb", "shell bomb", "memory shared", "kills the supervisor",
-                   "disk, many files", "disk, many MB", "deep directories",
-                   "memory of the parent", "files of the parent", "abstract socket", "mounts",
-                   "kernel settings", "kernel crash handler", "device", "a user namespace more",
-                   "makes read-only writable", "memory of the supervisor", "leaves a file",
-                   *(name for name in HOSTILE if "outside" in HOSTILE[name]),
-                   *(name for name in HOSTILE if "{folder}" in HOSTILE[name]),
-                   "environment of others"}
+# What only namespaces or a limited disk stop, and what would be a real bomb for root.
+NAMESPACES_ONLY = {"fork bomb", "shell bomb", "kills the supervisor", "disk, many files",
+                   "disk, many MB", "deep directories", "memory of the supervisor"}
 
 
 def contained(folder, program, monkeypatch, slack=0.0, **kwargs):
@@ -590,7 +678,7 @@ def resident():
 
 @needs_proc
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name, folder, monkeypatch):
+def test_hostile(name, folder, monkeypatch, may_fork):
     """R9.1-R9.4 in namespaces."""
     if "pids" not in find_launcher().layers:
         pytest.skip("no user namespaces here")
@@ -603,10 +691,10 @@ def test_hostile(name, folder, monkeypatch):
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in NAMESPACES_ONLY])
-def test_hostile_without_namespaces(name, folder, monkeypatch):
+def test_hostile_without_namespaces(name, folder, monkeypatch, may_fork):
     monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
-    if not seccomp_filter(False):
-        pytest.skip("no libseccomp here")
+    if not seccomp_filter(False) or "files" not in sandbox.run("pass").isolation:
+        pytest.skip("no libseccomp or no Landlock here")
     contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=1.0)
 
 
@@ -614,18 +702,136 @@ def test_hostile_without_namespaces(name, folder, monkeypatch):
 # isolation, other languages
 
 def test_layers_and_refusal(isolation):
-    """The result says which layers held, and `require_isolation` refuses to run with less."""
+    """The result says which layers held, and `isolation_gaps` which did not."""
     r = sandbox.run("pass")
     assert {"session", "environment", "directory", "limits"} <= {*r.isolation}
     if isolation == "bare":
-        assert not {"pids", "network", "files"} & {*r.isolation}
-        with pytest.raises(RuntimeError, match="without pids, network, files"):
-            sandbox.run("open('x', 'w')", require_isolation=True)
-    elif {*sandbox.REQUIRED} <= {*r.isolation}:
-        assert sandbox.run("pass", require_isolation=True).passed
-    assert "refused" in sandbox.run(
-        "import os\nfor i in range(3, 9):\n    try: os.write(i, b'refused\\n')\n"
+        assert not {"pids", "network"} & {*r.isolation}  # "files": where the kernel has Landlock
+        assert "pids" in sandbox.isolation_gaps()
+    elif {*sandbox.HARM} <= {*r.isolation}:
+        assert not sandbox.isolation_gaps()
+    assert "too many processes" in sandbox.run(
+        "import os\nfor i in range(3, 9):\n    try: os.write(i, b'too many processes\\n')\n"
         "    except OSError: pass\n1 / 0").reason  # forged: a Result, not an exception
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["reads outside", "writes outside", "memory of the parent",
+                                  "environment of others", "abstract socket", "SysV memory",
+                                  "limits of the parent", "namespace by clone"])
+def test_files_without_namespaces(name, folder, monkeypatch):
+    """Landlock and seccomp hold where namespaces are refused; the slow test tries them all."""
+    test_hostile_without_namespaces(name, folder, monkeypatch, None)
+
+
+@needs_proc
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_memory_is_hidden_without_namespaces():
+    """PR_GET_DUMPABLE of the parent, in a process of its own because nothing undoes it."""
+    program = ("import ctypes\nfrom tasks import sandbox\nfrom tasks.sandbox import isolation\n"
+               "sandbox.find_launcher = lambda: isolation.launchers()['bare']\n"
+               "c = ctypes.CDLL(None)\nprint(c.prctl(3), sandbox.run('pass').passed, c.prctl(3))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1 True 0\n", done
+
+
+CODE = {"prompt": "p", "check": {"kind": "code", "language": "python", "tests": TESTS}}
+
+
+def test_gaps_are_named_and_refused(monkeypatch, capsys):
+    queries = [{"prompt": "p", "check": {"kind": "math", "answer": "1"}}, CODE]
+    if not {*sandbox.HARM} - {*sandbox.run("pass").isolation}:
+        require_isolation(queries, False)
+        assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
+    assert "pids" in sandbox.isolation_gaps()
+    require_isolation(queries[:1], False)  # nothing to run
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="without 'pids' .*--allow_unsafe_code"):
+        require_isolation(queries, False)
+    require_isolation(queries, True)
+    assert capsys.readouterr().out.count("without 'pids' it can ") == 1
+
+
+def test_every_stage_refuses(micro_run, tmp_path, monkeypatch):
+    """Nothing is sampled, and no option but --allow_unsafe_code helps."""
+    import data.quality
+    import dpo
+    import evaluate
+    import grpo
+    import reward
+    import tasks.__main__ as rejection
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: launchers()["bare"])
+    out = str(tmp_path / "out")
+    stages = [(dpo, dpo.main, {"init": micro_run, "out": out}),
+              (grpo, grpo.main, {"init": micro_run, "out": out}),
+              (reward, reward.main, {"init": micro_run, "out": out}),
+              (evaluate, evaluate.main, {"init": micro_run}),
+              (rejection, rejection.rejection, {"init": micro_run, "out": out}),
+              (data.quality, data.quality.main, {"policy": micro_run, "generate": 4, "out": out})]
+    for module, main, values in stages:
+        monkeypatch.setattr(module, "rollout", lambda *a, **k: pytest.fail("samples"))
+        with pytest.raises(InputError, match="--allow_unsafe_code"):
+            main(stage_args(module, **values, overwrite=True) if hasattr(module.Args, "overwrite")
+                 else stage_args(module, **values))
+
+
+def test_a_harness_that_fails_gives_no_verdict(monkeypatch):
+    """No process for the child, or none of it: an error in one line, never a score of 0."""
+    program = ("import posix, runpy, sys\n"
+               "def fail(*a): raise BlockingIOError(11, 'try again')\n"
+               "posix.{} = fail\nrunpy.run_path(sys.argv[1], run_name='__main__')")
+    bare = launchers()["bare"]
+    python, child = sys.executable, bare.command[-1]
+    for command, language in [(["/bin/false"], "python"),
+                              ([python, "-c", program.format("fork"), child], "python"),
+                              ([python, "-c", program.format("posix_spawn"), child], "bash")]:
+        monkeypatch.setattr(sandbox, "find_launcher", lambda c=command: bare._replace(command=c))
+        code, tests = sandbox.SAMPLES[language]
+        with pytest.raises(OSError, match="could not start a process: .*(message|again|many)"):
+            sandbox.run(code, language, tests)
+        with pytest.raises(InputError, match="code cannot be judged"):
+            run_programs([Program(code, language, tests)])
+    monkeypatch.undo()
+    assert sandbox.run(GOOD, tests=TESTS).passed
+
+
+@needs_proc
+def test_limit_counts_what_is_there():
+    """RLIMIT_NPROC counts all threads of a user: without process ids of its own a run may have 64
+    and as many for each run beside it, more than there are."""
+    before = count_threads()
+    stop = threading.Event()
+    threads = [threading.Thread(target=stop.wait) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    _, limits = sandbox._limits(sandbox.LANGUAGES["c"], 1.0, 64, own_pids=False)
+    stop.set()
+    assert before >= 2 and before + 20 + 64 * os.cpu_count() < limits["RLIMIT_NPROC"]
+    _, limits = sandbox._limits(sandbox.LANGUAGES["c"], 1.0, 64, own_pids=True)
+    assert limits["RLIMIT_NPROC"] == 64
+
+
+def test_cargo_is_not_visible(tmp_path, monkeypatch):
+    """rustup's proxies may be hard links, in the folder that holds the token of crates.io."""
+    cargo, tools = tmp_path / ".cargo/bin", tmp_path / ".rustup/toolchains/stable/bin"
+    for folder, text in ((cargo, f"echo {tools.parent}"), (tools, "exit 0")):
+        folder.mkdir(parents=True)
+        (folder / "rustc").write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "rustc").chmod(0o755)
+    (cargo.parent / "credentials.toml").write_text("token")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{cargo}:{os.environ['PATH']}")
+    caches = (find_program, find_commands, visible_files)
+    for function in caches:
+        function.cache_clear()
+    try:
+        bound = visible_files().bound
+    finally:
+        for function in caches:
+            function.cache_clear()
+    assert str(tools.parent) in bound
+    assert not any(path == str(cargo.parent) or path in map(str, cargo.parents) for path in bound)
 
 
 def test_command_line_refuses(tmp_path):
@@ -675,19 +881,30 @@ EARLY = {  # statements that end the program with status 0, and texts that claim
     "c": ["#include <stdlib.h>\n__attribute__((constructor)) void g() { exit(0); }",
           "#include <unistd.h>\n__attribute__((constructor)) void g() { _exit(0); }",
           "#define assert(x)", "#define NDEBUG",
+          "int main(void) { return 0; }\n#define main() unused(void)",
+          "int main(void) { return 0; }\n#define main tests_main",
+          'int evil(int n, char **v) __asm__("__real_main");\n'
+          "int evil(int n, char **v) { return 0; }",
           "#include <stdio.h>\n__attribute__((constructor)) void g() { puts(\"passed\"); }"],
     "c++": ["#include <cstdlib>\nstruct G { G() { std::_Exit(0); } } g;", "#define assert(x)",
-            "#include <cstdlib>\nstruct G { G() { std::quick_exit(0); } } g;"],
+            "#include <cstdlib>\nstruct G { G() { std::quick_exit(0); } } g;",
+            "int main() { return 0; }\n#define main tests_main"],
     "java": ["class S { int f(int x) { System.exit(0); return 1; } }",
              "class S { int f(int x) { Runtime.getRuntime().halt(0); return 1; } }"],
-    "rust": ["fn g() -> i32 { std::process::exit(0) }"],
+    "rust": ["fn g() -> i32 { std::process::exit(0) }",
+             "fn g() -> i32 { 0 }\nmacro_rules! assert_eq { ($($t:tt)*) => {} }",
+             "fn g() -> i32 { 0 }\nfn main() {}\n#[cfg(test)]"],
     "go": ["import \"os\"\nfunc init() { os.Exit(0) }"],
     "bash": ["exit 0", "exec true", "trap 'exit 0' ERR", "trap 'exit 0' EXIT", "[() { return 0; }",
              "set() { :; }; printf() { :; }", "unset() { :; }; [() { return 0; }",
              "readonly -f f; [() { return 0; }; readonly -f [", "kill -9 $$", "cat $0; exit",
-             "alias [=true", "BASH_ENV=x; echo passed; exit"],
+             "alias [=true", "BASH_ENV=x; echo passed; exit",
+             "mkdir b; ln -s /bin/true b/[; PATH=$PWD/b:$PATH; enable -n ["],
     "perl": ["exit 0;", "$SIG{__DIE__} = sub { exit 0 };", "use POSIX; POSIX::_exit(0);",
-             "print 'passed'; exit;", "END { $? = 0 }", "__END__"],
+             "print 'passed'; exit;", "END { $? = 0 }", "__END__", "use subs 'die';\nsub die { 1 }",
+             "BEGIN { *CORE::GLOBAL::die = sub { 1 } }",
+             "BEGIN { open F, '<', $0; my $t = join '', <F>; $t =~ s/^die unless.*//m;\n"
+             "open F, '>', $0; print F $t; close F }"],
     "ruby": ["exit!(0)", "at_exit { exit!(0) }", "abort", "__END__", "exec '/bin/true'"],
     "php": ["exit(0);", "ini_set('zend.assertions', '0');", "ini_set('assert.exception', '0');",
             "register_shutdown_function(function () { exit(0); }); throw new Exception();",
@@ -776,6 +993,60 @@ def test_numpy_is_there_for_the_tests_only(isolation):
     assert (r.passed, r.stage) == (False, "run") and "No module named 'numpy'" in r.reason
 
 
+COPIES = {  # in other languages: a copy for each guess, until one of them passes
+    "c": """
+#include <stdlib.h>
+#include <stdio.h>
+#include <unistd.h>
+#include <sys/wait.h>
+int f(int x) {
+    for (int guess = 0; guess < 20; guess++) {
+        int status, pid = fork();
+        if (!pid) { freopen("/dev/null", "w", stderr); return guess; }
+        waitpid(pid, &status, 0);
+        if (WIFEXITED(status) && !WEXITSTATUS(status)) _exit(0);
+    }
+    exit(1);
+}""",
+    "perl": "sub f { for my $guess (0..20) { my $p = fork; "
+            "if (!$p) { $SIG{__DIE__} = sub { kill 9, $$ }; return $guess } "
+            "waitpid $p, 0; exit 0 if !$? } exit 1 }",
+    "javascript": """
+const f = x => {
+    if (process.env.G) return +process.env.G;
+    for (let g = 0; g < 20; g++) {
+        const env = {G: String(g)};
+        const copy = require('child_process').spawnSync(process.execPath, [__filename], {env});
+        if (copy.status === 0) return g;
+    } };""",
+}
+
+
+@pytest.mark.parametrize("language", COPIES)
+def test_copies_that_guess(language, folder):
+    if language not in HERE or not seccomp_filter(True):
+        pytest.skip(f"no {language} or no libseccomp here")
+    r = sandbox.run(COPIES[language], language, sandbox.SAMPLES[language][1], timeout=10.0)
+    assert not r.passed and r.reason, r
+
+
+def test_rust_macros_are_put_back():
+    """An attribute at the end of the code does not take away the first of them."""
+    if "rust" not in HERE:
+        pytest.skip("no rust here")
+    macro = "\nmacro_rules! assert { ($($t:tt)*) => {} }\n#[cfg(test)]"
+    tests = "fn main() { assert!(f(3) == 9, \"{}\", f(3)); }"
+    assert not sandbox.run("fn f(x: i32) -> i32 { x + x }" + macro, "rust", tests).passed
+    assert sandbox.run("fn f(x: i32) -> i32 { x * x }", "rust", tests, timeout=20.0).passed
+
+
+def test_bash_keeps_errexit():
+    """`f` itself may not turn off what makes a failed test end the program."""
+    tests = "f 3\n[ $r = 9 ]"
+    assert not sandbox.run("f() { set +e; r=$(($1 + $1)); }", "bash", tests).passed
+    assert sandbox.run("f() { r=$(($1 * $1)); }", "bash", tests).passed
+
+
 FOREIGN = {
     "bash bomb": ("bash", ":(){ :|:& };:\nsleep 99"),
     "bash daemon": ("bash", "(setsid sleep 99 &)\nsleep 99"),
@@ -805,7 +1076,7 @@ FOREIGN = {
 
 @needs_proc
 @pytest.mark.parametrize("name", FOREIGN)
-def test_hostile_elsewhere(name, folder, monkeypatch):
+def test_hostile_elsewhere(name, folder, monkeypatch, may_fork):
     language, program = FOREIGN[name]
     if language not in HERE or "pids" not in find_launcher().layers:
         pytest.skip(f"no {language} or no namespaces here")
@@ -888,7 +1159,7 @@ def test_mbpp_verdicts():
 
 @needs_proc
 @pytest.mark.slow
-def test_500_runs_in_a_pool(folder):
+def test_500_runs_in_a_pool(folder, may_fork):
     jobs = [{"code": (GOOD, WRONG, "import os; os.fork()", "x = [0] * 10 ** 7\n" + GOOD)[i % 4]
              + f" #{i}", "tests": TESTS} for i in range(500)]
     sandbox.run_many(jobs[:8], 8)

@@ -8,27 +8,27 @@ process behind, and passes only with a proof that the tests reached their end:
     Python  The child reads key B after the last test, and sends key A + key B.
     others  The program prints key A + key B in its last statement (languages.py).
 
-Covered:
+Held:
 - early ends: `sys.exit(0)`, `os._exit(0)`, a killed process or a printed "ok" send no keys;
-- patches in Python: no assert uses AssertionError by name, and builtins are restored before the
-  tests;
-- objects whose `__eq__` is always true, in Python: no comparison of the tests may mix a plain value
-  with an object of a class that the code made, alone or in a list, tuple, set or dict. The price:
-  an honest class, even a namedtuple, compares only with its like.
+- patches: the tests have builtins of their own, macros and builtin commands are put back;
+- objects whose `__eq__` is always true, in Python: the tests compare plain values only with plain
+  values, any other type with its like. The price: an honest class, even a namedtuple, does too;
+- copies that each try an answer: only bash programs may fork, and Python's that import
+  multiprocessing, concurrent or subprocess, where a copy can still spy for the original.
 
 THIS IS A RESOURCE LIMITER, NOT A SECURITY BOUNDARY: run hostile code in a container or a VM.
-Not covered:
+Left (docs/trust.md has the whole table):
 - holes in the kernel, all of which is in reach; reading /usr and the toolchains;
-- code that studies this package and forges a pass: in Python, frames hold key A and the tests, and
-  the socket holds key B; in other languages the program's text holds both keys;
-- patched library modules (`math.fabs = ...`), test globals, and operators that do not compare (an
-  `__sub__` that returns 0); outside Python also patched comparisons and library functions;
+- code that studies this package and forges a pass: in Python, frames hold key A, the tests and
+  their answers, and the socket holds key B; in other languages the program's text holds both keys;
+- in Python, comparisons outside of `==`, `<`, `in` ...: `match`, `list.count`, `operator.eq`,
+  unittest, an `__sub__` that returns 0; a slice; patched library modules (`math.isclose = ...`);
+- elsewhere, overloaded comparisons, source filters in Perl, assembly in C, library functions;
 - memory summed over processes: each of 64 processes may use the limit;
 - runs in progress when this process gets SIGKILL: only their CPU limit ends them, so a sleeping
   process stays, and so does an empty folder;
-- what a layer that `Result.isolation` lacks would stop. Without "files": all that your user can
-  read and write, this package included. Without "network" and "seccomp": the network. Without
-  "pids" and "seccomp": processes that call setsid(). `require_isolation=True` refuses to run then.
+- what a layer that `isolation_gaps` names would stop. The stages refuse to run code without
+  "files" and "pids", unless they get --allow_unsafe_code.
 
 `python -m tasks.sandbox` tries every language. `run` needs POSIX; C and C++ need a linker with
 --wrap, which macOS lacks.
@@ -38,6 +38,7 @@ import contextlib
 import functools
 import marshal
 import os
+import re
 import secrets
 import signal
 import socket
@@ -48,19 +49,42 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tasks.sandbox.isolation import DISK, PACKAGES, find_launcher, seccomp_filter, visible_files
+from tasks.sandbox.isolation import (
+    DISK,
+    PACKAGES,
+    count_threads,
+    find_launcher,
+    fork_filter,
+    hide_memory,
+    seccomp_filter,
+    visible_files,
+)
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
-__all__ = ["LANGUAGES", "REQUIRED", "SAMPLES", "Result", "languages", "run", "run_many"]
+__all__ = ["ESSENTIAL", "LANGUAGES", "SAMPLES", "Result", "isolation_gaps", "languages", "run",
+           "run_many"]
 
 # Per process, except NPROC, which counts the processes of the user (or of its namespace).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
 COMPILER_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 64 << 20, "RLIMIT_NPROC": 256,
                    "RLIMIT_NOFILE": 1024}
 SHOWN = 10_000  # bytes of stdout and of stderr kept in a Result
-REQUIRED = ("pids", "network", "files", "no new privileges", "limits")
+# What a program can do where a layer is missing.
+HARM = {
+    "pids": "outlive its run, and slow down your other processes",
+    "network": "use the network",
+    "files": "read and change every file that you can, tokens and keys included",
+    "no new privileges": "use setuid programs",
+    "limits": "use up memory, disk or processes",
+}
+ESSENTIAL = ("files", "pids")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+GUARD_MARK = b"\0the guard of child.py"
+# Python programs may only start processes if they say so: few need any, and a copy of the program
+# could try an answer (see fork_filter).
+STARTS_PROCESSES = re.compile(r"^\s*(?:import|from)\s+(?:multiprocessing|concurrent|subprocess)\b",
+                              re.MULTILINE)
 COMPILE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that compile() raises
 
 
@@ -82,10 +106,21 @@ def languages() -> dict[str, str]:
     return {name: "" if find_commands(name) else row.install for name, row in LANGUAGES.items()}
 
 
-class _GuardComparisons(ast.NodeTransformer):
-    """Rewrite f(1) == 2 to __guard__(f(1), 7, True) == __guard__(2, 7, False), 7 being its number.
+def isolation_gaps() -> dict[str, str]:
+    """Return {layer: what a program can do without it} for the layers that do not hold here."""
+    layers = run("pass").isolation
+    gaps = {layer: harm for layer, harm in HARM.items() if layer not in layers}
+    if "seccomp" in layers:  # it denies sockets
+        gaps.pop("network", None)
+    return gaps
 
-    `comparison_guard` in child.py is that function. An assert gets its own text as its message.
+
+class _GuardComparisons(ast.NodeTransformer):
+    """Rewrite f(1) == 2 to guard(f(1), 7, True, False) == guard(2, 7, False, True), 7 being its
+    number, and the last two whether the operand is the first, and whether it is the last.
+
+    `comparison_guard` in child.py is that function; GUARD_MARK stands for it until then. An assert
+    gets its own text as its message.
     """
 
     count = 0
@@ -95,10 +130,11 @@ class _GuardComparisons(ast.NodeTransformer):
         if any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops):
             return node  # no class can overload these
         self.count += 1
-        operands = []
-        for operand in [node.left, *node.comparators]:
-            arguments = [operand, ast.Constant(self.count), ast.Constant(operand is node.left)]
-            operands.append(ast.Call(ast.Name("__guard__", ast.Load()), arguments, []))
+        operands = [node.left, *node.comparators]
+        for i, operand in enumerate(operands):
+            place = (self.count, i == 0, i == len(operands) - 1)
+            arguments = [operand, *map(ast.Constant, place)]
+            operands[i] = ast.Call(ast.Constant(GUARD_MARK), arguments, [])
         node.left = operands[0]
         node.comparators = operands[1:]
         return node
@@ -179,11 +215,16 @@ def _run_child(command, job: dict, key_b: str, timeout: float, check_seconds: fl
         return answer, os.pread(out.fileno(), most, 0), os.pread(err.fileno(), most, 0)
 
 
-def _limits(row: Language, timeout: float, memory_mb: int) -> tuple[dict, dict]:
+def _limits(row: Language, timeout: float, memory_mb: int, own_pids: bool) -> tuple[dict, dict]:
     """Return the limits of the check and of the run; the child can only lower them later."""
     check = COMPILER_LIMITS | {"RLIMIT_CPU": int(timeout + row.check_seconds) + 2,
                                "RLIMIT_DATA": max(2048, memory_mb) << 20}
-    return check, LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory_limit: memory_mb << 20}
+    run = LIMITS | {"RLIMIT_CPU": int(timeout) + 2, row.memory_limit: memory_mb << 20}
+    if not own_pids:  # then the kernel counts all threads of this user, those of other runs too
+        present = count_threads() + LIMITS["RLIMIT_NPROC"] * (os.cpu_count() or 1)
+        check["RLIMIT_NPROC"] += present
+        run["RLIMIT_NPROC"] += present
+    return check, run
 
 
 def _reason(answer: _Answer, output: str, timeout: float, is_python: bool) -> str:
@@ -200,15 +241,26 @@ def _reason(answer: _Answer, output: str, timeout: float, is_python: bool) -> st
     return reason[:500]
 
 
+def _require_start(answer: _Answer, err: bytes) -> None:
+    """Raise OSError if the sandbox itself failed: this is no verdict on the code, which comes after
+    the layers and the first dot."""
+    problem = ""
+    if not answer.layers and not answer.late:
+        problem = err[-500:].decode("utf-8", "replace").strip() or "no message"
+    elif answer.dots == 0 and answer.verdict == b"too many processes\n":
+        problem = answer.verdict.decode().strip()
+    if problem:
+        raise OSError(f"the sandbox could not start a process: {problem.splitlines()[-1]}")
+
+
 def run(code: str, language: str = "python", tests: str = "", timeout: float = 5.0,
-        memory_mb: int = 512, require_isolation: bool = False) -> Result:
+        memory_mb: int = 512) -> Result:
     """Run `code`, then `tests`, in a new process; whatever the code does is a Result.
 
     tests: in Python and in scripts, statements with asserts in the code's namespace; in C, C++,
         Java, Rust and Go, what holds main(), in Java the class Main.
     timeout: seconds of wall time. memory_mb: MiB of memory of each process.
-    Raise RuntimeError if the language does not run here or, with `require_isolation`, if a layer
-    of REQUIRED is missing; OSError if no process can be started.
+    Raise RuntimeError if the language does not run here, OSError if no process can be started.
     """
     if os.name != "posix" or language not in LANGUAGES or not find_commands(language):
         here = [name for name, lack in languages().items() if not lack]
@@ -229,27 +281,30 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     except COMPILE_ERRORS as error:
         return Result(False, "static", " ".join(str(error).split()), "", "", 0.0)
     launcher = find_launcher()
+    own_pids = "pids" in launcher.layers
+    if not own_pids:
+        hide_memory()
     view = visible_files()
-    check_limits, run_limits = _limits(row, timeout, memory_mb)
+    check_limits, run_limits = _limits(row, timeout, memory_mb, own_pids)
+    may_fork = row.forks or language == "python" and STARTS_PROCESSES.search(code)
     job = {
         "file": row.file, "source": source, "commands": find_commands(language),
-        "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests, "key": key_a.encode(),
-        "check_limits": check_limits, "run_limits": run_limits, "path": view.path,
-        "packages": PACKAGES, "private_root": launcher.private_root, "disk": DISK,
+        "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests,
+        "guard_mark": GUARD_MARK, "key": key_a.encode(), "path": view.path, "packages": PACKAGES,
+        "check_limits": check_limits, "run_limits": run_limits,
+        "private_root": launcher.private_root, "disk": DISK,
         "directories": view.directories, "bound": view.bound,
-        "filter": seccomp_filter("pids" in launcher.layers),
+        "filter": seccomp_filter(own_pids), "no_fork": b"" if may_fork else fork_filter(),
         "layers": ["session", "environment", "directory", *launcher.layers],
-        "required": REQUIRED if require_isolation else (),
     }
     answer, out, err = _run_child(launcher.command, job, key_b, timeout, row.check_seconds)
     seconds = time.monotonic() - start
-    if answer.dots == 0 and answer.verdict.startswith(b"refused"):  # the code comes after a dot
-        raise RuntimeError(answer.verdict.decode().strip())
+    _require_start(answer, err)
     proof = f"{key_a}{key_b}\n".encode()
     if is_python:
         proved = secrets.compare_digest(answer.verdict, proof)
     else:
-        proved = answer.verdict == b"done\n" and (proof in out or proof in err)
+        proved = answer.verdict == b"exit status 0\n" and (proof in out or proof in err)
     passed = proved and not answer.late
     stdout = out.replace(proof, b"")[:SHOWN].decode("utf-8", "replace")
     stderr = err.replace(proof, b"")[:SHOWN].decode("utf-8", "replace")

@@ -6,12 +6,13 @@ a socket to the parent. The protocol, in order:
   parent      10 digits, the length of the job; the job, a marshalled dict (`run` makes it);
               key B, 32 bytes, which stay unread in the socket until the last test has passed
   child       the layers of isolation that hold, and a newline: "pids,network,limits"
-              "refused: without ...", and the end, if a required layer is missing
+              "too many processes", and the end, if the check could not be started
               "." when the code compiles
               "." when the tests come next: in Python the code has run, elsewhere it has compiled
-              one line, the verdict. In Python key A + key B, or the error. In other languages
-              "done" or the exit status; the proof is in the program's output
-  supervisor  "exit status ... before the end", if the child died without a verdict
+              one line, the verdict. In Python key A + key B, or the error. In other languages the
+              exit status of a check that failed
+  supervisor  one line when the child has ended, "exit status 0". In other languages than Python
+              this is the verdict of the run; the proof is in the program's output
 
 The supervisor is the first process of its namespaces; it forks the child.
 """
@@ -34,7 +35,7 @@ def read_exactly(link, count):
 
 
 def find_libc():
-    """Return call(name, *arguments): whether that C function returned 0. Return None without libc.
+    """Return call(name, *arguments), which calls a C function of ints. Return None without libc.
 
     The numbers that we pass to C functions below are Linux's.
     """
@@ -48,7 +49,7 @@ def find_libc():
         return None
 
     def call(name, *arguments):
-        return _ctypes.call_cdeclfunction(_ctypes.dlsym(library, name), arguments) == 0
+        return _ctypes.call_cdeclfunction(_ctypes.dlsym(library, name), arguments)
 
     return call
 
@@ -72,7 +73,7 @@ def enter_private_root(call, root, job):
     """Fill `root` with what the job may see, and make it "/". Raise OSError where that fails."""
 
     def mount(source, target, kind, flags, options=None):
-        if not call("mount", source, target.encode(), kind, flags, options):
+        if call("mount", source, target.encode(), kind, flags, options) != 0:
             raise OSError(f"cannot mount {target}")
 
     no_setuid, no_devices = 2, 4
@@ -95,9 +96,40 @@ def enter_private_root(call, root, job):
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         posix.symlink(f"/proc/self/fd{target}", f"{root}/dev/{name}")
     posix.chdir(root)
-    if not (call("pivot_root", b".", b".") and call("umount2", b".", 2)):
+    if call("pivot_root", b".", b".") != 0 or call("umount2", b".", 2) != 0:
         raise OSError("cannot leave the old root")
     posix.chdir("/tmp")
+
+
+def restrict_files(call, paths):
+    """Deny all files but `paths`, read-only, and this folder; return whether Landlock does so.
+
+    For systems without a private root. It also denies the memory of other processes. It does not
+    cover chmod, utime and stat.
+    """
+    create = 444  # the numbers of these system calls are the same everywhere
+    add_rule = 445
+    restrict = 446
+    version = call("syscall", create, None, 0, 1)
+    if version < 1:
+        return False
+    all_rights = (1 << min(12 + version, 15)) - 1
+    rules = call("syscall", create, all_rights.to_bytes(8, sys.byteorder), 8, 0)
+    for path in [*paths, "/proc/self", "."]:
+        file = posix.open(path, posix.O_PATH | posix.O_CLOEXEC)
+        rights = 1 | 4  # execute, read
+        if path == ".":
+            rights = all_rights
+        elif posix.fstat(file).st_mode & 0o170000 == 0o040000:  # a directory
+            rights |= 8  # list
+        elif path.startswith("/dev/"):
+            rights |= 2  # write
+        rule = rights.to_bytes(8, sys.byteorder) + file.to_bytes(4, sys.byteorder)
+        call("syscall", add_rule, rules, 1, rule, 0)
+        posix.close(file)
+    held = call("syscall", restrict, rules, 0) == 0
+    posix.close(rules)
+    return held
 
 
 def supervise(child, link):
@@ -106,9 +138,8 @@ def supervise(child, link):
         pid = None
         while pid != child:
             pid, status = posix.wait()
-        exit_status = posix.waitstatus_to_exitcode(status)
         # If the child has sent a verdict, the parent reads no second one.
-        posix.write(link, b"exit status %d before the end\n" % exit_status)
+        posix.write(link, b"exit status %d\n" % posix.waitstatus_to_exitcode(status))
     finally:
         posix._exit(0)
 
@@ -120,17 +151,23 @@ def drop_privileges(call, program):
     """
     layers = []
     capability_header = (0x20080522).to_bytes(4, sys.byteorder) + bytes(4)
-    if call("capset", capability_header, bytes(24)):
+    if call("capset", capability_header, bytes(24)) == 0:
         layers.append("no capabilities")
-    if call("prctl", 38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
+    if call("prctl", 38, 1, 0, 0, 0) == 0:  # PR_SET_NO_NEW_PRIVS
         layers.append("no new privileges")
+    if install_filter(call, program):
+        layers.append("seccomp")
+    return layers
+
+
+def install_filter(call, program):
+    """Add a seccomp program to those of this process; return whether it holds."""
     # struct sock_fprog: the count of instructions and their address in this bytes object
     address = id(program) + bytes.__basicsize__ - 1
     count = len(program) // 8
     fprog = count.to_bytes(2, sys.byteorder) + bytes(6) + address.to_bytes(8, sys.byteorder)
-    if program and call("prctl", 22, 2, fprog):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-        layers.append("seccomp")
-    return layers
+    # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    return bool(program) and call("prctl", 22, 2, fprog) == 0
 
 
 def set_limits(limits):
@@ -144,94 +181,159 @@ def set_limits(limits):
     return complete
 
 
-def run_commands(job, link):
-    """Write the program to a file, then check and run it with the commands of its language."""
-    source = job["source"]
-    file = posix.open(job["file"], posix.O_WRONLY | posix.O_CREAT, 0o644)
-    while source:
-        source = source[posix.write(file, source):]
-    posix.close(file)
+def run_commands(job, link, call):
+    """Write the program to a file and check it, then become the program.
+
+    We do not wait for the program, so that it need not be able to fork.
+    """
     home = posix.getcwd()
-    environment = {"HOME": home, "TMPDIR": home, "PATH": job["path"], "LANG": "C.UTF-8"}
+    environment = {"HOME": home, "TMPDIR": home, "PATH": job["path"], "LANG": "C.UTF-8",
+                   "OPENSSL_CONF": "/dev/null"}  # node stops if it may not read the system's
     check, run = job["commands"]
-    for command in (check, run):
-        pid = posix.posix_spawn(command[0], command, environment)
-        status = posix.waitstatus_to_exitcode(posix.waitpid(pid, 0)[1])
-        if status:
-            posix.write(link, b"exit status %d\n" % status)
-            posix._exit(1)
-        if command is check:
-            for output in (1, 2):  # "syntax OK" is not the program's output
-                posix.ftruncate(output, 0)
-                posix.lseek(output, 0, 0)
-            posix.write(link, b".." if job["has_tests"] else b".")
-            set_limits(job["run_limits"])
-    posix.write(link, b"done\n")
-    posix._exit(0)
+    write_file(job["file"], job["source"])
+    try:
+        pid = posix.posix_spawn(check[0], check, environment)
+    except BlockingIOError:
+        posix.write(link, b"too many processes\n")
+        posix._exit(1)
+    status = posix.waitstatus_to_exitcode(posix.waitpid(pid, 0)[1])
+    if status:
+        posix.write(link, b"exit status %d\n" % status)
+        posix._exit(1)
+    write_file(job["file"], job["source"])  # again: perl -c runs BEGIN blocks
+    for output in (1, 2):  # "syntax OK" is not the program's output
+        posix.ftruncate(output, 0)
+        posix.lseek(output, 0, 0)
+    posix.write(link, b".." if job["has_tests"] else b".")
+    set_limits(job["run_limits"])
+    if call:
+        install_filter(call, job["no_fork"])
+    posix.execve(run[0], run, environment)
 
 
-def comparison_guard(module):
+def write_file(path, data):
+    file = posix.open(path, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC, 0o644)
+    while data:
+        data = data[posix.write(file, data):]
+    posix.close(file)
+
+
+# Types of the library that compare with plain values, and how to reach what is in them. Their
+# import takes time, so we do it only where the code or the tests name them.
+LIBRARY = (
+    ("collections", "Counter", dict.items),
+    ("collections", "OrderedDict", dict.items),
+    ("collections", "defaultdict", dict.items),
+    ("collections", "deque", iter),
+    ("fractions", "Fraction", lambda number: (number._numerator, number._denominator)),
+    ("decimal", "Decimal", lambda number: ()),
+)
+
+
+def comparison_guard(text):
     """Return the function that stands around every operand of the tests' comparisons.
 
-    It refuses to compare a plain value with an object whose __eq__ the code may have written.
+    It lets plain values compare with plain values only, and every other type with its like: the
+    code may have written the __eq__ of an object, or put the object where a library asks for its
+    __eq__. text: the code and the tests, as bytes.
+
+    Types are compared by their addresses, because a metaclass may lie about everything else. All
+    names are bound here, before the code can patch them.
     """
-    plain = {int, float, complex, bool, str, bytes, type(None)}
-    contents = {list: list.__iter__, tuple: tuple.__iter__, set: set.__iter__,
-                frozenset: frozenset.__iter__, dict: dict.items}
-    heap_type = 1 << 9
-    modules = sys.modules
+    identity = id
+    type_of = type
     frame = sys._getframe
-    last_operands = {}  # by frame and comparison: was the last operand foreign?
+    plain = {identity(kind) for kind in (
+        int, float, complex, bool, str, bytes, bytearray, range, type, type(None), type(...))}
+    contents = {identity(kind): kind.__iter__ for kind in (list, tuple, set, frozenset)}
+    for view in ({}.keys(), {}.values(), {}.items()):
+        contents[identity(type(view))] = iter
+    contents[identity(dict)] = dict.items
+    kept = []  # or the address of a type that the code deletes may become another's
+    for module, name, items in LIBRARY:
+        if name.encode() in text:
+            kind = getattr(__import__(module), name)
+            kept.append(kind)
+            contents[identity(kind)] = items
+    operands = {}  # by frame and comparison: the operand before
 
-    def is_foreign(value):
-        kind = type(value)
-        if kind in plain:
-            return False
-        if kind.__flags__ & heap_type:  # Python code made this class
-            home = modules.get(kind.__module__)
-            if home is module or getattr(home, kind.__name__, None) is not kind:
-                return True  # and no library module holds it, unlike Counter or Fraction
-        for base, items in contents.items():
-            if issubclass(kind, base) and any(map(is_foreign, items(value))):
-                return True
-        return False
+    def add_kinds(value, found):
+        """Add the addresses of the types in `value` that are not plain to the dict `found`."""
+        kind = identity(type_of(value))
+        if kind in contents:
+            for item in contents[kind](value):
+                if identity(type_of(item)) not in plain:
+                    add_kinds(item, found)
+        elif kind not in plain:
+            found[kind] = True
 
-    def guard(value, comparison, is_first):
-        foreign = is_foreign(value)
-        here = (id(frame(1)), comparison)
-        if not is_first and foreign != last_operands[here]:
-            raise TypeError("a plain value compared with an object of the code's own class")
-        last_operands[here] = foreign
+    def guard(value, comparison, is_first, is_last):
+        here = (identity(frame(1)), comparison)
+        if not is_first:
+            before, after = {}, {}
+            add_kinds(operands.pop(here), before)
+            add_kinds(value, after)
+            if before != after:
+                raise TypeError("a plain value compared with an object of another type")
+        if not is_last:
+            operands[here] = value
         return value
 
     return guard
 
 
+def bind_guard(code, mark, guard):
+    """Return the code object with `guard` in place of the constant `mark`.
+
+    As a constant the guard is out of reach of everything that patches names.
+    """
+    constants = []
+    for constant in code.co_consts:
+        if constant == mark:
+            constant = guard
+        elif type(constant) is type(code):
+            constant = bind_guard(constant, mark, guard)
+        constants.append(constant)
+    return code.replace(co_consts=tuple(constants))
+
+
 def run_python(job, link):
     """Run the code, then its tests; send both keys only if the last test has passed."""
-    tests = marshal.loads(job["compiled_tests"]) if job["has_tests"] else None
+    tests = None
+    if job["has_tests"]:
+        guard = comparison_guard(job["source"] + job["compiled_tests"])
+        tests = bind_guard(marshal.loads(job["compiled_tests"]), job["guard_mark"], guard)
     # `if __name__ == "__main__"` is meant for a program, not for functions under test.
     module = type(sys)("candidate" if tests else "__main__")
+    namespace = vars(module)
     sys.modules[module.__name__] = module  # dataclasses, pickle and typing look it up
     sys.modules["__main__"] = module  # or code could replace the functions of this file
-    guard = comparison_guard(module)
+    for name in ("settrace", "_settraceallthreads"):  # a trace function may jump over the tests
+        vars(sys).pop(name, None)
     names = vars(builtins)
     original_builtins = dict(names)
     # The code may replace these functions in their modules, but not our local names.
     write = posix.write
     leave = posix._exit
+    process_id = posix.getpid
     report = sys.excepthook
+    add_path = sys.path.append
+    me = process_id()
     try:
         program = compile(job["source"], job["file"], "exec", dont_inherit=True)
         write(link, b".")
-        exec(program, vars(module))
+        exec(program, namespace)
+        names.clear()
+        names.update(original_builtins)
         if tests:
             write(link, b".")
-            names.clear()
+            # A copy, which the code cannot patch while the tests call it.
+            namespace["__builtins__"] = dict(original_builtins)
+            add_path(job["packages"])  # numpy, which the tests of HumanEval+ import
+            exec(tests, namespace)
             names.update(original_builtins)
-            vars(module).update(__builtins__=builtins, __guard__=guard)
-            sys.path.append(job["packages"])
-            exec(tests, vars(module))
+        if process_id() != me:  # a copy that tries an answer
+            leave(1)
         write(link, job["key"] + read_exactly(link, 32) + b"\n")
         leave(0)  # at once: no atexit handlers, no waiting for threads
     except BaseException as error:  # SystemExit too: the end was not reached
@@ -263,18 +365,18 @@ def main():
         supervise(child, link)
     if call:
         layers += drop_privileges(call, job["filter"])
+        if "files" not in layers and restrict_files(call, job["bound"]):
+            layers.append("files")
     is_python = not job["commands"][0]
     if set_limits(job["run_limits"] if is_python else job["check_limits"]):
         layers.append("limits")
-    missing = [name for name in job["required"] if name not in layers]
     posix.write(link, (",".join(layers) + "\n").encode())
-    if missing:
-        posix.write(link, f"refused: without {', '.join(missing)}\n".encode())
-        posix._exit(1)
     if is_python:
+        if call:
+            install_filter(call, job["no_fork"])
         run_python(job, link)
     else:
-        run_commands(job, link)
+        run_commands(job, link, call)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Language:
     check_seconds: float = 10.0  # added to the time limit for the check
     # Runtimes that reserve gigabytes of addresses get RLIMIT_DATA, which counts writable memory.
     memory_limit: str = "RLIMIT_DATA"
+    forks: bool = False  # whether the program may start processes
 
     def program(self, code: str, tests: str, key_a: str, key_b: str) -> str:
         """Return the text of the whole program, which prints both keys if it reaches its end."""
@@ -53,14 +54,14 @@ def check_lists(tests: str) -> str:
     return "\n".join(lines)
 
 
-# The code may have turned assert into a macro that does nothing.
-C_BETWEEN = "\n#undef NDEBUG\n#include <assert.h>\n"
-# With --wrap=main the linker calls our __wrap_main in place of main, which is now __real_main.
+# The code may have turned assert into a macro that does nothing, or main into another name.
+C_BETWEEN = "\n#undef NDEBUG\n#undef main\n#include <assert.h>\n"
+# With --wrap=main the linker starts our __wrap_main in place of main. The keys in the names are
+# there because no macro of the code can replace a name that it does not know.
 C_AFTER = """
-int sandbox_real(int, char **) __asm__("__real_main");
-int sandbox_wrap(int n, char **v) __asm__("__wrap_main");
-int sandbox_wrap(int n, char **v) {
-    int status = sandbox_real(n, v);
+int wrap_KEY_A(int n, char **v) __asm__("__wrap_main");
+int wrap_KEY_A(int n, char **v) {
+    int status = ((int (*)(int, char **)) main)(n, v);
     if (!status) __builtin_printf("%s%s\\n", "KEY_A", "KEY_B");
     return status;
 }
@@ -87,6 +88,10 @@ class Harness {
     }
 }
 """
+# The constant takes an attribute that the code ends with, such as #[cfg(test)].
+RUST_BETWEEN = "\nconst _: () = ();\n" + "".join(
+    f"macro_rules! {name} {{ ($($t:tt)*) => {{ ::std::{name}!($($t)*) }} }}\n"
+    for name in ("assert", "assert_eq", "assert_ne", "panic", "format", "print"))
 RUST_AFTER = """
 fn main() {
     let status = std::process::Termination::report(tested_main());
@@ -95,13 +100,24 @@ fn main() {
     }
 }
 """
-# Assigning POSIXLY_CORRECT calls nothing. With it bash finds `unset` before a function `unset`.
+BASH_BEFORE = "readonly SANDBOX_PATH=$PATH\n"
+# Assignments call nothing. With POSIXLY_CORRECT bash finds `unset` before a function `unset`.
 BASH_BETWEEN = """
+PATH=$SANDBOX_PATH
 POSIXLY_CORRECT=1
 \\unset -f [ test printf echo set builtin command unalias true false let return eval || exit 1
 \\unalias -a
 \\unset POSIXLY_CORRECT
 trap - EXIT ERR DEBUG; set -e
+"""
+# f may have called `set +e`; no code can replace the keyword [[.
+BASH_AFTER = "\n[[ $- == *e* ]] && printf '%s%s\\n' KEY_A KEY_B\n"
+# The tests are not parsed yet. Subs of these names in this package or in all would replace die.
+# The inner BEGIN is `no strict 'refs'`, which would load a file.
+PERL_BETWEEN = """
+;
+BEGIN { BEGIN { $^H &= ~2 } delete @{__PACKAGE__ . '::'}{qw(die exit eval)};
+    delete @CORE::GLOBAL::{qw(die exit eval)}; }
 """
 PHP_BETWEEN = """
 ?><?php ini_set('zend.assertions', '1'); ini_set('assert.exception', '1');
@@ -130,7 +146,7 @@ LANGUAGES = {
         install="apt-get install default-jdk-headless", after=JAVA_AFTER),
     "rust": Language(
         "main.rs", check="rustc --edition 2021 -A warnings -C debuginfo=0 -o main main.rs",
-        run="./main", install="apt-get install rustc", after=RUST_AFTER,
+        run="./main", install="apt-get install rustc", between=RUST_BETWEEN, after=RUST_AFTER,
         main=r"\bfn\s+main\s*\(\s*\)", renamed_main="fn tested_main()"),
     "go": Language(
         "main.go", check="go build -o main main.go", run="./main",
@@ -139,11 +155,11 @@ LANGUAGES = {
         main=r"\bfunc\s+main\s*\(\s*\)", renamed_main="func testedMain()"),
     "bash": Language(
         "main.sh", check="bash -n main.sh", run="bash main.sh", install="apt-get install bash",
-        between=BASH_BETWEEN, after="\nprintf '%s%s\\n' KEY_A KEY_B\n",
-        rewrite_tests=check_lists, memory_limit="RLIMIT_AS"),
+        before=BASH_BEFORE, between=BASH_BETWEEN, after=BASH_AFTER, rewrite_tests=check_lists,
+        memory_limit="RLIMIT_AS", forks=True),
     "perl": Language(
         "main.pl", check="perl -c main.pl", run="perl main.pl", install="apt-get install perl",
-        between="\n;\n", after="\n;print STDOUT 'KEY_A', 'KEY_B', \"\\n\";\n",
+        between=PERL_BETWEEN, after="\n;print STDOUT 'KEY_A', 'KEY_B', \"\\n\";\n",
         memory_limit="RLIMIT_AS"),
     "ruby": Language(
         "main.rb", check="ruby -c main.rb", run="ruby main.rb", install="apt-get install ruby",
@@ -184,8 +200,8 @@ SAMPLES = {
 def find_program(name: str) -> str | None:
     """Return the absolute path of a program on PATH."""
     path = shutil.which(name)
-    if path and os.path.basename(os.path.realpath(path)) == "rustup":
-        # rustup's proxies need files of their user; the compilers themselves do not.
+    if path and name == "rustc":
+        # It may be rustup's proxy, which needs files of its user; the compiler itself does not.
         sysroot = subprocess.run([path, "--print", "sysroot"], capture_output=True, text=True)
         path = shutil.which(os.path.join(sysroot.stdout.strip(), "bin", name))
     return os.path.abspath(path) if path else None
