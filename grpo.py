@@ -69,6 +69,7 @@ class Args:
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     reward_timeout: float = 60.0     # seconds that it may take per response
+    check_steps: bool = False        # a right answer with a false equation counts as wrong
     steps: int = 25                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries per episode
     num_generations: int = 8         # responses per query (the report's 8)
@@ -217,13 +218,18 @@ def verdict(args: Args) -> str:
     return "own" if args.reward else "pass_rate"
 
 
+def verifier(args: Args):
+    """Return the function that scores answers by their checks."""
+    return tasks.queries.score_steps if args.check_steps else tasks.queries.score_many
+
+
 def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: int) -> Episode:
     """Sample the groups of a step. The step and --seed alone fix its queries and its draws."""
     first = step * args.batch_queries
     batch = [queries[(first + i) % len(queries)] for i in range(args.batch_queries)]
     seed = args.seed * 100_003 + step + 1
     groups = rollout(policy, tokenizer, batch, args.num_generations, args.max_new_tokens,
-                     args.temperature, seed, tasks.queries.score_many)
+                     args.temperature, seed, verifier(args))
     return Episode.from_groups(groups, reward_model)
 
 
@@ -265,7 +271,7 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
         queries = random.Random(args.seed).sample(queries, len(queries))
         asked = queries[:2 * args.batch_queries]
     groups = rollout(policy, tokenizer, asked, args.num_generations, args.max_new_tokens,
-                     args.temperature, args.seed, tasks.queries.score_many)
+                     args.temperature, args.seed, verifier(args))
     episode = Episode.from_groups(groups, reward_model)
     print(f"{len(queries)} queries; {args.steps} steps use {args.steps * args.batch_queries}")
     check_before_training(episode, args)

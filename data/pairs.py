@@ -13,6 +13,7 @@ from data.conversations import to_messages
 from lib.args import InputError, require
 from lib.files import read_jsonl
 from lib.chat import check_messages
+from tasks.steps import steps_hold
 from tokenizer import Tokenizer
 
 WANTED = 'expected "prompt", "chosen" and "rejected", each a text or messages: docs/your-data.md'
@@ -168,8 +169,9 @@ def review(pairs: list[dict], tokenizer: Tokenizer, max_len: int, max_ratio: flo
 
     The report's pairs are reviewed automatically (section 4.2); it does not disclose how, so the
     reasons are our choice. max_ratio > 0 drops pairs in which one answer is so many times as long
-    as the other. check_format drops ill-formed chosen answers. scorer, a RewardModel, drops pairs
-    whose chosen answer does not beat the rejected one by min_margin."""
+    as the other. check_format drops chosen answers that are ill-formed or hold a false equation.
+    scorer, a RewardModel, drops pairs whose chosen answer does not beat the rejected one by
+    min_margin."""
     kept, rows = [], []
     dropped = Counter()
     seen = set()
@@ -190,6 +192,8 @@ def review(pairs: list[dict], tokenizer: Tokenizer, max_len: int, max_ratio: flo
             reason = "one answer much longer"
         elif check_format and is_torn(chosen):
             reason = "ill-formed chosen answer"
+        elif check_format and not steps_hold(chosen):
+            reason = "false equation or open box in the chosen answer"
         elif scorer and margin(scorer, pair, chosen, rejected) < min_margin:
             reason = "reward model's margin"
         else:

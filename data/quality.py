@@ -263,7 +263,7 @@ def passing_answers(args: Args, device, autocast) -> list:
     tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     with autocast:
         groups = rollout(policy, tokenizer, queries, args.responses, 128, seed=args.seed,
-                         score=tasks.queries.score_many)
+                         score=tasks.queries.score_steps)
     passed = []
     for group in groups:
         distinct = {answer.text: answer for answer in group if answer.score == 1}

@@ -51,7 +51,7 @@ def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_n
     policy: a model, or a server with the same weights. Responses that were cut at max_new_tokens
     score 0, so none of them is kept."""
     groups = rollout(policy, tokenizer, asked, responses, max_new_tokens, temperature=1.0,
-                     seed=seed, score=queries.score_many)
+                     seed=seed, score=queries.score_steps)
     passed = {}  # a dict, because it keeps the order
     for group in groups:
         for answer in group:
@@ -101,6 +101,7 @@ def rejection(args: Args) -> None:
 def check(args: Args) -> None:
     """Name the rows of a file whose tests decide nothing; write the others: --queries, --out"""
     pairs = list(read_queries(args.queries))
+    queries.require_isolation([query for _, query in pairs], args.allow_unsafe_code)
     for line, query in pairs:
         queries.refuse_foreign(query, f"{args.queries}:{line}")
     problems = find_problems([query for _, query in pairs])

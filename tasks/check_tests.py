@@ -28,7 +28,7 @@ SYNTAX_ERROR = re.compile(r"SyntaxError|syntax error")
 # Two answers per language that do no work, however often a test calls NAME. In the first it returns
 # nothing, which `assert not f(4)` rightly accepts; in the second something, as for `assert f(2)`.
 IDLE = {
-    "python": ("def NAME(*given, **named): pass", "def NAME(*given, **named): return object()"),
+    "python": ("def NAME(*given, **named): pass", "def NAME(*given, **named): return 'text'"),
     "javascript": ("globalThis.NAME ??= function () {};",
                    "globalThis.NAME ??= function () { return {}; };"),
     "bash": ("command_not_found_handle() { true; }", "command_not_found_handle() { echo text; }"),
@@ -61,6 +61,8 @@ def problem_of(check: dict, idle: sandbox.Result, solved: sandbox.Result | None)
         return "its tests end the program, but must reach their last line; an assert can decide"
     if check["language"] in COMPILED and not re.search(r"\bmain\s*\(", check["tests"]):
         return "its tests must hold main()"
+    if check["language"] == "bash" and re.search(r"\bset\s+\+\w*e", check["tests"]):
+        return "its tests turn off `set -e`, and no answer passes without it"
     if idle.passed:
         return "its tests let an answer pass that does nothing"
     is_broken = "prefix" not in check and SYNTAX_ERROR.search(idle.reason)

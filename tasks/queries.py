@@ -33,6 +33,7 @@ from tasks.check_tests import find_problems
 from tasks.code_blocks import whole_program
 from tasks.custom import own_reward, own_score
 from tasks.math_answers import extract_answer, math_equal
+from tasks.steps import steps_hold
 
 GENERATORS = {"mathematics": toy.mathematics, "code": toy.code, "instruction": toy.instruction,
               "logic": toy.logic}
@@ -91,7 +92,7 @@ def require_isolation(queries: list[dict], allow_unsafe_code: bool) -> None:
 
     Without a layer of sandbox.ESSENTIAL refuse, unless it is allowed. Without code checks there is
     nothing to say."""
-    if not any(query["check"].get("kind") == "code" for query in queries):
+    if not hold_code(queries):
         return
     gaps = sandbox.isolation_gaps()
     text = "; ".join(f"without {layer!r} it can {harm}" for layer, harm in gaps.items())
@@ -100,6 +101,10 @@ def require_isolation(queries: list[dict], allow_unsafe_code: bool) -> None:
             "that holds nothing else of value, and add --allow_unsafe_code")
     if gaps:
         print(f"warning: the model's code is not isolated: {text} (docs/trust.md)")
+
+
+def hold_code(queries: list[dict]) -> bool:
+    return any(query["check"].get("kind") == "code" for query in queries)
 
 
 def answers_rightly(check: dict, response: str) -> bool:
@@ -237,6 +242,17 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
         yield as_text(list(islice(stream, count)), form)
 
 
+
+def score_steps(queries: list[dict], responses: list[str]) -> list[float]:
+    """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
+    states a false equation (tasks/steps.py)."""
+    scores = score_many(queries, responses)
+    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        if query["check"].get("kind") == "math" and not steps_hold(response):
+            scores[i] = 0.0
+    return scores
+
+
 # ---------------------------------------------------------------------------------------------
 # queries by name
 
@@ -277,15 +293,18 @@ def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
 def load_runnable_file(path: str, n: int) -> list[dict]:
     """Return the queries of a file. Refuse now what cannot be judged here, not in training.
 
-    The tests of the first CHECKED rows are tried: in Python two runs of 15 ms per row. For all rows
-    of a large file `python -m tasks check` does it once."""
+    The tests of the first CHECKED rows are tried, in Python by two runs of 15 ms per row, unless
+    the sandbox lacks a layer that `require_isolation` asks for: a file's code is a stranger's. For
+    all rows of a large file `python -m tasks check` does it once."""
     lines = []
     queries = []
     for line, query in islice(read_queries(path), n or None):
         refuse_foreign(query, f"{path}:{line}")
         lines.append(line)
         queries.append(query)
-    problems = find_problems(queries[:CHECKED])
+    problems = []
+    if hold_code(queries) and sandbox.isolation_gaps().keys().isdisjoint(sandbox.ESSENTIAL):
+        problems = find_problems(queries[:CHECKED])
     for line, problem in zip(lines, problems, strict=False):
         require(not problem, f"{path}:{line}: {problem} (`python -m tasks check` finds all)")
     return queries
