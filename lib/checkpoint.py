@@ -119,10 +119,11 @@ def read_config(path: str | Path, Config):
 
 
 def check_only(only: dict, part: dict, where: str) -> None:
-    """Refuse other values than those of `only` in a part of config.json. null is no value."""
+    """Refuse other values than those of `only` in a part of config.json. null is no value, except
+    for the activation: transformers asks for one."""
     for name, allowed in only.items():
-        value = part.get(name)
-        require(value in (allowed, None),
+        value = part.get(name, allowed)
+        require(value == allowed or (value is None and name != "hidden_act"),
                 f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
 
 
