@@ -123,8 +123,9 @@ def check_only(only: dict, part: dict, where: str) -> None:
     for the activation: transformers asks for one."""
     for name, allowed in only.items():
         value = part.get(name, allowed)
-        require(value == allowed or (value is None and name != "hidden_act"),
-                f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
+        if value is None and name != "hidden_act":
+            continue
+        require(value == allowed, f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
 
 
 def check_window(raw: dict, n_positions: int) -> None:
