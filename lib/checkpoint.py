@@ -119,11 +119,13 @@ def read_config(path: str | Path, Config):
 
 
 def check_only(only: dict, part: dict, where: str) -> None:
-    """Refuse other values than those of `only` in a part of config.json. null is no value."""
+    """Refuse other values than those of `only` in a part of config.json. null is no value, except
+    for the activation: transformers asks for one."""
     for name, allowed in only.items():
-        value = part.get(name)
-        require(value in (allowed, None),
-                f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
+        value = part.get(name, allowed)
+        if value is None and name != "hidden_act":
+            continue
+        require(value == allowed, f"{where}{name} is {value!r}, but Qwen2 has only {allowed!r}")
 
 
 def check_window(raw: dict, n_positions: int) -> None:

@@ -389,6 +389,7 @@ def test_added_words_are_always_used(small, tmp_path):
         # normalized: looked for after NFC ("e" + accent is one character), else before it
         assert words.encode("\u4f60\u597dcafe\u0301") == [404, *small.encode("cafe\u0301")]
         assert words.encode("caf\u00e9") == [403]
+        assert words.encode("cat\u0327") == small.encode("cat\u0327")
         assert words.encode("<think><|im_end|>") == small.encode("<think><|im_end|>")
         assert words.encode("<think><|im_end|>cat", True) == [402, small.im_end_id, 401]
         assert words.encode("<think>\u0338", True) == small.encode("<think>\u0338")
