@@ -99,6 +99,21 @@ def test_html_stands_alone_and_escapes(tmp_path):
     assert "Still wrong after grpo: 1 queries" in page.words
 
 
+def test_a_strangers_text_is_no_html(tmp_path):
+    """The domains and the prompts of a file of queries stand in the page as they are written."""
+    evil = "<script>document.title='x'</script>"
+    fake_stage(tmp_path, "sft", [0.0])
+    fake_stage(tmp_path, "grpo", [1.0])
+    for name in ("sft", "grpo"):
+        path = tmp_path / name
+        for file in ("eval.json", "eval_samples.jsonl"):
+            text = (path / file).read_text("utf-8").replace('"logic"', json.dumps(evil))
+            (path / file).write_text(text.replace('"q0"', json.dumps(f"q {evil}")), "utf-8")
+    report.main(report.Args(run=str(tmp_path)))
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "script" not in {tag for tag, _ in page.tags} and page.words.count(evil) >= 3
+
+
 def test_a_curve_has_its_points_where_they_belong():
     """Three steps from 0 to 1: left to right, and the svg's y runs downwards."""
     rows = [{"step": 10, "x": 0.0}, {"step": 20, "x": None}, {"step": 30, "x": 1.0},
