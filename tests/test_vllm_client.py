@@ -14,6 +14,7 @@ import evaluate
 import grpo
 import reward
 import tasks.__main__
+import tasks.benchmarks
 import tasks.queries
 import sample
 from model import Qwen2
@@ -137,7 +138,7 @@ def test_evaluation_is_the_same(policy, peer, tmp_path):
 def few(policy, peer, tmp_path, monkeypatch):
     """Flags of a short run that samples there; the look at samples that ends it is at few too."""
     queries = letter_queries(tmp_path / "queries.jsonl")
-    rows = tasks.queries.load_file(queries)
+    rows = tasks.benchmarks.load_file(queries)
     monkeypatch.setattr(tasks.queries, "builtin", lambda *args: rows)
     return {"init": str(policy), "queries": queries, "max_new_tokens": 8, "rollout_url": peer.url,
             "batch_size": 2, "save_every": 1, "epochs": 3.0}

@@ -200,8 +200,10 @@ def _run_child(command, job: dict, key_b: str, timeout: float, check_seconds: fl
     message = b"%010d%b%b" % (len(packed), packed, key_b.encode())
     # Output goes to nameless files: a pipe needs a reader, and its last holder may never end.
     link, child_end = socket.socketpair()
-    with (link, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err,
-          tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder):
+    # In the folder: only there does Landlock let the code open them again, as /dev/stdout.
+    with (link,
+          tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder,
+          tempfile.TemporaryFile(dir=folder) as out, tempfile.TemporaryFile(dir=folder) as err):
         with child_end:
             process = subprocess.Popen(command, stdin=child_end, stdout=out, stderr=err,
                                        cwd=folder, env=ENVIRONMENT, start_new_session=True)

@@ -101,11 +101,12 @@ def enter_private_root(call, root, job):
     posix.chdir("/tmp")
 
 
-def restrict_files(call, paths):
+def restrict_files(call, paths, packages):
     """Deny all files but `paths`, read-only, and this folder; return whether Landlock does so.
 
-    For systems without a private root. It also denies the memory of other processes. It does not
-    cover chmod, utime and stat.
+    For systems without a private root. packages: a folder that may only be listed, because Python
+    looks there for numpy, which is among `paths`. Landlock also denies the memory of other
+    processes. It does not cover chmod, utime and stat.
     """
     create = 444  # the numbers of these system calls are the same everywhere
     add_rule = 445
@@ -115,11 +116,13 @@ def restrict_files(call, paths):
         return False
     all_rights = (1 << min(12 + version, 15)) - 1
     rules = call("syscall", create, all_rights.to_bytes(8, sys.byteorder), 8, 0)
-    for path in [*paths, "/proc/self", "."]:
+    for path in [*paths, packages, "/proc/self", "."]:
         file = posix.open(path, posix.O_PATH | posix.O_CLOEXEC)
         rights = 1 | 4  # execute, read
         if path == ".":
             rights = all_rights
+        elif path == packages:
+            rights = 8
         elif posix.fstat(file).st_mode & 0o170000 == 0o040000:  # a directory
             rights |= 8  # list
         elif path.startswith("/dev/"):
@@ -365,7 +368,7 @@ def main():
         supervise(child, link)
     if call:
         layers += drop_privileges(call, job["filter"])
-        if "files" not in layers and restrict_files(call, job["bound"]):
+        if "files" not in layers and restrict_files(call, job["bound"], job["packages"]):
             layers.append("files")
     is_python = not job["commands"][0]
     if set_limits(job["run_limits"] if is_python else job["check_limits"]):
