@@ -32,6 +32,7 @@ import json
 import zlib
 from array import array
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ import kernels
 from data.conversations import to_conversation
 from lib.args import InputError, cli, positive, require
 from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
-from lib.files import open_lines
+from lib.files import MAX_LINE, open_lines
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run, build_once
 from model import Qwen2
@@ -108,8 +109,9 @@ class Conversations:
         self.dropped = 0
         number = start = 0
         try:
-            for line in self.file:
+            for line in iter(partial(self.file.readline, MAX_LINE), b""):
                 number += 1
+                require(len(line) < MAX_LINE, f"a line of {MAX_LINE:,} bytes or more")
                 wanted = n == 0 or len(self.starts) + self.dropped < n
                 if line.strip() and wanted:
                     if any(self.tokenize(line).mask[1:]):

@@ -528,3 +528,13 @@ def test_the_shapes_of_the_documentation_are_read(tokenizer, tmp_path):
     pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", examples("Preference pairs")))
     rows = [tokenize_pair(pair, tokenizer) for pair in pairs]
     assert len(rows) == 2 and rows[0] == rows[1]
+
+
+def test_an_endless_line_is_refused(tokenizer, monkeypatch):
+    """Half a gigabyte without a line end would be read into memory to find one."""
+    good = json.dumps({"messages": [{"role": "user", "content": "q"},
+                                    {"role": "assistant", "content": "a"}]}).encode()
+    monkeypatch.setattr(sft, "MAX_LINE", 200)
+    file = io.BytesIO(good + b"\n" + b" " * 300 + good)
+    refuses(lambda: sft.Conversations(file, tokenizer, 64, name="x.jsonl"),
+            "x.jsonl:2: a line of 200 bytes or more")
