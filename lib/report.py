@@ -96,8 +96,9 @@ def summary_table(stages: list[Stage]) -> Table:
             for metric in ("pass@1", "greedy"):
                 total = stage.metrics.get(metric, {}).get("total")
                 passes.append("" if total is None else f"{100 * total['mean']:.1f}")
-            rows.append([stage.name, f"`{stage.record['command'].split()[0]}`",
-                         f"{stage.record.get('seconds', math.nan):.0f}", *passes])
+            file = stage.record["command"].split()[0]
+            seconds = f"{stage.record.get('seconds', math.nan):.0f}"
+            rows.append([stage.name, file, seconds, *passes])
     return Table("The stages", ["stage", "file", "seconds", "pass@1, %", "greedy, %"], rows)
 
 

@@ -33,7 +33,7 @@ def test_report(tmp_path):
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "seed 3, 2.0 minutes" in text
     assert text.count("50.0 [25.0, 75.0]") == 8
-    assert "| sft | `sft.py` | 60 | 50.0 | 50.0 |" in text
+    assert "| sft | sft.py | 60 | 50.0 | 50.0 |" in text
     assert "One question: q0\n\n| stage | its answer |\n| --- | --- |\n| sft | `sft <b>` |" in text
     assert "Learned from sft to grpo: 1 queries" in text and "Lost from sft to grpo: 1" in text
     assert "| q0 |" in text and "| q1 |" in text and "| q2 |" not in text
