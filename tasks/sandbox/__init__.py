@@ -52,6 +52,7 @@ from dataclasses import dataclass
 from tasks.sandbox.isolation import (
     DISK,
     PACKAGES,
+    PACKAGES_IN_VIEW,
     count_threads,
     find_launcher,
     fork_filter,
@@ -292,7 +293,8 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     job = {
         "file": row.file, "source": source, "commands": find_commands(language),
         "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests,
-        "guard_mark": GUARD_MARK, "key": key_a.encode(), "path": view.path, "packages": PACKAGES,
+        "guard_mark": GUARD_MARK, "key": key_a.encode(), "path": view.path,
+        "packages": [PACKAGES_IN_VIEW, PACKAGES],
         "check_limits": check_limits, "run_limits": run_limits,
         "private_root": launcher.private_root, "disk": DISK,
         "directories": view.directories, "bound": view.bound,

@@ -81,8 +81,8 @@ def enter_private_root(call, root, job):
     mount(b"tmpfs", root, b"tmpfs", no_setuid | no_devices, size)
     for path in job["directories"]:
         posix.mkdir(root + path, 0o755)
-    for path in job["bound"]:
-        target = root + path
+    for path, path_in_view in job["bound"]:
+        target = root + path_in_view
         read_only = 0x1021 | no_setuid
         if posix.stat(path).st_mode & 0o170000 == 0o040000:  # a directory
             posix.mkdir(target, 0o755)
@@ -332,7 +332,8 @@ def run_python(job, link):
             write(link, b".")
             # A copy, which the code cannot patch while the tests call it.
             namespace["__builtins__"] = dict(original_builtins)
-            add_path(job["packages"])  # numpy, which the tests of HumanEval+ import
+            for folder in job["packages"]:  # of numpy, which the tests of HumanEval+ import
+                add_path(folder)
             exec(tests, namespace)
             names.update(original_builtins)
         if process_id() != me:  # a copy that tries an answer
@@ -368,7 +369,8 @@ def main():
         supervise(child, link)
     if call:
         layers += drop_privileges(call, job["filter"])
-        if "files" not in layers and restrict_files(call, job["bound"], job["packages"]):
+        paths = [path for path, _ in job["bound"]]
+        if "files" not in layers and restrict_files(call, paths, job["packages"][-1]):
             layers.append("files")
     is_python = not job["commands"][0]
     if set_limits(job["run_limits"] if is_python else job["check_limits"]):

@@ -26,17 +26,19 @@ NO_JOB = 3  # the exit status of a child whose socket is empty; child.py has it 
 # -u: what was printed survives a kill.
 PYTHON = [getattr(sys, "_base_executable", None) or sys.executable, "-s", "-S", "-B", "-u"]
 
-# The tests of HumanEval+ and MBPP+ import numpy, so these folders are visible. The code that is
-# tested cannot import it: only for the tests is their parent on sys.path.
+# The tests of HumanEval+ and MBPP+ import numpy, so its folders are visible. The code under test
+# cannot import it: only for the tests is their parent on sys.path. A private root has them in a
+# place of their own, or a checkout below /tmp would appear in the working directory.
 PACKAGES = os.path.dirname(os.path.dirname(importlib.util.find_spec("numpy").origin))
-NUMPY = [f"{PACKAGES}/numpy", f"{PACKAGES}/numpy.libs"]
+PACKAGES_IN_VIEW = "/packages"
+NUMPY = ("numpy", "numpy.libs")
 
 
 class View(NamedTuple):
     """What a run sees of the files."""
 
     directories: list[str]  # empty directories; parents come before their children
-    bound: list[str]  # trees and files of this machine, read-only
+    bound: list[tuple[str, str]]  # trees and files, read-only: (path here, path in the view)
     path: str  # the PATH that finds the toolchains
 
 
@@ -54,10 +56,9 @@ def visible_files() -> View:
         for folder in (os.path.dirname(tool), os.path.dirname(os.path.realpath(tool))):
             parent = os.path.dirname(folder)
             wanted.append(folder if parent in private else parent)
-    wanted += NUMPY
     wanted.sort(key=len)  # parents first
     wanted += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
-    directories = ["/tmp", "/proc", "/dev", "/dev/shm"]
+    directories = ["/tmp", "/proc", "/dev", "/dev/shm", PACKAGES_IN_VIEW]
     bound = []
     for path in filter(os.path.exists, wanted):
         parents = [path[:i] for i in range(1, len(path)) if path[i] == "/"]
@@ -66,7 +67,11 @@ def visible_files() -> View:
             directories += [parent for parent in parents if parent not in directories]
             bound.append(path)
     folders = [os.path.dirname(tool) for tool in tools] + ["/usr/local/bin", "/usr/bin", "/bin"]
-    return View(directories, bound, ":".join(dict.fromkeys(folders)))
+    pairs = [(path, path) for path in bound]
+    for name in NUMPY:
+        if os.path.exists(f"{PACKAGES}/{name}"):
+            pairs.append((f"{PACKAGES}/{name}", f"{PACKAGES_IN_VIEW}/{name}"))
+    return View(directories, pairs, ":".join(dict.fromkeys(folders)))
 
 
 def child_file() -> str:
@@ -102,9 +107,9 @@ def launchers() -> dict[str, Launcher]:
         --kill-child""".split()
     bwrap = f"""bwrap --unshare-all --die-with-parent --cap-drop ALL --proc /proc --dev /dev
         --size {DISK} --tmpfs /tmp --chdir /tmp --ro-bind""".split() + [child, child_in_view]
-    for path in visible_files().bound:
+    for path, path_in_view in visible_files().bound:
         if not path.startswith("/dev/"):
-            bwrap += ["--ro-bind", path, path]
+            bwrap += ["--ro-bind", path, path_in_view]
     for command in (unshare, bwrap):
         command[0] = shutil.which(command[0]) or command[0]  # the child has no PATH
     alone = ["pids", "network"]
