@@ -111,7 +111,8 @@ def test_the_map_of_the_report_names_what_exists():
 def test_the_commands_of_the_course_run(tmp_path):
     """In the order of the lessons, each from what the one before left in runs/; then README's that
     look into it."""
-    look = README.partition("or look inside:")[2].partition("Any stage also runs alone")[0]
+    assert "or look inside:" in README and "Each stage also runs alone" in README
+    look = README.partition("or look inside:")[2].partition("Each stage also runs alone")[0]
     for lesson, text in [*((name, read(f"docs/{name}")) for name in LESSONS), ("README", look)]:
         for block in re.findall(r"(?<=\n\n)```\n(.*?)```", text, re.S):
             for command in block.splitlines():
