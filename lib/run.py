@@ -96,11 +96,9 @@ class Run:
         self.resumed = self.args["resume"] and self.state_file.exists()
 
     def lock(self) -> None:
-        """Keep all other processes from writing to this directory until this one ends.
-
-        The system gives the lock back however the process ends. So a batch system can kill a job
-        and start it again, and state/lock may stay behind. Raises InputError if another process
-        holds the lock."""
+        """Keep all other processes from writing to this directory until this one ends. InputError if
+        another process holds the lock. However a process ends, the system gives its lock back, so
+        state/lock may stay behind, and a batch system may kill a job and start it again."""
         if RANK > 0 or fcntl is None or self.lock_file is not None:
             return
         path = self.state_file.with_name("lock")
