@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -96,13 +95,13 @@ class Run:
         self.resumed = self.args["resume"] and self.state_file.exists()
 
     def lock(self) -> None:
-        """Keep all other processes from writing to this directory until this one ends. InputError if
-        another process holds the lock. However a process ends, the system gives its lock back, so
+        """Keep other processes from writing to this directory until this one ends. InputError if
+        another one holds the lock. However a process ends, the system gives its lock back, so
         state/lock may stay behind, and a batch system may kill a job and start it again."""
         if RANK > 0 or fcntl is None or self.lock_file is not None:
             return
         path = self.state_file.with_name("lock")
-        this = f"process {os.getpid()} on {socket.gethostname()}"
+        this = f"process {os.getpid()} on {platform.node()}"
         with disk_errors(f"--out {self.path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.lock_file = open(path, "a+", encoding="utf-8")
