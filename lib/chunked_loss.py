@@ -203,8 +203,10 @@ class ChunkedNLL(torch.autograd.Function):
         dh = []
         with torch.autocast(h.device.type, enabled=False):
             tiles, dweight = vocabulary_tiles(h, weight, options, want_dweight)
-            # Without any row, split gives one empty chunk.
-            chunks = zip(h.split(options.chunk_rows), target.split(options.chunk_rows), strict=True)
+            # Without any row, split gives one empty chunk. Without detach the chunks would want a
+            # gradient in training only, and forward_tile would be compiled once more for this.
+            h_chunks = h.detach().split(options.chunk_rows)
+            chunks = zip(h_chunks, target.split(options.chunk_rows), strict=True)
             for h_chunk, target_chunk in chunks:
                 chunk_nll, chunk_state, exps = forward_chunk(h_chunk, target_chunk, tiles, options)
                 nll.append(chunk_nll)

@@ -105,7 +105,7 @@ def outcome(folder: Path) -> dict:
     which must be the same in each process that came to it."""
     run, found = folder / "run", {}
     for file in sorted(run.rglob("*")):
-        if file.is_file() and file.name not in ("run.json", "log.jsonl", "state.pt"):
+        if file.is_file() and file.name not in ("run.json", "log.jsonl", "state.pt", "lock"):
             found[str(file.relative_to(run))] = file.read_bytes()
     found["log"] = [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in log(run)]
     record = json.loads((run / "run.json").read_text())
@@ -413,7 +413,7 @@ def test_planted_files_in_a_model_directory_are_not_loaded(inputs, tmp_path):
                  "config.json"):
         kept = (path / name).read_bytes()
         (path / name).write_bytes(bomb)
-        if name in ("tokenizer.json", "config.json"):  # the files that are read
+        if name in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # what is read
             refuses(lambda: load_policy(path, "cpu"), name)
         else:
             load_policy(path, "cpu")
