@@ -20,7 +20,7 @@ EXIT = re.compile(
 # What fails however right the answer is. A syntax error does too, but not behind a prefix, whose
 # last function may be open.
 NEVER_PASSES = re.compile(
-    r"\(tests, line \d+\)|(?:ModuleNotFound|Import)Error|No such file or directory|"
+    r"\(tests, line \d+\)|(?:ModuleNotFound|Import|Permission)Error|No such file or directory|"
     r"Cannot find module|Can't locate \S+ in @INC|cannot load such file|module '\S+' not found|"
     r"package \S+ does not exist|can't find crate")
 SYNTAX_ERROR = re.compile(r"SyntaxError|syntax error")
