@@ -116,3 +116,33 @@ def test_plots_of_the_laws(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="pip install matplotlib"):
         plot_laws.main(args)
     sys.modules.pop("plot_laws")
+
+
+@pytest.fixture()
+def records(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    import records
+    yield records
+    sys.modules.pop("records")
+
+
+def test_records_group_whole_speeches_and_lose_no_character(records):
+    text = "\n\n".join(f"SPEAKER {i}:\n" + "word " * (i % 7 + 1) for i in range(300))
+    documents = records.speeches(text, size=500)
+    assert "".join(documents) == text
+    assert all(document.startswith("SPEAKER") for document in documents)
+    assert max(map(len, documents)) < 500 + 60
+
+
+def test_a_record_fills_its_budget_by_two_probes(records, monkeypatch):
+    """A program that takes 2 s to start and 0.5 s per unit gets 0.95 * 30 s: 53 units."""
+    asked = []
+
+    def run(command, threads):
+        units = int(command[command.index("--steps") + 1])
+        asked.append(units)
+        return records.Run("", 2 + 0.5 * units, 0.0)
+
+    monkeypatch.setattr(records, "run", run)
+    done = records.run_for(["grpo.py"], "--steps", 3, budget=30.0, threads=1)
+    assert asked == [3, 9, 53] and done.seconds == 28.5
