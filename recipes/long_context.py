@@ -1,8 +1,11 @@
-"""Long context on a laptop: what the report's section 3.3 does to 32K and 128K, at 256 to 2,048.
+"""Long context on a laptop: what the report's section 3.3 does to 32K and 1M, at 256 to 2,048.
 
-The demo's base model goes on at 256 tokens with RoPE base 10,000, then at 512 with base 1,000,000
-(ABF), and at inference is stretched 4x, to 2,048, by YaRN or by dual chunk attention (DCA) with
-YaRN's temperature. For each way, and for the shortcuts that skip the training, this measures
+Qwen2.5 goes from 4,096 tokens with RoPE base 10,000 to 32,768 with base 1,000,000 (ABF), and is
+stretched 4x at inference. Qwen2.5-Turbo grows in four stages instead, to 262,144. Here STAGES are
+four lengths with a RoPE base each, through which the demo's base model goes one after another: in
+every stage 40% of the sequences have the current maximum, as Turbo's. After each stage, and for the
+shortcuts that skip the training (YaRN, and dual chunk attention with YaRN's temperature), this
+measures
 
   - the loss by position on real text of 2,048 tokens, and
   - a needle grid: a line "The code is 47." somewhere in so much real text, asked at its end; the
@@ -11,7 +14,7 @@ YaRN's temperature. For each way, and for the shortcuts that skip the training, 
 The real text is Python's own sources, here of modules that neither the demo nor this recipe trains
 on: what the corpus of data/ holds beyond the 3 MB that the demo reads.
 
-    python recipes/long_context.py                     # after `make demo`; 10 minutes on one core
+    python recipes/long_context.py                     # after `make demo`
 
 (From scratch, 3 million tokens did not teach a model of this size to look a code up, see LOG.md,
 "a small model that finds needles": the demo's model can, because its questions need it.)
@@ -19,6 +22,7 @@ on: what the corpus of data/ holds beyond the 3 MB that the demo reads.
 Writes table.md, result.json and, with matplotlib, long_context.png to --out.
 """
 import json
+import math
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -38,7 +42,11 @@ from lib.optim import setup  # noqa: E402
 from model import Config, Qwen2  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-SHORT, LONG, FARTHEST = 256, 512, 2048
+# (length, RoPE base): Turbo's lengths / 128. Its report gives one base, 1e7; that the base grows
+# with the length is Qwen2.5-1M's way, and these values are our choice.
+STAGES = ((256, 1e4), (512, 1e6), (1024, 5e6), (2048, 1e7))
+TRAINED = tuple(length for length, _ in STAGES)
+SHORT, FARTHEST = TRAINED[0], TRAINED[-1]
 LENGTHS, DEPTHS = (128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -46,8 +54,8 @@ LENGTHS, DEPTHS = (128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)
 class Args:
     out: str = "runs/long_context"   # where everything goes; what is there is replaced
     init: str = "runs/demo/pretrain"  # base model to start from
-    tokens: int = 1_500_000          # of the training at 256
-    more_tokens: int = 500_000       # of the training at 512
+    tokens: int = 1_500_000          # of the first stage
+    more_tokens: int = 500_000       # of each further stage
     n: int = 40                      # needle questions a cell
     texts: int = 24                  # held-out texts for the loss by position
     seed: int = 0                    # of everything
@@ -71,27 +79,42 @@ def needle(r, lines: list[str], depth: float) -> tuple[str, str]:
     return "\n".join(lines), "\n" + line
 
 
-def training_documents(r, texts: list[str], longest: int, n_bytes: int):
-    """Needle documents of up to about `longest` tokens of 3 bytes."""
-    while n_bytes > 0:
-        size = int(2 ** r.uniform(4, (longest * 3).bit_length()))
-        lines = filler(r, r.choice(texts), min(size, longest * 3 - 60))
-        text = "".join(needle(r, lines, r.random()))
-        yield {"text": text}
-        n_bytes -= len(text)
+def needle_text(r, tokenizer, book: str, n_tokens: int, depth: float) -> str:
+    """A needle document of about n_tokens; the end of the filler is cut to fit."""
+    room = n_tokens - 2 * len(tokenizer.encode("\nThe code is 47."))
+    ids = tokenizer.encode("\n".join(filler(r, book, n_tokens * 8)))[:room]
+    return "".join(needle(r, tokenizer.decode(ids).split("\n"), depth))
 
 
-def write_data(args: Args) -> list[str]:
-    """-> real texts that nothing here trains on; writes the training files of both stages."""
+def training_documents(r, tokenizer, book: str, longest: int, n_tokens: int):
+    """Needle documents. Of their tokens, 40% stand in documents that fill a row of `longest` + 1
+    with their end token exactly (a longer one would lose its question), the others in shorter ones,
+    whose lengths are spread evenly in the logarithm."""
+    done = {"full": 0, "shorter": 0}
+    while sum(done.values()) < n_tokens:
+        full = done["full"] <= 0.4 * sum(done.values())
+        wanted = longest if full else int(2 ** r.uniform(5, math.log2(longest - 20)))
+        text = needle_text(r, tokenizer, book, wanted, r.random())
+        size = len(tokenizer.encode(text))
+        if size == longest if full else size < longest:
+            done["full" if full else "shorter"] += size
+            yield {"text": text, "source": "needles"}
+
+
+def write_data(args: Args, tokenizer) -> list[str]:
+    """-> real texts that nothing here trains on; writes the training files of all stages."""
     demo, more = (corpus.builtin_corpus(args.seed, mb) for mb in (3.0, 8.0))  # one begins the other
     train = [doc["text"] for name in ("stdlib_code", "stdlib_docstrings") for doc in demo[name]]
     train = [text for text in train if len(text) > 300]
     unseen = [doc["text"] for doc in more["stdlib_code"][len(demo["stdlib_code"]):]]
-    for length, tokens in ((SHORT, args.tokens), (LONG, args.more_tokens)):
+    # Whole files for the rows of full length, and their functions for the shorter documents.
+    parts = [part for text in train for part in text.split("\n\n\n") if len(part) > 100]
+    for length in TRAINED:
+        n_tokens = (args.tokens if length == SHORT else args.more_tokens) // 2
         where, r = Path(args.out) / f"data{length}", random.Random(f"{args.seed} {length}")
-        write_jsonl(where / "text.jsonl", ({"source": "text", "text": text} for text in train))
-        write_jsonl(where / "needles.jsonl", ({"source": "needles", **row} for row in
-                                              training_documents(r, train, length, 2 * tokens)))
+        write_jsonl(where / "text.jsonl", ({"source": "text", "text": t} for t in train + parts))
+        write_jsonl(where / "needles.jsonl",
+                    training_documents(r, tokenizer, "\n".join(train), length, n_tokens))
     return unseen
 
 
@@ -114,10 +137,8 @@ def needle_accuracy(model, tokenizer, book: str, length: int, depth: float, n: i
                     seed: int) -> float:
     """Share of n questions, of about `length` tokens, whose two digits are the likeliest tokens."""
     right, r = 0, random.Random(f"{seed} {length} {depth}")
-    room = length - 2 * len(tokenizer.encode("\nThe code is 47."))
     for _ in range(n):
-        lines = tokenizer.encode("\n".join(filler(r, book, length * 8)))[:room]
-        text = "".join(needle(r, tokenizer.decode(lines).split("\n"), depth))
+        text = needle_text(r, tokenizer, book, length, depth)
         ids = torch.tensor([tokenizer.encode(text)], device=model.head_weight.device)
         assert 0.9 * length < ids.shape[1] < 1.1 * length, (ids.shape, length)
         # The text ends in two digits and a full stop, one token each.
@@ -128,7 +149,7 @@ def needle_accuracy(model, tokenizer, book: str, length: int, depth: float, n: i
 
 def measure(model, tokenizer, rows, book: str, args: Args) -> dict:
     losses = loss_by_position(model, rows)
-    edges = [0, SHORT, LONG, 1024, FARTHEST]
+    edges = [0, *TRAINED]
     grid = [[needle_accuracy(model, tokenizer, book, length, depth, args.n, args.seed)
              for depth in DEPTHS] for length in LENGTHS]
     return {"loss": [losses[a:b].mean().item() for a, b in zip(edges, edges[1:], strict=False)],
@@ -159,9 +180,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     axis = top.subplots()
     for name, r in results.items():
         axis.plot([64 * i + 32 for i in range(len(r["curve"]))], r["curve"], lw=1.2, label=name)
-    for x in (SHORT, LONG):
+    for x in TRAINED[:-1]:
         axis.axvline(x, color="grey", lw=0.8, ls=":")
-    axis.set(xlabel="position (dotted: the two training lengths)", ylabel="loss")
+    axis.set(xlabel="position (dotted: the training lengths)", ylabel="loss")
     axis.legend(fontsize=8, ncol=2)
     for axis, (name, r) in zip(bottom.subplots(1, len(results)), results.items(), strict=True):
         axis.imshow(torch.tensor(r["needle"]).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -179,32 +200,35 @@ def main(args: Args) -> None:
     trained = checkpoint.read_config(args.init, Config).trained_length
     require(trained <= SHORT,
             f"--init {args.init} was trained at {trained} tokens, more than {SHORT}")
-    unseen = write_data(args)
-    short, long = out / "short", out / "long"
-    common = {"batch_tokens": 1024, "weights": "text=0.5,needles=0.5", "eval_every": 10**6,
-              "seed": args.seed, "device": args.device, "dtype": args.dtype, "overwrite": True}
-    pretrain.main(pretrain.Args(out=str(short), init=args.init, data=str(out / f"data{SHORT}"),
-                                seq_len=SHORT, tokens=args.tokens, lr=1e-3, **common))
-    pretrain.main(pretrain.Args(out=str(long), init=str(short), data=str(out / f"data{LONG}"),
-                                seq_len=LONG, tokens=args.more_tokens, rope_theta=1e6, lr=5e-4,
-                                **common))
+    tokenizer = Tokenizer.from_pretrained(args.init)
+    unseen = write_data(args, tokenizer)
+    init = args.init
+    for length, base in STAGES:
+        pretrain.main(pretrain.Args(
+            out=str(out / f"stage{length}"), init=init, data=str(out / f"data{length}"),
+            seq_len=length, rope_theta=base, long_share=0.4, weights="text=0.5,needles=0.5",
+            tokens=args.tokens if length == SHORT else args.more_tokens,
+            lr=1e-3 if length == SHORT else 5e-4, batch_tokens=max(1024, length),
+            eval_every=10**6, seed=args.seed, device=args.device, dtype=args.dtype, overwrite=True))
+        init = str(out / f"stage{length}")
 
     device, autocast = setup(args)
-    tokenizer = Tokenizer.from_pretrained(short)
     rows = [tokenizer.encode(text)[:FARTHEST + 1] for text in unseen if len(text) > 3 * FARTHEST]
     rows = torch.tensor([row for row in rows if len(row) > FARTHEST][:args.texts], device=device)
     book = "\n".join(unseen)
-    ways = {  # name: (model, changes of its config)
-        "trained at 256": (short, lambda c: c),
-        "theta 1e6, no training": (short, lambda c: replace(c, rope_theta=1e6)),
-        "YaRN 8x, no training": (short, lambda c: c.extended(yarn=8.0)),
-        "theta 1e6 + training at 512": (long, lambda c: c),
-        "  then YaRN 4x": (long, lambda c: c.extended(yarn=4.0)),
-        "  then DCA + temperature, 4x": (long, lambda c: c.extended(dca=True)),
+    ways = {  # name: (length of the stage, changes of its model's config)
+        "trained at 256": (256, lambda c: c),
+        "theta 1e6, no training": (256, lambda c: replace(c, rope_theta=1e6)),
+        "YaRN 8x, no training": (256, lambda c: c.extended(yarn=8.0)),
+        "then 512, theta 1e6": (512, lambda c: c),
+        "  and YaRN 4x": (512, lambda c: c.extended(yarn=4.0)),
+        "  and DCA + temperature, 4x": (512, lambda c: c.extended(dca=True)),
+        "then 1,024, theta 5e6": (1024, lambda c: c),
+        "then 2,048, theta 1e7": (2048, lambda c: c),
     }
     results = {}
-    for name, (path, change) in ways.items():
-        model = Qwen2.from_pretrained(path, device=device)
+    for name, (length, change) in ways.items():
+        model = Qwen2.from_pretrained(out / f"stage{length}", device=device)
         model.config = change(model.config)
         with autocast:
             results[name.strip()] = measure(model, tokenizer, rows, book, args)

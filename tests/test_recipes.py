@@ -76,6 +76,18 @@ def test_depth_is_where_the_needle_goes():
         assert text.split("\n").index(asked.strip()) == want and len(text.split("\n")) == 11
 
 
+def test_four_tenths_of_the_needle_documents_fill_a_row(tokenizer, texts):
+    """With their end token, so that a row of 65 holds the code and its question."""
+    documents = L.training_documents(random.Random(0), tokenizer, "\n".join(texts), 64, 20_000)
+    found = [document["text"] for document in documents]
+    sizes = [len(tokenizer.encode(text)) for text in found]
+    assert max(sizes) == 64 and sum(sizes) < 20_064
+    assert sizes.count(64) * 64 / sum(sizes) == pytest.approx(0.4, abs=0.01)
+    codes = [re.findall(r"The code is (\d\d)\.", text) for text in found]
+    assert all(code[0] == code[-1] and text.endswith(f"\nThe code is {code[0]}.")
+               for code, text in zip(codes, found, strict=True))
+
+
 def test_preferences_of_both_shapes():
     """A transcript is split at the last answer's turn, also where both answers begin alike."""
     start = "\n\nHuman: Hi: there\n\nAssistant: Yes?\n\nHuman: A\n\nB?"
@@ -122,11 +134,19 @@ def test_the_whole_recipe(micro_run, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     L.main(args)
     results = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert len(results) == 6 and all(len(r["loss"]) == 4 for r in results.values())
-    trained, dca = results["theta 1e6 + training at 512"], results["then DCA + temperature, 4x"]
+    assert len(results) == 8 and all(len(r["loss"]) == 4 for r in results.values())
+    trained, dca = results["then 512, theta 1e6"], results["and DCA + temperature, 4x"]
     assert dca["loss"][:2] == pytest.approx(trained["loss"][:2], abs=1e-4)  # unchanged up to 512
     assert dca["loss"][3] != trained["loss"][3]
-    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 10
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 12
+    for (length, base), before in zip(L.STAGES, ("base", 256, 512, 1024), strict=True):
+        stage = tmp_path / "out" / f"stage{length}"
+        config = json.loads((stage / "config.json").read_text())
+        assert config["rope_theta"] == base and config["max_position_embeddings"] >= length
+        init = json.loads((stage / "run.json").read_text())["args"]["init"]
+        assert init.endswith(f"{before}")
+        ends = json.loads((stage / "run.json").read_text())["result"]["mixture"]
+        assert ends["needles, longer"]["share"] == 0.5
 
 
 @pytest.mark.slow
