@@ -3,6 +3,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import tempfile
 import zlib
 from functools import partial
@@ -14,6 +15,8 @@ from lib.args import InputError, require
 from lib.dist import RANK, is_peer_failure
 
 MAX_LINE = 2**26  # characters; a compressed file of a megabyte could hold a line of a gigabyte
+CHUNK = 2**16     # characters of an array that are read at once, or as many as an item has
+COMMA = re.compile(r"\s*(,\s*|(?=\]))")  # what stands behind an item of an array
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -50,7 +53,6 @@ def read_jsonl(path: str | Path):
         except InputError:
             raise
         except json.JSONDecodeError as error:
-            number += error.lineno - 1  # in an array
             where = f"{error.msg}, column {error.colno}"
             raise InputError(f"{path}:{number}: not JSON ({where})") from None
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
@@ -64,10 +66,34 @@ def json_lines(file):
     start = file.read(1000)
     file.seek(0)
     if start.lstrip().startswith("["):
-        for item in json.load(file):
-            yield json.dumps(item)
-    else:
-        yield from iter(partial(file.readline, MAX_LINE + 1), "")
+        return array_items(file)
+    return iter(partial(file.readline, MAX_LINE + 1), "")
+
+
+def array_items(file):
+    """Yield the text of each item of the JSON array in an open file, one item in memory at a time.
+    An item that cannot be read, or what stands behind the array, is yielded as it is, with a "]".
+    It is no JSON, and read_jsonl says what is wrong with it."""
+    decode = json.JSONDecoder().raw_decode
+    text = file.read(CHUNK).lstrip()[1:].lstrip()
+    start = 0
+    while not text.startswith("]", start):
+        comma = None
+        with contextlib.suppress(json.JSONDecodeError):  # perhaps there is more of it to read
+            _, end = decode(text, start)
+            comma = COMMA.match(text, end)
+        if comma:
+            yield text[start:end]
+            start = comma.end()
+            continue
+        more = file.read(len(text) - start + CHUNK)
+        text = (text[start:] + more).lstrip()
+        start = 0
+        if not more or len(text) > MAX_LINE:
+            break
+    rest = text[start:].removeprefix("]") + file.read(CHUNK)
+    if not text or rest.strip():
+        yield rest + "]"
 
 
 def open_lines(path: str | Path):
@@ -172,8 +198,11 @@ def write_atomic(path: str | Path, content: str) -> None:
 
 def write_jsonl(path: str | Path, rows) -> None:
     """Write one JSON object per line."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_atomic(path, "".join(lines))
+    if RANK > 0:
+        return
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def json_safe(x):
