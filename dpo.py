@@ -192,7 +192,7 @@ def make_optimizer(model: Qwen2, args: Args, device):
 # ---------------------------------------------------------------------------------------------
 # pairs and log-probabilities
 
-def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocast) -> list[dict]:
+def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocast):
     """Read the pairs of --data, or sample answers of --init to queries and pair them."""
     if args.data:
         return read_pairs(args.data)
@@ -223,13 +223,14 @@ def sequence_logprobs(model: Qwen2, rows: list[PairIds]):
 
 
 @torch.no_grad()
-def reference_logprobs(model: Qwen2, rows: list[PairIds], micro_batch: int, autocast):
+def reference_logprobs(model: Qwen2, rows, micro_batch: int, autocast):
     """Return (pairs, 2): sequence_logprobs of the policy before its first step, so that one model
     in memory is enough."""
-    mine, reference = rank_slice(rows), []
+    mine, reference = rank_slice(range(len(rows))), []
     for i in range(0, len(mine), micro_batch):
+        some = [rows[row] for row in mine[i:i + micro_batch]]
         with autocast:
-            chosen, rejected, _ = sequence_logprobs(model, mine[i:i + micro_batch])
+            chosen, rejected, _ = sequence_logprobs(model, some)
         reference.extend(torch.stack((chosen, rejected), dim=1).tolist())
     return torch.tensor(gather_rows(reference))
 
@@ -274,12 +275,13 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        batch.sort(key=lambda i: len(rows[i].prompt) + len(rows[i].chosen))  # little padding
+        ids = {i: rows[i] for i in batch}
+        batch.sort(key=lambda i: len(ids[i].prompt) + len(ids[i].chosen))  # little padding
         sums = {"loss": 0.0, "accuracy": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
         for micro in micro_batches(batch, args.micro_batch):
             ref_chosen, ref_rejected = reference[micro].to(device).unbind(1)
             with autocast:
-                chosen, rejected, length = sequence_logprobs(model, [rows[i] for i in micro])
+                chosen, rejected, length = sequence_logprobs(model, [ids[i] for i in micro])
             losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
                                                               ref_rejected, args.beta)
             losses = losses - args.rpo_alpha * chosen / length

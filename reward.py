@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 import tasks.queries
@@ -230,7 +231,7 @@ def parse_temperatures(args: Args) -> list[float]:
     return [parse_value("temperatures", part, float) for part in args.temperatures.split(",")]
 
 
-def load_pairs(args: Args, run: Run, device, autocast) -> tuple[list[dict], dict[str, list[dict]]]:
+def load_pairs(args: Args, run: Run, device, autocast):
     """Return the pairs to learn from and, by source, the held-out pairs to measure on."""
     pairs = read_pairs(args.pairs) if args.pairs else []
     held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
@@ -243,7 +244,8 @@ def load_pairs(args: Args, run: Run, device, autocast) -> tuple[list[dict], dict
         pairs = read_pairs(str(run.path / "pairs.jsonl"))
     else:
         answers = sample_answers(args, queries, device, autocast)["all"]
-        pairs = pairs + pair_responses(answers, args.pairs_per_query, args.seed)
+        sampled = pair_responses(answers, args.pairs_per_query, args.seed)
+        pairs = ConcatDataset([pairs, sampled])
     by_source = sample_answers(args, others, device, autocast)
     for source, answers in by_source.items():
         held_out[source] = pair_responses(answers, args.pairs_per_query, args.seed)
@@ -282,11 +284,12 @@ def main(args: Args) -> dict:
     bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        batch.sort(key=lambda i: len(rows[i].prompt) + len(rows[i].chosen))  # little padding
+        ids = {i: rows[i] for i in batch}
+        batch.sort(key=lambda i: len(ids[i].prompt) + len(ids[i].chosen))  # little padding
         loss = accuracy = 0.0
         for micro in micro_batches(batch, args.micro_batch):
             with autocast:
-                chosen, rejected = pair_rewards(model, [rows[i] for i in micro])
+                chosen, rejected = pair_rewards(model, [ids[i] for i in micro])
             micro_loss = preference_loss(chosen, rejected).sum() / len(batch)
             micro_loss.backward()
             loss += micro_loss.item()
@@ -303,7 +306,7 @@ def main(args: Args) -> dict:
     # save, with a look at how well the model tells other pairs apart
     scorer, by_source = full_model(model), {}
     for source, some in held_out.items():
-        some_rows = tokenize_pairs(some, tokenizer, args.max_len)
+        some_rows = list(tokenize_pairs(some, tokenizer, args.max_len))
         if some_rows:
             with autocast:
                 by_source[source] = {"pairs": len(some_rows)} | accuracies(scorer, some_rows)

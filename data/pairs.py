@@ -4,14 +4,18 @@ A pair is a dict, one line of a JSONL file: {"prompt", "chosen", "rejected"}, an
 is known. The prompt is a text or messages, the answers are texts; `read_pairs` takes the shapes of
 other projects, too. dpo.py and reward.py learn from `PairIds`.
 """
+import json
 import random
 import re
+from array import array
 from collections import Counter
 from typing import NamedTuple
 
+from torch.utils.data import Subset
+
 from data.conversations import to_messages
 from lib.args import InputError, require
-from lib.files import read_jsonl
+from lib.files import open_lines, read_jsonl
 from lib.chat import check_messages
 from tasks.steps import steps_hold
 from tokenizer import Tokenizer
@@ -52,15 +56,36 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
     return pairs
 
 
-def read_pairs(path: str) -> list[dict]:
-    """Read a JSONL file of pairs of any shape in docs/your-data.md. Raise InputError with the line
+class PairFile:
+    """The pairs of a JSONL file, read when they are asked for. Memory holds where each begins."""
+
+    def __init__(self, file):
+        """file: open for reading bytes."""
+        self.file = file
+        self.starts = array("q")
+        start = 0
+        for line in file:
+            if line.strip():
+                self.starts.append(start)
+            start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> dict:
+        self.file.seek(self.starts[i])
+        return to_pair(json.loads(self.file.readline()))
+
+
+def read_pairs(path: str) -> PairFile:
+    """Open a JSONL file of pairs of any shape in docs/your-data.md. Raise InputError with the line
     of a bad one."""
-    pairs = []
     for number, row in read_jsonl(path):
         try:
-            pairs.append(to_pair(row))
+            to_pair(row)
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
+    pairs = PairFile(open_lines(path))
     require(len(pairs) > 0, f"{path}: holds no pairs")
     return pairs
 
@@ -144,10 +169,24 @@ def tokenize_pair(pair: dict, tokenizer: Tokenizer) -> PairIds:
     return PairIds(tokenizer.render_prompt(pair["prompt"]), sides[0], sides[1])
 
 
-def tokenize_pairs(pairs: list[dict], tokenizer: Tokenizer, max_len: int) -> list[PairIds]:
-    """Tokenize pairs. Drop those in which the prompt and an answer exceed max_len tokens."""
-    rows = [tokenize_pair(pair, tokenizer) for pair in pairs]
-    return [row for row in rows if longest(row) <= max_len]
+class TokenizedPairs:
+    """The PairIds of pairs, tokenized when they are asked for: 150,000 need not fit in memory."""
+
+    def __init__(self, pairs, tokenizer: Tokenizer):
+        self.pairs = pairs
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> PairIds:
+        return tokenize_pair(self.pairs[i], self.tokenizer)
+
+
+def tokenize_pairs(pairs, tokenizer: Tokenizer, max_len: int) -> Subset:
+    """Select the tokenized pairs in which neither answer exceeds max_len tokens with its prompt."""
+    rows = TokenizedPairs(pairs, tokenizer)
+    return Subset(rows, array("q", [i for i, row in enumerate(rows) if longest(row) <= max_len]))
 
 
 def longest(row: PairIds) -> int:
@@ -158,12 +197,12 @@ def longest(row: PairIds) -> int:
 # review by programs; data/label.py is the review by people
 
 class Review(NamedTuple):
-    pairs: list[dict]
-    rows: list[PairIds]        # of the pairs, in the same order
+    pairs: Subset
+    rows: TokenizedPairs       # of the pairs, in the same order
     dropped: dict[str, int]    # reason -> how many
 
 
-def review(pairs: list[dict], tokenizer: Tokenizer, max_len: int, max_ratio: float = 0.0,
+def review(pairs, tokenizer: Tokenizer, max_len: int, max_ratio: float = 0.0,
            check_format: bool = False, scorer=None, min_margin: float = 0.0) -> Review:
     """Drop the pairs from which nothing should be learned, and count why.
 
@@ -172,14 +211,15 @@ def review(pairs: list[dict], tokenizer: Tokenizer, max_len: int, max_ratio: flo
     as the other. check_format drops chosen answers that are ill-formed or hold a false equation.
     scorer, a RewardModel, drops pairs whose chosen answer does not beat the rejected one by
     min_margin."""
-    kept, rows = [], []
+    kept = array("q")          # places of the pairs
     dropped = Counter()
     seen = set()
-    for pair in pairs:
+    for i, pair in enumerate(pairs):
         row = tokenize_pair(pair, tokenizer)
         chosen = tokenizer.decode(row.chosen[:-1])
         rejected = tokenizer.decode(row.rejected[:-1])
-        both = str((row.prompt, sorted((row.chosen, row.rejected))))  # also of the opposite pair
+        answers = frozenset((tuple(row.chosen), tuple(row.rejected)))  # also of the opposite pair
+        both = hash((tuple(row.prompt), answers))  # 8 bytes, where the ids would take thousands
         if longest(row) > max_len:
             reason = "too long"
         elif not chosen.strip():
@@ -198,12 +238,12 @@ def review(pairs: list[dict], tokenizer: Tokenizer, max_len: int, max_ratio: flo
             reason = "reward model's margin"
         else:
             reason = ""
-            kept.append(pair)
-            rows.append(row)
+            kept.append(i)
         seen.add(both)
         if reason:
             dropped[reason] += 1
-    return Review(kept, rows, dict(dropped))
+    pairs = Subset(pairs, kept)
+    return Review(pairs, TokenizedPairs(pairs, tokenizer), dict(dropped))
 
 
 def length_ratio(row: PairIds) -> float:

@@ -1,9 +1,11 @@
 """dpo.py: the loss by hand, brute-force log-probabilities, the merging optimizer against
 torch.optim.Adam and its own definition, TRL, the cached reference, pairs, resume. R numbers:
 docs/requirements.md."""
+import gzip
 import json
 import math
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -336,13 +338,33 @@ def test_every_shape_of_a_pair_is_kept_whole(row, prompt, tokenizer, tmp_path):
     want += [tokenizer.encode(text) + [tokenizer.im_end_id] for text in ("Good", "Bad")]
     (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]))
     assert list(tokenize_pair(pair, tokenizer)) == want
-    assert read_pairs(write_rows(tmp_path / "again.jsonl", [pair])) == [pair]
+    assert list(read_pairs(write_rows(tmp_path / "again.jsonl", [pair]))) == [pair]
 
 
 def test_texts_are_taken_as_they_are(tmp_path):
     """Spaces, an answer that looks like a transcript, a prompt that only mentions one."""
     rows = [{"prompt": " a\n\nHuman: b", "chosen": " c\n", "rejected": "\n\nHuman: r", "n": 1}]
-    assert read_pairs(write_rows(tmp_path / "pairs.jsonl", rows)) == rows
+    assert list(read_pairs(write_rows(tmp_path / "pairs.jsonl", rows))) == rows
+
+
+def test_pairs_are_found_again_in_every_kind_of_file(tmp_path):
+    """In any order, by where their lines begin: behind a mark, blank lines and letters of several
+    bytes; in a .gz, and in an array. 20,000 pairs of 300 bytes take 1 MB of memory, not 6."""
+    rows = [{"prompt": f"é{i}", "chosen": "世界" * i, "rejected": "r"} for i in range(5)]
+    lines = b"\xef\xbb\xbf" + b"\n \n".join(
+        json.dumps(row, ensure_ascii=False).encode() for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json"):
+        pairs = read_pairs(str(tmp_path / name))
+        assert len(pairs) == 5 and [pairs[i] for i in (4, 0, 2)] == [rows[i] for i in (4, 0, 2)]
+        assert list(pairs) == list(pairs) == rows
+    path = write_rows(tmp_path / "many.jsonl", [rows[3] | {"note": "x" * 250}] * 20_000)
+    tracemalloc.start()
+    assert len(read_pairs(path)) == 20_000
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name, n", [("hh_harmless_mild", 478), ("dpo_en_demo", 216),
@@ -499,7 +521,7 @@ def test_pairs_are_reviewed_before_they_are_learned(micro_run, tmp_path, monkeyp
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert record["result"]["dropped"] == dropped and record["result"]["pairs"] == 2
     assert "2 pairs (dropped by the review: 1 seen before" in capsys.readouterr().out
-    assert read_pairs(str(tmp_path / "run" / "pairs.jsonl")) == [rows[0], rows[4]]
+    assert list(read_pairs(str(tmp_path / "run" / "pairs.jsonl"))) == [rows[0], rows[4]]
     path = write_rows(tmp_path / "none.jsonl", rows[2:3])
     refuses(lambda: run(micro_run, tmp_path, "none", data=path), "1 equal answers")
     assert not (tmp_path / "none").exists()

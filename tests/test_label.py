@@ -38,7 +38,7 @@ def test_each_reason_drops_its_pair(tokenizer):
              pair("tell " * 9, "no"), pair("half \ufffd", "whole"), pair("```\nx = 1", "x = 1"),
              pair("```\nx = 1\n```", "y = 1"), pair("c", "longer")]
     kept, rows, dropped = review(pairs, tokenizer, 120)
-    assert kept == [pairs[i] for i in (0, 6, 7, 8, 9, 10, 11)]
+    assert list(kept) == [pairs[i] for i in (0, 6, 7, 8, 9, 10, 11)]
     assert dropped == {"too long": 1, "empty chosen answer": 1, "equal answers": 1,
                        "seen before, or its opposite": 2}
     prompt, chosen, rejected = rows[0]
@@ -46,7 +46,7 @@ def test_each_reason_drops_its_pair(tokenizer):
         "good one<|im_end|>", "bad<|im_end|>")
     kept, _, dropped = review(pairs, tokenizer, 120, max_ratio=4, check_format=True,
                               scorer=Scorer(), min_margin=0.0)
-    assert kept == [pairs[i] for i in (0, 6, 10)]
+    assert list(kept) == [pairs[i] for i in (0, 6, 10)]
     assert {reason: dropped[reason] for reason in list(dropped)[4:]} == {
         "one answer much longer": 1, "ill-formed chosen answer": 2, "reward model's margin": 1}
 

@@ -160,7 +160,7 @@ def preferences(n):
 def test_starts_at_ln_2_and_overfits_32_pairs(tokenizer):
     """R11.2: a zero head scores all alike, exactly ln 2; then 32 pairs are learned to 100%."""
     model = RewardModel.from_language_model(micro_model(tokenizer), tokenizer)
-    rows = tokenize_pairs(preferences(32), tokenizer, 512)
+    rows = list(tokenize_pairs(preferences(32), tokenizer, 512))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(60):
         chosen, rejected = pair_rewards(model, rows)
