@@ -4,12 +4,14 @@
 #
 #   make demo                 sets up the environment, then runs this
 #   SEED=1 make demo          another seed, in runs/demo-seed1
+#   REAL=dir make demo        with GSM8K's, MATH's and MBPP's training files too, found below dir
 #   FRESH=1 make demo         starts anew; else finished stages are skipped, and a stopped one goes on
 set -euo pipefail
 cd "$(dirname "$0")"
 SEED=${SEED:-0}
 RUN=runs/demo
 [ "$SEED" = 0 ] || RUN=runs/demo-seed$SEED
+[ -z "${REAL:-}" ] || RUN=$RUN-real
 [ -z "${FRESH:-}" ] || rm -rf "$RUN"
 mkdir -p "$RUN"
 say() { printf '\n== %s\n' "$*"; }
@@ -39,8 +41,25 @@ say "3. pre-training"
 stage pretrain pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --tokens 3.4e6
 evaluate pretrain --few_shot 1 --text "$RUN/data"
 
+BASE=pretrain
+SFT_DATA="--n_data 600"  # both unquoted below: several words, or none
+RL_QUERIES=""
+if [ -n "${REAL:-}" ]; then
+  say "3b. real mathematics and code: more pre-training, and a part of the data of SFT and RL"
+  if [ ! -e "$RUN/real/data/report.json" ]; then
+    python recipes/real_data.py write --real "$REAL" --out "$RUN/real" --seed "$SEED"
+    python -m data --input "$RUN/real/documents.jsonl" --out "$RUN/real/data" --overwrite
+  fi
+  BASE=pretrain_real
+  SFT_DATA="--data $RUN/real/sft.jsonl"
+  RL_QUERIES="--queries $RUN/real/rl.jsonl"
+  stage "$BASE" pretrain.py --init "$RUN/pretrain" --data "$RUN/data,$RUN/real/data" \
+    --tokens 1.5e6 --lr 5e-4
+  evaluate "$BASE" --few_shot 1 --text "$RUN/data"
+fi
+
 say "4. SFT on verified demonstrations"
-stage sft sft.py --init "$RUN/pretrain" --n_data 600 --epochs 8 --lr 2e-4
+stage sft sft.py --init "$RUN/$BASE" $SFT_DATA --epochs 8 --lr 2e-4
 evaluate sft
 
 # From here one core trains on, stage by stage, and the other runs the control: more SFT on the same
@@ -48,7 +67,7 @@ evaluate sft
 export OMP_NUM_THREADS=1
 say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
 (
-stage sft_control sft.py --init "$RUN/sft" --n_data 600 --epochs 115 --lr 2e-4
+stage sft_control sft.py --init "$RUN/sft" $SFT_DATA --epochs 115 --lr 2e-4
 evaluate sft_control
 
 # The report's further stages of pre-training, beside the road: nothing below starts from them, for
@@ -63,21 +82,22 @@ evaluate long --few_shot 1 --samples 1 --text "$RUN/data"
 ) > "$RUN/background.log" 2>&1 &
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
-stage dpo dpo.py --init "$RUN/sft" --base "$RUN/pretrain" --n_queries 1200 --pairs_per_query 4 \
-  --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3
+stage dpo dpo.py --init "$RUN/sft" --base "$RUN/$BASE" $RL_QUERIES --n_queries 1200 \
+  --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
-stage rl_first grpo.py --init "$RUN/dpo" --n_queries 200 --steps 8 --batch_queries 24 --lr 3e-4
+stage rl_first grpo.py --init "$RUN/dpo" $RL_QUERIES --n_queries 200 --steps 8 --batch_queries 24 \
+  --lr 3e-4
 
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 stage reward reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
-  --pairs "$RUN/dpo/pairs.jsonl" --n_queries 240 --responses 2 --epochs 1 --batch_size 32 \
-  --lr 5e-4
+  --pairs "$RUN/dpo/pairs.jsonl" $RL_QUERIES --n_queries 240 --responses 2 --epochs 1 \
+  --batch_size 32 --lr 5e-4
 
 say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
-stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --n_queries 1200 --steps 200 \
-  --batch_queries 24 --lr 3e-4 --kl 0.03 --scale_rewards none
+stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" $RL_QUERIES --n_queries 1200 \
+  --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 --scale_rewards none
 evaluate grpo
 
 wait
@@ -85,6 +105,10 @@ grep -vE "^(pretrain|sft) [0-9]" "$RUN/background.log"  # all but the lines of s
 
 say "report"
 python -m lib.report --run "$RUN"
+if [ -n "${REAL:-}" ]; then
+  python recipes/real_data.py measure --out "$RUN/real" \
+    --models "$RUN/pretrain,$RUN/$BASE,$RUN/sft,$RUN/dpo,$RUN/grpo"
+fi
 cat <<END
 This took $((SECONDS / 60)) minutes. Now try, after \`source .venv/bin/activate\`:
   python sample.py --init $RUN/grpo
