@@ -30,6 +30,7 @@ from data.filters import FILTERS, other_language, run_filters
 from data.mixture import is_held_out, write_tokens
 from lib.args import cli, require
 from lib.files import write_atomic
+from tasks.benchmarks import contents
 from tokenizer import Tokenizer
 
 
@@ -66,10 +67,8 @@ def load_tests(names: str) -> list[str]:
     items = []
     for name in filter(None, names.split(",")):
         for query in tasks.queries.load(name):
-            item = query.get("item", query["prompt"])
-            if not isinstance(item, str):  # a list of messages
-                item = "\n".join(message["content"] for message in item)
-            items.append(item)
+            item = query.get("item", query["prompt"])  # a text or messages
+            items.append("\n".join(contents(item)))
     return items
 
 

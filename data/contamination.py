@@ -7,8 +7,7 @@ finds the candidates. Three things are our choice:
 - The rule is for sequences, and in a whole long document almost any tokens turn up in order. So s_t
   is the stretch of 2|s_e| tokens around the place where the 13-gram puts s_e. A hit drops the whole
   document.
-- Tokens are words without case and punctuation, as in Qwen2.5-Math; this needs no tokenizer. Pass
-  `encode=tokenizer.encode` for token ids.
+- Tokens are words without case and punctuation, as in Qwen2.5-Math; this needs no tokenizer.
 - tasks/ writes generated documents and test prompts from the same templates, so 60% in common only
   means two changed numbers. In a document of kind "synthetic" all tokens must match.
 
@@ -48,10 +47,9 @@ class Hit(NamedTuple):
 class Contamination:
     """A stage that drops documents which hold a test item."""
 
-    def __init__(self, tests: list[str], encode=word_ids):
+    def __init__(self, tests: list[str]):
         self.tests = tests
-        self.encode = encode  # text -> integers
-        self.ids = [np.asarray(encode(text), dtype=np.uint64) for text in tests]
+        self.ids = [word_ids(text) for text in tests]
         self.places = defaultdict(list)  # 13-gram -> [(test item, position in it)]
         for item, ids in enumerate(self.ids):
             for position, gram in enumerate(ngram_hashes(ids, MIN_COMMON).tolist()):
@@ -70,7 +68,7 @@ class Contamination:
 
     def find(self, text: str, kind: str = "prose") -> Hit:
         """Return the first test item that the document holds, or Hit(-1, 0)."""
-        ids = np.asarray(self.encode(text), dtype=np.uint64)
+        ids = word_ids(text)
         min_share = 1.0 if kind == "synthetic" else MIN_SHARE
         tried = set()
         for position, item, offset in self.shared_grams(ids):

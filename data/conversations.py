@@ -63,13 +63,12 @@ def to_message(turn) -> dict:
 
 
 def join_parts(content):
-    """Return the text of [{"type": "text", "text": ...}, ...], and any other content as it is."""
+    """Return the text of [{"type": "text", "text": ...}, ...], and any other content as it is. A
+    part without a type is a text."""
     if not isinstance(content, list) or not content:
         return content
-    texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type") != "text":
+        is_text = isinstance(part, dict) and part.get("type", "text") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
             return content
-        texts.append(text)
-    return "".join(texts)
+    return "".join(part["text"] for part in content)

@@ -49,22 +49,17 @@ def docstrings(node: ast.AST, name: str):
             yield from docstrings(child, f"{name}.{child.name}")
 
 
-def reference_topics() -> dict[str, str]:
-    """Return the language reference by topic: what `help("topics")` shows."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        return {}
-    return topics
-
-
 def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
     """Return {source: documents}: the language reference, and the docstrings and code of up to
     `max_mb` of standard library files, sampled by `seed`. (Each docstring is also in the code.)
     The corpus depends on the Python version, not on the machine. Raises InputError if this Python
     comes without its sources, as embedded distributions do."""
+    try:
+        from pydoc_data.topics import topics  # what `help("topics")` shows
+    except ImportError:  # some distributions package it apart
+        topics = {}
     reference = [{"text": text, "source": "stdlib_reference", "name": topic}
-                 for topic, text in sorted(reference_topics().items())]
+                 for topic, text in sorted(topics.items())]
     root = sysconfig.get_path("stdlib")
     names = stdlib_files(root)
     require(len(names) > 0, "this Python has no standard library sources: pass --input")

@@ -92,8 +92,8 @@ class NearDuplicates:
         self.seen = sqlite3.connect("")  # without a name: it goes with the process
         self.seen.executescript("""
             pragma journal_mode = off; pragma cache_size = -32768;
-            create table texts (digest blob primary key, id integer) without rowid;
-            create table kept (id integer primary key, start text, signature blob);
+            create table kept (id integer primary key, digest blob unique, start text,
+                               signature blob);
             create table bands (key integer, id integer, primary key (key, id)) without rowid""")
 
     def find(self, text: str, kind: str = "prose") -> Match:
@@ -103,24 +103,18 @@ class NearDuplicates:
         self.count += 1
         content = " ".join(text.split()).encode("utf-8", "replace")
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        match = self.find_exact(digest)
-        if match != NO_MATCH:
-            return match
+        equal = self.seen.execute("select id from kept where digest = ?", (digest,)).fetchone()
+        if equal:
+            return Match(equal[0], 1.0)
         signature = None if kind == "synthetic" else self.sign(text)
         keys = [] if signature is None else self.band_keys(signature)
         match = self.find_near(signature, keys)
         if match == NO_MATCH:
-            self.seen.execute("insert into kept values (?, ?, ?)", (index, text[:60], signature))
+            row = (index, digest, text[:60], signature)
+            self.seen.execute("insert into kept values (?, ?, ?, ?)", row)
             bands = [(key, index) for key in keys]
             self.seen.executemany("insert into bands values (?, ?)", bands)
-        repeated = index if match == NO_MATCH else match.index
-        self.seen.execute("insert into texts values (?, ?)", (digest, repeated))
         return match
-
-    def find_exact(self, digest: bytes) -> Match:
-        query = "select id from texts where digest = ?"
-        row = self.seen.execute(query, (digest,)).fetchone()
-        return Match(row[0], 1.0) if row else NO_MATCH
 
     def sign(self, text: str) -> np.ndarray | None:
         """Return the MinHash signature, (bands * rows,) uint64, or None if there are no words."""
@@ -140,12 +134,11 @@ class NearDuplicates:
         sharing = f"select id from bands where key in ({marks})"
         candidates = self.seen.execute(
             f"select id, signature from kept where id in ({sharing}) order by id", keys)
-        best = NO_MATCH
+        matches = []
         for index, other in candidates:
             agree = np.frombuffer(other, np.uint64) == signature
-            match = Match(index, float(agree.mean()))
-            if best == NO_MATCH or match.similarity > best.similarity:
-                best = match
+            matches.append(Match(index, float(agree.mean())))
+        best = max(matches, key=lambda match: match.similarity, default=NO_MATCH)
         return best if best.similarity >= self.threshold else NO_MATCH
 
     def __call__(self, text: str, kind: str = "prose") -> str:

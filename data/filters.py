@@ -108,19 +108,13 @@ def digits(text: str, kind: str = "prose") -> str:
     return f"{share:.0%} digits" if share > LIMITS[kind].digits else ""
 
 
-def repeated_lines(text: str) -> float:
-    """Return the share of the characters that stand in lines seen before (Gopher)."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    total = sum(len(line) for line in lines)
-    distinct = sum(len(line) for line in set(lines))
-    return 1 - distinct / max(1, total)
-
-
 def repetition(text: str, kind: str = "prose") -> str:
-    """Drop text that repeats its lines, or in which one phrase of four words covers too many of
-    the characters (Gopher). A phrase counts from its fourth use: in a short text two uses already
-    cover 16%."""
-    repeated = repeated_lines(text)
+    """Drop text in which too many of the characters stand in lines seen before, or in one phrase of
+    four words (Gopher). A phrase counts from its fourth use: in a short text two already cover 16%.
+    """
+    lines = [line.strip() for line in text.split("\n")]
+    distinct = sum(len(line) for line in set(lines))
+    repeated = 1 - distinct / max(1, sum(len(line) for line in lines))
     if repeated > LIMITS[kind].repeated:
         return f"{repeated:.0%} in repeated lines"
     words = text.split()

@@ -10,8 +10,10 @@ share of *tokens*: by documents, a source of long ones would take far more.
     ids, segment_ids = rows[[3, 8]]  # two rows of 129 tokens each
 """
 import hashlib
+import math
 import re
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -19,7 +21,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from lib.args import InputError, require
+from lib.args import parse_value, require
 from lib.files import atomic_path
 
 PIECE = 2**16                               # characters that are encoded at once, or some more
@@ -45,17 +47,22 @@ class Tokens:
     starts: np.ndarray  # (documents,) int64
     ends: np.ndarray    # (documents,) int64
 
+    @classmethod
+    def from_ends(cls, ids: np.ndarray, ends: np.ndarray) -> "Tokens":
+        """Documents one after another, without gaps."""
+        return cls(ids, np.append(0, ends)[:-1], ends)
+
     @property
     def sizes(self) -> np.ndarray:
         return self.ends - self.starts
 
     def long_pieces(self, length: int) -> "Tokens":
         """Cut the documents into pieces of exactly `length`, and leave out their rests."""
-        counts = self.sizes // length          # pieces per document
-        earlier = counts.cumsum() - counts     # pieces of the documents before it
-        pieces = np.arange(counts.sum())
-        number = pieces - np.repeat(earlier, counts)  # within its document
-        starts = np.repeat(self.starts, counts) + length * number
+        counts = self.sizes // length                          # pieces per document
+        document = np.repeat(np.arange(len(counts)), counts)   # of each piece
+        first = counts.cumsum() - counts                       # number of a document's first piece
+        number = np.arange(len(document)) - first[document]    # of a piece within its document
+        starts = self.starts[document] + length * number
         return Tokens(self.ids, starts, starts + length)
 
     def short_documents(self, length: int) -> "Tokens":
@@ -66,13 +73,12 @@ class Tokens:
     def split_end(self, share: float) -> tuple["Tokens", "Tokens"]:
         """Part the last `share` of all tokens, which must have no gaps, from those before."""
         cut = int(len(self.ids) * (1 - share))
-        begins_before = self.starts < cut
-        ends_behind = self.ends > cut
-        cut_ends = self.ends[begins_before].clip(max=cut)
-        cut_starts = self.starts[ends_behind].clip(min=cut)
-        first = Tokens(self.ids, self.starts[begins_before], cut_ends)
-        last = Tokens(self.ids, cut_starts, self.ends[ends_behind])
-        return first, last
+        first = self.starts < cut
+        last = self.ends > cut
+        first_ends = self.ends[first].clip(max=cut)
+        last_starts = self.starts[last].clip(min=cut)
+        return (Tokens(self.ids, self.starts[first], first_ends),
+                Tokens(self.ids, last_starts, self.ends[last]))
 
 
 def id_type(tokenizer):
@@ -92,42 +98,36 @@ def pieces(texts):
         yield text[start:], True
 
 
-def id_arrays(texts, tokenizer):
-    """Yield (ids, whether they end a text) piece by piece, with <|endoftext|> at the end of a text
-    as in Qwen's pre-training."""
-    dtype = id_type(tokenizer)
+def write_ids(ids_file, ends_file, texts, tokenizer) -> None:
+    """Write the ids of all texts to one open file and the places where they end, int64, to another.
+    <|endoftext|> ends each text, as in Qwen's pre-training."""
+    size = 0
     waiting = pieces(texts)
-    while chunk := list(islice(waiting, 100)):  # a list of ints takes 10 times an array's space
-        batch = tokenizer.encode_batch([piece for piece, _ in chunk])
-        for ids, (_, is_end) in zip(batch, chunk, strict=True):
+    while batch := list(islice(waiting, 100)):
+        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+        for ids, (_, is_end) in zip(encoded, batch, strict=True):
             if is_end:
                 ids.append(tokenizer.eos_id)
-            yield np.array(ids, dtype), is_end
+            size += len(ids)
+            ids_file.write(np.array(ids, id_type(tokenizer)))
+            if is_end:
+                ends_file.write(np.int64(size))
 
 
 def tokenize(texts, tokenizer) -> Tokens:
-    arrays = [np.empty(0, id_type(tokenizer))]  # np.concatenate refuses an empty list
-    bounds = [0]
-    size = 0
-    for ids, is_end in id_arrays(texts, tokenizer):
-        arrays.append(ids)
-        size += len(ids)
-        if is_end:
-            bounds.append(size)
-    bounds = np.array(bounds)
-    return Tokens(np.concatenate(arrays), bounds[:-1], bounds[1:])
+    """Tokenize texts in memory."""
+    ids_file, ends_file = BytesIO(), BytesIO()
+    write_ids(ids_file, ends_file, texts, tokenizer)
+    ids = np.frombuffer(ids_file.getbuffer(), id_type(tokenizer))
+    ends = np.frombuffer(ends_file.getbuffer(), np.int64)
+    return Tokens.from_ends(ids, ends)
 
 
 def write_tokens(stem: Path, texts, tokenizer) -> None:
-    """Write {stem}.bin (ids) and {stem}.ends (int64): what `read_tokens` maps into memory."""
-    size = 0
+    """Write {stem}.bin (ids) and {stem}.ends: what `read_tokens` maps into memory."""
     with atomic_path(f"{stem}.bin") as ids_path, atomic_path(f"{stem}.ends") as ends_path:
         with open(ids_path, "wb") as ids_file, open(ends_path, "wb") as ends_file:
-            for ids, is_end in id_arrays(texts, tokenizer):
-                size += len(ids)
-                ids_file.write(ids)
-                if is_end:
-                    ends_file.write(np.int64(size))
+            write_ids(ids_file, ends_file, texts, tokenizer)
 
 
 def read_tokens(stem: Path, tokenizer) -> Tokens:
@@ -136,11 +136,10 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
     ids = np.empty(0, id_type(tokenizer))
     if path.stat().st_size > 0:  # an empty file cannot be mapped
         ids = np.memmap(path, id_type(tokenizer), "r")
-    ends = np.fromfile(f"{stem}.ends", np.int64)
-    bounds = np.append(0, ends)
-    require(len(ids) == bounds[-1],
+    tokens = Tokens.from_ends(ids, np.fromfile(f"{stem}.ends", np.int64))
+    require(len(ids) == tokens.sizes.sum(),
             f"{stem}.bin and {stem}.ends are not of one piece: run python -m data again")
-    return Tokens(ids, bounds[:-1], bounds[1:])
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,12 +150,10 @@ def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
     if not text:
         return dict(default)
     weights = {}
-    try:
-        for part in text.split(","):
-            name, value = part.split("=")
-            weights[name.strip()] = float(value)
-    except ValueError:
-        raise InputError(f"--weights must be name=0.5,name=0.5, got {text!r}") from None
+    for part in text.split(","):
+        name, equals, share = part.partition("=")
+        require(equals, f"--weights must be name=0.5,name=0.5, got {text!r}")
+        weights[name.strip()] = parse_value("weights", share, float)
     return weights
 
 
@@ -166,59 +163,57 @@ def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
 
     Each source is read in random order, in a new one in each epoch. Its last document is cut to
     meet the share (and keeps its end token). Sources are spread evenly, so that every long stretch
-    of the stream has the shares. Returns the stream, (n, 3) int32, and a report {source: {weight,
-    share, tokens, available, epochs, warning}}. A row (source, document, size) of the stream stands
+    of the stream has the shares. Returns the stream, (n, 3) int32, and a report {source: {share,
+    tokens, available, epochs, warning}}. A row (source, document, size) of the stream stands
     for the first `size` tokens of a document. Raises InputError if the weights do not fit."""
-    unknown = sorted(set(weights) - set(sources))
+    unknown = sorted(weights.keys() - sources.keys())
     require(not unknown, f"weights for {unknown}, but the sources are {sorted(sources)}")
     total = sum(weights.values())
-    negative = any(weight < 0 for weight in weights.values())
-    require(total > 0 and not negative, f"weights must be >= 0, got {weights}")
-    streams = []
+    require(total > 0 and min(weights.values()) >= 0, f"weights must be >= 0, got {weights}")
+    items = []
     places = []
     report = {}
-    numbers = {name: number for number, name in enumerate(sources)}
     for name, weight in weights.items():
         wanted = round(tokens * weight / total)
         sizes = sources[name].sizes
         available = int(sizes.sum())
         require(available > 0 or wanted == 0, f"source {name} is empty, but its weight is {weight}")
-        for items, place in read_epochs(name, numbers[name], sizes, wanted, seed):
-            streams.append(items)
-            places.append(place)
+        documents, taken, place = choose(name, sizes, wanted, seed)
+        number = np.full_like(documents, list(sources).index(name))
+        items.append(np.column_stack((number, documents, taken)))
+        places.append(place)
         epochs = wanted / max(1, available)
         # Up to 4 epochs are nearly as good as new text (Muennighoff et al. 2023).
         warning = "read more than 4 times" if epochs > 4 else ""
-        report[name] = {"weight": weight, "share": wanted / tokens, "tokens": wanted,
-                        "available": available, "epochs": round(epochs, 2), "warning": warning}
-    places = np.concatenate(places)
-    stream = np.concatenate(streams)
-    order = np.argsort(places, kind="stable")
-    return stream[order], report
+        report[name] = {"share": wanted / tokens, "tokens": wanted, "available": available,
+                        "epochs": round(epochs, 2), "warning": warning}
+    order = np.argsort(np.concatenate(places), kind="stable")
+    stream = np.concatenate(items)[order]
+    return stream.astype(np.int32), report
 
 
-def read_epochs(name: str, number: int, sizes: np.ndarray, wanted: int, seed: int):
-    """Yield the items of each epoch over one source, (n, 3), and their places in the stream, (n,)
-    from 0 to 1, until it has given `wanted` tokens."""
-    done = 0
-    epoch = 0
-    while done < wanted:
+def choose(name: str, sizes: np.ndarray, wanted: int, seed: int):
+    """Choose documents of one source until they have `wanted` tokens. sizes (documents,) int64.
+
+    Returns three arrays (n,): the chosen documents, how many tokens are taken of each, and their
+    places in the stream, from 0 to 1. Every epoch has all documents in an order of its own."""
+    epochs = math.ceil(wanted / max(1, sizes.sum()))
+    documents = []
+    offsets = []
+    for epoch in range(max(1, epochs)):
         # Keyed by the name, so that adding a source keeps the order within the others.
         random = np.random.default_rng([seed, crc32(name.encode()), epoch])
-        documents = random.permutation(len(sizes))
-        ends = done + sizes[documents].cumsum()
-        before = ends - sizes[documents]  # tokens ahead of each
-        needed = before < wanted
-        documents = documents[needed]
-        before = before[needed]
-        taken = np.minimum(sizes[documents], wanted - before)
-        numbers = np.full_like(documents, number)
-        items = np.column_stack((numbers, documents, taken))
-        inside = random.random(len(documents)) * taken
-        place = (before + inside) / wanted
-        yield items.astype(np.int32), place
-        done = int(before[-1] + taken[-1])
-        epoch += 1
+        documents.append(random.permutation(len(sizes)))
+        offsets.append(random.random(len(sizes)))
+    documents = np.concatenate(documents)
+    offsets = np.concatenate(offsets)
+    sizes = sizes[documents]
+    before = sizes.cumsum() - sizes  # tokens of the documents ahead
+    needed = before < wanted
+    before = before[needed]
+    taken = np.minimum(sizes[needed], wanted - before)
+    places = (before + offsets[needed] * taken) / wanted
+    return documents[needed], taken, places
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,9 +229,9 @@ class PackedRows:
 
     def __init__(self, sources: list[Tokens], stream: np.ndarray, seq_len: int):
         self.sources = sources
-        self.stream = stream
+        self.source, self.document, self.size = stream.T
+        self.ends = self.size.cumsum(dtype=np.int64)  # of the documents, in the stream
         self.width = seq_len + 1
-        self.ends = np.cumsum(stream[:, 2], dtype=np.int64)  # of each item in the stream
         tokens = int(self.ends[-1])
         self.n_rows = tokens // self.width
         require(self.n_rows > 0, f"{tokens} tokens do not fill one row of {seq_len} + 1")
@@ -245,29 +240,17 @@ class PackedRows:
         return self.n_rows
 
     def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = np.empty((len(rows), self.width), dtype=np.int64)
-        segment_ids = np.empty((len(rows), self.width), dtype=np.int64)
-        for i, row in enumerate(rows):
-            self.fill(row, ids[i], segment_ids[i])
-        return torch.from_numpy(ids), torch.from_numpy(segment_ids)
-
-    def fill(self, row: int, ids: np.ndarray, segment_ids: np.ndarray) -> None:
-        """Write row number `row` into ids and segment_ids, both (seq_len + 1,)."""
-        row_start = row * self.width  # in the stream
-        place = int(np.searchsorted(self.ends, row_start, side="right"))
-        filled = 0
-        while filled < self.width:
-            source, document, size = self.stream[place].tolist()
-            tokens = self.sources[source]
-            document_start = self.ends[place] - size  # in the stream
-            skipped = row_start + filled - document_start  # its tokens that earlier rows hold
-            count = min(size - skipped, self.width - filled)
-            start = tokens.starts[document] + skipped
-            end = filled + count
-            ids[filled:end] = tokens.ids[start:start + count]
-            segment_ids[filled:end] = place
-            if skipped + count == size:  # a document that was cut keeps its end token
-                last = tokens.ends[document] - 1
-                ids[end - 1] = tokens.ids[last]
-            filled = end
-            place += 1
+        row_start = np.array(rows)[:, None] * self.width
+        position = row_start + np.arange(self.width)  # in the stream; (rows, seq_len + 1)
+        place = np.searchsorted(self.ends, position, side="right")
+        to_end = self.ends[place] - position  # 1 at the last token of a document
+        offset = self.size[place] - to_end    # in the document
+        ids = np.empty_like(place)
+        for number, tokens in enumerate(self.sources):
+            here = self.source[place] == number
+            document = self.document[place[here]]
+            index = tokens.starts[document] + offset[here]
+            end_token = tokens.ends[document] - 1
+            index = np.where(to_end[here] == 1, end_token, index)  # also of a cut document
+            ids[here] = tokens.ids[index]
+        return torch.from_numpy(ids), torch.from_numpy(place)

@@ -15,8 +15,8 @@ from lib.args import InputError, require
 from lib.dist import RANK, is_peer_failure
 
 MAX_LINE = 2**26  # characters; a compressed file of a megabyte could hold a line of a gigabyte
-CHUNK = 2**16     # characters of an array that are read at once, or as many as an item has
-COMMA = re.compile(r"\s*(,\s*|(?=\]))")  # what stands behind an item of an array
+CHUNK = 2**16     # characters of an array that are read at once
+COMMA = re.compile(r"\s*[\[,]\s*")  # what stands before an item of an array
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -62,38 +62,28 @@ def read_jsonl(path: str | Path):
 
 
 def json_lines(file):
-    """Yield the lines of an open file, or each item of the JSON array in it as one line."""
+    """Yield the lines of an open file, or the text of each item of the JSON array in it, one in
+    memory at a time. Last comes what is no item, and read_jsonl says what is wrong with it."""
     start = file.read(1000)
     file.seek(0)
-    if start.lstrip().startswith("["):
-        return array_items(file)
-    return iter(partial(file.readline, MAX_LINE + 1), "")
-
-
-def array_items(file):
-    """Yield the text of each item of the JSON array in an open file, one item in memory at a time.
-    An item that cannot be read, or what stands behind the array, is yielded as it is, with a "]".
-    It is no JSON, and read_jsonl says what is wrong with it."""
+    if not start.lstrip().startswith("["):
+        yield from iter(partial(file.readline, MAX_LINE + 1), "")
+        return
     decode = json.JSONDecoder().raw_decode
-    text = file.read(CHUNK).lstrip()[1:].lstrip()
-    start = 0
-    while not text.startswith("]", start):
-        comma = None
-        with contextlib.suppress(json.JSONDecodeError):  # perhaps there is more of it to read
-            _, end = decode(text, start)
-            comma = COMMA.match(text, end)
-        if comma:
-            yield text[start:end]
-            start = comma.end()
-            continue
-        more = file.read(len(text) - start + CHUNK)
-        text = (text[start:] + more).lstrip()
-        start = 0
-        if not more or len(text) > MAX_LINE:
+    rest = ""
+    while chunk := file.read(max(CHUNK, len(rest))):  # so that long items take linear time
+        rest += chunk
+        while comma := COMMA.match(rest):
+            try:
+                _, end = decode(rest, comma.end())
+            except json.JSONDecodeError:  # perhaps there is more of this item to read
+                break
+            yield rest[comma.end():end]
+            rest = rest[end:]
+        if len(rest) > MAX_LINE:
             break
-    rest = text[start:].removeprefix("]") + file.read(CHUNK)
-    if not text or rest.strip():
-        yield rest + "]"
+    if not re.fullmatch(r"\s*\[?\s*\]\s*", rest):
+        yield COMMA.sub("", rest, count=1) + "]"  # no JSON, even if the array just breaks off
 
 
 def open_lines(path: str | Path):

@@ -90,15 +90,21 @@ def training_documents(r, tokenizer, book: str, longest: int, n_tokens: int):
     """Needle documents. Of their tokens, 40% stand in documents that fill a row of `longest` + 1
     with their end token exactly (a longer one would lose its question), the others in shorter ones,
     whose lengths are spread evenly in the logarithm."""
-    done = {"full": 0, "shorter": 0}
-    while sum(done.values()) < n_tokens:
-        full = done["full"] <= 0.4 * sum(done.values())
-        wanted = longest if full else int(2 ** r.uniform(5, math.log2(longest - 20)))
-        text = needle_text(r, tokenizer, book, wanted, r.random())
-        size = len(tokenizer.encode(text))
-        if size == longest if full else size < longest:
-            done["full" if full else "shorter"] += size
-            yield {"text": text, "source": "needles"}
+    full_tokens = shorter_tokens = 0
+    missing = 0  # tokens by which the last document that should fill a row was too short
+    while full_tokens + shorter_tokens < n_tokens:
+        if full_tokens <= 0.4 * (full_tokens + shorter_tokens):
+            text = needle_text(r, tokenizer, book, longest + missing, r.random())
+            size = len(tokenizer.encode(text))
+            if size != longest:  # tokens were joined where the needle was put in
+                missing += longest - size
+                continue
+            full_tokens += size
+        else:
+            wanted = int(2 ** r.uniform(5, math.log2(longest - 20)))
+            text = needle_text(r, tokenizer, book, wanted, r.random())
+            shorter_tokens += len(tokenizer.encode(text))
+        yield {"text": text, "source": "needles"}
 
 
 def write_data(args: Args, tokenizer) -> list[str]:

@@ -6,6 +6,7 @@ choice. A key "solution" holds a right program, which must pass the tests (check
 """
 from collections.abc import Iterator
 
+from data.conversations import join_parts
 from lib.args import InputError, require
 from lib.files import read_jsonl
 from tasks import ifeval
@@ -131,17 +132,13 @@ READERS = {  # columns: the reader of a row that has all of them; the first that
 TEXTS = {"math": ["answer"], "code": ["language", "tests"], "ifeval": [], "rules": []}
 
 
-def join_parts(message: dict) -> dict:
+def text_message(message: dict) -> dict:
     """Return a message whose content is a text, also where it was a list of parts."""
-    content = message["content"]
-    if isinstance(content, list):
-        kinds = {part.get("type", "text") for part in content} - {"text"}
-        if kinds:
-            raise TypeError(f"a model of text cannot read parts of type {', '.join(kinds)}")
-        content = "".join(part["text"] for part in content)
+    content = join_parts(message["content"])
     has_text = isinstance(content, str) or content is None and message.get("tool_calls")
     if not has_text or not isinstance(message["role"], str):
-        raise TypeError("each message must have a role and a text as its content")
+        raise TypeError("each message must have a role and a text as its content, not "
+                        f"{str(message)[:100]}")
     return message | {"content": content}
 
 
@@ -189,7 +186,7 @@ def read_queries(path) -> Iterator[tuple[int, dict]]:
         try:
             query = readers[0](row)
             if isinstance(query["prompt"], list):
-                query["prompt"] = [join_parts(message) for message in query["prompt"]]
+                query["prompt"] = [text_message(message) for message in query["prompt"]]
                 asked = [message for message in query["prompt"] if message["role"] == "user"]
                 query.setdefault("item", "\n".join(contents(asked)))
             refuse_bad_check(query)

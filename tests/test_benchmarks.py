@@ -151,7 +151,8 @@ def test_arrays_and_byte_order_marks(tmp_path):
     lines = write(tmp_path, *rows)
     lines.write_text(lines.read_text("utf-8"), "utf-8-sig")
     assert load_file(lines) == queries
-    for text, message in (("[1]", ":1: "), (json.dumps(rows)[:-3], ":1: "), ("[]", "no rows"),
+    for text, message in (("[1]", ":1: "), ("[]", "no rows"),
+                          (json.dumps(rows)[:-3], f":{len(rows)}: "),
                           (json.dumps([rows[0], {"a": 1}]), ":2: unknown columns a")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -160,7 +161,7 @@ def test_arrays_and_byte_order_marks(tmp_path):
 
 def test_prompts_of_messages(tmp_path):
     """Parts of text become a text, and the item that contamination is measured on is a text."""
-    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "it."}]
+    parts = [{"type": "text", "text": "Name "}, {"text": "it."}]
     system = {"role": "system", "content": "Be brief."}
     row = {"prompt": [system, {"role": "user", "content": parts}], "domain": "d",
            "check": {"kind": "math", "answer": "5"}}

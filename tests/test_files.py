@@ -47,14 +47,14 @@ def test_an_array_is_read_item_by_item(tmp_path, monkeypatch):
     for indent in (None, 0, 3):
         text = json.dumps(rows, indent=indent, ensure_ascii=False)
         for space in ("", "\n \n"):
-            path.write_text(space + text + 20 * space, encoding="utf-8")
+            path.write_text(20 * space + text + 20 * space, encoding="utf-8")
             assert list(read_jsonl(path)) == list(enumerate(rows, 1))
         for end in range(1, len(text)):
             path.write_text(text[:end], encoding="utf-8")
             with pytest.raises(InputError, match=r"x.json:[1-5]: not JSON"):
                 list(read_jsonl(path))
-    for wrong, number in (("[{} {}]", 1), ("[{},, {}]", 2), ("[{}] {}", 2), ("[{}]]", 2),
-                          ("[{}, 5]", 2), ("[[]]", 1), ("[{}, {]", 2), ("[{}}", 1)):
+    for wrong, number in (("[{} {}]", 2), ("[{},, {}]", 2), ("[{}] {}", 2), ("[{}]]", 2),
+                          ("[{}, 5]", 2), ("[[]]", 1), ("[{}, {]", 2), ("[{}}", 2)):
         path.write_text(wrong)
         with pytest.raises(InputError, match=f"x.json:{number}: "):
             list(read_jsonl(path))

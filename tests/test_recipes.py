@@ -29,7 +29,7 @@ def recipe(name):
     return module
 
 
-L, P = recipe("long_context"), recipe("preferences")
+L, P, R = recipe("long_context"), recipe("preferences"), recipe("real_data")
 
 
 def test_loss_by_position_is_the_mean_over_rows():
@@ -119,6 +119,39 @@ def test_beside_qwens_scores_by_hand():
         "right above wrong, Qwen": 3 / 4, "best of 8, Qwen": 1,
         "right above wrong, longer": 2 / 4, "best of 8, longer": 1, "random": 0.5,
         "correlation with Qwen": -1})
+
+
+def test_real_files_become_documents_conversations_and_queries(tmp_path, micro_run, capsys):
+    """Each answer passes its own check; what is held out is in none of the files to learn from, and
+    measured for each source."""
+    sums = [{"question": f"What is {i} and {i}?",
+             "answer": f"It is {i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"}
+            for i in range(80)]
+    halves = [{"problem": f"Halve ${i}$.", "solution": f"$\\boxed{{\\frac{{{i}}}{{2}}}}$",
+               "level": "Level 1"} for i in range(1, 21)]
+    code = {"text": "Write a function to add one.", "code": "def f(x):\r\n\treturn x + 1",
+            "test_list": ["assert f(1) == 2", "assert f(0) == 1"], "test_setup_code": ""}
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write_rows(tmp_path / "a" / "gsm8k_train.jsonl", sums)
+    write_rows(tmp_path / "a" / "b" / "math_train.jsonl", halves)
+    write_rows(tmp_path / "a" / "mbpp_train.jsonl", [code])
+    out = tmp_path / "out"
+    R.write(R.Args(real=str(tmp_path), out=str(out), built_in=3, n_real=999))
+    documents, sft, rl = ([json.loads(line) for line in (out / name).read_text().splitlines()]
+                          for name in ("documents.jsonl", "sft.jsonl", "rl.jsonl"))
+    assert len(documents) == 101 and documents[7]["text"] == (
+        "What is 7 and 7?\n\nIt is 7+7 = 14.\nThe answer is \\boxed{14}.")
+    held_out = [doc["text"].split("\n")[0] for doc in documents if R.is_held_out(doc["text"])]
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in sft}
+    real = [query for query in rl if query["prompt"] in answers]
+    assert len(real) == len(sft) - 3 == 101 - len(held_out) and 0 < len(held_out) < 20
+    assert all(prompt.split("\n")[0] not in held_out for prompt in answers)
+    assert all(R.tasks.queries.score(query, answers[query["prompt"]]) == 1 for query in real)
+    R.measure(R.Args(out=str(out), models=str(micro_run), device="cpu", dtype="float32"))
+    lines = (out / "bits_per_byte.md").read_text().splitlines()
+    assert lines[0].startswith("| bits per byte | gsm8k (") and len(lines) == 3
+    with pytest.raises(InputError, match="none of gsm8k_train.jsonl"):
+        R.write(R.Args(real=str(tmp_path / "out"), out=str(out)))
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def say(*texts, system=""):
 SHAPES = [
     ({"messages": say("q", "a"), "prompt": "q", "id": 7}, say("q", "a")),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a "},
-                                                {"type": "text", "text": "b"}]},
+                                                {"text": "b"}]},
                    {"role": "assistant", "content": [{"type": "text", "text": "c"}]}]},
      say("a b", "c")),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
