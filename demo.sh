@@ -52,7 +52,7 @@ if [ -n "${REAL:-}" ]; then
   fi
   BASE=pretrain_real
   SFT_DATA="--data $RUN/real/sft.jsonl"
-  RL_QUERIES="--queries $RUN/real/rl.jsonl"
+  RL_QUERIES="--queries $RUN/real/rl.jsonl --max_new_tokens 256"  # real answers are longer
   stage "$BASE" pretrain.py --init "$RUN/pretrain" --data "$RUN/data,$RUN/real/data" \
     --tokens 1.5e6 --lr 5e-4
   evaluate "$BASE" --few_shot 1 --text "$RUN/data"
