@@ -144,11 +144,16 @@ def join_blocks(blocks: list[str], asked: frozenset[str], definitions) -> str:
     return "\n".join(blocks[i] for i in sorted(taken))
 
 
+def without_thinking(text: str) -> str:
+    """Return what follows the last tag of thinking, or "" if the thinking has no end."""
+    parts = THINK.split(text)  # behind each tag its "/" and the text that follows
+    is_endless = len(parts) > 1 and parts[-2] == ""
+    return "" if is_endless else parts[-1]
+
+
 def extract_code(response: str, language: str = "python", tests: str = "", prefix: str = "") -> str:
     """Return the code of a response: its blocks by the rule above, or else the whole response."""
-    parts = THINK.split(response)  # behind each tag its "/" and the text that follows
-    is_endless = len(parts) > 1 and parts[-2] == ""
-    text = "" if is_endless else parts[-1]
+    text = without_thinking(response)
     asked = asked_names(tests)
     before, _, after = text.partition("\n```")
     begins_with_code = prefix and before[:1].isspace() or functions(before) & asked

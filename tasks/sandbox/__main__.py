@@ -1,19 +1,10 @@
 """Try every language in the sandbox: python -m tasks.sandbox"""
-import argparse
-
 from tasks.sandbox import SAMPLES, isolation_gaps, languages, run
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Try every language in the sandbox.")
-    parser.add_argument("--require_isolation", action="store_true",
-                        help="run nothing unless all layers of isolation hold")
-    isolated = parser.parse_args().require_isolation
-    gaps = isolation_gaps()
-    for layer, harm in gaps.items():
+    for layer, harm in isolation_gaps().items():
         print(f"without {layer!r} a program can {harm}")
-    if isolated and gaps:
-        raise SystemExit("refused: without " + ", ".join(gaps))
     print("layers:", ", ".join(run("pass").isolation))
     for name, lack in languages().items():
         if lack:

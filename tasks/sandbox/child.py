@@ -355,9 +355,11 @@ def main():
     posix.dup2(posix.open("/dev/null", posix.O_RDONLY), 0)
     posix.environ.clear()
     sys.path[0] = ""  # the working directory in place of this file's
-    layers = job["layers"]
+    layers = ["session", "environment", "directory"]
+    if job["in_namespaces"]:
+        layers += ["pids", "network"]
     call = find_libc()
-    if call and job["private_root"]:
+    if call and job["in_namespaces"]:
         limit_process_ids()
         try:
             enter_private_root(call, posix.getcwd(), job)
