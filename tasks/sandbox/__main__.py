@@ -3,6 +3,7 @@ from tasks.sandbox import SAMPLES, isolation_gaps, languages, run
 
 
 def main():
+    """Print the layers of isolation, and per language whether it tells right code from wrong."""
     for layer, harm in isolation_gaps().items():
         print(f"without {layer!r} a program can {harm}")
     print("layers:", ", ".join(run("pass").isolation))
@@ -13,7 +14,8 @@ def main():
         code, tests = SAMPLES[name]
         right = run(code, name, tests)
         wrong = run(code.replace("*", "+"), name, tests)
-        verdict = "PASS" if right.passed and not wrong.passed else "FAIL"
+        is_right = right.passed and not wrong.passed
+        verdict = "PASS" if is_right else "FAIL"
         print(f"{name:11} {verdict} in {right.seconds:.3f} s  {right.reason}")
 
 
