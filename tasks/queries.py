@@ -17,7 +17,7 @@ Demonstrations come in several styles, as collected data does: some show their w
 answer at once. All of them are right. Reinforcement learning has to find out which style suits a
 model of a given size.
 
-    python -m tasks             # print a few queries, demonstrations and verdicts
+    python -m tasks             # print a few demonstrations and verdicts
 """
 import hashlib
 import random

@@ -838,7 +838,7 @@ def test_cargo_is_not_visible(tmp_path, monkeypatch):
     for function in caches:
         function.cache_clear()
     try:
-        bound = [path for path, _ in visible_files().bound]
+        bound = [path for path, _ in visible_files()["bound"]]
     finally:
         for function in caches:
             function.cache_clear()

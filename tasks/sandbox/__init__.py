@@ -51,9 +51,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tasks.sandbox.isolation import (
-    DISK,
-    PACKAGES,
-    PACKAGES_IN_VIEW,
     child_command,
     count_threads,
     fork_filter,
@@ -283,16 +280,13 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     own_pids = has_namespaces()
     if not own_pids:
         hide_memory()
-    view = visible_files()
     check_limits, run_limits = _limits(row, timeout, memory_mb, own_pids)
     may_fork = row.forks or is_python and STARTS_PROCESSES.search(code)
-    job = {
+    job = visible_files() | {
         "file": row.file, "source": source, "commands": find_commands(language),
         "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests,
-        "guard_mark": GUARD_MARK, "key": key_a.encode(), "path": view.path,
-        "packages": [PACKAGES_IN_VIEW, PACKAGES], "check_limits": check_limits,
-        "run_limits": run_limits, "in_namespaces": own_pids, "disk": DISK,
-        "directories": view.directories, "bound": view.bound,
+        "guard_mark": GUARD_MARK, "key": key_a.encode(), "in_namespaces": own_pids,
+        "check_limits": check_limits, "run_limits": run_limits,
         "filter": seccomp_filter(own_pids), "no_fork": b"" if may_fork else fork_filter(),
     }
     command = child_command(own_pids)

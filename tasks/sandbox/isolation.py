@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
 
 from tasks.sandbox.languages import LANGUAGES, find_commands
 
@@ -34,17 +33,17 @@ PACKAGES_IN_VIEW = "/packages"
 NUMPY = ("numpy", "numpy.libs")
 
 
-class View(NamedTuple):
-    """What a run sees of the files."""
-
-    directories: list[str]  # empty directories; parents come before their children
-    bound: list[tuple[str, str]]  # trees and files, read-only: (path here, path in the view)
-    path: str  # the PATH that finds the toolchains
-
-
 @functools.lru_cache(None)
-def visible_files() -> View:
-    """Return the system's programs and libraries, this Python, the toolchains and some devices."""
+def visible_files() -> dict:
+    """Return what a run sees: the system's programs and libraries, this Python, the toolchains and
+    some devices. These are entries of child.py's job:
+
+    directories: empty directories; parents come before their children
+    bound: trees and files, read-only: (path here, path in the view)
+    path: the PATH that finds the toolchains
+    packages: where numpy may be
+    disk: bytes of all files together
+    """
     commands = [words for language in LANGUAGES for words in find_commands(language) or []]
     tools = sorted({words[0] for words in commands if words and words[0] != "./main"})
     wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives",
@@ -71,7 +70,8 @@ def visible_files() -> View:
     for name in NUMPY:
         if os.path.exists(f"{PACKAGES}/{name}"):
             pairs.append((f"{PACKAGES}/{name}", f"{PACKAGES_IN_VIEW}/{name}"))
-    return View(directories, pairs, ":".join(dict.fromkeys(folders)))
+    return {"directories": directories, "bound": pairs, "path": ":".join(dict.fromkeys(folders)),
+            "packages": [PACKAGES_IN_VIEW, PACKAGES], "disk": DISK}
 
 
 @functools.lru_cache(None)
