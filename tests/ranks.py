@@ -29,7 +29,6 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     import lib.run
     from lib import dist
     import sample
-    from helpers import stage_args
     from tasks import queries
     stage = importlib.import_module(stage)
     generate, builtin = sample.generate, queries.builtin
@@ -64,7 +63,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     try:
         for change in new:
             setattr(*change)
-        stage.main(stage_args(stage, **args))
+        stage.main(stage.Args(**args))
     except Stopped:
         pass
     finally:
