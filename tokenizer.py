@@ -390,7 +390,10 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Return the ids of any bytes, also of invalid UTF-8; decode_bytes gives them back."""
-        return self._bpe._encode_bytes(data)
+        ids = []
+        for start in range(0, len(data), SPACE_RUN):  # tiktoken would abort on a longer run
+            ids += self._bpe._encode_bytes(data[start:start + SPACE_RUN])
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's bytes. Over a text their lengths add up to its UTF-8 length."""

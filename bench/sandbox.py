@@ -35,9 +35,8 @@ def ours(namespaces):
     def fn(case):
         harness.ours()
         from tasks import sandbox
-        from tasks.sandbox.isolation import launchers
         if not namespaces:
-            sandbox.find_launcher = lambda: launchers()["bare"]
+            sandbox.has_namespaces = lambda: False
         language = case.split()[0]
         code, tests = sandbox.SAMPLES[language]
 

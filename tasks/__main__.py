@@ -1,6 +1,6 @@
 """Look at the tasks, and write conversations for SFT whose answers passed their checks.
 
-    python -m tasks                                     # a few queries, demonstrations, verdicts
+    python -m tasks                                     # a few demonstrations and verdicts
     python -m tasks demonstrations --n 1000 --out demonstrations.jsonl
     python -m tasks rejection --init runs/sft --queries rl --out passed.jsonl
     python sft.py --init runs/sft --data passed.jsonl --out runs/rejection
@@ -26,7 +26,7 @@ from tasks import queries
 from tasks.benchmarks import read_queries
 from tasks.check_tests import find_problems
 
-SHOWN = 8  # queries that `python -m tasks` prints
+SHOWN = 8  # demonstrations that `python -m tasks` prints
 
 
 @dataclass
@@ -62,14 +62,11 @@ def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_n
 
 
 def main(args: Args) -> None:
-    """Print a few queries with their checks, and demonstrations with their verdicts."""
-    for query in queries.builtin("rl", SHOWN, args.seed):
-        print(f"[{query['domain']}] {query['prompt']}\n    {query['check']}\n")
+    """Print a few demonstrations with their checks and verdicts."""
     for query, answer in queries.distinct("sft", SHOWN, args.seed):
-        print(f"user: {query['prompt']}\nassistant: {answer}")
         verdict = queries.score(query, answer)
-        echo_verdict = queries.score(query, query["prompt"])
-        print(f"    scores {verdict}; the question repeated as an answer scores {echo_verdict}\n")
+        print(f"[{query['domain']}] {query['prompt']}\n    {query['check']}")
+        print(f"assistant: {answer}\n    scores {verdict}\n")
 
 
 def demonstrations(args: Args) -> None:

@@ -68,31 +68,28 @@ def closes(fence: Fence, line: str) -> bool:
 
 def fenced_blocks(text: str) -> list[Block]:
     """Return all fenced blocks. The last one may lack its closing fence."""
-    blocks = []
-    lines = []
+    languages = []
+    contents = []  # of each block its lines
     fence = None
     for line in text.replace("\r\n", "\n").split("\n"):
-        if fence is None:
+        if fence is None or closes(fence, line):
+            if fence:
+                rest = line.lstrip(" \t>").lstrip(fence.marks[0])
+                # "```python" inside a block opens the next one: its own fence was forgotten.
+                line = line if rest[:1].isalnum() else rest
             fence = opening_fence(line)
-        elif closes(fence, line):
-            blocks.append(Block(fence.language, "".join(lines)))
-            lines = []
-            rest = line.lstrip(" \t>").lstrip(fence.marks[0])
-            # "```python" inside a block opens the next one: its own fence was forgotten.
-            fence = opening_fence(line if rest[:1].isalnum() else rest)
-        else:
-            if not line[:fence.indentation].strip(" \t>"):
-                line = line[fence.indentation:]
-            code, marks, rest = line.partition(fence.marks)
-            is_last = marks and code.strip() and not rest.strip()  # "return x```"
-            lines.append((code if is_last else line) + "\n")
-            if is_last:
-                blocks.append(Block(fence.language, "".join(lines)))
-                lines = []
-                fence = None
-    if fence:
-        blocks.append(Block(fence.language, "".join(lines)))
-    return blocks
+            if fence:
+                languages.append(fence.language)
+                contents.append([])
+            continue
+        if not line[:fence.indentation].strip(" \t>"):
+            line = line[fence.indentation:]
+        code, marks, rest = line.partition(fence.marks)
+        is_last = marks and code.strip() and not rest.strip()  # "return x```"
+        contents[-1].append((code if is_last else line) + "\n")
+        if is_last:
+            fence = None
+    return [Block(*block) for block in zip(languages, map("".join, contents), strict=True)]
 
 
 def functions(code: str) -> set[str]:
@@ -144,11 +141,16 @@ def join_blocks(blocks: list[str], asked: frozenset[str], definitions) -> str:
     return "\n".join(blocks[i] for i in sorted(taken))
 
 
+def without_thinking(text: str) -> str:
+    """Return what follows the last tag of thinking, or "" if the thinking has no end."""
+    parts = THINK.split(text)  # behind each tag its "/" and the text that follows
+    is_endless = len(parts) > 1 and parts[-2] == ""
+    return "" if is_endless else parts[-1]
+
+
 def extract_code(response: str, language: str = "python", tests: str = "", prefix: str = "") -> str:
     """Return the code of a response: its blocks by the rule above, or else the whole response."""
-    parts = THINK.split(response)  # behind each tag its "/" and the text that follows
-    is_endless = len(parts) > 1 and parts[-2] == ""
-    text = "" if is_endless else parts[-1]
+    text = without_thinking(response)
     asked = asked_names(tests)
     before, _, after = text.partition("\n```")
     begins_with_code = prefix and before[:1].isspace() or functions(before) & asked

@@ -51,6 +51,7 @@ from typing import NamedTuple
 
 from tasks.answer_spelling import COMMANDS, TEXT, WITH_UNITS, boxes, normal_text
 from tasks.answer_values import WORD, Value
+from tasks.code_blocks import without_thinking
 
 MAX_CHARS = 300  # a longer answer is compared as it stands
 TOLERANCE = 1e-9  # for roots and for float noise such as 17.999999999999996
@@ -58,7 +59,6 @@ TOLERANCE = 1e-9  # for roots and for float noise such as 17.999999999999996
 # ---------------------------------------------------------------------------------------------
 # 1. find the final answer
 
-THINK = re.compile("<(/?)think(?:ing)?>")
 BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)\*\*")  # 2**3**2 is a power
 PHRASE = re.compile(r"""(?:
     ^[ \t\#*]*A[ \t]*[:：]                                         # A: 18
@@ -84,11 +84,10 @@ def extract_answer(text: str, strict: bool = False) -> str | None:
     Thinking does not count, and nothing counts beside an <answer>. The answer is the last \boxed{},
     else the line behind ####, else what follows the last "A:" or "answer is", else all of <answer>.
     Else, unless `strict`, it is the text itself, its last formula or last number."""
-    parts = THINK.split(text)  # behind each tag its "/" and the text that follows
-    if len(parts) > 1 and parts[-2] == "":
-        return None  # the thinking has no end
-    _, tag, tagged = parts[-1].rpartition("<answer>")
-    text = tagged.partition("</answer>")[0] if tag else parts[-1]
+    text = without_thinking(text)
+    _, tag, tagged = text.rpartition("<answer>")
+    if tag:
+        text = tagged.partition("</answer>")[0]
     answer = last_box(text)
     if answer is None:  # an empty box gets no second chance elsewhere
         text = BOLD.sub(r"\1", text)

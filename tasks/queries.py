@@ -17,7 +17,7 @@ Demonstrations come in several styles, as collected data does: some show their w
 answer at once. All of them are right. Reinforcement learning has to find out which style suits a
 model of a given size.
 
-    python -m tasks             # print a few queries, demonstrations and verdicts
+    python -m tasks             # print a few demonstrations and verdicts
 """
 import hashlib
 import random
@@ -90,13 +90,13 @@ def run_programs(programs: list[Program]) -> dict[Program, bool]:
 def require_isolation(queries: list[dict], allow_unsafe_code: bool) -> None:
     """Say what a model's code could do on this machine, where the sandbox lacks some isolation.
 
-    Without a layer of sandbox.ESSENTIAL refuse, unless it is allowed. Without code checks there is
-    nothing to say."""
+    Without "files" or "pids" refuse, unless it is allowed. Without code checks there is nothing to
+    say."""
     if not hold_code(queries):
         return
     gaps = sandbox.isolation_gaps()
     text = "; ".join(f"without {layer!r} it can {harm}" for layer, harm in gaps.items())
-    require(allow_unsafe_code or gaps.keys().isdisjoint(sandbox.ESSENTIAL),
+    require(allow_unsafe_code or sandbox.is_isolated(),
             f"the model's code is not isolated on this machine: {text}. Run in a container or VM "
             "that holds nothing else of value, and add --allow_unsafe_code")
     if gaps:
@@ -293,9 +293,8 @@ def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
 def load_runnable_file(path: str, n: int) -> list[dict]:
     """Return the queries of a file. Refuse now what cannot be judged here, not in training.
 
-    The tests of the first CHECKED rows are tried, in Python by two runs of 15 ms per row, unless
-    the sandbox lacks a layer that `require_isolation` asks for: a file's code is a stranger's. For
-    all rows of a large file `python -m tasks check` does it once."""
+    The tests of the first CHECKED rows are tried, in Python by two runs of 15 ms per row, if code
+    is isolated here: a file's code is a stranger's. `python -m tasks check` tries all rows."""
     lines = []
     queries = []
     for line, query in islice(read_queries(path), n or None):
@@ -303,7 +302,7 @@ def load_runnable_file(path: str, n: int) -> list[dict]:
         lines.append(line)
         queries.append(query)
     problems = []
-    if hold_code(queries) and sandbox.isolation_gaps().keys().isdisjoint(sandbox.ESSENTIAL):
+    if hold_code(queries) and sandbox.is_isolated():
         problems = find_problems(queries[:CHECKED])
     for line, problem in zip(lines, problems, strict=False):
         require(not problem, f"{path}:{line}: {problem} (`python -m tasks check` finds all)")

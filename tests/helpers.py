@@ -55,8 +55,11 @@ def micro_model(tokenizer, seed=0) -> Qwen2:
 
 
 def stage_args(module, **values):
-    """Args of a stage on the CPU in float32."""
-    return module.Args(**{"device": "cpu", "dtype": "float32", **values})
+    """Args of a stage on the CPU in float32, for machines without isolation of code, too."""
+    fixed = {"device": "cpu", "dtype": "float32"}
+    if hasattr(module.Args, "allow_unsafe_code"):
+        fixed["allow_unsafe_code"] = True
+    return module.Args(**fixed | values)
 
 
 GLOSSARY = {"step"} | {name for line in (ROOT / "docs/metrics.md").read_text("utf-8").splitlines()

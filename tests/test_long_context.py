@@ -16,7 +16,7 @@ import model as M
 import sample
 from lib.args import InputError
 from data.mixture import is_held_out
-from helpers import tiny_model, write_rows
+from helpers import stage_args, tiny_model, write_rows
 from model import PRESETS, Config, KVCache, GrowingKVCache, Qwen2
 
 LENGTH = 16  # of training, in the tests of dual chunk attention: chunks of 12 tokens, 4 local
@@ -302,8 +302,8 @@ def test_evaluate_reads_long_windows(short_run, tmp_path):
     held_out = [text for text in texts if is_held_out(text)]
     assert held_out
     write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in held_out])
-    args = evaluate.Args(init=str(short_run), n_queries=4, samples=1, max_new_tokens=2, window=400,
-                         text=str(tmp_path), device="cpu", dtype="float32")
+    args = stage_args(evaluate, init=str(short_run), n_queries=4, samples=1, max_new_tokens=2,
+                      window=400, text=str(tmp_path))
 
     def bits(**flags):
         return evaluate.main(replace(args, **flags))["bits_per_byte"]

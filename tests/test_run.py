@@ -221,6 +221,7 @@ def test_signals_end_the_run_after_a_saved_step(name, tmp_path):
     """Ctrl-C, a batch system's SIGTERM, and the SIGHUP of a closed terminal."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests run under nohup
         run = Run(Args(out=str(tmp_path / "run")), "stage")
         run.start_or_resume(*small())
         os.kill(os.getpid(), getattr(signal, name))

@@ -48,21 +48,20 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tasks.sandbox.isolation import (
-    DISK,
-    PACKAGES,
-    PACKAGES_IN_VIEW,
+    child_command,
     count_threads,
-    find_launcher,
     fork_filter,
+    has_namespaces,
     hide_memory,
     seccomp_filter,
     visible_files,
 )
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
-__all__ = ["ESSENTIAL", "LANGUAGES", "SAMPLES", "Result", "isolation_gaps", "languages", "run",
+__all__ = ["LANGUAGES", "SAMPLES", "Result", "is_isolated", "isolation_gaps", "languages", "run",
            "run_many"]
 
 # Per process, except NPROC, which counts the processes of the user (or of its namespace).
@@ -78,7 +77,6 @@ HARM = {
     "no new privileges": "use setuid programs",
     "limits": "use up memory, disk or processes",
 }
-ESSENTIAL = ("files", "pids")
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 GUARD_MARK = b"\0the guard of child.py"
@@ -107,6 +105,7 @@ def languages() -> dict[str, str]:
     return {name: "" if find_commands(name) else row.install for name, row in LANGUAGES.items()}
 
 
+@functools.lru_cache(None)
 def isolation_gaps() -> dict[str, str]:
     """Return {layer: what a program can do without it} for the layers that do not hold here."""
     layers = run("pass").isolation
@@ -114,6 +113,11 @@ def isolation_gaps() -> dict[str, str]:
     if "seccomp" in layers:  # it denies sockets
         gaps.pop("network", None)
     return gaps
+
+
+def is_isolated() -> bool:
+    """Return whether the layers hold without which the stages refuse to run a model's code."""
+    return isolation_gaps().keys().isdisjoint(("files", "pids"))
 
 
 class _GuardComparisons(ast.NodeTransformer):
@@ -156,20 +160,18 @@ def _compile_tests(tests: str) -> bytes:
     return marshal.dumps(code)
 
 
-@dataclass
-class _Answer:
+class _Answer(NamedTuple):
     """What the child said; the protocol stands in child.py."""
 
-    layers: list[str]
+    layers: tuple[str, ...]
     dots: int  # the stages that it reached
-    verdict: bytes  # one line; without its newline the child died or was late
-    late: bool
+    verdict: str  # one line, or ours if the child was late or died before its own
 
 
 def _converse(link, message: bytes, timeout: float, check_seconds: float) -> _Answer:
     """Send the job and the keys, and return what the child answers (the protocol of child.py)."""
     answer = b""
-    late = False
+    end = "killed before the end"
     checking = check_seconds > 0
     deadline = time.monotonic() + timeout + check_seconds
     try:
@@ -185,14 +187,14 @@ def _converse(link, message: bytes, timeout: float, check_seconds: float) -> _An
                 checking = False
                 deadline = time.monotonic() + timeout
     except TimeoutError:
-        late = True
+        end = f"time limit of {timeout:g} s"
     except ConnectionError:
         pass  # the child died before it had read everything
-    layers, _, said = answer.partition(b"\n")
-    verdict = said.lstrip(b".")
-    line, newline, _ = verdict.partition(b"\n")
-    names = [name for name in layers.decode().split(",") if name]
-    return _Answer(names, len(said) - len(verdict), line + newline, late)
+    layers, _, said = answer.decode("utf-8", "replace").partition("\n")
+    verdict = said.lstrip(".")
+    line, newline, _ = verdict.partition("\n")
+    dots = len(said) - len(verdict)
+    return _Answer(tuple(layers.split(",")) if layers else (), dots, line if newline else end)
 
 
 def _run_child(command, job: dict, key_b: str, timeout: float, check_seconds: float) -> tuple:
@@ -230,30 +232,22 @@ def _limits(row: Language, timeout: float, memory_mb: int, own_pids: bool) -> tu
     return check, run
 
 
-def _reason(answer: _Answer, output: str, timeout: float, is_python: bool) -> str:
-    """Return in one line why a run did not pass."""
-    if answer.late:
-        return f"time limit of {timeout:g} s"
-    if not answer.verdict.endswith(b"\n"):
-        return "killed before the end"
-    reason = answer.verdict.decode("utf-8", "replace").strip()
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    if lines and not is_python:  # what the compiler or the runtime has to say
-        errors = [line for line in lines if "rror" in line]
-        reason += ": " + (errors or lines)[0]
-    return reason[:500]
+def _first_error(stderr: str, stdout: str) -> str:
+    """Return the first line in which a compiler or a runtime names an error, or the first line."""
+    lines = [line.strip() for line in f"{stderr}\n{stdout}".splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line]
+    return (errors + lines + [""])[0]
 
 
 def _require_start(answer: _Answer, err: bytes) -> None:
     """Raise OSError if the sandbox itself failed: this is no verdict on the code, which comes after
     the layers and the first dot."""
-    problem = ""
-    if not answer.layers and not answer.late:
-        problem = err[-500:].decode("utf-8", "replace").strip() or "no message"
-    elif answer.dots == 0 and answer.verdict == b"too many processes\n":
-        problem = answer.verdict.decode().strip()
-    if problem:
-        raise OSError(f"the sandbox could not start a process: {problem.splitlines()[-1]}")
+    messages = err[-500:].decode("utf-8", "replace").strip().splitlines() or ["no message"]
+    if answer.dots == 0 and answer.verdict == "too many processes":
+        messages = [answer.verdict]
+    elif answer.layers or answer.verdict.startswith("time limit"):
+        return
+    raise OSError(f"the sandbox could not start a process: {messages[-1]}")
 
 
 def run(code: str, language: str = "python", tests: str = "", timeout: float = 5.0,
@@ -265,9 +259,9 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     timeout: seconds of wall time. memory_mb: MiB of memory of each process.
     Raise RuntimeError if the language does not run here, OSError if no process can be started.
     """
-    if os.name != "posix" or language not in LANGUAGES or not find_commands(language):
-        here = [name for name, lack in languages().items() if not lack]
-        raise RuntimeError(f"cannot run {language!r} here; can (POSIX only): {here}")
+    lack = languages().get(language, "not among " + ", ".join(LANGUAGES))
+    if lack:
+        raise RuntimeError(f"cannot run {language!r} here: {lack}")
     start = time.monotonic()
     row = LANGUAGES[language]
     is_python = language == "python"
@@ -283,37 +277,35 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
         source = source.encode()  # a lone surrogate is a ValueError
     except COMPILE_ERRORS as error:
         return Result(False, "static", " ".join(str(error).split()), "", "", 0.0)
-    launcher = find_launcher()
-    own_pids = "pids" in launcher.layers
+    own_pids = has_namespaces()
     if not own_pids:
         hide_memory()
-    view = visible_files()
     check_limits, run_limits = _limits(row, timeout, memory_mb, own_pids)
-    may_fork = row.forks or language == "python" and STARTS_PROCESSES.search(code)
-    job = {
+    may_fork = row.forks or is_python and STARTS_PROCESSES.search(code)
+    job = visible_files() | {
         "file": row.file, "source": source, "commands": find_commands(language),
         "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests,
-        "guard_mark": GUARD_MARK, "key": key_a.encode(), "path": view.path,
-        "packages": [PACKAGES_IN_VIEW, PACKAGES], "check_limits": check_limits,
-        "run_limits": run_limits, "private_root": launcher.private_root, "disk": DISK,
-        "directories": view.directories, "bound": view.bound,
+        "guard_mark": GUARD_MARK, "key": key_a.encode(), "in_namespaces": own_pids,
+        "check_limits": check_limits, "run_limits": run_limits,
         "filter": seccomp_filter(own_pids), "no_fork": b"" if may_fork else fork_filter(),
-        "layers": ["session", "environment", "directory", *launcher.layers],
     }
-    answer, out, err = _run_child(launcher.command, job, key_b, timeout, row.check_seconds)
+    command = child_command(own_pids)
+    answer, out, err = _run_child(command, job, key_b, timeout, row.check_seconds)
     seconds = time.monotonic() - start
     _require_start(answer, err)
-    proof = f"{key_a}{key_b}\n".encode()
+    proof = f"{key_a}{key_b}".encode()
+    proof_line = proof + b"\n"
     if is_python:
-        proved = secrets.compare_digest(answer.verdict, proof)
+        passed = secrets.compare_digest(answer.verdict.encode(), proof)
     else:
-        proved = answer.verdict == b"exit status 0\n" and (proof in out or proof in err)
-    passed = proved and not answer.late
-    stdout = out.replace(proof, b"")[:SHOWN].decode("utf-8", "replace")
-    stderr = err.replace(proof, b"")[:SHOWN].decode("utf-8", "replace")
-    reason = "" if passed else _reason(answer, f"{stderr}\n{stdout}", timeout, is_python)
+        passed = answer.verdict == "exit status 0" and (proof_line in out or proof_line in err)
+    stdout = out.replace(proof_line, b"")[:SHOWN].decode("utf-8", "replace")
+    stderr = err.replace(proof_line, b"")[:SHOWN].decode("utf-8", "replace")
+    reason = "" if passed else answer.verdict.strip()
+    if reason.startswith("exit status") and not is_python:
+        reason = f"{reason}: {_first_error(stderr, stdout)}".removesuffix(": ")
     stage = ("static", "run", "tests")[min(answer.dots, 2)]
-    return Result(passed, stage, reason, stdout, stderr, seconds, tuple(answer.layers))
+    return Result(passed, stage, reason[:500], stdout, stderr, seconds, answer.layers)
 
 
 def run_many(jobs: list[dict], workers: int | None = None) -> list[Result]:

@@ -35,18 +35,18 @@ def read_exactly(link, count):
 
 
 def find_libc():
-    """Return call(name, *arguments), which calls a C function of ints. Return None without libc.
+    """Return call(name, *arguments), which calls a C function of ints. Without Linux it fails.
 
     The numbers that we pass to C functions below are Linux's.
     """
-    if sys.platform != "linux":
-        return None
     try:
         import _ctypes  # importing ctypes would take longer
 
         library = _ctypes.dlopen(None, 0)
     except (ImportError, OSError):
-        return None
+        library = None
+    if library is None or sys.platform != "linux":
+        return lambda *_: -1
 
     def call(name, *arguments):
         return _ctypes.call_cdeclfunction(_ctypes.dlsym(library, name), arguments)
@@ -60,11 +60,10 @@ def limit_process_ids():
     Before Linux 6.14 pid_max is the whole machine's, and root can set it even from here.
     """
     try:
-        major, minor = posix.uname().release.split(".")[:2]
-        if (int(major), int(minor)) >= (6, 14):
-            setting = posix.open("/proc/sys/kernel/pid_max", posix.O_WRONLY)
-            posix.write(setting, b"400")
-            posix.close(setting)
+        release = posix.uname().release.split(".")
+        if (int(release[0]), int(release[1])) >= (6, 14):
+            with open("/proc/sys/kernel/pid_max", "w") as setting:
+                setting.write("400")
     except (OSError, ValueError):
         pass
 
@@ -170,7 +169,7 @@ def install_filter(call, program):
     count = len(program) // 8
     fprog = count.to_bytes(2, sys.byteorder) + bytes(6) + address.to_bytes(8, sys.byteorder)
     # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-    return bool(program) and call("prctl", 22, 2, fprog) == 0
+    return count > 0 and call("prctl", 22, 2, fprog) == 0
 
 
 def set_limits(limits):
@@ -209,16 +208,13 @@ def run_commands(job, link, call):
         posix.lseek(output, 0, 0)
     posix.write(link, b".." if job["has_tests"] else b".")
     set_limits(job["run_limits"])
-    if call:
-        install_filter(call, job["no_fork"])
+    install_filter(call, job["no_fork"])
     posix.execve(run[0], run, environment)
 
 
 def write_file(path, data):
-    file = posix.open(path, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC, 0o644)
-    while data:
-        data = data[posix.write(file, data):]
-    posix.close(file)
+    with open(path, "wb") as file:
+        file.write(data)
 
 
 # Types of the library that compare with plain values, and how to reach what is in them. Their
@@ -355,9 +351,10 @@ def main():
     posix.dup2(posix.open("/dev/null", posix.O_RDONLY), 0)
     posix.environ.clear()
     sys.path[0] = ""  # the working directory in place of this file's
-    layers = job["layers"]
+    layers = ["session", "environment", "directory"]
     call = find_libc()
-    if call and job["private_root"]:
+    if job["in_namespaces"]:
+        layers += ["pids", "network"]
         limit_process_ids()
         try:
             enter_private_root(call, posix.getcwd(), job)
@@ -367,18 +364,16 @@ def main():
     child = posix.fork()
     if child:
         supervise(child, link)
-    if call:
-        layers += drop_privileges(call, job["filter"])
-        paths = [path for path, _ in job["bound"]]
-        if "files" not in layers and restrict_files(call, paths, job["packages"][-1]):
-            layers.append("files")
+    layers += drop_privileges(call, job["filter"])
+    paths = [path for path, _ in job["bound"]]
+    if "files" not in layers and restrict_files(call, paths, job["packages"][-1]):
+        layers.append("files")
     is_python = not job["commands"][0]
     if set_limits(job["run_limits"] if is_python else job["check_limits"]):
         layers.append("limits")
     posix.write(link, (",".join(layers) + "\n").encode())
     if is_python:
-        if call:
-            install_filter(call, job["no_fork"])
+        install_filter(call, job["no_fork"])
         run_python(job, link)
     else:
         run_commands(job, link, call)

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
 
 from tasks.sandbox.languages import LANGUAGES, find_commands
 
@@ -34,17 +33,17 @@ PACKAGES_IN_VIEW = "/packages"
 NUMPY = ("numpy", "numpy.libs")
 
 
-class View(NamedTuple):
-    """What a run sees of the files."""
-
-    directories: list[str]  # empty directories; parents come before their children
-    bound: list[tuple[str, str]]  # trees and files, read-only: (path here, path in the view)
-    path: str  # the PATH that finds the toolchains
-
-
 @functools.lru_cache(None)
-def visible_files() -> View:
-    """Return the system's programs and libraries, this Python, the toolchains and some devices."""
+def visible_files() -> dict:
+    """Return what a run sees: the system's programs and libraries, this Python, the toolchains and
+    some devices. These are entries of child.py's job:
+
+    directories: empty directories; parents come before their children
+    bound: trees and files, read-only: (path here, path in the view)
+    path: the PATH that finds the toolchains
+    packages: where numpy may be
+    disk: bytes of all files together
+    """
     commands = [words for language in LANGUAGES for words in find_commands(language) or []]
     tools = sorted({words[0] for words in commands if words and words[0] != "./main"})
     wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives",
@@ -71,70 +70,35 @@ def visible_files() -> View:
     for name in NUMPY:
         if os.path.exists(f"{PACKAGES}/{name}"):
             pairs.append((f"{PACKAGES}/{name}", f"{PACKAGES_IN_VIEW}/{name}"))
-    return View(directories, pairs, ":".join(dict.fromkeys(folders)))
-
-
-def child_file() -> str:
-    """Return the path of child.py's bytecode, so that no run has to compile it.
-
-    Where no bytecode can be written, it is the path of child.py itself.
-    """
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
-    try:
-        return py_compile.compile(source, doraise=True)
-    except OSError:
-        return source
-
-
-class Launcher(NamedTuple):
-    """A way to start the child."""
-
-    command: list[str]
-    layers: list[str]  # the isolation that it provides
-    private_root: bool  # whether it leaves the private root to the child
+    return {"directories": directories, "bound": pairs, "path": ":".join(dict.fromkeys(folders)),
+            "packages": [PACKAGES_IN_VIEW, PACKAGES], "disk": DISK}
 
 
 @functools.lru_cache(None)
-def launchers() -> dict[str, Launcher]:
-    """Return all launchers by name, the best one first.
+def child_command(in_namespaces: bool) -> list[str]:
+    """Return the command that starts child.py: its bytecode, so that no run has to compile it.
 
     In namespaces the child has no network, and process ids of its own: when the first process
     dies, the kernel kills all others, even those that setsid() took out of our kill's reach.
     """
-    child = child_file()
-    child_in_view = "/" + os.path.basename(child)
-    unshare = """unshare --user --map-root-user --net --pid --ipc --uts --mount --fork
-        --kill-child""".split()
-    bwrap = f"""bwrap --unshare-all --die-with-parent --cap-drop ALL --proc /proc --dev /dev
-        --size {DISK} --tmpfs /tmp --chdir /tmp --ro-bind""".split() + [child, child_in_view]
-    for path, path_in_view in visible_files().bound:
-        if not path.startswith("/dev/"):
-            bwrap += ["--ro-bind", path, path_in_view]
-    for command in (unshare, bwrap):
-        command[0] = shutil.which(command[0]) or command[0]  # the child has no PATH
-    alone = ["pids", "network"]
-    return {"unshare": Launcher([*unshare, *PYTHON, child], alone, private_root=True),
-            "bwrap": Launcher([*bwrap, *PYTHON, child_in_view], [*alone, "files"], False),
-            "bare": Launcher([*PYTHON, child], [], private_root=False)}
-
-
-def works(launcher: Launcher) -> bool:
-    """Return whether the launcher starts the child, which then finds no job."""
-    try:
-        done = subprocess.run(launcher.command, stdin=subprocess.DEVNULL, capture_output=True,
-                              timeout=10)
-    except OSError:  # not installed, or in a folder that we may not read
-        return False
-    return done.returncode == NO_JOB
+    child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
+    with contextlib.suppress(OSError):  # where nothing can be written
+        child = py_compile.compile(child, doraise=True)
+    if not in_namespaces:
+        return [*PYTHON, child]
+    unshare = shutil.which("unshare") or "unshare"  # the child has no PATH
+    options = "--user --map-root-user --net --pid --ipc --uts --mount --fork --kill-child".split()
+    return [unshare, *options, *PYTHON, child]
 
 
 @functools.lru_cache(None)
-def find_launcher() -> Launcher:
-    """Return the first launcher that works. Systems may lack namespaces or forbid them.
-
-    Some allow bubblewrap what they forbid unshare.
-    """
-    return next(filter(works, launchers().values()), launchers()["bare"])
+def has_namespaces() -> bool:
+    """Return whether this system has namespaces and allows them: the child then finds no job."""
+    try:
+        done = subprocess.run(child_command(True), stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError:  # not installed, or in a folder that we may not read
+        return False
+    return done.returncode == NO_JOB
 
 
 # Tracing of other processes, memory that no limit counts, sockets (socketpair stays), and

@@ -216,5 +216,6 @@ def find_commands(language: str) -> list[list[str]] | None:
     for words in commands:
         if words and not words[0].startswith("./"):
             words[0] = find_program(words[0])
-    missing = any(words and words[0] is None for words in commands)
-    return None if missing else commands
+            if words[0] is None:
+                return None
+    return commands

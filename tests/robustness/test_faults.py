@@ -72,7 +72,7 @@ def inputs(texts, tokenizer, tmp_path_factory):
         "pretrain": pretraining, "pretrain-moe": pretraining | {"model": "micro-moe"},
         "sft": pairwise | {"data": chats},
         "dpo": pairwise | {"data": pairs, "base": str(base), "merge_alpha": 1e-3,
-                           "max_new_tokens": 8},
+                           "max_new_tokens": 8, "allow_unsafe_code": True},
         "reward": pairwise | {"pairs": pairs, "queries": "none", "max_new_tokens": 8},
         "grpo": common_args | {
             "init": policy, "reward_model": str(path / "scorer"), "steps": 6, "batch_queries": 2,
