@@ -12,9 +12,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
+
+
+class NoDraws(TorchFunctionMode):
+    """Skip random initial weights: torch would load 80 MB of code to draw them on "meta"."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ != "normal_":  # of torch.nn.init, and of Tensor
+            return function(*args, **(kwargs or {}))
 
 
 def load_model(Model, Config, path: str | Path, dtype, device):
@@ -26,9 +35,12 @@ def load_model(Model, Config, path: str | Path, dtype, device):
     path = Path(path)
     config = read_config(path, Config)
     stored = find_weights(path, config)
-    with torch.device("meta"):
+    with NoDraws(), torch.device("meta"):
         model = Model(config)
-    model.to(dtype).to_empty(device=device)
+    empty = {}
+    for name, weight in model.state_dict().items():
+        empty[name] = torch.empty(weight.shape, dtype=dtype, device=device)
+    model.load_state_dict(empty, assign=True)
     targets = published_weights(model)
     for name in sorted(targets.keys() ^ stored.keys()):
         what = "is missing" if name in targets else "does not belong to this architecture"
@@ -36,7 +48,7 @@ def load_model(Model, Config, path: str | Path, dtype, device):
     found = {read_weight(target, *stored[name]) for name, target in targets.items()}
     if len(found) == 1 and found != {dtype}:
         model.config = replace(config, torch_dtype=dtype_name(found.pop()))
-    return model
+    return model.requires_grad_()
 
 
 def save_model(model, path: str | Path, dtype: str = "") -> None:

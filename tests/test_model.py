@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import kernels
 import model as M
+from helpers import ENV
 from lib.args import InputError
 from model import PRESETS, Config, KVCache, MoE, Qwen2, load_balancing_loss
 
@@ -501,6 +504,44 @@ def test_load_in_another_dtype(tmp_path):
                        model.head_weight.bfloat16().float())
 
 
+RSS = """
+import sys
+from lib.run import peak_rss_mb
+from sample import load_policy
+before = peak_rss_mb()
+model, _ = load_policy(sys.argv[1], "cpu")
+size = sum(p.nbytes for p in model.parameters()) / 1e6
+print(size, (peak_rss_mb() - before) / size)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's peak memory")
+def test_loading_never_holds_the_weights_twice(tokenizer, tmp_path):
+    """Nor those of a bfloat16 file beside their float32. Python's own growth counts in 202 MB."""
+    config = replace(PRESETS["micro"], vocab_size=32768, hidden_size=512, intermediate_size=1408,
+                     num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2)
+    Qwen2(config).save_pretrained(tmp_path, "bfloat16")
+    tokenizer.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", RSS, tmp_path], env=ENV, text=True,
+                          capture_output=True, check=True)
+    size, ratio = map(float, done.stdout.split())
+    assert size > 200 and 1 <= ratio < 1.2
+
+
+def test_a_model_remembers_the_dtype_of_its_files(tmp_path):
+    """Trained in float32, it can be written as it came; of what was float32 there is no note."""
+    model = build(SPARSE)
+    model.save_pretrained(tmp_path)
+    assert Qwen2.from_pretrained(tmp_path).config.torch_dtype == ""
+    model.save_pretrained(tmp_path, "bfloat16")
+    again = Qwen2.from_pretrained(tmp_path)
+    assert again.config.torch_dtype == "bfloat16" and again.head_weight.dtype == torch.float32
+    assert torch.equal(again.head_weight, model.head_weight.bfloat16().float())
+    assert Qwen2.from_pretrained(tmp_path, torch.bfloat16).config.torch_dtype == ""
+    again.save_pretrained(tmp_path)   # the dtype in memory, unless another one is asked for
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
 def shard(path, n):
     """Cut model.safetensors into n files with an index, as the Hub stores large models."""
     weights = load_file(path / "model.safetensors")
@@ -609,7 +650,8 @@ BROKEN = {
     "more experts than tensors": (lambda p: edit_config(p, num_experts=20_000),
                                   "3 layers, 3 of them of 20000 experts"),
     "experts of two shapes": (lambda p: edit_weights(p, **{
-        "model.layers.1.mlp.experts.3.up_proj.weight": torch.ones(20, 31)}), "experts.3.up_proj.weight has shape"),
+        "model.layers.1.mlp.experts.3.up_proj.weight": torch.ones(20, 31)}),
+        "experts.3.up_proj.weight has shape"),
     "up is not gate": (lambda p: edit_weights(p, **{
         f"model.layers.1.mlp.experts.{e}.up_proj.weight": torch.ones(20, 31) for e in range(6)}),
         "experts.0.up_proj.weight has shape"),
