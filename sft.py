@@ -120,7 +120,12 @@ class Conversations:
                 require(len(line) < MAX_LINE, f"a line of {MAX_LINE:,} bytes or more")
                 wanted = n == 0 or len(self.starts) + self.dropped < n
                 if line.strip() and wanted:
-                    if any(self.count(line).mask[1:]):
+                    mask = self.tokenize(line).mask
+                    lost = sum(mask[max_len:])
+                    self.cut += lost > 0
+                    self.lost += lost
+                    self.targets += sum(mask)
+                    if any(mask[1:max_len]):
                         self.starts.append(start)
                     else:
                         self.dropped += 1
@@ -130,18 +135,11 @@ class Conversations:
         except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
             raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
-    def render(self, line: bytes) -> Row:
+    def tokenize(self, line: bytes) -> Row:
+        """Return a whole conversation, not yet cut."""
         messages, tools = to_conversation(json.loads(line))
-        return Row(*self.tokenizer.render(messages, tools=tools))
-
-    def count(self, line: bytes) -> Row:
-        """Count what --max_len costs a conversation, and return the rest."""
-        row = self.render(line)
-        lost = sum(row.mask[self.max_len:])
-        self.cut += lost > 0
-        self.lost += lost
-        self.targets += sum(row.mask)
-        return Row(row.ids[:self.max_len], row.mask[:self.max_len])
+        ids, mask = self.tokenizer.render(messages, tools=tools)
+        return Row(ids, mask)
 
     def read_line(self, i: int) -> bytes:
         self.file.seek(self.starts[i])
@@ -151,7 +149,7 @@ class Conversations:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> Row:
-        row = self.render(self.read_line(i))
+        row = self.tokenize(self.read_line(i))
         return Row(row.ids[:self.max_len], row.mask[:self.max_len])
 
     def prompts(self, n: int) -> list[dict]:

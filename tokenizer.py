@@ -17,8 +17,8 @@ Numbers that people confuse (docs/01-tokenizer.md): 151,643 regular tokens and 2
 151,665 ids (`n_vocab`). `vocab_size` in a config.json counts the rows of the embedding: 151,936 or
 152,064, multiples of 128. Never sample the rows from 151,665 on.
 
-One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. A pad that is also a stop
-id gets masked out of the loss, and the model never learns to stop.
+One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. Where a pad that is also
+a stop id is masked out of the loss, the model never learns to stop.
 """
 import argparse
 import heapq
@@ -49,7 +49,6 @@ CONTROL_TOKENS = (
     "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
     "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
     "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()
-N_HIDDEN = 14
 MAX_PRETOKEN = 256        # characters; training only. Qwen's longest token: 128 spaces
 SPACE_RUN = 900_000       # tiktoken's regex engine aborts on about a million spaces in a row
 
@@ -277,7 +276,7 @@ class Tokenizer:
         before); None: Qwen2.5's 22 control tokens follow. Without `merges`, any two neighbours that
         together are a token may merge, as in tiktoken. InputError if this makes no tokenizer."""
         if added is None:
-            added = [{"content": name, "id": len(tokens) + i, "special": i < N_HIDDEN}
+            added = [{"content": name, "id": len(tokens) + i, "special": i < 14}
                      for i, name in enumerate(CONTROL_TOKENS)]
         self.added = added
         self.special = {token["content"]: token["id"] for token in added}
@@ -344,11 +343,9 @@ class Tokenizer:
         path = Path(path)
         source = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else path
         try:
-            if not path.is_dir():
-                return cls(tokenizer_files.read_ranks(path))
-            tokenizer = cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
-            tokenizer_files.add_stop_id(tokenizer)
-            return tokenizer
+            if path.is_dir():
+                return cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
+            return cls(tokenizer_files.read_ranks(path))
         except InputError as error:
             where = "" if str(path) in str(error) else f"{source}: "
             raise InputError(f"{where}{error}") from None

@@ -39,27 +39,23 @@ def called_function(call):
     return call.get("function", call) if isinstance(call, dict) else call
 
 
+def from_json(value, what: str):
+    """Return the value of a JSON text, which some APIs and data sets give, or any other value."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} not JSON ({error})") from None
+
+
 def called_arguments(function: dict) -> dict:
-    """Return the arguments of a call, which OpenAI's API gives as the JSON text of an object."""
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"the arguments of {function['name']} are not JSON ({error})"
-                             ) from None
-    require(isinstance(arguments, dict), f"the arguments of {function['name']} must be an object")
+    what = f"the arguments of {function['name']}"
+    arguments = from_json(function["arguments"], f"{what} are")
+    require(isinstance(arguments, dict), f"{what} must be an object")
     return arguments
 
 
 def parse_tools(tools) -> list[dict]:
-    """Return the tools of a conversation, which some data sets store as JSON text."""
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"tools is not JSON ({error})") from None
-    tools = tools or []
+    tools = from_json(tools or [], "tools is") or []
     require(isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools),
             "tools must be a list of objects, or the JSON text of one")
     return tools

@@ -116,16 +116,18 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     listed = listed_tokens(path, config)
     if "tokenizer.json" in files:
         parts = read_tokenizer_json(path / "tokenizer.json", control_tokens)
-        ids = {token["content"]: token["id"] for token in parts["added"] or ()}
-        for token in listed:
-            require(ids.get(token["content"]) == token["id"],
-                    f"tokenizer.json has no token {token['content']!r} with the id {token['id']}, "
-                    "but added_tokens.json or tokenizer_config.json has")
     else:
         merges = (path / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
         if merges[0].startswith("#version"):
             merges = merges[1:]
         parts = from_spelling(read_json(path / "vocab.json"), merges, listed, control_tokens)
+    ids = {token["content"]: token["id"] for token in parts["added"] or ()}
+    for token in listed:
+        require(ids.get(token["content"]) == token["id"],
+                f"tokenizer.json has no token {token['content']!r} with the id {token['id']}, "
+                "but added_tokens.json or tokenizer_config.json has")
+    if "generation_config.json" in files and "<|im_end|>" in ids:
+        add_stop_id(files, ids["<|im_end|>"])
     # transformers prefers the file to the key.
     template = files.get("chat_template.jinja", config.get("chat_template"))
     if template is not None:
@@ -186,18 +188,17 @@ def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
     return {"tokens": tokens, "added": added or None, "merges": merges}
 
 
-def add_stop_id(tokenizer) -> None:
+def add_stop_id(files: dict[str, str], im_end_id: int) -> None:
     """Add <|im_end|> to the stop ids of generation_config.json, where a base model lacks it: its
     chats would never end. Everything else in the file stays."""
-    if "generation_config.json" not in tokenizer.files:
-        return
-    config = json.loads(tokenizer.files["generation_config.json"])
+    config = json.loads(files["generation_config.json"])
     require(isinstance(config, dict), "generation_config.json must be a JSON object")
     stops = config.get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    if tokenizer.im_end_id not in stops:
-        config["eos_token_id"] = [tokenizer.im_end_id, *stops]
-        tokenizer.files["generation_config.json"] = to_json(config)
+    if not isinstance(stops, list):
+        stops = [] if stops is None else [stops]
+    if im_end_id not in stops:
+        config["eos_token_id"] = [im_end_id, *stops]
+        files["generation_config.json"] = to_json(config)
 
 
 # ---------------------------------------------------------------------------------------------
