@@ -455,7 +455,10 @@ def test_published_templates_in_transformers(trained, transformers, compare, tmp
 def test_exported_directories_in_transformers(trained, transformers, compare, tmp_path):
     """AutoTokenizer of a directory that was read and written: the template of its origin, or the
     one with another default system prompt; both give our text and our ids, added words too."""
-    trained_with(["<think>", "</think>", "cat mat"], trained, tmp_path / "init")
+    trained.save_pretrained(tmp_path / "plain")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert auto.add_tokens(["<think>", "</think>", "cat mat"]) == 3
+    auto.save_pretrained(tmp_path / "init")
     user = {"role": "user", "content": "the cat mat, <think>"}
     chats = [([user], None), ([user, {"role": "assistant", "content": "<think>a</think>b"}], None),
              ([{"role": "system", "content": "S"}, user], CHATS["tools, no system"][1])]
