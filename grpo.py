@@ -93,6 +93,7 @@ class Args:
     seed: int = 0                    # of queries and samples
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
+    save_dtype: str = ""             # of the saved weights; empty: that of --init
     resume: bool = False             # continue an interrupted run
     overwrite: bool = False          # replace what --out holds
 

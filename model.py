@@ -60,6 +60,7 @@ class Config:
     yarn_factor: float = 1.0           # YaRN; 1: off
     chunk_size: int = 0                # dual chunk attention: the largest distance + 1; 0: off
     local_size: int = 0                # of chunk_size: tokens before a chunk at exact distances
+    torch_dtype: str = ""              # of the files, if the weights were loaded in another one
 
     def __post_init__(self):
         H = self.num_attention_heads
@@ -506,6 +507,7 @@ class Qwen2(nn.Module):
         InputError if it is no such model, or if weights are missing or do not belong to it."""
         return checkpoint.load_model(cls, Config, path, dtype, device)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write such a directory, the weights first; a file is replaced only when complete."""
-        checkpoint.save_model(self, path)
+    def save_pretrained(self, path: str | Path, dtype: str = "") -> None:
+        """Write such a directory, the weights first; a file is replaced only when complete.
+        dtype: "float32", "bfloat16" or "float16"; empty: that of the weights in memory."""
+        checkpoint.save_model(self, path, dtype)

@@ -223,7 +223,7 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
     There is no top-k or top-p: the log-probabilities must be those of the policy itself. Several
     processes share the queries, and each gets all rollouts."""
     queries = rank_slice(queries)
-    prompts = [tokenizer.render_prompt(query["prompt"]) for query in queries]
+    prompts = [tokenizer.render_prompt(query["prompt"], query.get("tools")) for query in queries]
     completions = generate(model, prompts, max_new_tokens, temperature, n=n,
                            seed=seed + 1_000_000_007 * RANK, stop_ids=tokenizer.stop_ids,
                            valid_vocab=tokenizer.n_vocab)

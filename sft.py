@@ -56,7 +56,9 @@ class Args:
     out: str = "runs/sft"            # run directory
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
     n_data: int = 0                  # read at most this many; 0: all of --data, or 1000 built-in
+    system: str = ""                 # another default system prompt; empty: that of --init
     max_len: int = 512               # longer conversations are cut at the end
+    allow_cut: bool = False          # although more than 10% of the conversations are cut
     pack: bool = False               # sequence packing: several conversations per row, less padding
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
@@ -72,6 +74,7 @@ class Args:
     seed: int = 0                    # of the demonstrations and the order of the data
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
+    save_dtype: str = ""             # of the saved weights; empty: that of --init
     resume: bool = False             # continue an interrupted run
     overwrite: bool = False          # replace what --out holds
 
@@ -107,6 +110,9 @@ class Conversations:
         self.max_len = max_len
         self.starts = array("q")
         self.dropped = 0
+        self.cut = 0                   # conversations that lose targets by max_len
+        self.lost = 0                  # so many, ...
+        self.targets = 0               # ... of all
         number = start = 0
         try:
             for line in iter(partial(self.file.readline, MAX_LINE), b""):
@@ -114,7 +120,12 @@ class Conversations:
                 require(len(line) < MAX_LINE, f"a line of {MAX_LINE:,} bytes or more")
                 wanted = n == 0 or len(self.starts) + self.dropped < n
                 if line.strip() and wanted:
-                    if any(self.tokenize(line).mask[1:]):
+                    mask = self.tokenize(line).mask
+                    lost = sum(mask[max_len:])
+                    self.cut += lost > 0
+                    self.lost += lost
+                    self.targets += sum(mask)
+                    if any(mask[1:max_len]):
                         self.starts.append(start)
                     else:
                         self.dropped += 1
@@ -125,9 +136,10 @@ class Conversations:
             raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
 
     def tokenize(self, line: bytes) -> Row:
+        """Return a whole conversation, not yet cut."""
         messages, tools = to_conversation(json.loads(line))
         ids, mask = self.tokenizer.render(messages, tools=tools)
-        return Row(ids[:self.max_len], mask[:self.max_len])
+        return Row(ids, mask)
 
     def read_line(self, i: int) -> bytes:
         self.file.seek(self.starts[i])
@@ -137,17 +149,18 @@ class Conversations:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> Row:
-        return self.tokenize(self.read_line(i))
+        row = self.tokenize(self.read_line(i))
+        return Row(row.ids[:self.max_len], row.mask[:self.max_len])
 
     def prompts(self, n: int) -> list[dict]:
         """Return what was said before the assistant's first turn in n conversations."""
         prompts = []
         for i in range(min(n, len(self))):
-            messages, _ = to_conversation(json.loads(self.read_line(i)))
+            messages, tools = to_conversation(json.loads(self.read_line(i)))
             first_answer = [message["role"] for message in messages].index("assistant")
             prompt = messages[:first_answer]
-            if prompt and len(self.tokenizer.render_prompt(prompt)) <= self.max_len:
-                prompts.append({"prompt": prompt})
+            if prompt and len(self.tokenizer.render_prompt(prompt, tools)) <= self.max_len:
+                prompts.append({"prompt": prompt, "tools": tools})
         return prompts
 
 
@@ -159,6 +172,17 @@ def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
         path = Path(args.out).parent / f"demonstrations-{n}-seed{args.seed}.jsonl"
         build_once(path, "tasks", "demonstrations", "--n", n, "--seed", args.seed, "--out", path)
     return Conversations(open_lines(path), tokenizer, args.max_len, n, str(path))
+
+
+def check_cuts(conversations: Conversations, args: Args) -> None:
+    """Print what --max_len cuts. Refuse more than a tenth of the conversations: an answer without
+    its end teaches not to stop."""
+    n = len(conversations) + conversations.dropped
+    text = (f"--max_len {args.max_len} cuts {conversations.cut} of {n} conversations, which loses "
+            f"{conversations.lost} of {conversations.targets} targets")
+    require(args.allow_cut or conversations.cut <= n / 10,
+            f"{text}: raise it, or add --allow_cut")
+    print(text)
 
 
 def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
@@ -217,6 +241,8 @@ def main(args: Args) -> dict:
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest} "
             "positions")
     model.gradient_checkpointing = args.gradient_checkpointing
+    if args.system:
+        tokenizer.set_default_system(args.system)
     # On a CPU, "fused" attention skips the other conversations of a packed row.
     kernels.set_default_impl("fused" if args.pack and device.type == "cpu" else "auto")
 
@@ -227,6 +253,7 @@ def main(args: Args) -> dict:
     steps = max(1, int(args.epochs * len(conversations) / args.batch_size))
     print(f"{len(conversations)} conversations ({conversations.dropped} dropped: no answer within "
           f"--max_len), {steps} steps")
+    check_cuts(conversations, args)
 
     # optimizer, resume
     model = apply_fsdp(model, autocast)

@@ -17,8 +17,8 @@ Numbers that people confuse (docs/01-tokenizer.md): 151,643 regular tokens and 2
 151,665 ids (`n_vocab`). `vocab_size` in a config.json counts the rows of the embedding: 151,936 or
 152,064, multiples of 128. Never sample the rows from 151,665 on.
 
-One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. A pad that is also a stop
-id gets masked out of the loss, and the model never learns to stop.
+One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. Where a pad that is also
+a stop id is masked out of the loss, the model never learns to stop.
 """
 import argparse
 import heapq
@@ -38,6 +38,7 @@ import regex  # `re` has no \p{L}; tiktoken depends on it already
 from data.conversations import to_conversation
 from lib import chat, tokenizer_files
 from lib.args import InputError, exit_on_input_error, require
+from lib.chat import DEFAULT_SYSTEM
 from lib.files import read_jsonl, read_texts
 from lib.tokenizer_files import PATTERN
 
@@ -51,7 +52,6 @@ CONTROL_TOKENS = (
 MAX_PRETOKEN = 256        # characters; training only. Qwen's longest token: 128 spaces
 SPACE_RUN = 900_000       # tiktoken's regex engine aborts on about a million spaces in a row
 
-DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TOOLS_HEAD = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
               "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
 TOOLS_TAIL = ("\n</tools>\n\nFor each function call, return a json object with function name and "
@@ -250,62 +250,67 @@ def assistant_turn(message: dict):
     yield Segment("\n", template=True)
 
 
-def any_of(names) -> re.Pattern:
-    """Return a pattern for any of these texts, the longest that fits. `split` gives every second
-    piece to it."""
+def any_of(names) -> re.Pattern | None:
+    """Return a pattern for any of these texts, the longest that fits; None if there are none."""
     longest_first = sorted(names, key=len, reverse=True)
     alternatives = "|".join(map(re.escape, longest_first))
-    return re.compile(f"({alternatives})" if names else "((?!))")  # the latter is never there
+    return re.compile(f"({alternatives})") if names else None
+
+
+def split_out(pattern: re.Pattern | None, text: str) -> list[str]:
+    """Return the pieces of a text; every second one is what the pattern found."""
+    return pattern.split(text) if pattern else [text]
 
 
 class Tokenizer:
-    """`n_vocab`: how many ids exist. `special`: control token -> id. `eos_id` <|endoftext|> ends a
-    document, `im_end_id` a turn; either ends a generation (`stop_ids`). `pad_id` is neither, but
-    build masks from lengths, never from `ids != pad_id`."""
+    """`n_vocab`: how many ids exist. `special`: token outside the merges -> id. `eos_id`
+    <|endoftext|> ends a document, `im_end_id` a turn; either ends a generation (`stop_ids`).
+    `pad_id` is neither, but build masks from lengths, never from `ids != pad_id`. `files`: the
+    texts of the directory it comes from, which `save_pretrained` writes again."""
 
-    def __init__(self, tokens: dict[bytes, int], special: dict[str, int] | None = None,
+    def __init__(self, tokens: dict[bytes, int], added: list[dict] | None = None,
                  merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
-                 hidden=frozenset(CONTROL_TOKENS[:14]), normalized=frozenset(),
-                 chat_template: str = chat.CHAT_TEMPLATE):
-        """tokens: regular token -> id. Without `special`, Qwen2.5's 22 control tokens follow them.
-        Without `merges`, any two neighbours that together are a token may merge, as in tiktoken.
-        hidden: what skip_special_tokens hides. normalized: the special tokens that are looked for
-        after NFC, not before. InputError if the parts make no tokenizer."""
-        if special is None:
-            special = {name: len(tokens) + i for i, name in enumerate(CONTROL_TOKENS)}
-        self.special = special
-        self.n_vocab = len(tokens) + len(special)
+                 chat_template: str = chat.CHAT_TEMPLATE, files: dict[str, str] | None = None):
+        """tokens: regular token -> id. added: Hugging Face's added tokens, {"content", "id"} and
+        "special" (skip_special_tokens hides it) and "normalized" (it is looked for after NFC, not
+        before); None: Qwen2.5's 22 control tokens follow. Without `merges`, any two neighbours that
+        together are a token may merge, as in tiktoken. InputError if this makes no tokenizer."""
+        if added is None:
+            added = [{"content": name, "id": len(tokens) + i, "special": i < 14}
+                     for i, name in enumerate(CONTROL_TOKENS)]
+        self.added = added
+        self.special = {token["content"]: token["id"] for token in added}
+        self.hidden = {token["content"] for token in added if token.get("special", True)}
+        self.n_vocab = len(tokens) + len(self.special)
         self.tokens = tokens
         self.merges = merges
         self.pattern = pattern
         self.nfc = nfc
-        self.hidden = hidden
-        self.normalized = normalized
+        self.files = files or {}
         self.chat_template = chat_template
-        self._layout = chat.chat_layout(chat_template, DEFAULT_SYSTEM)
+        self._layout = chat.chat_layout(chat_template)
 
         token_of = {i: token for token, i in tokens.items()}
-        token_of |= {i: name.encode() for name, i in special.items()}
+        token_of |= {i: name.encode() for name, i in self.special.items()}
         require(sorted(token_of) == list(range(self.n_vocab)),
                 f"the {self.n_vocab} tokens do not have the ids 0..{self.n_vocab - 1}")
         self._bytes = [token_of[i] for i in range(self.n_vocab)]
         for name in CONTROL_TOKENS[:3]:
-            require(name in special, f"the vocabulary has no {name}")
-        self.eos_id = special["<|endoftext|>"]
-        self.im_start_id = special["<|im_start|>"]
-        self.im_end_id = special["<|im_end|>"]
+            require(name in self.special, f"the vocabulary has no {name}")
+        self.eos_id = self.special["<|endoftext|>"]
+        self.im_start_id = self.special["<|im_start|>"]
+        self.im_end_id = self.special["<|im_end|>"]
         self.stop_ids = (self.im_end_id, self.eos_id)
-        # Words that a fine-tune added to the vocabulary are in `special` too, but control nothing.
-        words = {name for name in special.keys() - hidden - set(CONTROL_TOKENS)
-                 if not name.startswith(("<", "["))}
-        control = special.keys() - words
-        highest = max(special[name] for name in control if special[name] not in self.stop_ids)
-        self.pad_id = special.get("<|fim_pad|>", highest)
+        # All other added tokens are words, which count in any text.
+        control = self.special.keys() & (self.hidden | set(CONTROL_TOKENS))
+        words = self.special.keys() - control
+        highest = max({self.special[name] for name in control} - {*self.stop_ids})
+        self.pad_id = self.special.get("<|fim_pad|>", highest)
         self._control = any_of(control)
-        self._words = any_of(words) if words else None
-        # [allow_special]: what `encode` looks for before NFC, and after it
-        self._before_nfc = [any_of(words - normalized), any_of(special.keys() - normalized)]
-        self._after_nfc = [any_of(words & normalized), any_of(special.keys() & normalized)]
+        normalized = {token["content"] for token in added if token.get("normalized")}
+        self._patterns = {}   # allow_special -> what `encode` looks for before NFC, and after it
+        for allowed, names in ((False, words), (True, control | words)):
+            self._patterns[allowed] = (any_of(names - normalized), any_of(names & normalized))
         self._bpe = tokenizer_files.tiktoken_encoding(tokens, merges, pattern, self.n_vocab)
 
     def padded_vocab_size(self, multiple: int = 128) -> int:
@@ -340,7 +345,7 @@ class Tokenizer:
         try:
             if path.is_dir():
                 return cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
-            return cls(**tokenizer_files.read_ranks(path))
+            return cls(tokenizer_files.read_ranks(path))
         except InputError as error:
             where = "" if str(path) in str(error) else f"{source}: "
             raise InputError(f"{where}{error}") from None
@@ -350,10 +355,22 @@ class Tokenizer:
             raise InputError(f"{source}: not a byte-level BPE tokenizer ({error!r})") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the files that transformers and vLLM read, each atomically."""
+        """Write the files that transformers and vLLM read, each atomically. Those of the directory
+        that this tokenizer comes from stay as they were: template, pad, model_max_length, ..."""
         if self.merges is None:
             self.merges = tokenizer_files.merges_from_ranks(self.tokens)
         tokenizer_files.write_files(self, Path(directory))
+
+    def set_default_system(self, system: str) -> None:
+        """Give chats without a system prompt this one, here and in the saved directory. Both then
+        use Qwen2.5's chat template with this text in it."""
+        self.chat_template = chat.template_with(system)
+        self._layout = chat.chat_layout(self.chat_template)
+        self.files.pop("chat_template.jinja", None)
+        if "tokenizer_config.json" in self.files:
+            config = json.loads(self.files["tokenizer_config.json"])
+            config["chat_template"] = self.chat_template
+            self.files["tokenizer_config.json"] = tokenizer_files.to_json(config)
 
     def _encode_plain(self, text: str) -> list[int]:
         """Return the ids of clean text, in which control tokens are plain text."""
@@ -371,15 +388,14 @@ class Tokenizer:
         """Return the ids of a text; decode(encode(s)) is NFC(s). By default <|im_end|> in the text
         is six ordinary tokens: text from a user or a file must never end a turn. With allow_special
         it is the control token, which is only for text that this program wrote itself."""
-        if not allow_special and self._words is None:
-            return self._encode_plain(clean_text(text, self.nfc))
+        before_nfc, after_nfc = self._patterns[allow_special]
         ids = []
-        for i, piece in enumerate(self._before_nfc[allow_special].split(text)):
+        for i, piece in enumerate(split_out(before_nfc, text)):
             if i % 2:
                 ids.append(self.special[piece])
                 continue
             clean = clean_text(piece, self.nfc)
-            for j, part in enumerate(self._after_nfc[allow_special].split(clean)):
+            for j, part in enumerate(split_out(after_nfc, clean)):
                 ids += [self.special[part]] if j % 2 else self._encode_plain(part)
         return ids
 
@@ -455,10 +471,10 @@ class Tokenizer:
         segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
         return "".join(segment.text for segment in segments)
 
-    def render_prompt(self, prompt: str | list[dict]) -> list[int]:
+    def render_prompt(self, prompt: str | list[dict], tools=None) -> list[int]:
         """Return the ids of a question (text, or messages), ending in the assistant's header."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids, _ = self.render(messages, add_generation_prompt=True)
+        ids, _ = self.render(messages, add_generation_prompt=True, tools=tools)
         return ids
 
 

@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 
 from data.conversations import to_messages
 from lib.args import InputError, require
+from lib.chat import check_messages, parse_tools
 from lib.files import open_lines, read_jsonl
-from lib.chat import check_messages
 from tasks.steps import steps_hold
 from tokenizer import Tokenizer
 
@@ -41,7 +41,8 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
     generator = random.Random(seed)
     by_prompt = {}
     for answer in answers:
-        by_prompt.setdefault(str(answer.query["prompt"]), []).append(answer)
+        asked = str((answer.query["prompt"], answer.query.get("tools")))
+        by_prompt.setdefault(asked, []).append(answer)
     pairs = []
     for group in by_prompt.values():
         query = group[0].query
@@ -51,8 +52,11 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
         some_passed = generator.sample(passed, n)
         some_failed = generator.sample(failed, n)
         for chosen, rejected in zip(some_passed, some_failed, strict=True):
-            pairs.append({"prompt": query["prompt"], "chosen": chosen, "rejected": rejected,
-                          "domain": query["domain"]})
+            pair = {"prompt": query["prompt"], "chosen": chosen, "rejected": rejected,
+                    "domain": query["domain"]}
+            if query.get("tools"):
+                pair["tools"] = query["tools"]
+            pairs.append(pair)
     return pairs
 
 
@@ -95,9 +99,9 @@ def to_pair(row: dict) -> dict:
 
     Answers given as messages may repeat the prompt or go on from it. Whatever both have in front of
     their last message becomes part of the prompt."""
-    for column in ("tools", "system"):
-        require(not row.get(column),
-                f'"{column}" of a pair cannot be read: its place is a system message in the prompt')
+    require(not row.get("system"),
+            '"system" of a pair cannot be read: its place is a system message in the prompt')
+    parse_tools(row.get("tools"))  # refuse bad ones now
     prompt = row.get("prompt", row.get("conversations"))
     sides = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(text, str) for text in (prompt, *sides)) and not is_transcript(prompt):
@@ -166,7 +170,8 @@ def tokenize_pair(pair: dict, tokenizer: Tokenizer) -> PairIds:
     sides = []
     for text in (pair["chosen"], pair["rejected"]):
         sides.append(tokenizer.encode(text) + [tokenizer.im_end_id])
-    return PairIds(tokenizer.render_prompt(pair["prompt"]), sides[0], sides[1])
+    prompt = tokenizer.render_prompt(pair["prompt"], pair.get("tools"))
+    return PairIds(prompt, sides[0], sides[1])
 
 
 class TokenizedPairs:
@@ -234,7 +239,7 @@ def review(pairs, tokenizer: Tokenizer, max_len: int, max_ratio: float = 0.0,
             reason = "ill-formed chosen answer"
         elif check_format and not steps_hold(chosen):
             reason = "false equation or open box in the chosen answer"
-        elif scorer and margin(scorer, pair, chosen, rejected) < min_margin:
+        elif scorer and margin(scorer, row.prompt, chosen, rejected) < min_margin:
             reason = "reward model's margin"
         else:
             reason = ""
@@ -256,6 +261,6 @@ def is_torn(text: str) -> bool:
     return "\ufffd" in text or text.count("```") % 2 == 1
 
 
-def margin(scorer, pair: dict, chosen: str, rejected: str) -> float:
-    chosen_score, rejected_score = scorer.score([pair["prompt"]] * 2, [chosen, rejected])
+def margin(scorer, prompt: list[int], chosen: str, rejected: str) -> float:
+    chosen_score, rejected_score = scorer.score([prompt] * 2, [chosen, rejected])
     return chosen_score - rejected_score

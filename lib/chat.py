@@ -39,27 +39,23 @@ def called_function(call):
     return call.get("function", call) if isinstance(call, dict) else call
 
 
+def from_json(value, what: str):
+    """Return the value of a JSON text, which some APIs and data sets give, or any other value."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} not JSON ({error})") from None
+
+
 def called_arguments(function: dict) -> dict:
-    """Return the arguments of a call, which OpenAI's API gives as the JSON text of an object."""
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"the arguments of {function['name']} are not JSON ({error})"
-                             ) from None
-    require(isinstance(arguments, dict), f"the arguments of {function['name']} must be an object")
+    what = f"the arguments of {function['name']}"
+    arguments = from_json(function["arguments"], f"{what} are")
+    require(isinstance(arguments, dict), f"{what} must be an object")
     return arguments
 
 
 def parse_tools(tools) -> list[dict]:
-    """Return the tools of a conversation, which some data sets store as JSON text."""
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"tools is not JSON ({error})") from None
-    tools = tools or []
+    tools = from_json(tools or [], "tools is") or []
     require(isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools),
             "tools must be a list of objects, or the JSON text of one")
     return tools
@@ -68,8 +64,10 @@ def parse_tools(tools) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # templates
 
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # What `save_pretrained` writes: the layout of tokenizer.chat_segments. A test renders with both.
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text("utf-8").rstrip("\n")
+BEFORE_SYSTEM, AFTER_SYSTEM = CHAT_TEMPLATE.split(json.dumps(DEFAULT_SYSTEM))
 
 
 class ChatLayout(NamedTuple):
@@ -82,33 +80,38 @@ MAX_TEMPLATE = 5000  # characters; `canonical` takes quadratic time. Qwen2.5's: 
 # SHA-256 of `canonical` templates, with SYSTEM for the default system prompt.
 LAYOUTS = {
     "be7b34286e436f3d": True,    # Qwen2.5, Qwen2.5-Math, QwQ-32B-Preview
-    "832ca47832e862f4": False,   # Qwen2, Qwen2-MoE
+    "832ca47832e862f4": False,   # Qwen2, Qwen2-MoE, SmolLM2
     "e53d9f11cfb1fe5b": False,   # plain ChatML, without a default system prompt
 }
 
 
-def chat_layout(template, default_system: str) -> ChatLayout | None:
-    """Return the layout of a chat template, None if it is none that we know.
+def template_with(system: str) -> str:
+    """Return CHAT_TEMPLATE with another default system prompt. A JSON string is one in Jinja."""
+    return BEFORE_SYSTEM + json.dumps(system, ensure_ascii=False) + AFTER_SYSTEM
 
-    default_system: that of CHAT_TEMPLATE."""
-    if template == CHAT_TEMPLATE:
-        return ChatLayout(default_system, True)
-    if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
+
+def chat_layout(template) -> ChatLayout | None:
+    """Return the layout of a chat template, None if it is none that we know."""
+    if not isinstance(template, str):
         return None
-    text = canonical(template)
-    literal = re.search(r"<\|im_start\|>system\\n([^']+)<\|im_end\|>\\n'", text)
-    if literal:
-        text = text.replace(literal[1], "SYSTEM")
+    try:
+        if template.startswith(BEFORE_SYSTEM) and template.endswith(AFTER_SYSTEM):
+            system = json.loads(template[len(BEFORE_SYSTEM):-len(AFTER_SYSTEM)])
+            is_text = isinstance(system, str) and template == template_with(system)
+            return ChatLayout(system, True) if is_text else None
+        if len(template) > MAX_TEMPLATE:
+            return None
+        text = canonical(template)
+        system = None
+        literal = re.search(r"<\|im_start\|>system\\n([^']+)<\|im_end\|>\\n'", text)
+        if literal:
+            text = text.replace(literal[1], "SYSTEM")
+            # Jinja's own rule for the escapes in a string
+            system = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape")
+    except (ValueError, RecursionError):
+        return None
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-    if digest not in LAYOUTS:
-        return None
-    if not literal:
-        return ChatLayout(None, LAYOUTS[digest])
-    try:  # Jinja's own rule for the escapes in a string
-        system = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape")
-    except ValueError:
-        return None
-    return ChatLayout(system, LAYOUTS[digest])
+    return ChatLayout(system, LAYOUTS[digest]) if digest in LAYOUTS else None
 
 
 def check_layout(layout: ChatLayout | None, messages: list[dict], tools: list[dict]) -> None:

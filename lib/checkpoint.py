@@ -6,63 +6,72 @@ model that is nearly right would be silently wrong.
 """
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
 
 
+class NoDraws(TorchFunctionMode):
+    """Skip random initial weights: torch would load 80 MB of code to draw them on "meta"."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ != "normal_":  # of torch.nn.init, and of Tensor
+            return function(*args, **(kwargs or {}))
+
+
 def load_model(Model, Config, path: str | Path, dtype, device):
     """Return a `Model` with the configuration and the weights of a directory.
 
+    Each weight is copied from its file to its place, so memory never holds the weights twice.
     Raises InputError if config.json describes anything but Qwen2, or if the names, shapes or types
     of the weights are not those of the model."""
+    path = Path(path)
     config = read_config(path, Config)
-    weights = read_weights(path, config)
-    for ours, published in Model.on_disk.items():
-        if published in weights:
-            weights[ours] = weights.pop(published)
-    with torch.device("meta"):
+    stored = find_weights(path, config)
+    with NoDraws(), torch.device("meta"):
         model = Model(config)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ weights.keys()):
-        what = "is missing" if name in expected else "does not belong to this architecture"
+    empty = {}
+    for name, weight in model.state_dict().items():
+        empty[name] = torch.empty(weight.shape, dtype=dtype, device=device)
+    model.load_state_dict(empty, assign=True)
+    targets = published_weights(model)
+    for name in sorted(targets.keys() ^ stored.keys()):
+        what = "is missing" if name in targets else "does not belong to this architecture"
         raise InputError(f"{path}: weight {name} {what}")
-    for name, tensor in weights.items():
-        where = f"{path}: weight {name}"
-        require(tensor.is_floating_point(), f"{where} is {tensor.dtype}, not a floating-point type")
-        found = tuple(tensor.shape)
-        shape = tuple(expected[name].shape)
-        require(found == shape, f"{where} has shape {found}, but config.json implies {shape}")
-        tensor = tensor.to(device=device, dtype=dtype)
-        lowest, highest = tensor.aminmax()  # 20 times as fast as isfinite().all(); NaN is kept
-        require(math.isfinite(lowest) and math.isfinite(highest),
-                f"{where} holds NaN or infinity (in {dtype})")
-        weights[name] = tensor
-    model.load_state_dict(weights, assign=True)
+    found = {read_weight(target, *stored[name]) for name, target in targets.items()}
+    if len(found) == 1 and found != {dtype}:
+        model.config = replace(config, torch_dtype=dtype_name(found.pop()))
     return model.requires_grad_()
 
 
-def save_model(model, path: str | Path) -> None:
-    """Write the weights, then config.json. Each file replaces its older version in one step."""
+def save_model(model, path: str | Path, dtype: str = "") -> None:
+    """Write the weights, then config.json. Each file replaces its older version in one step.
+
+    dtype: "float32", "bfloat16" or "float16"; empty: that of the weights in memory."""
     path = Path(path)
     config = model.config
     require(not config.num_experts or config.shared_expert_intermediate_size,
             f"{path}: a Qwen2-MoE directory needs a shared expert")
+    dtype = dtype or dtype_name(model.model.norm.weight.dtype)
     weights = {}
-    for name, weight in split_experts(model.state_dict(), config).items():
-        weights[model.on_disk.get(name, name)] = weight.detach().cpu().contiguous()
+    for name, weight in published_weights(model).items():
+        weights[name] = weight.to("cpu", getattr(torch, dtype)).contiguous()
     with atomic_path(path / "model.safetensors") as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     # Of an earlier model in this directory: readers disagree on which of the two they prefer.
     (path / "model.safetensors.index.json").unlink(missing_ok=True)
-    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     write_config(config, model.architecture, dtype, path)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,8 +92,9 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 REQUIRED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
                 "shared_expert_intermediate_size")
 POSITIVE = ("max_position_embeddings", "rms_norm_eps", "decoder_sparse_step", "yarn_factor")
-# Fields of Config that config.json stores in another form.
-LONG_CONTEXT = ("original_max_position_embeddings", "yarn_factor", "chunk_size", "local_size")
+# Fields of Config that config.json stores in another form, or not as a property of the model.
+ELSEWHERE = ("original_max_position_embeddings", "yarn_factor", "chunk_size", "local_size",
+             "torch_dtype")
 TYPES = {bool: (bool,), int: (int,), float: (int, float)}
 
 
@@ -103,7 +113,7 @@ def read_config(path: str | Path, Config):
         check_only(ONLY, raw, "")
         values = {}
         for field in fields(Config):
-            if field.name not in LONG_CONTEXT and raw.get(field.name) is not None:
+            if field.name not in ELSEWHERE and raw.get(field.name) is not None:
                 values[field.name] = raw[field.name]
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
         values |= long_context(raw)
@@ -148,7 +158,9 @@ def check_values(values: dict, Config, is_moe: bool) -> None:
         require(values.get(name) is not None, f"no {name}")
     for field in fields(Config):
         value = values.get(field.name, field.default)
-        if field.name == "mlp_only_layers":
+        if field.name == "torch_dtype":
+            good = True
+        elif field.name == "mlp_only_layers":
             good = all(type(layer) is int for layer in value)
         else:
             is_positive = field.name in required or field.name in POSITIVE
@@ -201,9 +213,11 @@ def write_config(config, architecture: str, dtype: str, path: Path) -> None:
     """Write config.json, with RoPE in both forms, so that old and new readers agree."""
     is_moe = config.num_experts > 0
     names = [field.name for field in fields(config)]
-    end = names.index(LONG_CONTEXT[0] if is_moe else "num_experts")
+    end = names.index(ELSEWHERE[0] if is_moe else "num_experts")
     values = {"architectures": [f"Qwen2{'Moe' if is_moe else ''}{architecture}"],
               "model_type": "qwen2_moe" if is_moe else "qwen2"}
+    if architecture == "ForSequenceClassification":  # transformers counts these: one reward
+        values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     for name in names[:end]:
         values[name] = getattr(config, name)
     if config.original_max_position_embeddings:
@@ -226,36 +240,59 @@ def write_config(config, architecture: str, dtype: str, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # weights
 
-def read_weights(path: str | Path, config) -> dict[str, torch.Tensor]:
-    """Return all weights of a directory under model.py's names. Pickles are never read."""
-    weights = {}
-    for file in weight_files(Path(path)):
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"{file}: not a safetensors file ({error})") from None
-        for name, tensor in tensors.items():
+MAX_PIECE = 2**24  # bytes that are read at once
+
+
+def find_weights(path: Path, config) -> dict[str, tuple[Path, str]]:
+    """Return published name -> (file, name in that file). Pickles are never read."""
+    found = {}
+    for file in weight_files(path):
+        with open_weights(file) as opened:
+            names = opened.keys()
+        for stored_name in names:
             # torch.compile and DistributedDataParallel put their names before those of the model.
-            name = name.replace("_orig_mod.", "").removeprefix("module.")
-            require(name not in weights, f"{file}: a second weight {name}")
+            name = stored_name.replace("_orig_mod.", "").removeprefix("module.")
+            require(name not in found, f"{file}: a second weight {name}")
             if ".rotary_emb." not in name:  # buffers of old checkpoints, computed anew here
-                weights[name] = tensor
-    check_size(config, weights, path)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    return fuse_experts(weights, config, path)
-
-
-def check_size(config, weights: dict, path) -> None:
-    """Refuse a config.json with more layers or experts than the files hold, before it is built."""
+                found[name] = (file, stored_name)
+    # Refuse an impossible size before it is built: nine tensors per layer, and the MLPs.
     layers = config.num_hidden_layers
-    for layer in range(layers):
-        name = f"model.layers.{layer}.input_layernorm.weight"
-        require(name in weights, f"{path}: weight {name} is missing, but config.json has {layers} "
-                "layers")
-    sparse = sum(config.is_sparse(layer) for layer in range(layers))
-    require(3 * sparse * config.num_experts <= len(weights), f"{path}: config.json has {sparse} "
-            f"layers of {config.num_experts} experts, but there are only {len(weights)} tensors")
+    sparse = sum(config.is_sparse(layer) for layer in range(min(layers, len(found))))
+    require(9 * layers + 3 * sparse * config.num_experts <= len(found), f"{path}: config.json has "
+            f"{layers} layers, {sparse} of them of {config.num_experts} experts, but there are "
+            f"only {len(found)} tensors")
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    return found
+
+
+def open_weights(file: Path):
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a safetensors file ({error})") from None
+
+
+def read_weight(target: torch.Tensor, file: Path, name: str) -> torch.dtype:
+    """Copy a stored weight into `target` and return the stored dtype.
+
+    safetensors maps a file into memory, where all that was read stays until the file is closed. We
+    therefore open it anew for every few rows."""
+    where = f"{file}: weight {name}"
+    with open_weights(file) as opened:
+        found = tuple(opened.get_slice(name).get_shape())
+    shape = tuple(target.shape)
+    require(found == shape, f"{where} has shape {found}, but config.json implies {shape}")
+    rows = max(1, MAX_PIECE // target[0].nbytes)
+    for start in range(0, len(target), rows):
+        with open_weights(file) as opened:
+            piece = opened.get_slice(name)[start:start + rows]
+        require(piece.is_floating_point(), f"{where} is {piece.dtype}, not a floating-point type")
+        target[start:start + rows].copy_(piece)
+    lowest, highest = target.aminmax()  # 20 times as fast as isfinite().all(); NaN is kept
+    require(math.isfinite(lowest) and math.isfinite(highest),
+            f"{where} holds NaN or infinity (in {target.dtype})")
+    return piece.dtype
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -272,41 +309,20 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def split_experts(weights: dict, config) -> dict:
-    """Return the weights with each expert's gate, up and down projection apart, as published."""
-    out = {}
-    for name, w in weights.items():
+def published_weights(model) -> dict[str, torch.Tensor]:
+    """Return published name -> weight. Each expert's gate, up and down projection is a view of the
+    stacked matrices of model.py."""
+    weights = {}
+    for name, w in model.state_dict().items():
         if ".experts." not in name:
-            out[name] = w
+            weights[model.on_disk.get(name, name)] = w
             continue
         experts, part = name.rsplit(".", 1)
-        for e in range(config.num_experts):
+        for e in range(model.config.num_experts):
             if part == "gate_up_proj":
                 gate, up = w[e].chunk(2)
-                out[f"{experts}.{e}.gate_proj.weight"] = gate
-                out[f"{experts}.{e}.up_proj.weight"] = up
+                weights[f"{experts}.{e}.gate_proj.weight"] = gate
+                weights[f"{experts}.{e}.up_proj.weight"] = up
             else:
-                out[f"{experts}.{e}.down_proj.weight"] = w[e]
-    return out
-
-
-def fuse_experts(weights: dict, config, path) -> dict:
-    """Stack the experts: the inverse of `split_experts`."""
-    for layer in range(config.num_hidden_layers):
-        if not config.is_sparse(layer):
-            continue
-        experts = f"model.layers.{layer}.mlp.experts"
-        parts = {"gate": [], "up": [], "down": []}
-        for e in range(config.num_experts):
-            for part, tensors in parts.items():
-                name = f"{experts}.{e}.{part}_proj.weight"
-                require(name in weights, f"{path}: weight {name} is missing")
-                tensors.append(weights.pop(name))
-        try:
-            gate = torch.stack(parts["gate"])
-            up = torch.stack(parts["up"])
-            weights[f"{experts}.gate_up_proj"] = torch.cat((gate, up), dim=1)
-            weights[f"{experts}.down_proj"] = torch.stack(parts["down"])
-        except RuntimeError as error:
-            raise InputError(f"{path}: {experts} have several shapes ({error})") from None
+                weights[f"{experts}.{e}.down_proj.weight"] = w[e]
     return weights

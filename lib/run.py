@@ -74,6 +74,9 @@ class Run:
         self.lock_file = None
         self.stage = stage
         self.args = dataclasses.asdict(args)
+        save_dtype = self.args.get("save_dtype", "")
+        require(save_dtype in ("", "float32", "bfloat16", "float16"),
+                f"--save_dtype must be float32, bfloat16 or float16, got {save_dtype!r}")
         self.started = time.perf_counter()
         self.previous_seconds = 0.0  # of the runs that this one resumes
         self.bad_steps = 0  # how many steps in a row were not finite, up to now
@@ -298,10 +301,9 @@ class Run:
         """Save the model as a Hugging Face directory, mark the run finished, and drop state/."""
         model = full_model(model, "meta" if RANK else "cpu")
         if RANK == 0:
-            model.save_pretrained(self.path)
+            dtype = self.args.get("save_dtype") or model.config.torch_dtype
+            model.save_pretrained(self.path, dtype)
         tokenizer.save_pretrained(self.path)
-        generation = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-        write_atomic(self.path / "generation_config.json", json.dumps(generation, indent=1) + "\n")
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()),
                            "skipped_steps": self.skipped_steps, "result": result})

@@ -4,10 +4,13 @@
     vocab.json, merges.txt  the vocabulary and the merges again, for older programs
     tokenizer_config.json   what transformers adds: its class, the chat template, pad and end
     qwen.tiktoken           one base64 token and its rank per line; no control tokens
+
+A directory's own files are kept as texts and written again as they were.
 """
 import base64
 import json
 import unicodedata
+from operator import itemgetter
 from pathlib import Path
 
 import tiktoken
@@ -92,38 +95,44 @@ def tiktoken_encoding(tokens: dict[bytes, int], merges: list | None, pattern: st
 # ---------------------------------------------------------------------------------------------
 # reading: each function returns arguments of tokenizer.Tokenizer
 
-def read_ranks(path: Path) -> dict:
-    """Read a .tiktoken file."""
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Read a .tiktoken file: token -> id."""
     tokens = {}
     for line in path.read_bytes().splitlines():
         token, rank = line.split()
         tokens[base64.b64decode(token, validate=True)] = int(rank)
-    return {"tokens": tokens}
+    return tokens
 
 
 def read_directory(path: Path, control_tokens: list[str]) -> dict:
     """Read tokenizer.json, or vocab.json and merges.txt where there is none."""
+    files = {}
+    for name in (*MADE, *KEPT):
+        if (path / name).is_file():
+            files[name] = (path / name).read_bytes().decode("utf-8-sig")
     config = {}
-    if (path / "tokenizer_config.json").is_file():
+    if "tokenizer_config.json" in files:
         config = read_json(path / "tokenizer_config.json")
     listed = listed_tokens(path, config)
-    if (path / "tokenizer.json").is_file():
+    if "tokenizer.json" in files:
         parts = read_tokenizer_json(path / "tokenizer.json", control_tokens)
-        for token in listed:
-            require(parts["special"].get(token["content"]) == token["id"],
-                    f"tokenizer.json has no token {token['content']!r} with the id {token['id']}, "
-                    "but added_tokens.json or tokenizer_config.json has")
     else:
         merges = (path / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
         if merges[0].startswith("#version"):
             merges = merges[1:]
         parts = from_spelling(read_json(path / "vocab.json"), merges, listed, control_tokens)
+    ids = {token["content"]: token["id"] for token in parts["added"] or ()}
+    for token in listed:
+        require(ids.get(token["content"]) == token["id"],
+                f"tokenizer.json has no token {token['content']!r} with the id {token['id']}, "
+                "but added_tokens.json or tokenizer_config.json has")
+    if "generation_config.json" in files and "<|im_end|>" in ids:
+        add_stop_id(files, ids["<|im_end|>"])
     # transformers prefers the file to the key.
-    if (path / "chat_template.jinja").is_file():
-        parts["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8-sig")
-    elif config.get("chat_template") is not None:
-        parts["chat_template"] = config["chat_template"]
-    return parts
+    template = files.get("chat_template.jinja", config.get("chat_template"))
+    if template is not None:
+        parts["chat_template"] = template
+    return parts | {"files": files}
 
 
 def listed_tokens(path: Path, config: dict) -> list[dict]:
@@ -161,9 +170,8 @@ def read_tokenizer_json(path: Path, control_tokens: list[str]) -> dict:
 
 def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
                   control_tokens: list[str]) -> dict:
-    """Turn printable spellings into bytes, and HF's added tokens into control tokens. Without
-    added tokens, the names of control_tokens in the vocabulary are taken for it."""
-    parts = {}
+    """Turn printable spellings into bytes. Without added tokens, the names of control_tokens in the
+    vocabulary are taken for them."""
     if not added:
         added = [{"content": name, "id": vocab[name]} for name in control_tokens if name in vocab]
     for token in added:
@@ -172,43 +180,69 @@ def from_spelling(vocab: dict[str, int], merges: list, added: list[dict],
         require(not odd, f"added token {name!r}: {odd} is not supported")
         require(name and unicodedata.is_normalized("NFC", name),
                 f"added token {name!r} must be some text in Unicode NFC")
-    if added:
-        parts["special"] = {token["content"]: token["id"] for token in added}
-        parts["hidden"] = {token["content"] for token in added if token.get("special", True)}
-        parts["normalized"] = {token["content"] for token in added if token.get("normalized")}
     # Some, such as SmolLM2, list the control tokens inside the vocabulary too.
-    special = parts.get("special", ())
-    parts["tokens"] = {unprintable(text): i for text, i in vocab.items() if text not in special}
-    parts["merges"] = []
-    for merge in merges:
-        a, b = merge.split(" ") if isinstance(merge, str) else merge
-        parts["merges"].append((unprintable(a), unprintable(b)))
-    return parts
+    names = {token["content"] for token in added}
+    tokens = {unprintable(text): i for text, i in vocab.items() if text not in names}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    merges = [(unprintable(a), unprintable(b)) for a, b in pairs]
+    return {"tokens": tokens, "added": added or None, "merges": merges}
+
+
+def add_stop_id(files: dict[str, str], im_end_id: int) -> None:
+    """Add <|im_end|> to the stop ids of generation_config.json, where a base model lacks it: its
+    chats would never end. Everything else in the file stays."""
+    config = json.loads(files["generation_config.json"])
+    require(isinstance(config, dict), "generation_config.json must be a JSON object")
+    stops = config.get("eos_token_id")
+    if not isinstance(stops, list):
+        stops = [] if stops is None else [stops]
+    if im_end_id not in stops:
+        config["eos_token_id"] = [im_end_id, *stops]
+        files["generation_config.json"] = to_json(config)
 
 
 # ---------------------------------------------------------------------------------------------
 # writing
 
+# What `write_files` makes for a new tokenizer, and what else it keeps of a directory.
+MADE = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+        "generation_config.json")
+KEPT = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+
+
 def write_files(tokenizer, directory: Path) -> None:
-    """Write the four files of HF, each atomically."""
+    """Write the files of the directory that the tokenizer comes from, and what it lacked, each
+    atomically."""
+    files = make_files(tokenizer) | tokenizer.files
+    for name, text in files.items():
+        write_atomic(directory / name, text)
+    for name in KEPT:  # an older save's, now contradicted
+        if name not in files:
+            (directory / name).unlink(missing_ok=True)
+
+
+def to_json(content) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def make_files(tokenizer) -> dict[str, str]:
+    """Return the text of each file of MADE."""
     merges = [f"{printable(a)} {printable(b)}" for a, b in tokenizer.merges]
     vocab = {printable(token): i for token, i in tokenizer.tokens.items()}
     # Control tokens below the last regular id must be in the vocabulary, or HF renumbers them.
     last = max(tokenizer.tokens.values())
     vocab |= {name: i for name, i in tokenizer.special.items() if i < last}
     added = {}
-    for name, i in sorted(tokenizer.special.items(), key=lambda item: item[1]):
-        added[i] = {"content": name, "lstrip": False, "normalized": name in tokenizer.normalized,
-                    "rstrip": False, "single_word": False, "special": name in tokenizer.hidden}
-    files = {"vocab.json": vocab,
-             "tokenizer.json": tokenizer_json(tokenizer, vocab, merges, added),
-             "tokenizer_config.json": tokenizer_config(tokenizer, added)}
-    write_atomic(directory / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False, indent=2)
-        write_atomic(directory / name, text + "\n")
-    for name in ("added_tokens.json", "chat_template.jinja"):  # an older save's, now contradicted
-        (directory / name).unlink(missing_ok=True)
+    for token in sorted(tokenizer.added, key=itemgetter("id")):
+        added[token["id"]] = {
+            "content": token["content"], "lstrip": False, "rstrip": False, "single_word": False,
+            "normalized": token.get("normalized", False), "special": token.get("special", True)}
+    generation = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    return {"tokenizer.json": to_json(tokenizer_json(tokenizer, vocab, merges, added)),
+            "tokenizer_config.json": to_json(tokenizer_config(tokenizer, added)),
+            "vocab.json": to_json(vocab),
+            "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+            "generation_config.json": to_json(generation)}
 
 
 def tokenizer_json(tokenizer, vocab: dict, merges: list[str], added: dict) -> dict:

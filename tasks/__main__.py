@@ -57,7 +57,10 @@ def rejection_sample(policy, tokenizer, asked: list[dict], responses: int, max_n
         for answer in group:
             if answer.score > 0:
                 prompt = answer.query["prompt"]
-                passed[repr(prompt), answer.text] = queries.conversation(prompt, answer.text)
+                row = queries.conversation(prompt, answer.text)
+                if "tools" in answer.query:
+                    row["tools"] = answer.query["tools"]
+                passed[repr(prompt), answer.text] = row
     return list(passed.values())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from data.conversations import join_parts
 from lib.args import InputError, require
+from lib.chat import parse_tools
 from lib.files import read_jsonl
 from tasks import ifeval
 from tasks.math_answers import extract_answer
@@ -189,6 +190,8 @@ def read_queries(path) -> Iterator[tuple[int, dict]]:
                 query["prompt"] = [text_message(message) for message in query["prompt"]]
                 asked = [message for message in query["prompt"] if message["role"] == "user"]
                 query.setdefault("item", "\n".join(contents(asked)))
+            if parse_tools(row.get("tools")):
+                query["tools"] = row["tools"]
             refuse_bad_check(query)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{here}: cannot read this row of columns {', '.join(row)} "

@@ -26,6 +26,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from lib.args import InputError, require
+from lib.chat import parse_tools
 from lib.files import read_jsonl
 from tasks import ifeval, sandbox, toy
 from tasks.benchmarks import contents, read_queries
@@ -328,6 +329,7 @@ def load_for_own_reward(name: str, n: int, seed: int, check: dict, built_in: int
     for line, row in islice(rows, n or None):
         require(row.get("prompt"),
                 f'{name}:{line}: a row must have a "prompt", got {", ".join(row)}')
+        parse_tools(row.get("tools"))  # refuse bad ones now
         queries.append({"domain": "own", **row, "check": check})
     require(len(queries) > 0, f"{name}: the file holds no queries")
     return queries

@@ -95,6 +95,25 @@ def test_answer_is_content_and_end(tokenizer):
     assert rejected.count(tokenizer.im_end_id) == 1  # text that looks like a token is text
 
 
+def test_tools_are_part_of_the_prompt(tokenizer, tmp_path):
+    """Of a pair from a file, of one made from rollouts, and as JSON text."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    asked = [{"role": "user", "content": "Hi"}]
+    want, _ = tokenizer.render(asked, add_generation_prompt=True, tools=tools)
+    row = {"chosen": "a", "rejected": "b", "tools": tools}
+    path = write_rows(tmp_path / "pairs.jsonl", [
+        row | {"prompt": "Hi"}, row | {"prompt": asked}, row | {
+            "prompt": "Hi", "tools": json.dumps(tools)}])
+    query = {"prompt": "Hi", "domain": "own", "tools": tools}
+    answers = [Rollout(query | more, [], [], [], True, text, score)
+               for more, text, score in (({}, "a", 1.0), ({}, "b", 0.0), ({"tools": []}, "c", 0.0))]
+    made = pair_responses(answers, 4, 0)
+    assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("a", "b")]
+    for pair in [*read_pairs(path), *made]:
+        assert tokenize_pair(pair, tokenizer).prompt == want
+    assert tokenize_pair({"prompt": "Hi", "chosen": "a", "rejected": "b"}, tokenizer).prompt != want
+
+
 @pytest.mark.parity
 def test_loss_gradients_and_metrics_equal_trl(tmp_path, tokenizer, compare):
     """TRL's DPOTrainer on random batches: the loss, every weight's gradient and what is logged."""
@@ -420,7 +439,7 @@ TURNS = "\n\nHuman: Hi\n\nAssistant:"
      "begin with the prompt"),
     ({"prompt": [BRIEF, HI], "chosen": [message("system", "x"), HI, GOOD], "rejected": [BAD]},
      "begin with the prompt"),
-    ({"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "tools": [{"name": "f"}]}, "tools"),
+    ({"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "tools": ["f"]}, "tools"),
     ({"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "system": "Be brief."}, "system"),
     # transcripts out of turn
     ({"chosen": f"{TURNS} A\n\nAssistant: Good", "rejected": f"{TURNS} Bad"}, "alternate"),

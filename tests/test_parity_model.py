@@ -81,6 +81,7 @@ def theirs(config: Config):
     Theirs, TheirConfig = (transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig) if moe \
         else (transformers.Qwen2ForCausalLM, transformers.Qwen2Config)
     values = {k: v for k, v in vars(config).items() if moe or k in DENSE_FIELDS}
+    values.pop("torch_dtype", None)  # ours is a note about the files
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     if moe:
         values["mlp_only_layers"] = list(config.mlp_only_layers)

@@ -8,7 +8,8 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from test_tokenizer import CHATS, CORPUS, DEFAULTS, fuzz, jsonl, loop_template, with_template
+from test_tokenizer import (
+    CHATS, CORPUS, DEFAULTS, SYSTEMS, fuzz, jsonl, loop_template, with_template)
 
 import tokenizer as tok
 from lib import tokenizer_files
@@ -449,6 +450,40 @@ def test_published_templates_in_transformers(trained, transformers, compare, tmp
                     messages, prompt, tools), auto.apply_chat_template(
                         messages, tools, add_generation_prompt=prompt, tokenize=False,
                         chat_template=template))
+
+
+def test_exported_directories_in_transformers(trained, transformers, compare, tmp_path):
+    """AutoTokenizer of a directory that was read and written: the template of its origin, or the
+    one with another default system prompt; both give our text and our ids, added words too."""
+    trained.save_pretrained(tmp_path / "plain")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert auto.add_tokens(["<think>", "</think>", "cat mat"]) == 3
+    auto.save_pretrained(tmp_path / "init")
+    user = {"role": "user", "content": "the cat mat, <think>"}
+    chats = [([user], None), ([user, {"role": "assistant", "content": "<think>a</think>b"}], None),
+             ([{"role": "system", "content": "S"}, user], CHATS["tools, no system"][1])]
+    for i, template in enumerate((*published_templates(), None)):
+        path = tmp_path / str(i)
+        shutil.copytree(tmp_path / "init", path)
+        if template is not None:
+            (path / "chat_template.jinja").write_text(template, "utf-8")
+        ours = Tokenizer.from_pretrained(path)
+        for system in None, *SYSTEMS:
+            if system is not None:
+                ours.set_default_system(system)
+            ours.save_pretrained(tmp_path / "out")
+            auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+            if template and system is None:
+                assert auto.chat_template == template
+            for messages, tools in chats:
+                if tools and system is None and template and "tools" not in template:
+                    continue
+                if tools:  # the forged <|im_end|> of CHATS, for which apply_chat_template falls
+                    tools = [{"type": "function", "function": {"name": "f"}}]
+                text = auto.apply_chat_template(messages, tools, tokenize=False)
+                compare("tokenizer: exported, text", ours.render_text(messages, tools=tools), text)
+                ids = auto.apply_chat_template(messages, tools, return_dict=False)
+                compare("tokenizer: exported, ids", ours.render(messages, tools=tools)[0], ids)
 
 
 def test_added_words_in_tokenizers(trained, tokenizers, compare, tmp_path):

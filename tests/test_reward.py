@@ -128,6 +128,13 @@ def test_language_model_is_no_reward_model(micro_run):
     refuses(lambda: RewardModel.from_pretrained(micro_run), "weight", "missing")
 
 
+def test_the_config_has_one_label(tokenizer, tmp_path):
+    """Without it, transformers builds a head of two."""
+    random_reward(tokenizer).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert config["id2label"] == {"0": "reward"} and config["label2id"] == {"reward": 0}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_gives_the_same_scores(tokenizer, tmp_path, tied):
     """R3.6, R11.1: Qwen2ForSequenceClassification on our directory, batched and padded."""
@@ -135,8 +142,9 @@ def test_transformers_gives_the_same_scores(tokenizer, tmp_path, tied):
     model = random_reward(tokenizer, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    oracle, info = transformers.Qwen2ForSequenceClassification.from_pretrained(
-        tmp_path, num_labels=1, output_loading_info=True)
+    oracle, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True)
+    assert oracle.config.id2label == {0: "reward"} and oracle.num_labels == 1
     assert not info["missing_keys"] and not info["unexpected_keys"]
     oracle.config.pad_token_id = tokenizer.pad_id
     rows = [tokenizer.render_prompt(p) + tokenizer.encode(r) + [tokenizer.im_end_id]

@@ -51,8 +51,6 @@ def log(run, n, **metrics):
 
 
 class Saved:  # what finish needs of a tokenizer
-    stop_ids, pad_id = (2, 1), 3
-
     def save_pretrained(self, path):
         pass
 
@@ -80,8 +78,6 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["finished"] and record["seed"] == 7 and record["result"] == {"loss": 1.0}
     assert record["args"]["out"] == args.out and record["torch"] == torch.__version__
-    stops = json.loads((tmp_path / "run" / "generation_config.json").read_text())
-    assert stops == {"eos_token_id": [2, 1], "pad_token_id": 3}
     with pytest.raises(InputError, match="holds a finished run: pass --overwrite or another"):
         Run(args, "stage")
     with pytest.raises(InputError, match="nothing to resume"):

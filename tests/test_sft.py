@@ -24,7 +24,7 @@ from lib import fast
 from lib.files import open_text
 from lib.optim import pad_rows
 from model import Qwen2
-from tokenizer import Tokenizer
+from tokenizer import DEFAULT_SYSTEM, Tokenizer
 
 TALK = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."},
         {"role": "user", "content": "And 3 + 3?"}, {"role": "assistant", "content": "It is 6."}]
@@ -375,12 +375,54 @@ def test_every_max_len_ends(tokenizer, micro_run, tmp_path, monkeypatch, max_len
     no_samples(monkeypatch, sft)
     data = chats(tmp_path / "chats.jsonl", 6)
     args = stage_args(sft, init=str(micro_run), out=str(tmp_path / "run"), data=data, batch_size=2,
-                      max_len=max_len, epochs=1)
+                      max_len=max_len, epochs=1, allow_cut=True)
     if not len(read(conversations(6), tokenizer, max_len)):
         assert refuses(lambda: sft.main(args), "max_len")
         return
     sft.main(args)
     assert all(0 < row["loss"] < 20 for row in log(tmp_path / "run"))
+
+
+def test_what_is_cut_is_counted_and_refused_above_a_tenth(tokenizer, capsys):
+    """Of 20 conversations n are too long by 9 tokens: 8 targets and the line end."""
+    talk = {"role": "user", "content": "?"}, {"role": "assistant", "content": "1" * 20}
+    long = {"role": "user", "content": "?"}, {"role": "assistant", "content": "1" * 29}
+    ids, _ = tokenizer.render(list(talk))
+    for n, allow_cut in ((1, False), (2, False), (3, False), (3, True)):
+        rows = read([list(talk)] * (20 - n) + [list(long)] * n, tokenizer, len(ids) - 1)
+        assert (rows.cut, rows.lost, rows.targets) == (n, 9 * n, 21 * 20 + 9 * n)
+        rows = read([list(talk)] * (20 - n) + [list(long)] * n, tokenizer, len(ids))
+        assert (rows.cut, rows.lost, rows.dropped) == (n, 8 * n, 0)
+        args = stage_args(sft, max_len=len(ids), allow_cut=allow_cut)
+        says = f"cuts {n} of 20 conversations, which loses {8 * n} of {420 + 9 * n} targets"
+        if n == 3 and not allow_cut:
+            refuses(lambda rows=rows, args=args: sft.check_cuts(rows, args), says, "--allow_cut")
+        else:
+            sft.check_cuts(rows, args)
+            assert says in capsys.readouterr().out
+
+
+def test_the_checkpoints_own_things_stay(micro_run, tokenizer, tmp_path, monkeypatch):
+    """dtype, template, generation_config.json, model_max_length, unless flags say otherwise."""
+    no_samples(monkeypatch, sft)
+    init = tmp_path / "init"
+    Qwen2.from_pretrained(micro_run).save_pretrained(init, "bfloat16")
+    tokenizer.save_pretrained(init)
+    config = json.loads((init / "tokenizer_config.json").read_text("utf-8"))
+    config |= {"model_max_length": 77, "pad_token": "<|endoftext|>"}
+    (init / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    (init / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": tokenizer.im_end_id, "top_k": 20}))
+    for name, flags in (("as", {}), ("other", {"system": "S", "save_dtype": "float32"})):
+        run(init, tmp_path, name, epochs=1, **flags)
+    for name in "tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json":
+        assert (tmp_path / "as" / name).read_bytes() == (init / name).read_bytes()
+    assert {w.dtype for w in weights(tmp_path / "as").values()} == {torch.bfloat16}
+    assert {w.dtype for w in weights(tmp_path / "other").values()} == {torch.float32}
+    written = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text("utf-8"))
+    assert written.pop("chat_template") == config.pop("chat_template").replace(DEFAULT_SYSTEM, "S")
+    assert written == config
+    refuses(lambda: run(init, tmp_path, "wrong", save_dtype="int8"), "--save_dtype must be")
 
 
 def test_special_tokens_in_a_user_text_stay_text(tokenizer):

@@ -245,8 +245,8 @@ def test_ids_are_checked(small):
 def test_pad_is_no_stop(small):
     """R8.3, also for a vocabulary with nothing but the three tokens a chat needs."""
     assert small.pad_id == small.special["<|fim_pad|>"] not in small.stop_ids
-    few = dict(zip(tok.CONTROL_TOKENS[:3], (256, 257, 258), strict=True))
-    tiny = Tokenizer({bytes([b]): i for i, b in enumerate(tokenizer_files.BYTE_ORDER)}, special=few)
+    few = [{"content": name, "id": 256 + i} for i, name in enumerate(tok.CONTROL_TOKENS[:3])]
+    tiny = Tokenizer({bytes([b]): i for i, b in enumerate(tokenizer_files.BYTE_ORDER)}, few)
     assert tiny.pad_id == tiny.im_start_id not in tiny.stop_ids
     ids, _ = tiny.render([{"role": "assistant", "content": "x"}])
     assert tiny.decode(ids).endswith("x<|im_end|>\n")
@@ -258,9 +258,37 @@ def test_save_load_save(small, tmp_path):
     small.save_pretrained(tmp_path / "a")
     Tokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     names = sorted(p.name for p in (tmp_path / "a").iterdir())       # and no temporary file is left
-    assert names == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    assert names == ["generation_config.json", "merges.txt", "tokenizer.json",
+                     "tokenizer_config.json", "vocab.json"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_directorys_own_files_stay_as_they_were(small, tmp_path):
+    """Also keys and files that we do not read. All that is added is what a chat needs to end."""
+    small.save_pretrained(tmp_path / "a")
+    change_json(tmp_path / "a" / "tokenizer_config.json", lambda d: d.update(
+        model_max_length=777, pad_token="<|endoftext|>", eos_token="<|endoftext|>", mine=[1]))
+    (tmp_path / "a" / "special_tokens_map.json").write_text('{"pad_token":\t"<|endoftext|>"}')
+    (tmp_path / "a" / "chat_template.jinja").write_text(loop_template("F") + "\n", "utf-8")
+    stops = f'{{ "eos_token_id": [{small.im_end_id}, 7], "pad_token_id": 3, "top_k": 20}}'
+    generation = tmp_path / "a" / "generation_config.json"
+    generation.write_text(stops)
+    Tokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert len(names) == 7 and names == {path.name for path in (tmp_path / "b").iterdir()}
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    for eos in small.eos_id, [small.eos_id]:  # a base model
+        generation.write_text(json.dumps({"eos_token_id": eos, "max_new_tokens": 2048}))
+        Tokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+        assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {
+            "eos_token_id": [*small.stop_ids], "max_new_tokens": 2048}
+    generation.write_text("[]")  # now, and not after hours of training
+    refuses(lambda: Tokenizer.from_pretrained(tmp_path / "a"), "generation_config.json")
+    small.save_pretrained(tmp_path / "b")               # a new tokenizer has a file of its own
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {
+        "eos_token_id": [*small.stop_ids], "pad_token_id": small.pad_id}
 
 
 def test_save_is_atomic(small, tmp_path, monkeypatch):
@@ -375,28 +403,34 @@ def add_word(content, **flags):
 
 
 def test_added_words_are_always_used(small, tmp_path):
-    """A word is vocabulary, also in a user's text; a tag is a control token. Both are saved."""
+    """An added token is vocabulary, also in a user's text, unless it is a control token: one that
+    skip_special_tokens hides, or one of Qwen2.5's. Both kinds are saved."""
     small.save_pretrained(tmp_path / "a")
     for i, (name, normalized) in enumerate([("cat mat", True), ("cat", True), ("<think>", True),
-                                            ("caf\u00e9", False), ("\u4f60\u597d", True)]):
-        change_json(tmp_path / "a" / "tokenizer.json",
-                    add_word(name, id=400 + i, normalized=normalized))
+                                            ("caf\u00e9", False), ("\u4f60\u597d", True),
+                                            ("<mine>", False)]):
+        change_json(tmp_path / "a" / "tokenizer.json", add_word(
+            name, id=400 + i, normalized=normalized, special=name == "<mine>"))
     Tokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     for path in tmp_path / "a", tmp_path / "b":
         words = Tokenizer.from_pretrained(path)
-        assert words.n_vocab == 405 and words.pad_id == small.pad_id
+        assert words.n_vocab == 406 and words.pad_id == small.pad_id
         assert words.encode("the cat mat, cats") == [
             *small.encode("the "), 400, *small.encode(", "), 401, *small.encode("s")]
         # normalized: looked for after NFC ("e" + accent is one character), else before it
         assert words.encode("\u4f60\u597dcafe\u0301") == [404, *small.encode("cafe\u0301")]
         assert words.encode("caf\u00e9") == [403]
         assert words.encode("cat\u0327") == small.encode("cat\u0327")
-        assert words.encode("<think><|im_end|>") == small.encode("<think><|im_end|>")
+        for text in "<|im_end|>", "<mine>", "<tool_call>":
+            assert words.encode("<think>" + text) == [402, *small.encode(text)]
         assert words.encode("<think><|im_end|>cat", True) == [402, small.im_end_id, 401]
         assert words.encode("<think>\u0338", True) == small.encode("<think>\u0338")
         assert words.decode([401, 402], skip_special_tokens=True) == "cat<think>"
         ids, _ = words.render([{"role": "user", "content": "cat"}])
         assert ids[-3:] == [401, small.im_end_id, 198]
+        ids, mask = words.render([{"role": "assistant", "content": "<think><mine>"}])
+        assert ids[-mask[::-1].index(1) - sum(mask):] == [
+            402, *small.encode("<mine>"), small.im_end_id, 198]
 
 
 @pytest.mark.parametrize("change, says", [
@@ -549,7 +583,9 @@ DEFAULTS = {  # as a template spells it: as it is read
     "You are a helpful assistant.": "You are a helpful assistant.",
     r"Put your final answer within \\boxed{}.": r"Put your final answer within \boxed{}.",
     r"Two\nlines, \u4f60\u597d \"x\"": "Two\nlines, \u4f60\u597d \"x\"",
-    "Two\nlines": "Two\nlines"}
+    "Two\nlines": "Two\nlines",
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face":
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
 
 
 def with_template(tokenizer, path, template):
@@ -585,13 +621,34 @@ def test_the_template_file_goes_before_the_key(small, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(loop_template("F") + "\n", encoding="utf-8-sig")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.render_text(user).startswith("<|im_start|>system\nF<|im_end|>\n")
-    tokenizer.save_pretrained(tmp_path / "again")       # under the key, with not a letter changed
-    config = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text("utf-8"))
-    assert config["chat_template"] == loop_template("F") + "\n"
+    tokenizer.save_pretrained(tmp_path / "again")       # as a file, with not a letter changed
+    saved = (tmp_path / "again" / "chat_template.jinja").read_text("utf-8")
+    assert saved == loop_template("F") + "\n"
     again = Tokenizer.from_pretrained(tmp_path / "again")
     assert again.render(user) == tokenizer.render(user)
     small.save_pretrained(tmp_path)                     # and the old tokenizer's file is gone
     assert Tokenizer.from_pretrained(tmp_path).render(user) == small.render(user)
+
+
+SYSTEMS = ["You are Bob.", 'It\'s "me",\n\ttwo lines {{ x }} \\n', "你好 🙂 \x7f", "x" * 9000]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_another_default_system_prompt(small, tmp_path, system):
+    """In the directory's template file or under its key, whatever was there before."""
+    user, given = {"role": "user", "content": "Hi"}, {"role": "system", "content": system}
+    want = small.render([given, user], tools=TOOLS)
+    for i, template in enumerate((None, loop_template("F"), 5)):
+        tokenizer = with_template(small, tmp_path / str(i), template)
+        if i == 1:
+            (tmp_path / "1" / "chat_template.jinja").write_text(template)
+            tokenizer = Tokenizer.from_pretrained(tmp_path / "1")
+        tokenizer.set_default_system(system)
+        tokenizer.save_pretrained(tmp_path / str(i))
+        for again in tokenizer, Tokenizer.from_pretrained(tmp_path / str(i)):
+            assert again.render([user], tools=TOOLS) == want
+            assert again.render([{**given, "content": "S"}, user]) == small.render(
+                [{**given, "content": "S"}, user])
 
 
 UNKNOWN = {
@@ -604,6 +661,9 @@ UNKNOWN = {
     "a changed layout": chat.CHAT_TEMPLATE.replace("'tool'", "'ipython'"),
     "code": "{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}x{% endfor %}",
     "blanks": " " * 10**7, "open tags": "{%" * 10**6, "a bad escape": loop_template(r"\x"),
+    "no text for a system prompt": chat.BEFORE_SYSTEM + "5" + chat.AFTER_SYSTEM,
+    "an expression": chat.BEFORE_SYSTEM + '"a" ~ x' + chat.AFTER_SYSTEM,
+    "nested": chat.BEFORE_SYSTEM + "[" * 100_000 + chat.AFTER_SYSTEM,
     "empty": "", "a list": [{"name": "default", "template": loop_template("S")}], "a number": 5}
 
 
@@ -633,6 +693,7 @@ def test_tools_may_be_json_text(small):
     want = small.render_text(user, tools=TOOLS)
     assert "Größe" in want
     assert small.render_text(user, tools=json.dumps(TOOLS)) == want
+    assert small.decode(small.render_prompt("u", TOOLS)) == want + "<|im_start|>assistant\n"
     for nothing in (None, [], "[]", "null", "", " [ ] "):
         assert small.render(user, tools=nothing) == small.render(user)
     for bad, says in (("[not json", "tools is not JSON"), (TOOLS[0], "list of objects"),
