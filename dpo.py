@@ -41,6 +41,7 @@ from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
     shard_like)
 from lib.files import write_jsonl
+from lib.lora import add_lora
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
 from lib.run import Run
 from lib.vllm_client import rollout_backend
@@ -72,6 +73,8 @@ class Args:
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass: changes memory only
+    lora: int = 0                    # rank of LoRA adapters; 0: train all weights
+    lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     beta: float = 0.1                # strength of the tie to the reference policy
     rpo_alpha: float = 0.0           # weight of -log pi(chosen) per token, added to the loss
     lr: float = 2e-4                 # peak learning rate (the report's models: 7e-7)
@@ -265,6 +268,8 @@ def main(args: Args) -> dict:
     reference = reference_logprobs(model, rows, args.micro_batch, autocast)
 
     # optimizer, resume
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
     optimizer = make_optimizer(model, args, device)
     start = run.start_or_resume(model, optimizer)

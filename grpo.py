@@ -53,6 +53,7 @@ from lib.dist import (
     QUIET, WORLD, all_gather, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches,
     rank_slice)
 from lib.files import read_jsonl
+from lib.lora import add_lora, base_model
 from lib.optim import adamw, clip_and_step, lr_at, setup
 from lib.run import Run
 from lib.vllm_client import VLLMClient
@@ -79,6 +80,8 @@ class Args:
     rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps per episode: above 1 the clip is active
     micro_batch: int = 32            # responses per forward pass: changes memory only
+    lora: int = 0                    # rank of LoRA adapters; 0: train all weights
+    lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
     clip_high: float = 0.0           # and above 1 + clip_high; 0: clip_eps there too (DAPO: 0.28)
     kl: float = 0.0                  # weight of the KL divergence from the reference policy
@@ -350,8 +353,14 @@ def main(args: Args) -> dict:
         queries = order_queries(policy, reward_model, tokenizer, queries, args)
 
     # optimizer, resume
-    reference = apply_fsdp(copy.deepcopy(model), autocast) if args.kl else None
+    reference = None
+    if args.kl and not args.lora:
+        reference = apply_fsdp(copy.deepcopy(model), autocast)
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
+    if args.kl and args.lora:
+        reference = model  # with its adapters switched off, see micro_batch_loss
     optimizer = adamw(model, args.lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
 
@@ -414,7 +423,7 @@ def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
                                              valid_vocab)
         if reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), base_model(reference):
                 ref_logprobs, _ = completion_logprobs(reference, prompts, completions,
                                                       args.temperature, valid_vocab)
     sampled = torch.tensor([p for answer in answers for p in answer.logprobs],

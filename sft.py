@@ -43,6 +43,7 @@ from data.conversations import to_conversation
 from lib.args import InputError, cli, positive, require
 from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import MAX_LINE, open_lines
+from lib.lora import add_lora
 from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run, build_once
 from model import Qwen2
@@ -61,6 +62,8 @@ class Args:
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
     micro_batch: int = 32            # at most so many rows per forward pass: changes memory only
+    lora: int = 0                    # rank of LoRA adapters; 0: train all weights
+    lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lr: float = 5e-4                 # peak learning rate, for a tiny model (the report's: 7e-6)
     warmup: int = 10                 # steps of linear warm-up, at most half of all
@@ -229,6 +232,8 @@ def main(args: Args) -> dict:
           f"--max_len), {steps} steps")
 
     # optimizer, resume
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, args.lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)

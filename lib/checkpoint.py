@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
+from lib.lora import merged_state_dict
 
 
 def load_model(Model, Config, path: str | Path, dtype, device):
@@ -55,7 +56,7 @@ def save_model(model, path: str | Path) -> None:
     require(not config.num_experts or config.shared_expert_intermediate_size,
             f"{path}: a Qwen2-MoE directory needs a shared expert")
     weights = {}
-    for name, weight in split_experts(model.state_dict(), config).items():
+    for name, weight in split_experts(merged_state_dict(model), config).items():
         weights[model.on_disk.get(name, name)] = weight.detach().cpu().contiguous()
     with atomic_path(path / "model.safetensors") as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})

@@ -27,6 +27,7 @@ from lib.args import InputError, handle_stop_signals, require
 from lib.dist import RANK, WORLD, all_gather, full_model, full_state, load_full_state
 from lib.files import (
     atomic_path, disk_errors, json_safe, read_json, read_jsonl, write_atomic, write_jsonl)
+from lib.lora import adapters, save_adapter
 
 try:
     import fcntl
@@ -299,6 +300,8 @@ class Run:
         model = full_model(model, "meta" if RANK else "cpu")
         if RANK == 0:
             model.save_pretrained(self.path)
+            if adapters(model):
+                save_adapter(model, self.path / "adapter", self.args["init"])
         tokenizer.save_pretrained(self.path)
         generation = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         write_atomic(self.path / "generation_config.json", json.dumps(generation, indent=1) + "\n")
