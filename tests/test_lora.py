@@ -1,13 +1,15 @@
 """lib/lora.py: the formula, freezing, merging, the reference policy, and PEFT as the oracle."""
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
-    interrupt_at, letter_queries, log, micro_model, same_weights, stage_args, teach_letters, tiny_model, weights,
-    write_rows)
+    interrupt_at, letter_queries, log, micro_model, same_weights, stage_args, teach_letters,
+    tiny_model, weights, write_rows)
 
+import dpo
 import grpo
 import sft
 from lib.args import InputError
@@ -117,6 +119,17 @@ def test_an_interrupted_run_continues_bit_for_bit(base, tmp_path, monkeypatch):
     monkeypatch.undo()
     run_sft(base, tmp_path / "cut", data, resume=True)
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_dpo_starts_at_ln_2_and_learns(base, tmp_path):
+    """The reference policy is the base model, which an adapter with B = 0 leaves as it is."""
+    pairs = [{"prompt": f"Say {i}.", "chosen": f"{i}, done.", "rejected": f"No {i}."}
+             for i in range(8)]
+    args = stage_args(dpo, init=base, out=str(tmp_path / "run"), epochs=4, batch_size=8, lr=0.01,
+                      data=write_rows(tmp_path / "pairs.jsonl", pairs), lora=4, rpo_alpha=0.0)
+    dpo.main(args)
+    losses = [row["loss"] for row in log(tmp_path / "run")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.69
 
 
 def test_the_reference_policy_of_grpo_is_the_model_without_its_adapters(tokenizer, tmp_path):
