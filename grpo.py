@@ -54,7 +54,7 @@ from lib.dist import (
     rank_slice)
 from lib.files import read_jsonl
 from lib.lora import add_lora, base_model
-from lib.optim import adamw, clip_and_step, lr_at, setup
+from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
 from lib.run import Run
 from lib.vllm_client import VLLMClient
 from reward import RewardModel
@@ -88,7 +88,7 @@ class Args:
     query_order: str = "variance"    # variance (the report's) or random
     scale_rewards: str = "group"     # group: divide advantages by the group's deviation; none
     loss_type: str = "grpo"          # grpo, dapo or dr_grpo: the loss's divisor, see grpo_loss
-    lr: float = 3e-4                 # peak learning rate
+    lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
@@ -353,6 +353,7 @@ def main(args: Args) -> dict:
         queries = order_queries(policy, reward_model, tokenizer, queries, args)
 
     # optimizer, resume
+    peak_lr = args.lr or default_lr("grpo", model, 10.0 if args.lora else 1.0)
     reference = None
     if args.kl and not args.lora:
         reference = apply_fsdp(copy.deepcopy(model), autocast)
@@ -361,7 +362,7 @@ def main(args: Args) -> dict:
     model = apply_fsdp(model, autocast)
     if args.kl and args.lora:
         reference = model  # with its adapters switched off, see micro_batch_loss
-    optimizer = adamw(model, args.lr, weight_decay=0.0)
+    optimizer = adamw(model, peak_lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
 
     # loop
@@ -390,7 +391,7 @@ def main(args: Args) -> dict:
                     sums[name] += logs[name]
             loss, sums = all_reduce_sum(loss), all_reduce_sum(sums)
             logprob_gap = max(all_gather(logprob_gap))
-            lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
+            lr = lr_at(step, args.steps, peak_lr, args.warmup, args.final_lr)
             grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
             if not math.isfinite(grad_norm):
                 break  # the log shows the last inner step
