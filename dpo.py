@@ -41,7 +41,8 @@ from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
     shard_like)
 from lib.files import write_jsonl
-from lib.optim import adamw, clip_and_step, epoch_order, lr_at, rng, setup
+from lib.lora import add_lora
+from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, rng, setup
 from lib.run import Run
 from lib.vllm_client import rollout_backend
 from model import Qwen2
@@ -72,9 +73,11 @@ class Args:
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass: changes memory only
+    lora: int = 0                    # rank of LoRA adapters; 0: train all weights
+    lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     beta: float = 0.1                # strength of the tie to the reference policy
     rpo_alpha: float = 0.0           # weight of -log pi(chosen) per token, added to the loss
-    lr: float = 2e-4                 # peak learning rate (the report's models: 7e-7)
+    lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest
@@ -174,10 +177,10 @@ class OnlineMerging(torch.optim.Optimizer):
             p += self.merge(self.sparsify(delta, t, i), tau)
 
 
-def make_optimizer(model: Qwen2, args: Args, device):
+def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
     """Return OnlineMerging with tau = --init - --base or, without --base, AdamW."""
     if not args.base:
-        return adamw(model, args.lr, weight_decay=0.0)
+        return adamw(model, peak_lr, weight_decay=0.0)
     base_model = Qwen2.from_pretrained(args.base, device=device)
     base = dict(base_model.named_parameters())
     base_shapes = {name: p.shape for name, p in base.items()}
@@ -186,7 +189,7 @@ def make_optimizer(model: Qwen2, args: Args, device):
     require(shapes == base_shapes,
             f"--base {args.base} and --init {args.init} differ in size or architecture")
     taus = [(p - shard_like(base[name], p)).detach() for name, p in params.items()]
-    return OnlineMerging(params.values(), taus, args.lr, args.merge_alpha, args.reserve, args.seed,
+    return OnlineMerging(params.values(), taus, peak_lr, args.merge_alpha, args.reserve, args.seed,
                          args.merge)
 
 
@@ -267,8 +270,11 @@ def main(args: Args) -> dict:
     reference = reference_logprobs(model, rows, args.micro_batch, autocast)
 
     # optimizer, resume
+    peak_lr = args.lr or default_lr("dpo", model, 10.0 if args.lora else 1.0)
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
-    optimizer = make_optimizer(model, args, device)
+    optimizer = make_optimizer(model, args, peak_lr, device)
     start = run.start_or_resume(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
@@ -296,7 +302,7 @@ def main(args: Args) -> dict:
             for name, per_pair in values.items():
                 sums[name] += per_pair.sum().item() / len(batch)
         sums = all_reduce_sum(sums)
-        lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
+        lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, sums["loss"])
         margin = sums["reward_chosen"] - sums["reward_rejected"]
         run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=grad_norm, margin=margin)

@@ -14,10 +14,12 @@ model r_m (its section 4):
 
     r = sigmoid(r_m / 2) + (r_v - 1):  right answers lie between 0 and 1, wrong ones below 0
 
-With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. The
-factor rho of the KL term is ours (see grpo_loss). The report does not disclose learning rate, clip,
-KL coefficient, temperature, length or number of episodes, so these are our choice, as is measuring
-the variance once, with the initial policy, and comparing it within each domain.
+With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. Beside
+a graded reward of your own it can: --reward_model_weight w makes that r_v + w (sigmoid(r_m/2) - 1).
+With w = 0 the reward model only orders the queries. The factor rho of the KL term is ours (see
+grpo_loss). The report does not disclose learning rate, clip, KL coefficient, temperature, length or
+number of episodes, so these are our choice, as is measuring the variance once, with the initial
+policy, and comparing it within each domain.
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -53,7 +55,8 @@ from lib.dist import (
     QUIET, WORLD, all_gather, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches,
     rank_slice)
 from lib.files import read_jsonl
-from lib.optim import adamw, clip_and_step, lr_at, setup
+from lib.lora import add_lora, base_model
+from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
 from lib.run import Run
 from lib.vllm_client import VLLMClient
 from reward import RewardModel
@@ -67,6 +70,7 @@ class Args:
     queries: str = "rl"              # query split or file
     n_queries: int = 0               # at most this many; 0: a whole file, 128 of a split
     reward_model: str = ""           # reward model directory; empty: the verifier alone
+    reward_model_weight: float = 1.0  # of its part of the reward; 0: it only orders the queries
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     reward_timeout: float = 60.0     # seconds that it may take per response
     check_steps: bool = False        # a right answer with a false equation counts as wrong
@@ -79,13 +83,15 @@ class Args:
     rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps per episode: above 1 the clip is active
     micro_batch: int = 32            # responses per forward pass: changes memory only
+    lora: int = 0                    # rank of LoRA adapters; 0: train all weights
+    lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
     clip_high: float = 0.0           # and above 1 + clip_high; 0: clip_eps there too (DAPO: 0.28)
     kl: float = 0.0                  # weight of the KL divergence from the reference policy
     query_order: str = "variance"    # variance (the report's) or random
     scale_rewards: str = "group"     # group: divide advantages by the group's deviation; none
     loss_type: str = "grpo"          # grpo, dapo or dr_grpo: the loss's divisor, see grpo_loss
-    lr: float = 3e-4                 # peak learning rate
+    lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
@@ -101,11 +107,12 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # reward, order, advantage, loss
 
-def shaped_reward(verified, model_score=None):
-    """Return sigmoid(0.5 r_m) + (r_v - 1) (Qwen2.5-Math) or, without a reward model, r_v itself."""
+def shaped_reward(verified, model_score=None, weight: float = 1.0):
+    """Return r_v + w (sigmoid(0.5 r_m) - 1) or, without a reward model, r_v itself. With w = 1 this
+    is Qwen2.5-Math's reward."""
     if model_score is None:
         return verified
-    return torch.sigmoid(0.5 * model_score) + verified - 1
+    return verified + weight * (torch.sigmoid(0.5 * model_score) - 1)
 
 
 def query_order(scores):
@@ -183,7 +190,8 @@ class Episode:
     rewards: torch.Tensor             # (Q, G)
 
     @classmethod
-    def from_groups(cls, groups: list[list[Rollout]], reward_model: RewardModel | None):
+    def from_groups(cls, groups: list[list[Rollout]], reward_model: RewardModel | None,
+                    weight: float):
         verified = torch.tensor([[answer.score for answer in group] for group in groups])
         scores = None
         if reward_model is not None:
@@ -194,7 +202,7 @@ class Episode:
             by_group = [values[i:i + size] for i in range(0, len(values), size)]
             scores = torch.tensor(gather_rows(by_group)).view_as(verified)
         answers = [answer for group in groups for answer in group]
-        return cls(answers, verified, scores, shaped_reward(verified, scores))
+        return cls(answers, verified, scores, shaped_reward(verified, scores, weight))
 
     def groups(self) -> list[list[Rollout]]:
         size = self.verified.shape[1]
@@ -231,7 +239,7 @@ def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: i
     seed = args.seed * 100_003 + step + 1
     groups = rollout(policy, tokenizer, batch, args.num_generations, args.max_new_tokens,
                      args.temperature, seed, verifier(args))
-    return Episode.from_groups(groups, reward_model)
+    return Episode.from_groups(groups, reward_model, args.reward_model_weight)
 
 
 def responses_to_train(episode: Episode, advantages, args: Args) -> list[int]:
@@ -273,7 +281,7 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
         asked = queries[:2 * args.batch_queries]
     groups = rollout(policy, tokenizer, asked, args.num_generations, args.max_new_tokens,
                      args.temperature, args.seed, verifier(args))
-    episode = Episode.from_groups(groups, reward_model)
+    episode = Episode.from_groups(groups, reward_model, args.reward_model_weight)
     print(f"{len(queries)} queries; {args.steps} steps use {args.steps * args.batch_queries}")
     check_before_training(episode, args)
     if args.query_order == "random":
@@ -321,6 +329,8 @@ def check_args(args: Args) -> None:
         require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
     require(not args.rollout_url or args.temperature == 1, "--rollout_url needs --temperature 1: "
             "a server's log-probabilities are those of temperature 1")
+    require(args.reward_model_weight >= 0, "--reward_model_weight must not be negative, got "
+            f"{args.reward_model_weight}")
     require(args.num_generations > 1, "--num_generations must be 2 or more: the group's mean is "
             "the baseline")
 
@@ -349,11 +359,20 @@ def main(args: Args) -> dict:
     with autocast:
         policy = synced_policy(model, server, run)
         queries = order_queries(policy, reward_model, tokenizer, queries, args)
+    if args.reward_model_weight == 0:
+        reward_model = None
 
     # optimizer, resume
-    reference = apply_fsdp(copy.deepcopy(model), autocast) if args.kl else None
+    peak_lr = args.lr or default_lr("grpo", model, 10.0 if args.lora else 1.0)
+    reference = None
+    if args.kl and not args.lora:
+        reference = apply_fsdp(copy.deepcopy(model), autocast)
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
-    optimizer = adamw(model, args.lr, weight_decay=0.0)
+    if args.kl and args.lora:
+        reference = model  # with its adapters switched off, see micro_batch_loss
+    optimizer = adamw(model, peak_lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
 
     # loop
@@ -382,7 +401,7 @@ def main(args: Args) -> dict:
                     sums[name] += logs[name]
             loss, sums = all_reduce_sum(loss), all_reduce_sum(sums)
             logprob_gap = max(all_gather(logprob_gap))
-            lr = lr_at(step, args.steps, args.lr, args.warmup, args.final_lr)
+            lr = lr_at(step, args.steps, peak_lr, args.warmup, args.final_lr)
             grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
             if not math.isfinite(grad_norm):
                 break  # the log shows the last inner step
@@ -415,7 +434,7 @@ def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
                                              valid_vocab)
         if reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), base_model(reference):
                 ref_logprobs, _ = completion_logprobs(reference, prompts, completions,
                                                       args.temperature, valid_vocab)
     sampled = torch.tensor([p for answer in answers for p in answer.logprobs],

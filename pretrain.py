@@ -37,7 +37,7 @@ from data.documents import read_all
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
-from lib.optim import adamw, clip_and_step, epoch_order, lr_at, setup
+from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, setup
 from lib.run import Run, build_once
 from lib.upcycle import upcycle
 from model import PRESETS, Qwen2, load_balancing_loss
@@ -62,7 +62,7 @@ class Args:
     batch_tokens: int = 1024         # tokens per step: batch_tokens / seq_len rows
     micro_batch: int = 16            # rows per forward pass: changes memory only (MoE aux apart)
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
-    lr: float = 1.5e-3               # peak learning rate
+    lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 50                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
@@ -341,8 +341,9 @@ def main(args: Args) -> dict:
     print(f"{model.count_parameters()} parameters, {steps} steps of {count} tokens")
 
     # optimizer, resume
+    peak_lr = args.lr or default_lr("pretrain", model, 1 / 3 if args.init else 1.0)
     model = apply_fsdp(model, autocast)
-    optimizer = adamw(model, args.lr, args.weight_decay)
+    optimizer = adamw(model, peak_lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)
 
     # loop
@@ -367,7 +368,7 @@ def main(args: Args) -> dict:
             loss += token_loss.item()
         loss = all_reduce_sum(loss)
         router_metrics = router_stats.end_step(step + 1) if model.config.num_experts else {}
-        lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
+        lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": (step + 1) * count,
                    "tokens_per_s": count / (time.perf_counter() - began), **router_metrics}

@@ -33,7 +33,7 @@ from data.pairs import PairIds, pair_responses, read_pairs, tokenize_pairs
 from lib.args import cli, parse_value, positive, require
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl
-from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
+from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run
 from lib.vllm_client import rollout_backend
 from model import Config, Qwen2
@@ -61,7 +61,7 @@ class Args:
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass: changes memory only
-    lr: float = 5e-4                 # peak learning rate
+    lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
@@ -276,8 +276,9 @@ def main(args: Args) -> dict:
     print(f"{len(rows)} pairs, {steps} steps")
 
     # optimizer, resume
+    peak_lr = args.lr or default_lr("reward", model)
     model = apply_fsdp(model, autocast)
-    optimizer = adamw(model, args.lr, args.weight_decay)
+    optimizer = adamw(model, peak_lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
@@ -297,7 +298,7 @@ def main(args: Args) -> dict:
             accuracy += (chosen > rejected).sum().item() / len(batch)
         loss = all_reduce_sum(loss)
         accuracy = all_reduce_sum(accuracy)
-        lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
+        lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         run.log(step + 1, steps, bar, batch, loss=loss, accuracy=accuracy, lr=lr,
                 grad_norm=grad_norm)

@@ -18,15 +18,21 @@ import kernels
 from lib.args import cli, positive, require
 from lib.decode import Completion, DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
+from lib.lora import adapter_base, merge_adapter
 from lib.optim import pad_rows, rng, setup
 from model import GrowingKVCache, KVCache, Qwen2
 from tokenizer import Tokenizer
 
 
 def load_policy(path, device) -> tuple[Qwen2, Tokenizer]:
-    """Load model and tokenizer of a directory; InputError if the two do not belong together."""
-    model = Qwen2.from_pretrained(path, device=device)
-    tokenizer = Tokenizer.from_pretrained(path)
+    """Load model and tokenizer of a directory; InputError if the two do not belong together. A
+    directory with a LoRA adapter alone gives its base model with the adapter merged."""
+    base = adapter_base(path)
+    require(base != "", f"{path}: adapter_config.json does not name the model that it belongs to")
+    model = Qwen2.from_pretrained(base or path, device=device)
+    tokenizer = Tokenizer.from_pretrained(base or path)
+    if base:
+        merge_adapter(model, path)
     require(tokenizer.n_vocab <= model.config.vocab_size,
             f"{path}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
             f"{model.config.vocab_size}")

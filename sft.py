@@ -8,9 +8,8 @@ the assistant says and on the <|im_end|> that ends its turn; tokenizer.render al
 The report trains on over a million conversations for 2 epochs, with up to 32,768 tokens each, at a
 learning rate that falls from 7e-6 to 7e-7, with weight decay 0.1 and a gradient norm of at most
 1.0. It does not disclose batch size, warm-up, the shape of the decay or packing: these are our
-choice. The report has one learning rate for all model sizes. A power law through it (7B) and our
-smallest model's best rate is lr = 7e-6 (6.5e9 / N)^0.37, with N without embeddings. It is only a
-starting point: at 106M parameters it gives 3.2e-5, and 1e-4 was better (docs/LOG.md).
+choice. The report has one learning rate for all model sizes; smaller models need more. --lr 0 is a
+line through rates that were measured or published (LEARNING_RATES in lib/optim.py).
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
@@ -43,7 +42,8 @@ from data.conversations import to_conversation
 from lib.args import InputError, cli, positive, require
 from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import MAX_LINE, open_lines
-from lib.optim import adamw, clip_and_step, epoch_order, lr_at, pad_rows, setup
+from lib.lora import add_lora
+from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup
 from lib.run import Run, build_once
 from model import Qwen2
 from sample import load_policy, rollout
@@ -63,8 +63,10 @@ class Args:
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
     micro_batch: int = 32            # at most so many rows per forward pass: changes memory only
+    lora: int = 0                    # rank of LoRA adapters; 0: train all weights
+    lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
-    lr: float = 5e-4                 # peak learning rate, for a tiny model (the report's: 7e-6)
+    lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 10                 # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
@@ -256,8 +258,11 @@ def main(args: Args) -> dict:
     check_cuts(conversations, args)
 
     # optimizer, resume
+    peak_lr = args.lr or default_lr("sft", model, 10.0 if args.lora else 1.0)
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
-    optimizer = adamw(model, args.lr, args.weight_decay)
+    optimizer = adamw(model, peak_lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)
 
     # loop
@@ -281,7 +286,7 @@ def main(args: Args) -> dict:
             micro_loss.backward()
             loss += micro_loss.item()
         loss = all_reduce_sum(loss)
-        lr = lr_at(step, steps, args.lr, args.warmup, args.final_lr)
+        lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         epoch = (step + 1) * args.batch_size / len(conversations)
         run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=grad_norm, targets=count,

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
+from lib.lora import merged_state_dict
 
 
 class NoDraws(TorchFunctionMode):
@@ -313,7 +314,7 @@ def published_weights(model) -> dict[str, torch.Tensor]:
     """Return published name -> weight. Each expert's gate, up and down projection is a view of the
     stacked matrices of model.py."""
     weights = {}
-    for name, w in model.state_dict().items():
+    for name, w in merged_state_dict(model).items():
         if ".experts." not in name:
             weights[model.on_disk.get(name, name)] = w
             continue

@@ -121,8 +121,11 @@ def full_model(model, device=None):
     passes, to evaluate, and to save."""
     if WORLD == 1:
         return model
+    from lib.lora import adapters, add_lora  # lib.lora imports lib.args, which imports this file
     with torch.device("meta"):
         copy = type(model)(model.config)
+    for adapter in list(adapters(model).values())[:1]:
+        add_lora(copy, adapter.rank, adapter.alpha)
     weights = {name: w.full_tensor().to(device) for name, w in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy

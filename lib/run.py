@@ -27,6 +27,7 @@ from lib.args import InputError, handle_stop_signals, require
 from lib.dist import RANK, WORLD, all_gather, full_model, full_state, load_full_state
 from lib.files import (
     atomic_path, disk_errors, json_safe, read_json, read_jsonl, write_atomic, write_jsonl)
+from lib.lora import adapters, save_adapter
 
 try:
     import fcntl
@@ -303,6 +304,8 @@ class Run:
         if RANK == 0:
             dtype = self.args.get("save_dtype") or model.config.torch_dtype
             model.save_pretrained(self.path, dtype)
+            if adapters(model):
+                save_adapter(model, self.path / "adapter", self.args["init"])
         tokenizer.save_pretrained(self.path)
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()),

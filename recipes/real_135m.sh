@@ -57,9 +57,11 @@ half = len(pairs) // 2
 first, test = pairs[:half], pairs[half:]
 r = random.Random(0)
 r.shuffle(first), r.shuffle(test)
-shown = [(query, r.choice(toy.direct_and_worked(solve(row["Equation"]),
-                                                  query["check"]["answer"])))
-         for query, row in first[:half // 2]] + made("sft", 900)
+shown = []
+for query, row in first[:half // 2]:
+    problem = toy.Problem(query["prompt"], query["check"]["answer"], solve(row["Equation"]))
+    shown.append((query, r.choice(toy.answer_task(problem).responses)))
+shown += made("sft", 900)
 r.shuffle(shown)
 queries = [query for query, _ in first[half // 2:]]
 n_val, n_test = len(queries) // 4, 3 * half // 5

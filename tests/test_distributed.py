@@ -12,6 +12,7 @@ import ranks
 import torch
 from helpers import log, weights
 from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
+from safetensors.torch import load_file
 from test_vllm_client import Peer
 
 from sample import load_policy
@@ -35,10 +36,12 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
         sft = next(one for one in runs if one["stage"] == "sft")
-        nan, bf16, again = ({"out": str(folder / name)} for name in ("nan", "bf16", "recompute"))
+        nan, bf16, again, lora = ({"out": str(folder / name)}
+                                  for name in ("nan", "bf16", "recompute", "lora"))
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
                  sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
-                 sft | {"args": sft["args"] | again | {"gradient_checkpointing": True}}]
+                 sft | {"args": sft["args"] | again | {"gradient_checkpointing": True}},
+                 sft | {"args": sft["args"] | lora | {"lora": 2}}]
     if n > 1:
         codes, told = start(n, {"runs": runs}, folder)
         assert codes == [0] * n, told
@@ -59,6 +62,8 @@ def same(a: Path, b: Path) -> None:
                 assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-5), (key, x, y)
     assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
     for file in a.iterdir():
+        if file.is_dir():
+            continue
         if file.name == "samples.jsonl":
             texts = (path.read_text("utf-8").splitlines() for path in (file, b / file.name))
             for one, two in zip(*texts, strict=True):
@@ -112,6 +117,16 @@ def test_recomputed_activations_change_nothing(one, two):
     """On one process bit for bit; on two, a block's weights are gathered for it once more."""
     assert (one / "sft" / "log.jsonl").read_text() == (one / "recompute" / "log.jsonl").read_text()
     same(one / "recompute", two / "recompute")
+
+
+def test_adapters_on_two_processes_are_those_of_one(one, two):
+    """Frozen weights and adapters are sharded together; the merged model and the adapter agree."""
+    same(one / "lora", two / "lora")
+    a, b = (load_file(path / "lora" / "adapter" / "adapter_model.safetensors")
+            for path in (one, two))
+    assert a.keys() == b.keys() and any(a[name].any() for name in a if "lora_B" in name)
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=2e-3)
 
 
 def test_two_processes_share_a_server(inputs, tmp_path):  # noqa: F811

@@ -68,6 +68,8 @@ def test_shaped_reward():
     worst, best = shaped_reward(torch.tensor([1.0, 0.0]), torch.tensor([-30.0, 30.0]))
     assert worst > best - 1e-6
     assert shaped_reward(torch.tensor([1.0, 0.0])).tolist() == [1, 0]
+    half = shaped_reward(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]), weight=0.5)
+    assert half.tolist() == pytest.approx([0.865529, -0.134471], abs=1e-6)
 
 
 def test_query_order():

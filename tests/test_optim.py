@@ -12,7 +12,7 @@ import torch
 
 from lib import optim
 from lib.args import InputError
-from lib.optim import adamw, clip_and_step, lr_at, rng
+from lib.optim import adamw, clip_and_step, default_lr, lr_at, rng
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,3 +145,18 @@ def test_freed_memory_is_kept():
                                      env=env, capture_output=True, check=True).stdout)
                   for flag in ([], ["keep"]))
     assert kept < 1000 < 20 * 2048 <= back
+
+
+@pytest.mark.parametrize("parameters, factor, expected", [
+    (1_050_000, 1.0, 5e-4), (135_000_000, 1.0, 1e-4), (7_000_000_000, 1.0, 7e-6),  # as listed
+    (1000, 1.0, 5e-4), (72_000_000_000, 1.0, 7e-6),                  # level outside
+    (round((1.05e6 * 1.35e8) ** 0.5), 1.0, (5e-4 * 1e-4) ** 0.5),     # half way in logarithms
+    (135_000_000, 10.0, 1e-3)])
+def test_the_default_learning_rate_goes_by_size(parameters, factor, expected, capsys):
+    class Model:
+        def count_parameters(self):
+            return {"total": parameters}
+
+    assert default_lr("sft", Model(), factor) == pytest.approx(expected, rel=1e-6)
+    shown = capsys.readouterr().out
+    assert f"lr {expected:.2g} for {parameters:,} parameters" in shown and "7e-06 at 7e+09" in shown
