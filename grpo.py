@@ -364,14 +364,7 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("grpo", model, 10.0 if args.lora else 1.0)
-    reference = None
-    if args.kl and not args.lora:
-        reference = apply_fsdp(copy.deepcopy(model), autocast)
-    if args.lora:
-        add_lora(model, args.lora, args.lora_alpha)
-    model = apply_fsdp(model, autocast)
-    if args.kl and args.lora:
-        reference = model  # with its adapters switched off, see micro_batch_loss
+    model, reference = policy_and_reference(model, args, autocast)
     optimizer = adamw(model, peak_lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
 
@@ -421,6 +414,20 @@ def main(args: Args) -> dict:
               "reward": episode.rewards.mean().item()}
     run.finish(model, tokenizer, **result)
     return result
+
+
+def policy_and_reference(model, args: Args, autocast):
+    """Return the model to train and, for the KL term, the reference policy: a frozen copy or, with
+    adapters, the same model, which micro_batch_loss uses with its adapters switched off."""
+    reference = None
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha)
+    elif args.kl:
+        reference = apply_fsdp(copy.deepcopy(model), autocast)
+    model = apply_fsdp(model, autocast)
+    if args.lora and args.kl:
+        reference = model
+    return model, reference
 
 
 def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list[int],

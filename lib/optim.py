@@ -99,16 +99,16 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, final: float) -> floa
     return peak * share
 
 
-# {stage: ((parameters, peak learning rate), ...)}. Of a million and of 135 million parameters we
+# {stage: {parameters: peak learning rate}}. Of a million and of 135 million parameters we
 # measured them (recipes/real_135m.sh); pretrain's second follows the exponent of our own sweep
 # (recipes/scaling.md). Of 7B, SFT's and DPO's are the report's (sections 4.1 and 4.2), reward's and
 # GRPO's are DeepSeekMath's (section 4.2).
 LEARNING_RATES = {
-    "pretrain": ((1.05e6, 1.5e-3), (7e9, 1.8e-4)),
-    "sft": ((1.05e6, 5e-4), (1.35e8, 1e-4), (7e9, 7e-6)),
-    "dpo": ((1.05e6, 2e-4), (1.35e8, 2e-5), (7e9, 7e-7)),
-    "reward": ((1.05e6, 5e-4), (1.35e8, 5e-5), (7e9, 2e-5)),
-    "grpo": ((1.05e6, 3e-4), (1.35e8, 2e-5), (7e9, 1e-6)),
+    "pretrain": {1.05e6: 1.5e-3, 7e9: 1.8e-4},
+    "sft": {1.05e6: 5e-4, 1.35e8: 1e-4, 7e9: 7e-6},
+    "dpo": {1.05e6: 2e-4, 1.35e8: 2e-5, 7e9: 7e-7},
+    "reward": {1.05e6: 5e-4, 1.35e8: 5e-5, 7e9: 2e-5},
+    "grpo": {1.05e6: 3e-4, 1.35e8: 2e-5, 7e9: 1e-6},
 }
 
 
@@ -117,10 +117,9 @@ def default_lr(stage: str, model, factor: float = 1.0) -> float:
     log-log through LEARNING_RATES, which is level outside of them."""
     known = LEARNING_RATES[stage]
     n_parameters = model.count_parameters()["total"]
-    sizes = [math.log(size) for size, _ in known]
-    rates = [math.log(rate) for _, rate in known]
+    sizes, rates = np.log(list(known)), np.log(list(known.values()))
     lr = factor * math.exp(np.interp(math.log(n_parameters), sizes, rates))
-    points = ", ".join(f"{rate:.1g} at {size:.3g}" for size, rate in known)
+    points = ", ".join(f"{rate:.1g} at {size:.3g}" for size, rate in known.items())
     print(f"lr {lr:.2g} for {n_parameters:,} parameters (known: {points}); --lr sets another")
     return lr
 
