@@ -64,6 +64,7 @@ class Args:
     gpus: int = 8                    # plan: how many GPUs share the model (FSDP)
     micro_batch: int = 1             # plan: rows per GPU at a time
     gradient_checkpointing: bool = False  # plan: pretrain.py's --gradient_checkpointing
+    lora: int = 0                    # plan: rank of adapters on a frozen base; 0: train all weights
     seq_len: int = 0                 # positions per row (0: 64 in a sweep, 4096 in a plan)
     mfu: float = 0.4                 # plan: share of the peak FLOPS that is reached, an assumption
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
@@ -83,27 +84,19 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     """Fit lr, batch (of N and D, and as Step Law's, of D alone) and loss. If the cells do not
     determine a law, it is left out, and a line says why."""
     laws = {}
-    targets = [
-        ("lr", "lr", "ND"),
-        ("batch", "batch", "ND"),
-        ("batch(D)", "batch", "D"),
-    ]
-    for name, target, axes in targets:
-        inside = [c for c in cells if target not in c.edges]
+    for name, axes in (("lr", "ND"), ("batch", "ND"), ("batch(D)", "D"), ("loss", "ND")):
+        target = name.removesuffix("(D)")
+        inside = [c for c in cells if target not in c.edges and math.isfinite(c.loss)]
         x = [[getattr(c, axis) for axis in axes] for c in inside]
         y = [getattr(c, target) for c in inside]
-        edges = len(cells) - len(inside)
         try:
-            laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
+            if name == "loss":
+                laws[name] = fit_loss(*np.reshape(x, (-1, 2)).T, y, bootstrap, seed)
+            else:
+                edges = len(cells) - len(inside)
+                laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
         except InputError as error:
             print(f"  {name}: {error}")
-    finite = [c for c in cells if math.isfinite(c.loss)]
-    N = [c.N for c in finite]
-    D = [c.D for c in finite]
-    try:
-        laws["loss"] = fit_loss(N, D, [c.loss for c in finite], bootstrap, seed)
-    except InputError as error:
-        print(f"  loss: {error}")
     return laws
 
 
@@ -116,39 +109,31 @@ def describe(name: str, law: Law) -> None:
 
 
 def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
-    """Print the best settings of each cell, their laws, and how well the laws of the others predict
-    the largest cells. Return the laws."""
+    """Print the best settings of each cell and their laws, which are returned. Then predict the
+    largest quarter of the cells from the others, and say which intervals held."""
     print(f"\n{kind}: best settings of {len(cells)} cells")
     for c in cells:
-        on_edge = ""
-        if c.edges:
-            on_edge = " and ".join(c.edges) + " on an edge: left out"
+        on_edge = f"{' and '.join(c.edges)} on an edge: left out" if c.edges else ""
         print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {c.lr:<9.3g} batch {c.batch:<9.3g} "
               f"loss {c.loss:.4f}  {len(c.losses)} settings  {on_edge}")
     laws = fit_cells(cells, args.bootstrap, args.seed)
     for name, law in laws.items():
         describe(name, law)
-    report_largest(cells, args)
-    return laws
 
-
-def report_largest(cells: list[Cell], args: Args) -> None:
-    """Predict the largest quarter of the cells from the others, and say which intervals held."""
     by_size = sorted(cells, key=lambda cell: cell.C)
-    count_held = math.ceil(len(cells) / 4)
-    print(f"  the {count_held} largest held out")
-    laws = fit_cells(by_size[:-count_held], args.bootstrap, args.seed)
-    laws.pop("batch(D)", None)
-    for c, name in product(by_size[-count_held:], laws):
-        predicted = laws[name].predict(**c.axes())
-        low, high = laws[name].interval(**c.axes())
+    held_out = by_size[-math.ceil(len(cells) / 4):]
+    print(f"  the {len(held_out)} largest held out")
+    laws_of_others = fit_cells(by_size[:-len(held_out)], args.bootstrap, args.seed)
+    laws_of_others.pop("batch(D)", None)
+    for c, (name, law) in product(held_out, laws_of_others.items()):
+        low, high = law.interval(**c.axes())
         measured = getattr(c, name)
-        held = low <= measured <= high
-        verdict = "held" if held else "MISSED"
+        verdict = "held" if low <= measured <= high else "MISSED"
         if name in c.edges:
             verdict = "on an edge"
-        print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} [{low:.4g}, {high:.4g}], "
-              f"measured {measured:.4g}: {verdict}")
+        print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {law.predict(**c.axes()):.4g} "
+              f"[{low:.4g}, {high:.4g}], measured {measured:.4g}: {verdict}")
+    return laws
 
 
 def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
@@ -160,9 +145,8 @@ def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
     describe("loss", law)
     low, high = law.ci("g")
     for ratio in sorted(set(R) - {1}):
-        worth = ratio ** law["g"]
         print(f"  an MoE of {ratio:.3g} x its activated N in all equals a dense model of "
-              f"{worth:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] its activated N")
+              f"{ratio ** law['g']:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] that N")
     return {"loss": law}
 
 
@@ -171,19 +155,18 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
 
     Returns {"dense", "moe", "parity": {name: law}}, as far as the tables go."""
     require(args.bootstrap > 1, f"--bootstrap must be at least 2, got {args.bootstrap}")
-    rows = []
-    for path in (args.data or f"{args.out}/rows.csv").split(","):
-        rows += grid_rows(Path(path))
+    paths = (args.data or f"{args.out}/rows.csv").split(",")
+    rows = [row for path in paths for row in grid_rows(Path(path))]
     laws = {}
-    cells = []
+    all_cells = []
     for kind in ("dense", "moe"):
         of_kind = [row for row in rows if row.kind == kind]
         if of_kind:
-            cells_of_kind = measure_cells(of_kind, args.degree, args.within)
-            laws[kind] = report_runs(kind, cells_of_kind, args)
-            cells += cells_of_kind
-    if len(laws) == 2 and len(cells) > 6:  # a loss law's coefficients
-        laws["parity"] = report_parity(cells, args)
+            cells = measure_cells(of_kind, args.degree, args.within)
+            laws[kind] = report_runs(kind, cells, args)
+            all_cells += cells
+    if len(laws) == 2 and len(all_cells) > 6:  # a loss law's coefficients
+        laws["parity"] = report_parity(all_cells, args)
     return laws
 
 
@@ -212,7 +195,7 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
     if budget_alone:
         N, D = compute_optimal(args.budget, laws.get("loss", PUBLISHED["loss"]["Epoch AI"]))
-    out = plan_settings(N, D, laws, PUBLISHED)
+    out = plan_settings(N, D, laws)
     if config and config.num_experts:
         total = count(config)["non_embedding"]
         lr = PUBLISHED["lr"]["Step Law"].predict(N=total, D=D)
@@ -242,22 +225,21 @@ def add_preset(name: str) -> None:
     shared one are together as wide as the dense MLP, so that both have about the same N."""
     if name in PRESETS:
         return
-    match = re.fullmatch(r"([0-9]+)x([0-9]+)(-moe)?", name)
-    good = match is not None and int(match[1]) > 0 and int(match[2]) > 0
-    require(good, f"--sizes must be presets or WIDTHxLAYERS[-moe], got {name!r}")
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)(-moe)?", name)
+    require(match, f"--sizes must be presets or WIDTHxLAYERS[-moe], got {name!r}")
     width = int(match[1])
-    layers = int(match[2])
-    is_moe = name.endswith("-moe")
-    mlp = max(1, width // 6) * 16
+    inner = max(1, width // 6) * 16
+    config = PRESETS["micro"]
+    if match[3]:
+        config = replace(PRESETS["micro-moe"], moe_intermediate_size=inner // 4,
+                         shared_expert_intermediate_size=inner // 2)
     PRESETS[name] = replace(
-        PRESETS["micro-moe" if is_moe else "micro"],
+        config,
         hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
+        intermediate_size=inner,
+        num_hidden_layers=int(match[2]),
         num_attention_heads=max(1, width // 16),
         num_key_value_heads=1,
-        moe_intermediate_size=mlp // 4 if is_moe else 0,
-        shared_expert_intermediate_size=mlp // 2 if is_moe else 0,
     )
 
 
@@ -278,6 +260,23 @@ def prepare(args: Args, tokens: float) -> None:
 def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> Row:
     """Train one model with pretrain.py, in a directory that the next run overwrites. Warm-up is a
     tenth of the steps: a fixed number of steps would favour small batches."""
+    sizes = count(PRESETS[size])
+    row = Row(
+        kind="moe" if PRESETS[size].num_experts else "dense",
+        size=size,
+        N=sizes["N"],
+        total=sizes["non_embedding"],
+        D=D,
+        lr=lr,
+        batch_tokens=batch,
+        loss=math.inf,
+        warmup=int(D / batch / 10),
+        seed=seed,
+        schedule=f"cosine to {pretrain.Args.final_lr}",
+        seq_len=args.seq_len,
+        device=str(device),
+        dtype=args.dtype,
+    )
     asked = pretrain.Args(
         out=f"{args.out}/last",
         data=f"{args.out}/data",
@@ -286,7 +285,7 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int,
         tokens=int(D),
         lr=lr,
         batch_tokens=int(batch),
-        warmup=int(D / batch / 10),
+        warmup=row.warmup,
         seq_len=args.seq_len,
         micro_batch=64,
         eval_every=10**9,
@@ -297,27 +296,9 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int,
         overwrite=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            loss = pretrain.main(asked)["val_loss"]
-        except Diverged:
-            loss = math.inf  # a rate that is too high is a result
-    sizes = count(PRESETS[size])
-    return Row(
-        kind="moe" if PRESETS[size].num_experts else "dense",
-        size=size,
-        N=sizes["N"],
-        total=sizes["non_embedding"],
-        D=D,
-        lr=lr,
-        batch_tokens=batch,
-        loss=loss,
-        warmup=asked.warmup,
-        seed=seed,
-        schedule=f"cosine to {asked.final_lr}",
-        seq_len=args.seq_len,
-        device=str(device),
-        dtype=args.dtype,
-    )
+        with contextlib.suppress(Diverged):  # a rate that is too high is a result: its loss is inf
+            row.loss = pretrain.main(asked)["val_loss"]
+    return row
 
 
 def parse_list(name: str, text: str) -> list[float]:
