@@ -193,6 +193,7 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     require(model_and_tokens or budget_alone,
             "plan needs --model and --tokens, or --budget alone, as positive numbers")
     positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
+    require(args.lora >= 0, f"--lora must be a rank, or 0 to train all weights, got {args.lora}")
     if budget_alone:
         N, D = compute_optimal(args.budget, laws.get("loss", PUBLISHED["loss"]["Epoch AI"]))
     out = plan_settings(N, D, laws)

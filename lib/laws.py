@@ -47,7 +47,7 @@ class Law:
         rng = np.random.default_rng(0)
         noise = rng.normal(0, self.spread, len(samples))
         centre = self.form(self.coef, logs)
-        low, high = self.percentiles(centre, samples + noise)
+        low, high = self.percentiles(centre, samples, noise)
         return math.exp(low), math.exp(high)
 
     def ci(self, name: str) -> tuple[float, float]:
@@ -58,7 +58,7 @@ class Law:
             return math.exp(low), math.exp(high)
         return low, high
 
-    def percentiles(self, centre, samples) -> tuple[float, float]:
+    def percentiles(self, centre, samples, noise=0.0) -> tuple[float, float]:
         """Return the 2.5% and 97.5% percentiles of widened samples.
 
         k fitted coefficients make n residuals, and so a bootstrap of them, too small by
@@ -66,8 +66,8 @@ class Law:
         it, 91-92%."""
         n = len(self.y)
         freedom = n - len(self.names)
-        factor = math.sqrt(n / freedom) * student(freedom)
-        widened = centre + (samples - centre) * factor
+        deviation = (samples - centre) * math.sqrt(n / freedom)
+        widened = centre + (deviation + noise) * student(freedom)
         low, high = np.percentile(widened, [2.5, 97.5])
         return float(low), float(high)
 
