@@ -77,8 +77,7 @@ class Args:
     overwrite: bool = False          # sweep: replace what --out holds
 
 
-# ---------------------------------------------------------------------------------------------
-# fit: the laws of tables of runs
+# --- fit: the laws of tables of runs --------------------------------------------------------------
 
 def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     """Fit lr, batch (of N and D, and as Step Law's, of D alone) and loss. If the cells do not
@@ -170,8 +169,7 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
     return laws
 
 
-# ---------------------------------------------------------------------------------------------
-# plan
+# --- plan -----------------------------------------------------------------------------------------
 
 def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     """Print and return one run: N, D, FLOPs, lr, batch and loss with intervals, where it leaves the
@@ -218,8 +216,7 @@ def compute_optimal(budget: float, law: LossLaw) -> tuple[float, float]:
     return N, budget / 6 / N
 
 
-# ---------------------------------------------------------------------------------------------
-# sweep
+# --- sweep ----------------------------------------------------------------------------------------
 
 def add_preset(name: str) -> None:
     """Add "64x2" to PRESETS: 64 wide (heads of 16), 2 layers. With "-moe", 2 of 8 experts and a

@@ -55,8 +55,7 @@ class Cell:
         return {"N": self.N, "D": self.D, "C": self.C, "R": self.R}
 
 
-# ---------------------------------------------------------------------------------------------
-# tables
+# --- tables ---------------------------------------------------------------------------------------
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV in UTF-8 as {column: text}, without the blanks that people put
@@ -105,8 +104,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     files.write_atomic(path, text.getvalue())
 
 
-# ---------------------------------------------------------------------------------------------
-# optima
+# --- optima ---------------------------------------------------------------------------------------
 
 def optimum(losses: dict, degree=3, within=0.01) -> tuple[list[float], tuple[str, ...]]:
     """Return a cell's best [lr, batch], and which of "lr" and "batch" is on the edge of the grid.

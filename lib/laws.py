@@ -137,8 +137,7 @@ def student(freedom: int) -> float:
     return 1 + first / freedom + second / freedom ** 2
 
 
-# ---------------------------------------------------------------------------------------------
-# published laws
+# --- published laws -------------------------------------------------------------------------------
 
 def coefficients(scales: list[float], exponents: list[float]) -> np.ndarray:
     return np.array([math.log(scale) for scale in scales] + exponents)
@@ -168,8 +167,7 @@ PUBLISHED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# fits
+# --- fits -----------------------------------------------------------------------------------------
 
 def resample(n: int, bootstrap: int, seed: int) -> np.ndarray:
     """Return (bootstrap, n) weights of sum n: Rubin's Bayesian bootstrap. If few whole cells were

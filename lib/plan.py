@@ -35,8 +35,7 @@ def flops(N: float, D: float, config: Config = None, seq_len=0) -> float:
     return per_token * D
 
 
-# ---------------------------------------------------------------------------------------------
-# memory
+# --- memory ---------------------------------------------------------------------------------------
 
 def ffn_widths(config: Config, sparse: bool) -> tuple[int, int]:
     """Return how wide a block's dense part is, and all experts together that one token meets."""
@@ -156,8 +155,7 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# what `scaling.py plan` prints
+# --- what `scaling.py plan` prints ----------------------------------------------------------------
 
 def plan_settings(N: float, D: float, laws: dict[str, Law]) -> dict:
     """Print and return learning rate, batch and loss with intervals, and where the run leaves the
