@@ -14,6 +14,7 @@ bf16, whatever the card is.
 """
 import contextlib
 import gc
+import io
 import statistics
 import sys
 import tempfile
@@ -258,7 +259,7 @@ def rollouts(config, batch, who):
         return sample.generate(model, prompts, new)
     if who == "transformers":
         from transformers import AutoModelForCausalLM
-        with tempfile.TemporaryDirectory() as path, contextlib.redirect_stderr(None):
+        with tempfile.TemporaryDirectory() as path, contextlib.redirect_stderr(io.StringIO()):
             model.save_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(DEVICE)
         model.generation_config.eos_token_id = None

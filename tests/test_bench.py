@@ -87,6 +87,7 @@ def test_the_gpu_script_runs_at_toy_sizes_on_a_cpu():
 
 def test_a_gpu_measurement_that_fails_or_comes_too_late_is_a_line(harness, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    monkeypatch.syspath_prepend(ROOT / "bench")  # from which the harness takes itself
     import gpu
     gpu.measure("a kernel", lambda: 1 / 0)
     gpu.measure("two", lambda x: f"{x} ms", 2)
@@ -101,6 +102,7 @@ def test_a_gpu_measurement_that_fails_or_comes_too_late_is_a_line(harness, monke
 def test_the_gpu_model(harness, monkeypatch):
     """Its FLOPs are those of lib/plan.py; a memory-bound and a launch-bound operation by hand; the
     committed table; and FlexAttention is worth 1.6 times, also if a dense mask cost nothing."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
     import gpu_model
     config = PRESETS["0.5B"]
     assert gpu_model.Work(bytes=2.8e12).seconds() == pytest.approx(1)
