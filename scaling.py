@@ -20,9 +20,10 @@ coefficients, so every row of rows.csv records its settings.
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
     python scaling.py plan --budget 1e21 --data a.csv
 
-Expect: the method in small. On so few tokens the smallest batch is always best. An optimum on the
-edge of its grid is no measurement, so it is marked, left out of the fit, and asks for a wider grid.
-recipes/scaling.md has a sweep with optima inside its grid, and the fits of published runs.
+Expect: the method in small, and no law of the batch. On so few tokens the smallest batch of the
+grid is always best, and 16 to 64 tokens are equally good within the noise. An optimum on the edge
+of its grid is no measurement: it is marked, left out of the fit, and asks for a wider grid.
+recipes/scaling.md has a longer sweep with optima inside its grid, and the fits of published runs.
 """
 import contextlib
 import io
