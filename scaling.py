@@ -113,7 +113,9 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
     largest quarter of the cells from the others, and say which intervals held."""
     print(f"\n{kind}: best settings of {len(cells)} cells")
     for c in cells:
-        on_edge = f"{' and '.join(c.edges)} on an edge: left out" if c.edges else ""
+        on_edge = ""
+        if c.edges:
+            on_edge = " and ".join(c.edges) + " on an edge: left out"
         print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {c.lr:<9.3g} batch {c.batch:<9.3g} "
               f"loss {c.loss:.4f}  {len(c.losses)} settings  {on_edge}")
     laws = fit_cells(cells, args.bootstrap, args.seed)
@@ -125,13 +127,16 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
     print(f"  the {len(held_out)} largest held out")
     laws_of_others = fit_cells(by_size[:-len(held_out)], args.bootstrap, args.seed)
     laws_of_others.pop("batch(D)", None)
-    for c, (name, law) in product(held_out, laws_of_others.items()):
+    for c, name in product(held_out, laws_of_others):
+        law = laws_of_others[name]
+        predicted = law.predict(**c.axes())
         low, high = law.interval(**c.axes())
         measured = getattr(c, name)
-        verdict = "held" if low <= measured <= high else "MISSED"
+        held = low <= measured <= high
+        verdict = "held" if held else "MISSED"
         if name in c.edges:
             verdict = "on an edge"
-        print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {law.predict(**c.axes()):.4g} "
+        print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} "
               f"[{low:.4g}, {high:.4g}], measured {measured:.4g}: {verdict}")
     return laws
 
@@ -145,8 +150,9 @@ def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
     describe("loss", law)
     low, high = law.ci("g")
     for ratio in sorted(set(R) - {1}):
+        worth = ratio ** law["g"]
         print(f"  an MoE of {ratio:.3g} x its activated N in all equals a dense model of "
-              f"{ratio ** law['g']:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] that N")
+              f"{worth:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] its activated N")
     return {"loss": law}
 
 
@@ -156,7 +162,9 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
     Returns {"dense", "moe", "parity": {name: law}}, as far as the tables go."""
     require(args.bootstrap > 1, f"--bootstrap must be at least 2, got {args.bootstrap}")
     paths = (args.data or f"{args.out}/rows.csv").split(",")
-    rows = [row for path in paths for row in grid_rows(Path(path))]
+    rows = []
+    for path in paths:
+        rows += grid_rows(Path(path))
     laws = {}
     all_cells = []
     for kind in ("dense", "moe"):
