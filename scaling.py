@@ -20,9 +20,10 @@ coefficients, so every row of rows.csv records its settings.
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
     python scaling.py plan --budget 1e21 --data a.csv
 
-Expect: the method in small. On so few tokens the smallest batch is always best. An optimum on the
-edge of its grid is no measurement, so it is marked, left out of the fit, and asks for a wider grid.
-recipes/scaling.md has a sweep with optima inside its grid, and the fits of published runs.
+Expect: the method in small, and no law of the batch. On so few tokens the smallest batch of the
+grid is always best, and 16 to 64 tokens are equally good within the noise. An optimum on the edge
+of its grid is no measurement: it is marked, left out of the fit, and asks for a wider grid.
+recipes/scaling.md has a longer sweep with optima inside its grid, and the fits of published runs.
 """
 import contextlib
 import io
@@ -64,6 +65,7 @@ class Args:
     gpus: int = 8                    # plan: how many GPUs share the model (FSDP)
     micro_batch: int = 1             # plan: rows per GPU at a time
     gradient_checkpointing: bool = False  # plan: pretrain.py's --gradient_checkpointing
+    lora: int = 0                    # plan: rank of adapters on a frozen base; 0: train all weights
     seq_len: int = 0                 # positions per row (0: 64 in a sweep, 4096 in a plan)
     mfu: float = 0.4                 # plan: share of the peak FLOPS that is reached, an assumption
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
@@ -76,34 +78,25 @@ class Args:
     overwrite: bool = False          # sweep: replace what --out holds
 
 
-# ---------------------------------------------------------------------------------------------
-# fit: the laws of tables of runs
+# --- fit: the laws of tables of runs --------------------------------------------------------------
 
 def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     """Fit lr, batch (of N and D, and as Step Law's, of D alone) and loss. If the cells do not
     determine a law, it is left out, and a line says why."""
     laws = {}
-    targets = [
-        ("lr", "lr", "ND"),
-        ("batch", "batch", "ND"),
-        ("batch(D)", "batch", "D"),
-    ]
-    for name, target, axes in targets:
-        inside = [c for c in cells if target not in c.edges]
+    for name, axes in (("lr", "ND"), ("batch", "ND"), ("batch(D)", "D"), ("loss", "ND")):
+        target = name.removesuffix("(D)")
+        inside = [c for c in cells if target not in c.edges and math.isfinite(c.loss)]
         x = [[getattr(c, axis) for axis in axes] for c in inside]
         y = [getattr(c, target) for c in inside]
-        edges = len(cells) - len(inside)
         try:
-            laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
+            if name == "loss":
+                laws[name] = fit_loss(*np.reshape(x, (-1, 2)).T, y, bootstrap, seed)
+            else:
+                edges = len(cells) - len(inside)
+                laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
         except InputError as error:
             print(f"  {name}: {error}")
-    finite = [c for c in cells if math.isfinite(c.loss)]
-    N = [c.N for c in finite]
-    D = [c.D for c in finite]
-    try:
-        laws["loss"] = fit_loss(N, D, [c.loss for c in finite], bootstrap, seed)
-    except InputError as error:
-        print(f"  loss: {error}")
     return laws
 
 
@@ -116,8 +109,8 @@ def describe(name: str, law: Law) -> None:
 
 
 def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
-    """Print the best settings of each cell, their laws, and how well the laws of the others predict
-    the largest cells. Return the laws."""
+    """Print the best settings of each cell and their laws, which are returned. Then predict the
+    largest quarter of the cells from the others, and say which intervals held."""
     print(f"\n{kind}: best settings of {len(cells)} cells")
     for c in cells:
         on_edge = ""
@@ -128,27 +121,24 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
     laws = fit_cells(cells, args.bootstrap, args.seed)
     for name, law in laws.items():
         describe(name, law)
-    report_largest(cells, args)
-    return laws
 
-
-def report_largest(cells: list[Cell], args: Args) -> None:
-    """Predict the largest quarter of the cells from the others, and say which intervals held."""
     by_size = sorted(cells, key=lambda cell: cell.C)
-    count_held = math.ceil(len(cells) / 4)
-    print(f"  the {count_held} largest held out")
-    laws = fit_cells(by_size[:-count_held], args.bootstrap, args.seed)
-    laws.pop("batch(D)", None)
-    for c, name in product(by_size[-count_held:], laws):
-        predicted = laws[name].predict(**c.axes())
-        low, high = laws[name].interval(**c.axes())
+    held_out = by_size[-math.ceil(len(cells) / 4):]
+    print(f"  the {len(held_out)} largest held out")
+    laws_of_others = fit_cells(by_size[:-len(held_out)], args.bootstrap, args.seed)
+    laws_of_others.pop("batch(D)", None)
+    for c, name in product(held_out, laws_of_others):
+        law = laws_of_others[name]
+        predicted = law.predict(**c.axes())
+        low, high = law.interval(**c.axes())
         measured = getattr(c, name)
         held = low <= measured <= high
         verdict = "held" if held else "MISSED"
         if name in c.edges:
             verdict = "on an edge"
-        print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} [{low:.4g}, {high:.4g}], "
-              f"measured {measured:.4g}: {verdict}")
+        print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} "
+              f"[{low:.4g}, {high:.4g}], measured {measured:.4g}: {verdict}")
+    return laws
 
 
 def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
@@ -171,24 +161,24 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
 
     Returns {"dense", "moe", "parity": {name: law}}, as far as the tables go."""
     require(args.bootstrap > 1, f"--bootstrap must be at least 2, got {args.bootstrap}")
+    paths = (args.data or f"{args.out}/rows.csv").split(",")
     rows = []
-    for path in (args.data or f"{args.out}/rows.csv").split(","):
+    for path in paths:
         rows += grid_rows(Path(path))
     laws = {}
-    cells = []
+    all_cells = []
     for kind in ("dense", "moe"):
         of_kind = [row for row in rows if row.kind == kind]
         if of_kind:
-            cells_of_kind = measure_cells(of_kind, args.degree, args.within)
-            laws[kind] = report_runs(kind, cells_of_kind, args)
-            cells += cells_of_kind
-    if len(laws) == 2 and len(cells) > 6:  # a loss law's coefficients
-        laws["parity"] = report_parity(cells, args)
+            cells = measure_cells(of_kind, args.degree, args.within)
+            laws[kind] = report_runs(kind, cells, args)
+            all_cells += cells
+    if len(laws) == 2 and len(all_cells) > 6:  # a loss law's coefficients
+        laws["parity"] = report_parity(all_cells, args)
     return laws
 
 
-# ---------------------------------------------------------------------------------------------
-# plan
+# --- plan -----------------------------------------------------------------------------------------
 
 def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     """Print and return one run: N, D, FLOPs, lr, batch and loss with intervals, where it leaves the
@@ -210,9 +200,10 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     require(model_and_tokens or budget_alone,
             "plan needs --model and --tokens, or --budget alone, as positive numbers")
     positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
+    require(args.lora >= 0, f"--lora must be a rank, or 0 to train all weights, got {args.lora}")
     if budget_alone:
         N, D = compute_optimal(args.budget, laws.get("loss", PUBLISHED["loss"]["Epoch AI"]))
-    out = plan_settings(N, D, laws, PUBLISHED)
+    out = plan_settings(N, D, laws)
     if config and config.num_experts:
         total = count(config)["non_embedding"]
         lr = PUBLISHED["lr"]["Step Law"].predict(N=total, D=D)
@@ -234,30 +225,28 @@ def compute_optimal(budget: float, law: LossLaw) -> tuple[float, float]:
     return N, budget / 6 / N
 
 
-# ---------------------------------------------------------------------------------------------
-# sweep
+# --- sweep ----------------------------------------------------------------------------------------
 
 def add_preset(name: str) -> None:
     """Add "64x2" to PRESETS: 64 wide (heads of 16), 2 layers. With "-moe", 2 of 8 experts and a
     shared one are together as wide as the dense MLP, so that both have about the same N."""
     if name in PRESETS:
         return
-    match = re.fullmatch(r"([0-9]+)x([0-9]+)(-moe)?", name)
-    good = match is not None and int(match[1]) > 0 and int(match[2]) > 0
-    require(good, f"--sizes must be presets or WIDTHxLAYERS[-moe], got {name!r}")
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)(-moe)?", name)
+    require(match, f"--sizes must be presets or WIDTHxLAYERS[-moe], got {name!r}")
     width = int(match[1])
-    layers = int(match[2])
-    is_moe = name.endswith("-moe")
-    mlp = max(1, width // 6) * 16
+    inner = max(1, width // 6) * 16
+    config = PRESETS["micro"]
+    if match[3]:
+        config = replace(PRESETS["micro-moe"], moe_intermediate_size=inner // 4,
+                         shared_expert_intermediate_size=inner // 2)
     PRESETS[name] = replace(
-        PRESETS["micro-moe" if is_moe else "micro"],
+        config,
         hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
+        intermediate_size=inner,
+        num_hidden_layers=int(match[2]),
         num_attention_heads=max(1, width // 16),
         num_key_value_heads=1,
-        moe_intermediate_size=mlp // 4 if is_moe else 0,
-        shared_expert_intermediate_size=mlp // 2 if is_moe else 0,
     )
 
 
@@ -278,6 +267,23 @@ def prepare(args: Args, tokens: float) -> None:
 def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> Row:
     """Train one model with pretrain.py, in a directory that the next run overwrites. Warm-up is a
     tenth of the steps: a fixed number of steps would favour small batches."""
+    sizes = count(PRESETS[size])
+    row = Row(
+        kind="moe" if PRESETS[size].num_experts else "dense",
+        size=size,
+        N=sizes["N"],
+        total=sizes["non_embedding"],
+        D=D,
+        lr=lr,
+        batch_tokens=batch,
+        loss=math.inf,
+        warmup=int(D / batch / 10),
+        seed=seed,
+        schedule=f"cosine to {pretrain.Args.final_lr}",
+        seq_len=args.seq_len,
+        device=str(device),
+        dtype=args.dtype,
+    )
     asked = pretrain.Args(
         out=f"{args.out}/last",
         data=f"{args.out}/data",
@@ -286,7 +292,7 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int,
         tokens=int(D),
         lr=lr,
         batch_tokens=int(batch),
-        warmup=int(D / batch / 10),
+        warmup=row.warmup,
         seq_len=args.seq_len,
         micro_batch=64,
         eval_every=10**9,
@@ -297,27 +303,9 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int,
         overwrite=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            loss = pretrain.main(asked)["val_loss"]
-        except Diverged:
-            loss = math.inf  # a rate that is too high is a result
-    sizes = count(PRESETS[size])
-    return Row(
-        kind="moe" if PRESETS[size].num_experts else "dense",
-        size=size,
-        N=sizes["N"],
-        total=sizes["non_embedding"],
-        D=D,
-        lr=lr,
-        batch_tokens=batch,
-        loss=loss,
-        warmup=asked.warmup,
-        seed=seed,
-        schedule=f"cosine to {asked.final_lr}",
-        seq_len=args.seq_len,
-        device=str(device),
-        dtype=args.dtype,
-    )
+        with contextlib.suppress(Diverged):  # a rate that is too high is a result: its loss is inf
+            row.loss = pretrain.main(asked)["val_loss"]
+    return row
 
 
 def parse_list(name: str, text: str) -> list[float]:

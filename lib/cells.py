@@ -55,22 +55,19 @@ class Cell:
         return {"N": self.N, "D": self.D, "C": self.C, "R": self.R}
 
 
-# ---------------------------------------------------------------------------------------------
-# tables
+# --- tables ---------------------------------------------------------------------------------------
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV in UTF-8 as {column: text}. A byte-order mark, as Excel writes, and
-    blanks around commas, as people do, belong to no column. InputError if there is no row."""
+    """Return the rows of a CSV in UTF-8 as {column: text}, without the blanks that people put
+    around commas. InputError if there is no row."""
     with files.open_text(path) as file:
         try:
-            lines = file.read().removeprefix("\ufeff").splitlines()
-            table = list(csv.reader(lines, skipinitialspace=True))
+            table = list(csv.reader(file, skipinitialspace=True))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
     stripped = [[text.strip() for text in line] for line in table]
-    filled = [line for line in stripped if any(line)]
-    require(len(filled) > 1, f"{path}: no rows")
-    head, *rows = filled
+    head, *rows = [line for line in stripped if any(line)] or [[]]
+    require(rows, f"{path}: no rows")
     return [dict(zip(head, row, strict=False)) for row in rows]
 
 
@@ -101,16 +98,13 @@ def grid_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     text = io.StringIO()
-    names = [field.name for field in fields(Row)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow(asdict(row))
+    writer.writerows(asdict(row) for row in rows)
     files.write_atomic(path, text.getvalue())
 
 
-# ---------------------------------------------------------------------------------------------
-# optima
+# --- optima ---------------------------------------------------------------------------------------
 
 def optimum(losses: dict, degree=3, within=0.01) -> tuple[list[float], tuple[str, ...]]:
     """Return a cell's best [lr, batch], and which of "lr" and "batch" is on the edge of the grid.
@@ -149,38 +143,36 @@ def surface_minimum(xy, loss, near, degree: int) -> np.ndarray:
     xy: (runs, 2) logarithms of lr and batch. The minimum is sought inside the grid and no further
     than half a grid step from these runs, since a cubic falls without end elsewhere."""
     centre = xy[near].mean(0)
-    step = [np.median(np.diff(np.unique(axis))) for axis in xy.T]
 
     def terms(points):
         u, v = (points - centre).T
         return np.stack([u ** i * v ** j for i, j in polynomial_powers(degree)], -1)
     coef = np.linalg.lstsq(terms(xy[near]), loss[near], rcond=None)[0]
     coef[0] = 0  # Beside a constant near 3, rounding would hide where the bottom of the valley is.
-    offsets = np.linspace(-0.5, 0.5, 21)
-    patch = np.array(list(product(offsets, offsets))) * step
+    half_step = [np.median(np.diff(np.unique(axis))) / 2 for axis in xy.T]
+    patch = np.array(list(product(np.linspace(-1, 1, 21), repeat=2))) * half_step
     candidates = xy[near]
     for zoom in range(9):            # look around all runs, then ever closer around the best point
         points = candidates[:, None] + patch * 0.1 ** zoom
         points = points.reshape(-1, 2).clip(xy.min(0), xy.max(0))
-        height = terms(points) @ coef
-        candidates = points[[height.argmin()]]
+        lowest = (terms(points) @ coef).argmin()
+        candidates = points[[lowest]]
     return candidates[0]
 
 
 def measure_cells(rows: list[Row], degree=3, within=0.01) -> list[Cell]:
     """Group runs into cells of one (N, R, D). Repeats of a setting are averaged, since a minimum
     would favour the setting tried most often; a diverged run has an infinite loss."""
-    groups = {}
+    cells = {}
     for row in rows:
-        cell = (row.N, (row.total or row.N) / row.N, row.D)
-        setting = (row.lr, row.batch_tokens)
+        repeats = cells.setdefault((row.N, (row.total or row.N) / row.N, row.D), {})
         loss = row.loss if math.isfinite(row.loss) else math.inf
-        groups.setdefault(cell, {}).setdefault(setting, []).append(loss)
-    cells = []
-    for N, R, D in sorted(groups):
+        repeats.setdefault((row.lr, row.batch_tokens), []).append(loss)
+    measured = []
+    for (N, R, D), repeats in sorted(cells.items()):
         losses = {}
-        for setting, repeats in sorted(groups[N, R, D].items()):
-            losses[setting] = math.fsum(repeats) / len(repeats)
+        for setting in sorted(repeats):
+            losses[setting] = math.fsum(repeats[setting]) / len(repeats[setting])
         (lr, batch), edges = optimum(losses, degree, within)
-        cells.append(Cell(N, R, D, losses, min(losses.values()), lr, batch, edges))
-    return cells
+        measured.append(Cell(N, R, D, losses, min(losses.values()), lr, batch, edges))
+    return measured

@@ -3,7 +3,8 @@
     y = a x1^b1 x2^b2                                 PowerLaw, of the best learning rate and batch
     L = E + A / (N R^g)^alpha + B / D^beta            LossLaw; R: total / activated N of an MoE
 
-scaling.py says what N, D, C and R count, and fits these laws to cells of runs.
+scaling.py says what N, D, C and R count, and fits these laws to cells of runs. Read fit_power
+first: least squares on logarithms, then the same fit again for each resample of the cells.
 """
 import math
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from itertools import product
 import numpy as np
 
 from lib.args import require
+
+HUBER_DELTA = 1e-3                   # of the loss law, as Chinchilla's
 
 
 @dataclass
@@ -40,22 +43,18 @@ class Law:
     def interval(self, **x) -> tuple[float, float]:
         """Return a 95% interval for one new cell: the law's uncertainty and a cell's scatter."""
         logs = [math.log(x[axis]) for axis in self.axes]
-        centre = self.form(self.coef, logs)
         samples = self.form(self.draws, logs)
         rng = np.random.default_rng(0)
-        noise = rng.normal(0, self.spread, samples.shape)
+        noise = rng.normal(0, self.spread, len(samples))
+        centre = self.form(self.coef, logs)
         low, high = self.percentiles(centre, samples, noise)
         return math.exp(low), math.exp(high)
 
     def ci(self, name: str) -> tuple[float, float]:
-        """Return a 95% interval for a coefficient; that of `a` is taken on its logarithm."""
+        """Return a 95% interval for a coefficient."""
         column = self.names.index(name)
-        centre = self.coef[column]
-        samples = self.draws[:, column]
-        if name in ("E", "A", "B"):
-            return self.percentiles(np.exp(centre), np.exp(samples))
-        low, high = self.percentiles(centre, samples)
-        if name == "a":
+        low, high = self.percentiles(self.coef[column], self.draws[:, column])
+        if name in self.scales:
             return math.exp(low), math.exp(high)
         return low, high
 
@@ -75,13 +74,13 @@ class Law:
     def fitted(self, log_x, log_y, draws) -> "Law":
         """Return this law with the cells that it was fitted to and its bootstrap."""
         residuals = log_y - self.form(self.coef, log_x.T)
-        variance = (residuals ** 2).sum() / (len(log_y) - len(self.names))
-        smallest = np.exp(log_x.min(0))
-        largest = np.exp(log_x.max(0))
+        freedom = len(log_y) - len(self.names)
+        variance = (residuals ** 2).sum() / freedom
+        x = np.exp(log_x)
         return replace(
             self,
-            seen=list(zip(smallest, largest, strict=True)),
-            x=np.exp(log_x),
+            seen=list(zip(x.min(0), x.max(0), strict=True)),
+            x=x,
             y=np.exp(log_y),
             draws=draws,
             spread=math.sqrt(variance),
@@ -112,7 +111,8 @@ class LossLaw(Law):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("E", "A", "B", "alpha", "beta", "g")[:3 + len(self.axes)]
+        names = ("E", "A", "B", "alpha", "beta", "g")
+        return names[:3 + len(self.axes)]
 
     @staticmethod
     def form(coef, logs):
@@ -137,8 +137,7 @@ def student(freedom: int) -> float:
     return 1 + first / freedom + second / freedom ** 2
 
 
-# ---------------------------------------------------------------------------------------------
-# published laws
+# --- published laws -------------------------------------------------------------------------------
 
 def coefficients(scales: list[float], exponents: list[float]) -> np.ndarray:
     return np.array([math.log(scale) for scale in scales] + exponents)
@@ -168,8 +167,7 @@ PUBLISHED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# fits
+# --- fits -----------------------------------------------------------------------------------------
 
 def resample(n: int, bootstrap: int, seed: int) -> np.ndarray:
     """Return (bootstrap, n) weights of sum n: Rubin's Bayesian bootstrap. If few whole cells were
@@ -190,129 +188,115 @@ def fit_power(axes: str, x, y, bootstrap=1000, seed=0, edges=0) -> PowerLaw:
     rank = np.linalg.matrix_rank(design, tol=1e-6)
     require(n > k and rank == k, f"no law: {n} cells ({edges} more are on an edge) do not "
             f"determine {k} coefficients")
-
-    def solve(weights):
-        root = np.sqrt(weights)
-        weighted = design * root[:, None]
-        return np.linalg.lstsq(weighted, log_y * root)[0]
-    best = solve(np.ones(n))
-    draws = [solve(weights) for weights in resample(n, bootstrap, seed)]
-    law = PowerLaw(axes, best, edges=edges)
-    return law.fitted(log_x, log_y, np.array(draws))
+    equal_weights = np.ones((1, n))
+    weights = np.concatenate([equal_weights, resample(n, bootstrap, seed)])
+    hessian = (weights[:, None] * design.T) @ design
+    moments = (weights * log_y) @ design
+    coef = np.linalg.solve(hessian, moments[..., None])[..., 0]
+    return PowerLaw(axes, coef[0], edges=edges).fitted(log_x, log_y, coef[1:])
 
 
 def fit_loss(N, D, loss, bootstrap=200, seed=0, R=None) -> LossLaw:
-    """Fit a loss law, with R also its g. N, D, loss, R: (n,). InputError with too few cells.
+    """Fit a loss law by Chinchilla's objective (eq. 3), with R also its g:
 
-    As Chinchilla, we start from a grid, of 27 points here; every resample of the bootstrap starts
-    from the best result. Levenberg-Marquardt takes the place of L-BFGS, which with all resamples at
-    once stopped too early, and one after the other took ten times as long (docs/LOG.md)."""
+        sum_i w_i Huber(log(exp(e) + exp(a - alpha log N_i) + exp(b - beta log D_i)) - log L_i)
+
+    N, D, loss, R: (n,). InputError with too few cells. It is the sum: divided by n, the published
+    fit stopped too early (Epoch AI). As Chinchilla, we start from a grid, of 27 points here; every
+    resample of the bootstrap starts from the best result. N and D are centred: otherwise a and
+    alpha are nearly one direction, and draws stop early where E is near 0."""
     axes = "ND" if R is None else "NDR"
-    k = 3 + len(axes)
     n = len(loss)
+    k = 3 + len(axes)
     require(n > k, f"no loss law: {n} cells do not determine {k} coefficients")
     if R is None:
         R = np.ones(n)
     log_x = np.log(np.stack([N, D, R], -1).astype(float))
-    problem = LossProblem(log_x, np.log(loss))
+    log_loss = np.log(loss)
+    centre = log_x.mean(0) * [1, 1, 0]
+    centred = (log_x - centre).T
+    level = log_loss.mean()
     equal_weights = np.ones((1, n))
-    best = problem.minimise(problem.starts(), equal_weights, steps=300)[:1]
+    best = minimise(loss_starts(level), centred, log_loss, equal_weights, steps=300)[:1]
     starts = best.repeat(bootstrap, 0)
-    least_e = problem.level + math.log(0.1)
+    least_e = level + math.log(0.1)
     starts[:, 0] = np.maximum(starts[:, 0], least_e)  # no step leads away from E = 0
     weights = resample(n, bootstrap, seed)
-    draws = problem.minimise(starts, weights, steps=100)
-    draws = problem.uncentred(draws)
-    law = LossLaw(axes, problem.uncentred(best)[0])
-    return law.fitted(log_x[:, :len(axes)], problem.log_loss, draws)
+    draws = minimise(starts, centred, log_loss, weights, steps=100)
+    for coef in (best, draws):
+        coef[:, 1:3] += coef[:, 3:5] * centre[:2]  # of N and D that are not centred
+    return LossLaw(axes, best[0]).fitted(log_x[:, :len(axes)], log_loss, draws)
 
 
-class LossProblem:
-    """Chinchilla's objective (eq. 3) for B coefficient vectors at once, and its minimiser:
+def loss_starts(level: float) -> np.ndarray:
+    """Return 27 rows of coefficients: at the mean cell, whose log L is `level`, E has one of three
+    shares of the loss, and the two other terms share the rest."""
+    rows = []
+    exponents = (0.1, 0.4, 1.0)
+    for share, alpha, beta in product((0.05, 0.3, 0.8), exponents, exponents):
+        e = level + math.log(share)
+        rest = level + math.log((1 - share) / 2)
+        rows.append([e, rest, rest, alpha, beta, 0.3])
+    return np.array(rows)
 
-        sum_i w_i Huber(log(exp(e) + exp(a - alpha log N_i) + exp(b - beta log D_i)) - log L_i)
 
-    It is the sum: divided by n, the published fit stopped too early (Epoch AI). A row of p is e, a,
-    b, alpha, beta and g, where log N_i + g log R_i takes the place of log N_i. N and D are centred:
-    otherwise a and alpha are nearly one direction, and draws stop early where E is near 0.
-    """
-    delta = 1e-3                     # of the Huber loss
+def loss_residuals(p, log_x, log_loss):
+    """Return the residuals (B, n) of coefficients p (B, 6), and their Jacobian (B, n, 6)."""
+    log_n, log_d, log_r = log_x
+    alpha, g = p[:, 3:4], p[:, 5:]
+    e, model_term, data_term = loss_terms(p[:, None], log_n, log_d, log_r)
+    total = np.logaddexp(e, model_term)
+    total = np.logaddexp(total, data_term)
+    # The derivative of a log of a sum of exponentials by one exponent is its share of the sum.
+    constant_share = np.exp(e - total)
+    model_share = np.exp(model_term - total)
+    data_share = np.exp(data_term - total)
+    columns = [
+        constant_share,
+        model_share,
+        data_share,
+        -model_share * (log_n + g * log_r),
+        -data_share * log_d,
+        -model_share * alpha * log_r,
+    ]
+    residuals = total - log_loss
+    return residuals, np.stack(columns, -1)
 
-    def __init__(self, log_x: np.ndarray, log_loss: np.ndarray):
-        self.centre = log_x[:, :2].mean(0)
-        self.log_n, self.log_d = (log_x[:, :2] - self.centre).T
-        self.log_r = log_x[:, 2]
-        self.log_loss = log_loss
-        self.level = log_loss.mean()
 
-    def starts(self) -> np.ndarray:
-        """Return 27 rows of p: at the mean cell E has one of three shares of the loss, and the two
-        other terms share the rest."""
-        exponents = (0.1, 0.4, 1.0)
-        rows = []
-        for share, alpha, beta in product((0.05, 0.3, 0.8), exponents, exponents):
-            e = self.level + math.log(share)
-            rest = self.level + math.log((1 - share) / 2)
-            rows.append([e, rest, rest, alpha, beta, 0.3])
-        return np.array(rows)
+def huber(residuals):
+    size = np.abs(residuals)
+    linear = HUBER_DELTA * (size - HUBER_DELTA / 2)
+    return np.where(size < HUBER_DELTA, size ** 2 / 2, linear)
 
-    def uncentred(self, p):
-        """Return the rows of p for logarithms of N and D that are not centred."""
-        out = p.copy()
-        out[:, 1:3] += p[:, 3:5] * self.centre
-        return out
 
-    def residuals(self, p):
-        """Return the residuals (B, n) of p (B, 6), and their Jacobian (B, n, 6)."""
-        alpha, g = p[:, 3:4], p[:, 5:]
-        e, model_term, data_term = loss_terms(p[:, None], self.log_n, self.log_d, self.log_r)
-        total = np.logaddexp(np.logaddexp(e, model_term), data_term)
-        # The derivative of a log of a sum of exponentials by one exponent is its share of the sum.
-        model_share = np.exp(model_term - total)
-        data_share = np.exp(data_term - total)
-        columns = [
-            np.exp(e - total),
-            model_share,
-            data_share,
-            -model_share * (self.log_n + g * self.log_r),
-            -data_share * self.log_d,
-            -model_share * alpha * self.log_r,
-        ]
-        return total - self.log_loss, np.stack(columns, -1)
+def minimise(p, log_x, log_loss, weights, steps: int):
+    """Improve every row of p (B, 6), and return the rows in the order of their objective.
 
-    def objective(self, residuals, weights):
-        size = np.abs(residuals)
-        linear = self.delta * (size - self.delta / 2)
-        huber = np.where(size < self.delta, size ** 2 / 2, linear)
-        return (weights * huber).sum(-1)
-
-    def step(self, residuals, jacobian, weights, damping):
-        """Return a Levenberg-Marquardt step (B, 6) for the weighted least squares that touch the
-        Huber loss from above."""
+    A step is Levenberg-Marquardt's for the weighted least squares that touch the Huber loss from
+    above. Chinchilla's L-BFGS, with all resamples at once, stopped too early, and one after the
+    other took ten times as long (docs/LOG.md)."""
+    damping = np.full(len(p), 1e-2)
+    for _ in range(steps):
+        residuals, jacobian = loss_residuals(p, log_x, log_loss)
         size = np.maximum(np.abs(residuals), 1e-12)
-        slope = np.minimum(1, self.delta / size)  # of the Huber loss, over the residual
-        weights = weights * slope
-        transposed = np.swapaxes(jacobian, 1, 2)
-        weighted = weights * residuals
-        gradient = transposed @ weighted[..., None]
-        hessian = transposed @ (jacobian * weights[..., None])
+        slope = np.minimum(1, HUBER_DELTA / size)  # of the Huber loss, over the residual
+        slope = weights * slope
+        weighted = jacobian * slope[..., None]
+        transposed = np.swapaxes(weighted, 1, 2)
+        hessian = transposed @ jacobian
+        gradient = transposed @ residuals[..., None]
         diagonal = np.einsum("bii->bi", hessian)  # a view
         diagonal *= 1 + damping[:, None]
         diagonal += 1e-12
-        return -np.linalg.solve(hessian, gradient)[..., 0]
-
-    def minimise(self, p, weights, steps: int):
-        """Improve every row of p, and return the rows in the order of their objective."""
-        damping = np.full(len(p), 1e-2)
-        for _ in range(steps):
-            residuals, jacobian = self.residuals(p)
-            new_p = p + self.step(residuals, jacobian, weights, damping)
-            new_residuals, _ = self.residuals(new_p)
-            old_objective = self.objective(residuals, weights)
-            better = self.objective(new_residuals, weights) < old_objective
-            p = np.where(better[:, None], new_p, p)
-            factor = np.where(better, 0.2, 5)
-            damping = np.clip(damping * factor, 1e-9, 1e9)
-        residuals, _ = self.residuals(p)
-        order = self.objective(residuals, weights).argsort()
-        return p[order]
+        step = np.linalg.solve(hessian, gradient)
+        new_p = p - step[..., 0]
+        new_residuals, _ = loss_residuals(new_p, log_x, log_loss)
+        change = weights * (huber(new_residuals) - huber(residuals))
+        better = change.sum(-1) < 0
+        p = np.where(better[:, None], new_p, p)
+        factor = np.where(better, 0.2, 5)
+        damping = np.clip(damping * factor, 1e-9, 1e9)
+    residuals, _ = loss_residuals(p, log_x, log_loss)
+    objective = (weights * huber(residuals)).sum(-1)
+    order = objective.argsort()
+    return p[order]

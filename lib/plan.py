@@ -6,6 +6,7 @@ saves, and memory with the measured peak of a process.
 """
 import torch
 
+from lib.laws import PUBLISHED, Law
 from model import Config, Qwen2
 
 HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # numbers per buffer of the head's loss; it has three
@@ -34,8 +35,7 @@ def flops(N: float, D: float, config: Config = None, seq_len=0) -> float:
     return per_token * D
 
 
-# ---------------------------------------------------------------------------------------------
-# memory
+# --- memory ---------------------------------------------------------------------------------------
 
 def ffn_widths(config: Config, sparse: bool) -> tuple[int, int]:
     """Return how wide a block's dense part is, and all experts together that one token meets."""
@@ -65,80 +65,120 @@ def block_activations(config: Config, sparse: bool, item: int, cuda: bool) -> in
     return 4 * float32_numbers + item * product_numbers
 
 
-def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True,
-           checkpointing=False) -> dict[str, float]:
-    """Return the bytes per GPU at the peak of pretrain.py's step under full sharding (FSDP).
+def activations(config: Config, tokens: int, item: int, cuda: bool, checkpointing: bool) -> int:
+    """Return the bytes that autograd keeps of all blocks and the final norm, at the peak.
 
-    The peak is where the forward pass of a micro-batch of `rows` ends and gradients of an earlier
-    one exist. "gathered": on one GPU autocast's bf16 copies of all weights, except the last matrix
-    of each MLP; on several GPUs one block at a time, twice, and its gradient. With gradient
-    checkpointing each block keeps its input, and one block is recomputed with the gradients of
-    three inner activations, but not while the head's logits exist. Not counted: CUDA's context,
-    oneDNN's buffers, communication, fragmentation.
-    """
-    sizes = count(config)
-    C, vocab_size = config.hidden_size, config.vocab_size
-    item = 2 if bf16 else 4
+    With gradient checkpointing each block keeps its input, and one block is recomputed with the
+    gradients of three inner activations, but not while the head's logits exist."""
+    C = config.hidden_size
     kept = 8 * C                      # bytes per token: final norm, gradient of the hidden state
     recomputed = 0
-    cast = sizes["total"] if config.tie_word_embeddings else sizes["total"] - vocab_size * C
     for layer in range(config.num_hidden_layers):
         sparse = config.is_sparse(layer)
         inner, routed = ffn_widths(config, sparse)
         block = block_activations(config, sparse, item, cuda)
+        inner_gradients = 3 * item * (inner + routed)
+        recomputed = max(recomputed, block + inner_gradients)
         kept += 4 * C if checkpointing else block
-        recomputed = max(recomputed, block + 3 * item * (inner + routed))
-        cast -= C * inner
-    logits = 3 * 4 * HEAD_CHUNK["cuda" if cuda else "cpu"]
-    activations = rows * seq_len * kept
-    if checkpointing:
-        activations += max(0, rows * seq_len * recomputed - logits)
+    if not checkpointing:
+        return tokens * kept
+    return tokens * kept + max(0, tokens * recomputed - logits_buffers(cuda))
 
-    if gpus == 1:
-        gathered = 2 * cast if bf16 else 0
+
+def logits_buffers(cuda: bool) -> int:
+    return 3 * 4 * HEAD_CHUNK["cuda" if cuda else "cpu"]
+
+
+def lora_parameters(config: Config, rank: int) -> int:
+    """Return how many numbers adapters of this rank have, rank * (in + out) per projection: four
+    of attention and three of the MLP, which on an MoE is the shared expert."""
+    C = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        inner, _ = ffn_widths(config, config.is_sparse(layer))
+        total += 2 * (C + queries)
+        total += 2 * (C + keys)
+        if inner:
+            total += 3 * (C + inner)
+    return rank * total
+
+
+def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True,
+           checkpointing=False, lora=0) -> dict[str, float]:
+    """Return the bytes per GPU at the peak of pretrain.py's step under full sharding (FSDP).
+
+    The peak is where the forward pass of a micro-batch of `rows` ends and gradients of an earlier
+    one exist. "gathered": on one GPU autocast's bf16 copies of all weights, except the last matrix
+    of each MLP; on several GPUs one block at a time, twice, and its gradient. Not counted: CUDA's
+    context, oneDNN's buffers, communication, fragmentation.
+
+    lora: the rank of adapters, 0 for none. Then the base is frozen in bf16, and only the float32
+    adapters have gradients and states. "gathered" has the sums W + B A of the blocks that keep
+    their activations, and two float32 copies of the largest matrix while its sum is made."""
+    sizes = count(config)
+    C = config.hidden_size
+    layers = config.num_hidden_layers
+    item = 2 if bf16 else 4
+    block = sizes["non_embedding"] // layers
+    embedding_and_head = sizes["total"] - sizes["non_embedding"]
+    head = config.vocab_size * C
+    if lora:
+        trained = lora_parameters(config, lora)
+        weights = 2 * sizes["total"] + 4 * trained
+        summed = block if checkpointing else block * layers
+        gathered = item * summed + 8 * C * config.intermediate_size
+        if gpus > 1:
+            gathered += 2 * embedding_and_head + 2 * item * block
+        head_gradient = 0
     else:
-        block_parameters = sizes["non_embedding"] // config.num_hidden_layers
-        embedding_and_head = sizes["total"] - sizes["non_embedding"]
-        gathered = 4 * embedding_and_head + block_parameters * (2 * item + 4)
+        trained = sizes["total"]
+        weights = 4 * trained
+        gathered = 0
+        if gpus > 1:
+            gathered = 4 * embedding_and_head + (2 * item + 4) * block
+        elif bf16:
+            last_matrices = 0
+            for layer in range(layers):
+                inner, _ = ffn_widths(config, config.is_sparse(layer))
+                last_matrices += C * inner
+            gathered = 2 * (sizes["non_embedding"] + head - last_matrices)
+        head_gradient = 4 * head
     return {
-        "weights": 4 * sizes["total"] / gpus,
-        "gradients": 4 * sizes["total"] / gpus,
-        "AdamW": 8 * sizes["total"] / gpus,
-        "activations": activations,
+        "weights": weights / gpus,
+        "gradients": 4 * trained / gpus,
+        "AdamW": 8 * trained / gpus,
+        "activations": activations(config, rows * seq_len, item, cuda, checkpointing),
         "gathered": gathered,
-        "head": 4 * vocab_size * C + logits,
+        "head": head_gradient + logits_buffers(cuda),
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# what `scaling.py plan` prints
+# --- what `scaling.py plan` prints ----------------------------------------------------------------
 
-def plan_settings(N: float, D: float, laws: dict, published: dict) -> dict:
+def plan_settings(N: float, D: float, laws: dict[str, Law]) -> dict:
     """Print and return learning rate, batch and loss with intervals, and where the run leaves the
     range that a law was fitted on.
 
-    laws, published: {"lr", "batch", "loss"} to a law of lib/laws.py, or to {label: law}. If `laws`
-    lacks one, the first published law stands in; its interval is then the range of the published
-    laws, which is no confidence interval.
-    """
-    C = flops(N, D)
-    out = {"N": N, "D": D, "C": C, "extrapolates": []}
-    print(f"plan: N {N:.4g}, D {D:.4g} tokens, 6 N D = {C:.3g} FLOPs")
-    for name, references in published.items():
-        others = {label: float(law.predict(**out)) for label, law in references.items()}
+    If `laws` lacks "lr", "batch" or "loss", the first published law stands in; its interval is then
+    the range of the published laws, which is no confidence interval."""
+    out = {"N": N, "D": D, "C": flops(N, D), "extrapolates": []}
+    print(f"plan: N {N:.4g}, D {D:.4g} tokens, 6 N D = {out['C']:.3g} FLOPs")
+    for name, published in PUBLISHED.items():
+        others = {label: float(law.predict(**out)) for label, law in published.items()}
         said = ", ".join(f"{label} {value:.4g}" for label, value in others.items())
         if name in laws:
             law = laws[name]
             low, high = law.interval(**out)
         else:
-            law = next(iter(references.values()))
+            law = next(iter(published.values()))
             low = min(others.values())
             high = max(others.values())
             said = "the range of: " + said
-        value = float(law.predict(**out))
-        print(f"  {name:<6}{value:.4g}  [{low:.4g}, {high:.4g}]  {said}")
-        out[name] = value
+        out[name] = float(law.predict(**out))
         out[name + "_interval"] = (low, high)
+        print(f"  {name:<6}{out[name]:.4g}  [{low:.4g}, {high:.4g}]  {said}")
         for axis, (smallest, largest) in zip(law.axes, law.seen, strict=True):
             nearest = min(max(out[axis], smallest), largest)
             factor = out[axis] / nearest
@@ -156,37 +196,26 @@ def plan_machines(args, config: Config, D: float) -> dict:
     """Print and return memory, days and cost of a preset in bf16, with every assumption. args:
     those of scaling.py."""
     seq_len = args.seq_len or 4096
-    parts = memory(
-        config,
-        args.gpus,
-        args.micro_batch,
-        seq_len,
-        checkpointing=args.gradient_checkpointing,
-    )
+    parts = memory(config, args.gpus, args.micro_batch, seq_len,
+                   checkpointing=args.gradient_checkpointing, lora=args.lora)
     total = sum(parts.values()) / 1e9
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     print(f"  memory per GPU: {total:.1f} GB of {args.gpu_gb:g}: {listed}")
-    print(f"    (FSDP over {args.gpus}, float32 weights and states, bf16 compute, "
+    base = "bf16 weights, float32 adapters" if args.lora else "float32 weights and states"
+    print(f"    (FSDP over {args.gpus}, {base}, bf16 compute, "
           f"{args.micro_batch} x {seq_len} tokens; add 1-3 GB for CUDA)")
     if total > args.gpu_gb:
         print("    DOES NOT FIT: use more --gpus, a smaller --micro_batch or --seq_len, or "
               "--gradient_checkpointing")
 
-    N = count(config)["N"]
-    work = flops(N, D, config, seq_len)
+    work = flops(count(config)["N"], D, config, seq_len)
     if args.gradient_checkpointing:
         work *= 4 / 3                 # one more forward pass
     flops_per_second = args.gpus * args.peak_tflops * 1e12 * args.mfu
     hours = work / flops_per_second / 3600
-    days = hours / 24
     cost = hours * args.gpus * args.gpu_hour
-    print(f"  time: {work:.3g} FLOPs with head and attention = {days:.1f} days, "
+    print(f"  time: {work:.3g} FLOPs with head and attention = {hours / 24:.1f} days, "
           f"{cost:,.0f} at {args.gpu_hour:g} per GPU hour")
     print(f"    ({args.gpus} GPUs, {args.peak_tflops:g} TFLOPS peak, MFU {args.mfu:g} assumed, "
           "no restarts)")
-    return {
-        "memory": parts,
-        "training_flops": work,
-        "days": days,
-        "cost": cost,
-    }
+    return {"memory": parts, "training_flops": work, "days": hours / 24, "cost": cost}

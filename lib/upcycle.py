@@ -7,6 +7,10 @@ import torch
 from lib.optim import rng
 from model import Config, Qwen2
 
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+              "shared_expert_intermediate_size", "router_aux_loss_coef", "decoder_sparse_step",
+              "mlp_only_layers")
+
 
 @torch.no_grad()
 def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen2:
@@ -22,13 +26,7 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
     is divided by the routing weight that it will get (1/E, or 1/k if normalised, and 1/2 from the
     shared gate) and multiplied by dense size / active size, so that the sum of the active experts
     estimates the dense FFN."""
-    config = replace(
-        dense.config, num_experts=preset.num_experts,
-        num_experts_per_tok=preset.num_experts_per_tok,
-        moe_intermediate_size=preset.moe_intermediate_size,
-        shared_expert_intermediate_size=preset.shared_expert_intermediate_size,
-        norm_topk_prob=preset.norm_topk_prob, router_aux_loss_coef=preset.router_aux_loss_coef,
-        decoder_sparse_step=preset.decoder_sparse_step, mlp_only_layers=preset.mlp_only_layers)
+    config = replace(dense.config, **{name: getattr(preset, name) for name in MOE_FIELDS})
     experts, top_k = config.num_experts, config.num_experts_per_tok
     inner, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
     size_ratio = config.intermediate_size / (top_k * inner + shared)

@@ -1,6 +1,7 @@
 """The benchmark harness's pure functions; its numbers are nobody's assertion."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from known_laws import make_rows
 from lib.args import InputError
 from lib.cells import measure_cells, write_rows
 from lib.laws import PUBLISHED
+from lib.plan import count, flops
+from model import PRESETS
 from scaling import fit_cells
 
 
@@ -65,12 +68,63 @@ def test_table_names_the_target_beside_the_ratio_of_the_first_system(harness):
 
 
 def test_the_gpu_script_runs_at_toy_sizes_on_a_cpu():
+    """Every measurement gives its line, but for what a CPU or a machine without peers lacks."""
     out = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--tiny"], text=True,
-                         capture_output=True, timeout=120,
+                         capture_output=True, timeout=600,
                          env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stderr
-    for name in ("attention T", "cross-entropy", "MoE of equal active size", "rollouts"):
+    for name in ("attention T 32, document mask, sdpa", "cross-entropy", "T 64, packed, dense mask",
+                 "training tiny, T 64, packed", "MoE of equal active size", "DPO update",
+                 "GRPO update", "rollouts tiny, batch 4, ours"):
         assert name in out.stdout
+    for line in out.stdout.splitlines():
+        if "FAILED" in line:
+            assert "flex" in line or "transformers" in line, line
+    check = next(line for line in out.stdout.splitlines() if line.startswith("packed rows"))
+    gaps = dict(re.findall(r"(sdpa|fused|mask) ([0-9.e+-]+)", check.split(": ")[1]))
+    assert float(gaps["fused"]) < 0.05 < 0.2 < float(gaps["mask"])  # attention matters
+
+
+def test_a_gpu_measurement_that_fails_or_comes_too_late_is_a_line(harness, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    monkeypatch.syspath_prepend(ROOT / "bench")  # from which the harness takes itself
+    import gpu
+    gpu.measure("a kernel", lambda: 1 / 0)
+    gpu.measure("two", lambda x: f"{x} ms", 2)
+    monkeypatch.setattr(gpu, "began", gpu.began - gpu.LIMIT - 1)
+    gpu.measure("three", lambda: "3 ms")
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert said == ["a kernel FAILED: ZeroDivisionError: division by zero", "two 2 ms",
+                    "three left out: 420 s are over"]
+    sys.modules.pop("gpu")
+
+
+def test_the_gpu_model(harness, monkeypatch):
+    """Its FLOPs are those of lib/plan.py; a memory-bound and a launch-bound operation by hand; the
+    committed table; and FlexAttention is worth 1.6 times, also if a dense mask cost nothing."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import gpu_model
+    config = PRESETS["0.5B"]
+    assert gpu_model.Work(bytes=2.8e12).seconds() == pytest.approx(1)
+    assert gpu_model.Work(flops=6e14, bytes=1e12, kernels=3).seconds() == pytest.approx(1)
+    assert gpu_model.Work(flops=1, kernels=5).seconds() == pytest.approx(30e-6)
+    assert gpu_model.causal_pairs(4, False) == 1 + 2 + 3 + 4
+    T = 4096
+    blocks = sum(work.flops for work in gpu_model.block_without_attention(config, T))
+    logits = sum(work.flops for work in gpu_model.head(config, T, True))
+    total = config.num_hidden_layers * blocks + 3 / 4 * logits  # the head computes logits twice
+    assert total == pytest.approx(flops(count(config)["N"], T, config), rel=0.001)
+    dense, flex = (sum(work.flops for work in gpu_model.attention(config, 1, T, False, kind))
+                   for kind in ("dense", "flex"))
+    assert dense == 14 * T * T * config.hidden_size and flex == pytest.approx(dense / 2, rel=0.04)
+
+    assert "\n".join(gpu_model.lines()) in (ROOT / "bench" / "RESULTS.md").read_text()
+    for dense_rate in (gpu_model.DENSE, gpu_model.FLASH):
+        monkeypatch.setattr(gpu_model, "DENSE", dense_rate)
+        before, after = (sum(gpu_model.training(config, T, True, kind, kind == "flex", 1).values())
+                         for kind in ("dense", "flex"))
+        assert before / after > 1.6
+    sys.modules.pop("gpu_model")
 
 
 def test_scaling_curves_fit_the_exponent_of_a_known_law(harness, monkeypatch):

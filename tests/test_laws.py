@@ -1,4 +1,7 @@
 """lib/laws.py: laws recovered from points made by known laws, and the coverage of intervals."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from known_laws import CHINCHILLA, EPOCH, grid_points, true_lr
@@ -7,6 +10,9 @@ import scaling
 from lib.args import InputError
 from lib.laws import student
 from lib.plan import flops
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "scaling"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside this checkout")
 
 
 def test_interval_covers_a_new_cell():
@@ -74,3 +80,17 @@ def test_known_answers():
         for name, answer in (("lr", lr), ("batch", batch)):
             law = scaling.PUBLISHED[name]["DeepSeek"]
             assert law.predict(C=C) == pytest.approx(answer, rel=3e-4)
+
+
+@shared
+def test_porian_compute_optimal_sizes():
+    """N* = a C^b through the compute-optimal points of Porian et al. (2024) has the exponent that
+    they publish, in each of six settings."""
+    tables = json.loads((SHARED / "porian_isoflop.json").read_text(encoding="utf-8"))
+    assert len(tables) == 6
+    for table in tables:
+        points = [point for point in table["optimal_pairs"] if point["n"]]
+        C = [point["flops"] for point in points]
+        N = [point["n"] for point in points]
+        law = scaling.fit_power("C", C, N, 40)
+        assert law["C"] == pytest.approx(table["fit"]["n_exponent"], rel=1e-6)

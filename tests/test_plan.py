@@ -17,7 +17,7 @@ import lib.fast
 import pretrain
 import scaling
 from lib.args import InputError
-from lib.plan import count, flops, memory
+from lib.plan import count, flops, lora_parameters, memory
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,37 @@ def test_plan_of_a_preset(capsys):
     moe = plan({}, model="Qwen2-57B-A14B", tokens="4.5e12")
     assert moe["N"] == 14_249_270_784 - 2 * 151936 * 3584
     assert "at its total N" in capsys.readouterr().out
+
+
+def test_memory_of_lora_by_hand(capsys):
+    """Qwen2.5-7B with rank 16 and gradient checkpointing, one row of 4,096 tokens on one GPU. C is
+    3584, keys and values 512 wide, an MLP 18944, 28 layers: all written out."""
+    C, keys, inner, layers, total = 3584, 512, 18944, 28, 7_615_616_512
+    trained = 16 * layers * (2 * (C + C) + 2 * (C + keys) + 3 * (C + inner))
+    assert lora_parameters(PRESETS["7B"], 16) == trained == 40_370_176
+    parts = memory(PRESETS["7B"], 1, 1, 4096, checkpointing=True, lora=16)
+    block = 6_525_621_760 // layers
+    assert parts == {
+        "weights": 2 * total + 4 * trained,                  # bf16 base, float32 adapters
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "activations": 4096 * (4 * C * layers + 8 * C),      # each block's input; the final norm
+        "gathered": 2 * block + 8 * C * inner,               # W + B A of one block, in bf16
+        "head": 3 * 4 * 2 ** 27}
+    assert 20.2e9 < sum(parts.values()) < 20.4e9             # the whole would take 130 GB
+    whole = memory(PRESETS["7B"], 1, 1, 4096, checkpointing=True)
+    assert whole["weights"] + whole["gradients"] + whole["AdamW"] == 16 * total
+    kept = memory(PRESETS["7B"], 1, 1, 4096, lora=16)["gathered"]
+    assert kept == 2 * block * layers + 8 * C * inner        # without checkpointing: of all blocks
+    moe = PRESETS["Qwen2-57B-A14B"]                          # attention and the shared expert
+    per_layer = 2 * (C + C) + 2 * (C + keys) + 3 * (C + 20480)
+    assert lora_parameters(moe, 8) == 8 * 28 * per_layer
+    plan({}, model="7B", tokens="1e6", gpus=1, lora=16, gradient_checkpointing=True, gpu_gb=24.0)
+    said = capsys.readouterr().out
+    assert "memory per GPU: 20.3 GB of 24" in said and "DOES NOT FIT" not in said
+    assert "bf16 weights, float32 adapters" in said
+    with pytest.raises(InputError, match="--lora"):
+        plan({}, model="7B", tokens="1e6", lora=-1)
 
 
 @pytest.mark.parametrize("name", ["micro", "micro-moe"])
