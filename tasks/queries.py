@@ -243,7 +243,6 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
         yield as_text(list(islice(stream, count)), form)
 
 
-
 def score_steps(queries: list[dict], responses: list[str]) -> list[float]:
     """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
     states a false equation (tasks/steps.py)."""

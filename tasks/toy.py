@@ -220,6 +220,16 @@ def branch(condition: str, yes: str, no: str) -> str:
     return f"if {condition}:\n    return {yes}\nreturn {no}"
 
 
+def either(condition: str, yes: str, no: str) -> tuple[str, str]:
+    """Return the short and the long solution of a choice between two values."""
+    return f"return {yes} if {condition} else {no}", branch(condition, yes, no)
+
+
+def decision(words: str, condition: str) -> tuple[str, str, str]:
+    task = f"returns True if n is {words}, else False"
+    return task, f"return {condition}", branch(condition, "True", "False")
+
+
 # A task, its solution in one line, and its solution in several lines.
 STRING_TASKS = [
     ("returns how many words in the string s have more than {k} letters",
@@ -243,21 +253,14 @@ STRING_TASKS = [
     ("returns the string s repeated {k} times", "return s * {k}", "return s * {k}"),
     ("returns the last {k} letters of the string s", "return s[-{k}:]", "return s[-{k}:]")]
 NUMBER_TASKS = [
-    ("returns True if n is divisible by {a} and not by {b}, else False",
-     "return n % {a} == 0 and n % {b} != 0",
-     branch("n % {a} == 0 and n % {b} != 0", "True", "False")),
-    ("returns True if n is greater than {a} or divisible by {b}, else False",
-     "return n > {a} or n % {b} == 0",
-     branch("n > {a} or n % {b} == 0", "True", "False")),
+    decision("divisible by {a} and not by {b}", "n % {a} == 0 and n % {b} != 0"),
+    decision("greater than {a} or divisible by {b}", "n > {a} or n % {b} == 0"),
     ("returns n times {a} plus {b}",
      "return n * {a} + {b}",
      "product = n * {a}\nreturn product + {b}"),
-    ("returns {a} if n is even, else {b}",
-     "return {a} if n % 2 == 0 else {b}",
-     branch("n % 2 == 0", "{a}", "{b}")),
+    ("returns {a} if n is even, else {b}", *either("n % 2 == 0", "{a}", "{b}")),
     ("returns n minus {a} if n is greater than {b}, else n times {c}",
-     "return n - {a} if n > {b} else n * {c}",
-     branch("n > {b}", "n - {a}", "n * {c}")),
+     *either("n > {b}", "n - {a}", "n * {c}")),
     ("returns the sum of the numbers from 1 to n that are divisible by {a}",
      "return sum(i for i in range(1, n + 1) if i % {a} == 0)",
      loop("total = 0", "i in range(1, n + 1)", "i % {a} == 0", "total += i", "total"))]
