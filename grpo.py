@@ -17,7 +17,8 @@ model r_m (its section 4):
 With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. The
 factor rho of the KL term is ours (see grpo_loss). The report does not disclose learning rate, clip,
 KL coefficient, temperature, length or number of episodes, so these are our choice, as is measuring
-the variance once, with the initial policy, and comparing it within each domain.
+the variance once, with the initial policy, and comparing it within each domain. Where the variances
+of two halves of the responses hardly agree, another order takes their place; the output says so.
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -38,7 +39,7 @@ it nears 0 while pass_rate stalls, lower --lr.
 import copy
 import math
 import random
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -59,13 +60,15 @@ from lib.vllm_client import VLLMClient
 from reward import RewardModel
 from sample import Rollout, completion_logprobs, load_policy, rollout
 
+MIN_CORRELATION = 0.2  # below it, a variance says too little of a query to order by it
+
 
 @dataclass
 class Args:
     init: str = "runs/sft"           # initial policy, and the reference policy of the KL term
     out: str = "runs/grpo"           # run directory
-    queries: str = "rl"              # query split or file
-    n_queries: int = 0               # at most this many; 0: a whole file, 128 of a split
+    queries: str = "rl"              # query splits or files, joined by commas
+    n_queries: int = 0               # at most this many of each; 0: whole files, 128 of a split
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     reward_timeout: float = 60.0     # seconds that it may take per response
@@ -113,6 +116,25 @@ def query_order(scores):
 
     If all answers to a query score alike, there is nothing to tell apart. Ties keep their order."""
     return scores.var(dim=1, unbiased=False).argsort(descending=True, stable=True)
+
+
+def split_half_correlation(scores) -> float:
+    """scores (Q, G) -> how well the variances of one half of the responses predict the other's.
+
+    This is Spearman's rank correlation; 0 where all the variances of a half are equal, as with
+    fewer than 4 responses."""
+    halves = [scores[:, ::2], scores[:, 1::2]]
+    ranks = torch.stack([mean_ranks(half.var(dim=1, unbiased=False)) for half in halves])
+    if scores.shape[0] < 2:
+        return 0.0
+    return ranks.corrcoef()[0, 1].nan_to_num(0.0).item()
+
+
+def mean_ranks(values):
+    """values (Q,) -> their ranks (Q,) from 1; equal values share the mean of their ranks."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2)[group]
 
 
 def group_advantages(rewards, scale_rewards: str = "group"):
@@ -278,15 +300,36 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
     check_before_training(episode, args)
     if args.query_order == "random":
         return queries
-    scores = episode.rewards if episode.scores is None else episode.scores
-    order = query_order(scores).tolist()
-    seen, rank = Counter(), {}  # rank: a query's place within its own domain
-    for i in order:
-        domain = queries[i]["domain"]
-        rank[i] = seen[domain]
-        seen[domain] += 1
-    order.sort(key=rank.get)
-    return [queries[i] for i in order]
+    return [queries[i] for i in order_within_domains(queries, episode, args.seed)]
+
+
+def order_within_domains(queries: list[dict], episode: Episode, seed: int) -> list[int]:
+    """Return the order of the queries: the domains in turn, within each by variance.
+
+    The variance of a few responses may be noise. Where its split-half correlation is below
+    MIN_CORRELATION, the verdicts' variance takes the place of the scores', then chance."""
+    measures = {"verdicts": episode.verified}
+    if episode.scores is not None:
+        measures = {"scores": episode.scores} | measures
+    by_domain = defaultdict(list)
+    for i, query in enumerate(queries):
+        by_domain[query["domain"]].append(i)
+    place = {}  # of a query within its own domain
+    for domain, members in by_domain.items():
+        order = random.Random(seed).sample(members, len(members))
+        found = "chance"
+        tried = []
+        for name, values in measures.items():
+            correlation = split_half_correlation(values[members])
+            tried.append(f"{name} {correlation:.2f}")
+            if correlation >= MIN_CORRELATION:
+                order = [members[i] for i in query_order(values[members])]
+                found = f"the variance of the {name}"
+                break
+        print(f"order of {domain}: by {found} (split-half correlation: {', '.join(tried)})")
+        place |= {i: rank for rank, i in enumerate(order)}
+    first_measure = next(iter(measures.values()))
+    return sorted(query_order(first_measure).tolist(), key=place.get)
 
 
 def check_before_training(episode: Episode, args: Args) -> None:

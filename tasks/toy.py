@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 class Task(NamedTuple):
     """What every generator returns."""
-    prompt: str
+    prompt: str | list[dict]  # or messages
     check: dict            # of a query, see tasks/queries.py
     responses: list[str]   # right ones; where there are two, the second shows its work
 
@@ -220,14 +220,15 @@ def branch(condition: str, yes: str, no: str) -> str:
     return f"if {condition}:\n    return {yes}\nreturn {no}"
 
 
-def either(condition: str, yes: str, no: str) -> tuple[str, str]:
-    """Return the short and the long solution of a choice between two values."""
-    return f"return {yes} if {condition} else {no}", branch(condition, yes, no)
-
-
 def decision(words: str, condition: str) -> tuple[str, str, str]:
     task = f"returns True if n is {words}, else False"
-    return task, f"return {condition}", branch(condition, "True", "False")
+    short = f"return {condition}"
+    return task, short, branch(condition, "True", "False")
+
+
+def choice(words: str, condition: str, yes: str, no: str) -> tuple[str, str, str]:
+    short = f"return {yes} if {condition} else {no}"
+    return words, short, branch(condition, yes, no)
 
 
 # A task, its solution in one line, and its solution in several lines.
@@ -258,9 +259,9 @@ NUMBER_TASKS = [
     ("returns n times {a} plus {b}",
      "return n * {a} + {b}",
      "product = n * {a}\nreturn product + {b}"),
-    ("returns {a} if n is even, else {b}", *either("n % 2 == 0", "{a}", "{b}")),
-    ("returns n minus {a} if n is greater than {b}, else n times {c}",
-     *either("n > {b}", "n - {a}", "n * {c}")),
+    choice("returns {a} if n is even, else {b}", "n % 2 == 0", "{a}", "{b}"),
+    choice("returns n minus {a} if n is greater than {b}, else n times {c}",
+           "n > {b}", "n - {a}", "n * {c}"),
     ("returns the sum of the numbers from 1 to n that are divisible by {a}",
      "return sum(i for i in range(1, n + 1) if i % {a} == 0)",
      loop("total = 0", "i in range(1, n + 1)", "i % {a} == 0", "total += i", "total"))]
@@ -322,15 +323,21 @@ def number_function(r: Random) -> Exercise:
     return make_exercise(texts, f"{name}(n)", inputs, a=a, b=b, c=c)
 
 
+def outputs(exercise: Exercise) -> list:
+    """Return what the reference solution makes of the inputs. It stands above, so it is executed
+    here; the code of a model runs in the sandbox only."""
+    namespace = {}
+    exec(f"def {exercise.signature}:\n{exercise.solutions[0]}", namespace)
+    function = namespace[exercise.signature.partition("(")[0]]
+    return [function(x) for x in exercise.inputs]
+
+
 def code(r: Random) -> Task:
-    """Return a function to write. This executes the exercise's own reference solution, which stands
-    above, to make the tests; the code of a model runs in the sandbox only."""
     make = r.choice([list_function, list_function, string_function, number_function])
     exercise = make(r)
     name = exercise.signature.partition("(")[0]
-    namespace = {}
-    exec(f"def {exercise.signature}:\n{exercise.solutions[0]}", namespace)
-    tests = [f"assert {name}({x!r}) == {namespace[name](x)!r}" for x in exercise.inputs]
+    pairs = zip(exercise.inputs, outputs(exercise), strict=True)
+    tests = [f"assert {name}({x!r}) == {output!r}" for x, output in pairs]
     check = {"kind": "code", "language": "python", "tests": "\n".join(tests)}
     solution = r.choice(exercise.solutions)
     return Task(f"Write a Python function `{exercise.signature}` that {exercise.task}.", check,
