@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lib.args import require
 from tasks.check_tests import find_problems
+from tasks.queries import score_many
 
 PARSER = DocTestParser()
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # directories
@@ -33,7 +34,7 @@ def functions_with_examples(path: Path):
     try:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
-    except (ValueError, RecursionError):  # it is no Python 3, or no text: SyntaxError is one, too
+    except (SyntaxError, ValueError, RecursionError):  # no Python 3, or no text
         return
     for statement in tree.body:
         if isinstance(statement, ast.FunctionDef):
@@ -52,10 +53,10 @@ def test_of(example: Example) -> str:
     if not example.want:
         return code
     try:
-        compile(code, "", "eval")
+        expression = ast.parse(code, mode="eval")
     except SyntaxError:  # a statement that prints
         return ""
-    return f"assert repr({code}\n) == {example.want.strip()!r}"
+    return f"assert repr({ast.unparse(expression)}) == {example.want.strip()!r}"
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -122,11 +123,15 @@ def kept_tasks(tasks: list[dict | None]) -> tuple[list[dict], Counter]:
     """Return the tasks whose solution passes the tests while an answer that does nothing fails,
     and how many were dropped for which reason. The sandbox runs the code."""
     asked = [task for task in tasks if task]
-    dropped = Counter({"no example shows a value": len(tasks) - len(asked)})
+    passed = score_many(asked, [task["solution"] for task in asked])
+    problems = find_problems([{"check": task["check"]} for task in asked])
+    dropped = Counter()
     kept = []
-    for task, problem in zip(asked, find_problems(asked), strict=True):
-        if problem:
-            dropped[problem.partition(":")[0]] += 1
+    for task, solved, problem in zip(asked, passed, problems, strict=True):
+        if problem or not solved:
+            dropped[problem.partition(":")[0] or "its solution fails without its module"] += 1
         else:
             kept.append(task)
-    return kept, +dropped
+    if len(asked) < len(tasks):
+        dropped["no example shows a value"] = len(tasks) - len(asked)
+    return kept, dropped

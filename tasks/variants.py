@@ -65,10 +65,12 @@ def cpp_signature(signature: str, given, returned) -> str:
 
 
 def translatable(r: Random) -> Exercise:
-    """Draw an exercise on a list or a number; the solution with max() is no loop, so not it."""
+    """Draw an exercise on a list or a number whose solution is a loop or a choice. No function may
+    be called process, which is an object of Node.js."""
     while True:
         exercise = r.choice([toy.list_function, toy.number_function])(r)
-        if "max(" not in exercise.solutions[1]:
+        name = exercise.signature.partition("(")[0]
+        if "max(" not in exercise.solutions[1] and name != "process":
             return exercise
 
 
