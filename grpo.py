@@ -17,8 +17,8 @@ model r_m (its section 4):
 With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. The
 factor rho of the KL term is ours (see grpo_loss). The report does not disclose learning rate, clip,
 KL coefficient, temperature, length or number of episodes, so these are our choice, as is measuring
-the variance once, with the initial policy, and comparing it within each domain. Where the variances
-of two halves of the responses hardly agree, another order takes their place; the output says so.
+the variance once, with the initial policy, comparing it within each domain, and only where it is
+no noise (see order_within_domains).
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -121,20 +121,14 @@ def query_order(scores):
 def split_half_correlation(scores) -> float:
     """scores (Q, G) -> how well the variances of one half of the responses predict the other's.
 
-    This is Spearman's rank correlation; 0 where all the variances of a half are equal, as with
-    fewer than 4 responses."""
-    halves = [scores[:, ::2], scores[:, 1::2]]
-    ranks = torch.stack([mean_ranks(half.var(dim=1, unbiased=False)) for half in halves])
-    if scores.shape[0] < 2:
-        return 0.0
-    return ranks.corrcoef()[0, 1].nan_to_num(0.0).item()
-
-
-def mean_ranks(values):
-    """values (Q,) -> their ranks (Q,) from 1; equal values share the mean of their ranks."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts - 1) / 2)[group]
+    This is Spearman's rank correlation; 0 where all variances of a half are equal."""
+    ranks = []
+    for half in (scores[:, ::2], scores[:, 1::2]):
+        variances = half.var(dim=1, unbiased=False)
+        _, group, counts = variances.unique(return_inverse=True, return_counts=True)
+        rank = (counts.cumsum(0) - counts / 2)[group]  # equal variances share their mean rank
+        ranks.append(rank - rank.mean())
+    return torch.cosine_similarity(*ranks, dim=0).item()
 
 
 def group_advantages(rewards, scale_rewards: str = "group"):
@@ -145,8 +139,7 @@ def group_advantages(rewards, scale_rewards: str = "group"):
     the paper. A group whose largest reward equals its smallest gets exactly 0. Subtracting the mean
     would not give that: in floats, the mean of seven rewards of 0.1 is not 0.1, and dividing by a
     tiny standard deviation magnifies the error."""
-    require(rewards.shape[1] > 1, "a group of 1 has no advantage: --num_generations must be 2 or "
-            "more")
+    require(rewards.shape[1] > 1, "a group of 1 has no advantage: raise --num_generations")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
@@ -284,11 +277,11 @@ def loss_divisor(episode: Episode, args: Args) -> int:
 # before training
 
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
-    """Sample each query once with the initial policy and put those of high variance first.
+    """Sample each query once with the initial policy and put those of high variance first. The
+    random order samples only what two steps need, to find out whether there is anything to learn.
 
     The domains take turns: scores spread more in one domain than in another, so that one order for
-    all of them gave whole stretches of one domain (docs/LOG.md). The random order samples only what
-    two steps need, to find out whether there is anything to learn."""
+    all of them gave whole stretches of one domain (docs/LOG.md)."""
     asked = queries
     if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
@@ -308,9 +301,6 @@ def order_within_domains(queries: list[dict], episode: Episode, seed: int) -> li
 
     The variance of a few responses may be noise. Where its split-half correlation is below
     MIN_CORRELATION, the verdicts' variance takes the place of the scores', then chance."""
-    measures = {"verdicts": episode.verified}
-    if episode.scores is not None:
-        measures = {"scores": episode.scores} | measures
     by_domain = defaultdict(list)
     for i, query in enumerate(queries):
         by_domain[query["domain"]].append(i)
@@ -318,18 +308,18 @@ def order_within_domains(queries: list[dict], episode: Episode, seed: int) -> li
     for domain, members in by_domain.items():
         order = random.Random(seed).sample(members, len(members))
         found = "chance"
-        tried = []
-        for name, values in measures.items():
+        for name, values in (("the verdicts' variance", episode.verified),
+                             ("the scores' variance", episode.scores)):
+            if values is None:
+                continue
             correlation = split_half_correlation(values[members])
-            tried.append(f"{name} {correlation:.2f}")
+            print(f"{domain}: split-half correlation of {name} {correlation:.2f}")
             if correlation >= MIN_CORRELATION:
                 order = [members[i] for i in query_order(values[members])]
-                found = f"the variance of the {name}"
-                break
-        print(f"order of {domain}: by {found} (split-half correlation: {', '.join(tried)})")
-        place |= {i: rank for rank, i in enumerate(order)}
-    first_measure = next(iter(measures.values()))
-    return sorted(query_order(first_measure).tolist(), key=place.get)
+                found = name
+        print(f"{domain}: queries ordered by {found}")
+        place.update(zip(order, range(len(order)), strict=True))
+    return sorted(query_order(episode.rewards).tolist(), key=place.get)
 
 
 def check_before_training(episode: Episode, args: Args) -> None:
@@ -364,8 +354,7 @@ def check_args(args: Args) -> None:
         require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
     require(not args.rollout_url or args.temperature == 1, "--rollout_url needs --temperature 1: "
             "a server's log-probabilities are those of temperature 1")
-    require(args.num_generations > 1, "--num_generations must be 2 or more: the group's mean is "
-            "the baseline")
+    require(args.num_generations > 1, "--num_generations must be 2 or more, for a baseline")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,19 +29,6 @@ def python_files(directory: str) -> list[Path]:
             if not SKIPPED.intersection(path.relative_to(root).parts)]
 
 
-def functions_with_examples(path: Path):
-    """Yield (source, tree, function) per function of a file whose docstring holds an example."""
-    try:
-        source = path.read_text("utf-8")
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):  # no Python 3, or no text
-        return
-    for statement in tree.body:
-        if isinstance(statement, ast.FunctionDef):
-            if ">>>" in (ast.get_docstring(statement) or ""):
-                yield source, tree, statement
-
-
 # ---------------------------------------------------------------------------------------------
 # the parts of a task
 
@@ -80,16 +67,12 @@ def whole_solution(source: str, tree: ast.Module, function: ast.FunctionDef) -> 
     """Return the function with the imports, constants and helpers of its module that it uses."""
     used = names_in(function)
     chosen = {function}
-    grown = True
-    while grown:
-        more = {statement for statement in tree.body if bound_names(statement) & used} - chosen
-        for statement in more:
-            used |= names_in(statement)
+    while more := {part for part in tree.body if bound_names(part) & used} - chosen:
         chosen |= more
-        grown = bool(more)
-    parts = [ast.get_source_segment(source, statement) for statement in tree.body
-             if statement in chosen]
-    return "\n\n".join(parts)
+        for part in more:
+            used |= names_in(part)
+    parts = [part for part in tree.body if part in chosen]
+    return "\n\n".join(ast.get_source_segment(source, part) for part in parts)
 
 
 def task_of(source: str, tree: ast.Module, function: ast.FunctionDef) -> dict | None:
@@ -110,12 +93,19 @@ def task_of(source: str, tree: ast.Module, function: ast.FunctionDef) -> dict | 
             "solution": whole_solution(source, tree, function)}
 
 
-def snippet_tasks(directory: str) -> list[dict]:
-    """Return a task for each function with examples, solved or not."""
+def snippet_tasks(directory: str) -> list[dict | None]:
+    """Return what `task_of` makes of each function whose docstring holds an example."""
     tasks = []
     for path in python_files(directory):
-        for source, tree, function in functions_with_examples(path):
-            tasks.append(task_of(source, tree, function))
+        try:
+            source = path.read_text("utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError):  # no Python 3, or no text
+            continue
+        for statement in tree.body:
+            is_function = isinstance(statement, ast.FunctionDef)
+            if is_function and ">>>" in (ast.get_docstring(statement) or ""):
+                tasks.append(task_of(source, tree, statement))
     return tasks
 
 

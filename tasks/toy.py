@@ -226,9 +226,10 @@ def decision(words: str, condition: str) -> tuple[str, str, str]:
     return task, short, branch(condition, "True", "False")
 
 
-def choice(words: str, condition: str, yes: str, no: str) -> tuple[str, str, str]:
+def either(words: str, condition: str, yes: str, no: str) -> tuple[str, str, str]:
     short = f"return {yes} if {condition} else {no}"
-    return words, short, branch(condition, yes, no)
+    long = branch(condition, yes, no)
+    return words, short, long
 
 
 # A task, its solution in one line, and its solution in several lines.
@@ -259,8 +260,8 @@ NUMBER_TASKS = [
     ("returns n times {a} plus {b}",
      "return n * {a} + {b}",
      "product = n * {a}\nreturn product + {b}"),
-    choice("returns {a} if n is even, else {b}", "n % 2 == 0", "{a}", "{b}"),
-    choice("returns n minus {a} if n is greater than {b}, else n times {c}",
+    either("returns {a} if n is even, else {b}", "n % 2 == 0", "{a}", "{b}"),
+    either("returns n minus {a} if n is greater than {b}, else n times {c}",
            "n > {b}", "n - {a}", "n * {c}"),
     ("returns the sum of the numbers from 1 to n that are divisible by {a}",
      "return sum(i for i in range(1, n + 1) if i % {a} == 0)",
@@ -336,8 +337,9 @@ def code(r: Random) -> Task:
     make = r.choice([list_function, list_function, string_function, number_function])
     exercise = make(r)
     name = exercise.signature.partition("(")[0]
-    pairs = zip(exercise.inputs, outputs(exercise), strict=True)
-    tests = [f"assert {name}({x!r}) == {output!r}" for x, output in pairs]
+    tests = []
+    for x, output in zip(exercise.inputs, outputs(exercise), strict=True):
+        tests.append(f"assert {name}({x!r}) == {output!r}")
     check = {"kind": "code", "language": "python", "tests": "\n".join(tests)}
     solution = r.choice(exercise.solutions)
     return Task(f"Write a Python function `{exercise.signature}` that {exercise.task}.", check,

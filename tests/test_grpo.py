@@ -552,9 +552,10 @@ def test_preflight_orders_by_variance(monkeypatch):
 
 
 def test_split_half_correlation():
-    """By hand: ranks with ties, halves that agree, that oppose each other, and that say nothing;
-    and against Spearman's formula, 1 - 6 sum d^2 / (n^3 - n), where no two are equal."""
-    assert grpo.mean_ranks(torch.tensor([3.0, 1, 3, 7])).tolist() == [2.5, 1, 2.5, 4]
+    """By hand: halves with ties (ranks 1 2 3 and 1.5 1.5 3), halves that agree, that oppose each
+    other, and that say nothing; and against Spearman's formula, 1 - 6 sum d^2 / (n^3 - n)."""
+    tied = torch.tensor([[0.0, 0, 1, 1], [0, 0, 2, 1], [0, 0, 3, 3]])
+    assert grpo.split_half_correlation(tied) == pytest.approx(0.75**0.5)
     spread = torch.tensor([[0.0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]])
     assert grpo.split_half_correlation(spread) == pytest.approx(1)
     opposed = torch.tensor([[0.0, 0, 1, 3], [0, 0, 2, 2], [0, 0, 3, 1]])
@@ -590,9 +591,10 @@ def test_order_where_variances_are_noise(capsys):
     assert found["b"] == grpo.query_order(passes).tolist()
     assert found["c"] not in (list(range(n)), found["a"], found["b"])
     said = capsys.readouterr().out
-    assert "order of a: by the variance of the scores" in said
-    assert "order of b: by the variance of the verdicts" in said
-    assert "order of c: by chance (split-half correlation: scores 0.00, verdicts 0.00)" in said
+    assert "a: queries ordered by the scores' variance" in said
+    assert "b: queries ordered by the verdicts' variance" in said
+    assert "c: queries ordered by chance" in said
+    assert "c: split-half correlation of the scores' variance 0.00" in said
 
 
 def test_random_order(monkeypatch):
