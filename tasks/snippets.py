@@ -79,7 +79,10 @@ def task_of(source: str, tree: ast.Module, function: ast.FunctionDef) -> dict | 
     """Return a query with its solution, or None if no example shows a value.
 
     The prompt keeps the first example, because the form of a result is often said nowhere else."""
-    pieces = PARSER.parse(ast.get_docstring(function))
+    try:
+        pieces = PARSER.parse(ast.get_docstring(function))
+    except ValueError:  # a blank is missing, or an indentation is wrong
+        return None
     examples = [piece for piece in pieces if isinstance(piece, Example)]
     tests = "\n".join(filter(None, map(test_of, examples)))
     if "assert repr(" not in tests:

@@ -70,6 +70,14 @@ def prints(x):
     """
 
 
+def malformed(x):
+    """A blank is missing.
+
+    >>>malformed(1)
+    1
+    """
+
+
 def no_example(x):
     return x
 '''
@@ -91,7 +99,7 @@ def test_functions_become_tasks(tmp_path):
     assert parts[:4] == ["import math", "SCALE = 3", "def helper", "def area"]
     assert tasks.queries.score(task, task["solution"]) == 1
     assert tasks.queries.score(task, "def area(r): return 9.42") == 0
-    assert dropped == {"its solution fails without its module": 2, "no example shows a value": 1,
+    assert dropped == {"its solution fails without its module": 2, "no example shows a value": 2,
                        "its tests let an answer pass that does nothing": 1}
 
 
@@ -100,7 +108,7 @@ def test_command(tmp_path, capsys):
     (tmp_path / "module.py").write_text(MODULE, "utf-8")
     out = tmp_path / "tasks.jsonl"
     program.snippets(stage_args(program, dir=str(tmp_path), out=str(out)))
-    assert "1 of 5 Python functions" in capsys.readouterr().out
+    assert "1 of 6 Python functions" in capsys.readouterr().out
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert tasks.queries.load(str(out)) == rows
     refuses(lambda: program.snippets(stage_args(program, dir="nowhere", out="x")), "nowhere")
