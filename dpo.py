@@ -57,8 +57,8 @@ class Args:
     out: str = "runs/dpo"            # run directory
     base: str = ""                   # pre-trained model, for online merging; empty: plain AdamW
     data: str = ""                   # preference pairs (JSONL); empty: resample --init on queries
-    queries: str = "rl"              # query split or file to resample on
-    n_queries: int = 0               # at most this many; 0: a whole file, 256 of a split
+    queries: str = "rl"              # to resample on: query splits or files, joined by commas
+    n_queries: int = 0               # at most this many of each; 0: whole files, 256 of a split
     responses: int = 8               # answers sampled per query
     pairs_per_query: int = 4         # at most this many pairs per query
     temperature: float = 1.0         # of the sampling

@@ -42,8 +42,8 @@ from tokenizer import Tokenizer
 @dataclass
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
-    queries: str = "test"            # query split or file
-    n_queries: int = 0               # at most so many; 0: all of a file, 480 of a split
+    queries: str = "test"            # query splits or files, joined by commas
+    n_queries: int = 0               # at most so many of each; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     reward_timeout: float = 60.0     # seconds that it may take per response
     samples: int = 4                 # answers per query at temperature 1, for pass@1

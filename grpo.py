@@ -19,7 +19,7 @@ a graded reward of your own it can: --reward_model_weight w makes that r_v + w (
 With w = 0 the reward model only orders the queries. The factor rho of the KL term is ours (see
 grpo_loss). The report does not disclose learning rate, clip, KL coefficient, temperature, length or
 number of episodes, so these are our choice, as is measuring the variance once, with the initial
-policy, and comparing it within each domain.
+policy, comparing it within each domain, and only where it is no noise (see order_within_domains).
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -40,7 +40,7 @@ it nears 0 while pass_rate stalls, lower --lr.
 import copy
 import math
 import random
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -62,13 +62,15 @@ from lib.vllm_client import VLLMClient
 from reward import RewardModel
 from sample import Rollout, completion_logprobs, load_policy, rollout
 
+MIN_CORRELATION = 0.2  # below it, a variance says too little of a query to order by it
+
 
 @dataclass
 class Args:
     init: str = "runs/sft"           # initial policy, and the reference policy of the KL term
     out: str = "runs/grpo"           # run directory
-    queries: str = "rl"              # query split or file
-    n_queries: int = 0               # at most this many; 0: a whole file, 128 of a split
+    queries: str = "rl"              # query splits or files, joined by commas
+    n_queries: int = 0               # at most this many of each; 0: whole files, 128 of a split
     reward_model: str = ""           # reward model directory; empty: the verifier alone
     reward_model_weight: float = 1.0  # of its part of the reward; 0: it only orders the queries
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
@@ -122,6 +124,19 @@ def query_order(scores):
     return scores.var(dim=1, unbiased=False).argsort(descending=True, stable=True)
 
 
+def split_half_correlation(scores) -> float:
+    """scores (Q, G) -> how well the variances of one half of the responses predict the other's.
+
+    This is Spearman's rank correlation; 0 where all variances of a half are equal."""
+    ranks = []
+    for half in (scores[:, ::2], scores[:, 1::2]):
+        variances = half.var(dim=1, unbiased=False)
+        _, group, counts = variances.unique(return_inverse=True, return_counts=True)
+        rank = (counts.cumsum(0) - counts / 2)[group]  # equal variances share their mean rank
+        ranks.append(rank - rank.mean())
+    return torch.cosine_similarity(*ranks, dim=0).item()
+
+
 def group_advantages(rewards, scale_rewards: str = "group"):
     """rewards (Q, G) -> advantages (Q, G), centred within each group and, with "group", divided by
     its standard deviation.
@@ -130,8 +145,7 @@ def group_advantages(rewards, scale_rewards: str = "group"):
     the paper. A group whose largest reward equals its smallest gets exactly 0. Subtracting the mean
     would not give that: in floats, the mean of seven rewards of 0.1 is not 0.1, and dividing by a
     tiny standard deviation magnifies the error."""
-    require(rewards.shape[1] > 1, "a group of 1 has no advantage: --num_generations must be 2 or "
-            "more")
+    require(rewards.shape[1] > 1, "a group of 1 has no advantage: raise --num_generations")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
@@ -270,11 +284,11 @@ def loss_divisor(episode: Episode, args: Args) -> int:
 # before training
 
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
-    """Sample each query once with the initial policy and put those of high variance first.
+    """Sample each query once with the initial policy and put those of high variance first. The
+    random order samples only what two steps need, to find out whether there is anything to learn.
 
     The domains take turns: scores spread more in one domain than in another, so that one order for
-    all of them gave whole stretches of one domain (docs/LOG.md). The random order samples only what
-    two steps need, to find out whether there is anything to learn."""
+    all of them gave whole stretches of one domain (docs/LOG.md)."""
     asked = queries
     if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
@@ -286,15 +300,33 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
     check_before_training(episode, args)
     if args.query_order == "random":
         return queries
-    scores = episode.rewards if episode.scores is None else episode.scores
-    order = query_order(scores).tolist()
-    seen, rank = Counter(), {}  # rank: a query's place within its own domain
-    for i in order:
-        domain = queries[i]["domain"]
-        rank[i] = seen[domain]
-        seen[domain] += 1
-    order.sort(key=rank.get)
-    return [queries[i] for i in order]
+    return [queries[i] for i in order_within_domains(queries, episode, args.seed)]
+
+
+def order_within_domains(queries: list[dict], episode: Episode, seed: int) -> list[int]:
+    """Return the order of the queries: the domains in turn, within each by variance.
+
+    The variance of a few responses may be noise. Where its split-half correlation is below
+    MIN_CORRELATION, the verdicts' variance takes the place of the scores', then chance."""
+    by_domain = defaultdict(list)
+    for i, query in enumerate(queries):
+        by_domain[query["domain"]].append(i)
+    place = {}  # of a query within its own domain
+    for domain, members in by_domain.items():
+        order = random.Random(seed).sample(members, len(members))
+        found = "chance"
+        for name, values in (("the verdicts' variance", episode.verified),
+                             ("the scores' variance", episode.scores)):
+            if values is None:
+                continue
+            correlation = split_half_correlation(values[members])
+            print(f"{domain}: split-half correlation of {name} {correlation:.2f}")
+            if correlation >= MIN_CORRELATION:
+                order = [members[i] for i in query_order(values[members])]
+                found = name
+        print(f"{domain}: queries ordered by {found}")
+        place.update(zip(order, range(len(order)), strict=True))
+    return sorted(query_order(episode.rewards).tolist(), key=place.get)
 
 
 def check_before_training(episode: Episode, args: Args) -> None:
@@ -329,10 +361,8 @@ def check_args(args: Args) -> None:
         require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
     require(not args.rollout_url or args.temperature == 1, "--rollout_url needs --temperature 1: "
             "a server's log-probabilities are those of temperature 1")
-    require(args.reward_model_weight >= 0, "--reward_model_weight must not be negative, got "
-            f"{args.reward_model_weight}")
-    require(args.num_generations > 1, "--num_generations must be 2 or more: the group's mean is "
-            "the baseline")
+    require(args.reward_model_weight >= 0, "--reward_model_weight must not be negative")
+    require(args.num_generations > 1, "--num_generations must be 2 or more, for a baseline")
 
 
 # ---------------------------------------------------------------------------------------------

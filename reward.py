@@ -47,8 +47,8 @@ class Args:
     out: str = "runs/reward"         # run directory
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     held_out: str = ""               # pairs (JSONL) to measure on, and not to learn from
-    queries: str = "rl"              # query split or file, as for GRPO; "none": only the files
-    n_queries: int = 0               # at most this many; 0: a whole file, 256 of a split
+    queries: str = "rl"              # as for GRPO, joined by commas; "none": only the files
+    n_queries: int = 0               # at most this many of each; 0: whole files, 256 of a split
     n_held_out: int = 64             # other queries, to measure on
     policies: str = ""               # comma-separated models that answer them; empty: --init
     temperatures: str = "0.7,1.0"    # each policy samples at each of these

@@ -5,6 +5,7 @@
     python -m tasks rejection --init runs/sft --queries rl --out passed.jsonl
     python sft.py --init runs/sft --data passed.jsonl --out runs/rejection
     python -m tasks check --queries my.jsonl --out usable.jsonl
+    python -m tasks snippets --dir my_code --out tasks.jsonl
 
 `demonstrations` writes answers of the built-in generators. `rejection` is rejection sampling: it
 samples several responses to each query from the model in --init, and keeps the distinct ones that
@@ -25,6 +26,7 @@ from sample import load_policy, rollout
 from tasks import queries
 from tasks.benchmarks import read_queries
 from tasks.check_tests import find_problems
+from tasks.snippets import kept_tasks, snippet_tasks
 
 SHOWN = 8  # demonstrations that `python -m tasks` prints
 
@@ -35,7 +37,9 @@ class Args:
     n: int = 0                   # at most so many queries; 0: all of a file, 1000 built-in ones
     seed: int = 0                # seed of the queries and of sampling
     init: str = "runs/sft"       # rejection: model directory that answers
-    queries: str = "rl"          # rejection, check: split or file of queries (see tasks/queries.py)
+    queries: str = "rl"          # rejection: splits or files joined by commas; check: one file
+    dir: str = ""                # snippets: directory of Python files; "": the standard library
+    also: str = ""               # demonstrations: a tenth each of VARIANTS, joined by commas
     responses: int = 8           # rejection: responses sampled per query
     max_new_tokens: int = 160    # rejection: longest response, in tokens
     allow_unsafe_code: bool = False  # rejection: judge code although isolation is missing
@@ -73,9 +77,13 @@ def main(args: Args) -> None:
 
 
 def demonstrations(args: Args) -> None:
-    """Write verified demonstrations of the sft split: --n, --seed, --out FILE.jsonl"""
+    """Write verified demonstrations of the sft split: --n, --seed, --also, --out FILE.jsonl"""
     require(args.out != "", "--out must name the JSONL file to write")
-    rows = queries.demonstrations(args.n or 1000, args.seed)
+    also = queries.runnable(list(filter(None, args.also.split(","))))
+    unknown = set(also) - queries.VARIANTS.keys()
+    require(not unknown and len(also) < 10,
+            f"--also takes {', '.join(queries.VARIANTS)}, got {args.also}")
+    rows = queries.demonstrations(args.n or 1000, args.seed, also)
     write_jsonl(args.out, rows)
     print(f"{len(rows)} conversations in {args.out}")
 
@@ -116,5 +124,18 @@ def check(args: Args) -> None:
     print(f"{len(usable)} of {len(pairs)} queries can be used")
 
 
+def snippets(args: Args) -> None:
+    """Write Python functions with doctests as tasks: --dir, --out (see tasks/snippets.py)"""
+    require(args.out != "", "--out must name the JSONL file to write")
+    found = snippet_tasks(args.dir)
+    queries.require_isolation([task for task in found if task], args.allow_unsafe_code)
+    kept, dropped = kept_tasks(found)
+    write_jsonl(args.out, kept)
+    print(f"{len(kept)} of {len(found)} Python functions with examples in {args.out}")
+    for reason, count in dropped.most_common():
+        print(f"{count} dropped: {reason}")
+
+
 if __name__ == "__main__":
-    cli(main, Args, demonstrations=demonstrations, rejection=rejection, check=check)
+    cli(main, Args, demonstrations=demonstrations, rejection=rejection, check=check,
+        snippets=snippets)

@@ -170,3 +170,7 @@ def boxes(text: str) -> list[Box]:
                 content = text[start.end():match.start()]
                 found.append(Box(start.start(), match.end(), content))
     return found
+
+
+def opened_boxes(text: str) -> int:
+    return sum(match[1] is not None for match in BOX.finditer(text))

@@ -23,8 +23,8 @@ policy has to find it (python -m tasks rejection, dpo.py, grpo.py).
 import json
 import re
 from collections.abc import Iterator
+from inspect import signature
 from random import Random
-from typing import NamedTuple
 
 from data.language import SCRIPTS
 from data.language import language as language_of
@@ -149,6 +149,10 @@ def follows(text: str, kind: str, kw: dict) -> bool:
     if kind not in CHECKS:
         raise LookupError(f"unknown constraint {kind}")
     return CHECKS[kind](text, **{name: clean_argument(name, kw[name]) for name in kw})
+
+
+def argument_names(kind: str) -> list[str]:
+    return list(signature(CHECKS[kind]).parameters)[1:]  # without the text
 
 
 def related(count: int, relation: str, bound: int) -> bool:
@@ -277,90 +281,70 @@ LANGUAGE_NAMES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italia
                   "ko": "Korean", "ja": "Japanese", "vi": "Vietnamese", "fi": "Finnish"}
 
 
-class Request(NamedTuple):
-    """How a prompt asks for one kind of constraint."""
-    decides: str      # what it decides about a response; kinds that share a word are not combined
-    words: str        # the sentence that asks for it, with the values drawn by `draw_values`
-    arguments: dict   # argument of the check: name of the drawn value
-
-
-PROMPTS = {
-    "keywords:existence": Request(
-        "words", "Use the words {pair[0]} and {pair[1]}.", {"keywords": "pair"}),
-    "keywords:forbidden_words": Request(
-        "words", "Do not use the words {pair[0]} or {pair[1]}.", {"forbidden_words": "pair"}),
-    "keywords:frequency": Request(
-        "words", "The word {keyword} should appear {relation} {few} times.",
-        {"keyword": "keyword", "relation": "relation", "frequency": "few"}),
-    "keywords:letter_frequency": Request(
-        "words", "The letter {letter} should appear {relation} {several} times.",
-        {"letter": "letter", "let_relation": "relation", "let_frequency": "several"}),
-    "punctuation:no_comma": Request("comma", "Do not use any commas.", {}),
-    "language:response_language": Request(
-        "case words start end length", "Write everything in {language_name}.",
-        {"language": "language"}),
-    "change_case:english_capital": Request(
-        "case", "Answer in English and in capital letters only.", {}),
-    "change_case:english_lowercase": Request(
-        "case", "Answer in English and in small letters only, without any capital.", {}),
-    "change_case:capital_word_frequency": Request(
-        "case end", "Words in all capital letters should appear {relation} {few} times.",
-        {"capital_relation": "relation", "capital_frequency": "few"}),
-    "length_constraints:number_words": Request(
-        "length", "Write {relation} {many} words.", {"relation": "relation", "num_words": "many"}),
-    "length_constraints:number_sentences": Request(
-        "length", "Write {relation} {several} sentences.",
-        {"relation": "relation", "num_sentences": "several"}),
-    "length_constraints:number_paragraphs": Request(
-        "shape length", "Write exactly {few} paragraphs and put *** between two paragraphs.",
-        {"num_paragraphs": "few"}),
-    "length_constraints:nth_paragraph_first_word": Request(
-        "shape length words start end", "Write exactly {few} paragraphs with an empty line between "
-        "two of them; paragraph {nth} must start with the word {keyword}.",
-        {"num_paragraphs": "few", "nth_paragraph": "nth", "first_word": "keyword"}),
-    "detectable_content:postscript": Request(
-        "case end", "Add a postscript that starts with {marker}", {"postscript_marker": "marker"}),
-    "detectable_content:number_placeholders": Request(
-        "marks", "Leave at least {few} placeholders in square brackets to fill in, such as [name].",
-        {"num_placeholders": "few"}),
-    "detectable_format:number_bullet_lists": Request(
-        "shape", "Include exactly {few} bullet points in markdown, each a line that starts with *",
-        {"num_bullets": "few"}),
-    "detectable_format:number_highlighted_sections": Request(
-        "marks shape", "Highlight at least {few} parts with markdown, like *this part*.",
-        {"num_highlights": "few"}),
-    "detectable_format:multiple_sections": Request(
-        "shape case length", "Divide it into {few} sections that begin with {head} 1 and so on.",
-        {"section_spliter": "head", "num_sections": "few"}),
-    "detectable_format:title": Request(
-        "title", "Give it a title in double angle brackets, such as <<title>>.", {}),
-    "detectable_format:json_format": Request(
-        "shape start end comma marks", "The whole answer must be valid JSON.", {}),
-    "detectable_format:constrained_response": Request(
-        "case", f"Include one of these phrases: {' '.join(OPTIONS)}", {}),
-    "combination:two_responses": Request(
-        "shape start end", "Give two different versions and put six asterisks between them: ******",
-        {}),
-    "combination:repeat_prompt": Request(
-        "start case words", "First repeat the sentence above word for word, then answer it.",
-        {"prompt_to_repeat": "request"}),
-    "startend:end_checker": Request(
-        "case end", "Finish with exactly this sentence and nothing after it: {ending}",
-        {"end_phrase": "ending"}),
-    "startend:quotation": Request(
-        "start end", "Put the whole answer in double quotation marks.", {})}
+# Per kind what it decides about a response, and the sentence that asks for it with the values of
+# `draw_values`. Kinds that decide the same are not combined.
+PROMPT_TABLE = """
+keywords:existence | words | Use the words {keywords[0]} and {keywords[1]}.
+keywords:forbidden_words | words | Do not use the words {keywords[0]} or {keywords[1]}.
+keywords:frequency | words | The word {keyword} should appear {relation} {few} times.
+keywords:letter_frequency | words | \
+The letter {letter} should appear {relation} {several} times.
+punctuation:no_comma | comma | Do not use any commas.
+language:response_language | case words start end length | Write everything in {language_name}.
+change_case:english_capital | case | Answer in English and in capital letters only.
+change_case:english_lowercase | case | \
+Answer in English and in small letters only, without any capital.
+change_case:capital_word_frequency | case end | \
+Words in all capital letters should appear {relation} {few} times.
+length_constraints:number_words | length | Write {relation} {num_words} words.
+length_constraints:number_sentences | length | Write {relation} {several} sentences.
+length_constraints:number_paragraphs | shape length | \
+Write exactly {few} paragraphs and put *** between two paragraphs.
+length_constraints:nth_paragraph_first_word | shape length words start end | \
+Write exactly {few} paragraphs with an empty line between two of them; \
+paragraph {nth_paragraph} must start with the word {keyword}.
+detectable_content:postscript | case end | Add a postscript that starts with {postscript_marker}
+detectable_content:number_placeholders | marks | \
+Leave at least {few} placeholders in square brackets to fill in, such as [name].
+detectable_format:number_bullet_lists | shape | \
+Include exactly {few} bullet points in markdown, each a line that starts with *
+detectable_format:number_highlighted_sections | marks shape | \
+Highlight at least {few} parts with markdown, like *this part*.
+detectable_format:multiple_sections | shape case length | \
+Divide it into {few} sections that begin with {section_spliter} 1 and so on.
+detectable_format:title | title | Give it a title in double angle brackets, such as <<title>>.
+detectable_format:json_format | shape start end comma marks | The whole answer must be valid JSON.
+detectable_format:constrained_response | case | \
+Include one of these phrases: My answer is yes. My answer is no. My answer is maybe.
+combination:two_responses | shape start end | \
+Give two different versions and put six asterisks between them: ******
+combination:repeat_prompt | start case words | \
+First repeat the sentence above word for word, then answer it.
+startend:end_checker | case end | \
+Finish with exactly this sentence and nothing after it: {end_phrase}
+startend:quotation | start end | Put the whole answer in double quotation marks."""
+PROMPTS = {}
+for row in PROMPT_TABLE.strip().splitlines():
+    kind, decides, sentence = row.split(" | ")
+    PROMPTS[kind] = (set(decides.split()), sentence)
 
 
 def draw_values(r: Random, request: str) -> dict:
-    """Draw the values that the sentences of PROMPTS may name."""
+    """Draw a value for each argument of CHECKS, and what else the sentences name."""
     few = r.randint(2, 5)
+    several = few + 5
     language = r.choice(list(LANGUAGE_NAMES))
     pair = r.sample(KEYWORDS, 2)
-    return {"request": request, "few": few, "several": few + 5, "many": few * 40, "pair": pair,
-            "keyword": pair[0], "language": language, "language_name": LANGUAGE_NAMES[language],
-            "letter": r.choice("jkqvwxz"), "nth": r.randint(1, few),
-            "relation": r.choice(["at least", "less than"]), "ending": r.choice(ENDINGS),
-            "marker": r.choice(["P.S.", "P.P.S"]), "head": r.choice(["Section", "Part", "Chapter"])}
+    letter, nth = r.choice("jkqvwxz"), r.randint(1, few)
+    relation = r.choice(["at least", "less than"])
+    return dict.fromkeys(NUMBERS, few) | {
+        "few": few, "several": several, "num_words": few * 40, "num_sentences": several,
+        "let_frequency": several, "nth_paragraph": nth, "letter": letter, "keywords": pair,
+        "forbidden_words": pair, "keyword": pair[0], "first_word": pair[0], "language": language,
+        "language_name": LANGUAGE_NAMES[language], "prompt_to_repeat": request,
+        "relation": relation, "let_relation": relation, "capital_relation": relation,
+        "end_phrase": r.choice(ENDINGS), "postscript_marker": r.choice(["P.S.", "P.P.S"]),
+        "section_spliter": r.choice(["Section", "Part", "Chapter"])}
 
 
 def queries(r: Random) -> Iterator[dict]:
@@ -372,14 +356,13 @@ def queries(r: Random) -> Iterator[dict]:
         kwargs = []
         decided = set()
         for kind in r.sample(list(PROMPTS), r.choice([1, 2, 2, 3])):
-            decides = set(PROMPTS[kind].decides.split())
+            decides, sentence = PROMPTS[kind]
             if decided & decides:
                 continue
             decided |= decides
             values = draw_values(r, request)
-            arguments = PROMPTS[kind].arguments
-            texts.append(PROMPTS[kind].words.format(**values))
+            texts.append(sentence.format(**values))
             kinds.append(kind)
-            kwargs.append({name: values[value] for name, value in arguments.items()})
+            kwargs.append({name: values[name] for name in argument_names(kind)})
         yield {"prompt": " ".join(texts), "domain": "instruction",
                "check": {"kind": "ifeval", "instruction_id_list": kinds, "kwargs": kwargs}}

@@ -2,8 +2,9 @@
 
 A query is {"prompt": str, "domain": str, "check": {...}}, and score(query, response) is 1.0 or 0.0.
 The report checks answers in the same way for rejection sampling, DPO's pairs and GRPO's rewards
-(sections 4.1 to 4.3). Queries come from three sources: the built-in generators (toy.py), prompts
-with IFEval's kinds of constraints (ifeval.py), and the public benchmark files (benchmarks.py).
+(sections 4.1 to 4.3). Queries come from the built-in generators (toy.py) and their variants
+(variants.py), from prompts with IFEval's kinds of constraints (ifeval.py), and from the public
+benchmark files (benchmarks.py).
 
 The built-in queries are our choice, so that the whole pipeline runs without a download. A prompt
 belongs to exactly one split, by a hash of its text, so no two splits share a query:
@@ -21,14 +22,15 @@ model of a given size.
 """
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 from lib.args import InputError, require
 from lib.chat import parse_tools
 from lib.files import read_jsonl
-from tasks import ifeval, sandbox, toy
+from tasks import ifeval, sandbox, toy, variants
 from tasks.benchmarks import contents, read_queries
 from tasks.check_tests import find_problems
 from tasks.code_blocks import whole_program
@@ -39,6 +41,9 @@ from tasks.steps import steps_hold
 GENERATORS = {"mathematics": toy.mathematics, "code": toy.code, "instruction": toy.instruction,
               "logic": toy.logic}
 DOMAINS = tuple(GENERATORS)
+VARIANTS = {"javascript": partial(variants.brace_code, language="javascript"),
+            "c++": partial(variants.brace_code, language="c++"),
+            "system": variants.system, "turns": variants.turns}
 SPLITS = {"test": range(0, 10), "val": range(10, 20), "rl": range(20, 60), "sft": range(60, 100)}
 
 # Collected text asks questions in more than one layout; the chat template, which SFT introduces, is
@@ -51,8 +56,11 @@ class Example(NamedTuple):
     answer: str  # a right one
 
 
-def split_of(prompt: str) -> str:
-    """Return the split that a prompt belongs to, by a hash of its text."""
+def split_of(prompt: str | list[dict]) -> str:
+    """Return the split that a prompt belongs to, by a hash of its text, or of its first question:
+    a second turn or a system prompt must not carry a question into another split."""
+    if isinstance(prompt, list):
+        prompt = next(message["content"] for message in prompt if message["role"] == "user")
     digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
     bucket = int.from_bytes(digest, "big") % 100
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
@@ -148,6 +156,10 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
     passed = run_programs(list(programs.values()))
     for i, program in programs.items():
         scores[i] = float(passed[program])
+    for i, query in enumerate(queries):
+        rule = query["check"].get("system_rule")
+        if rule and not toy.follows(responses[i], *rule):
+            scores[i] = 0.0
     return scores
 
 
@@ -163,8 +175,9 @@ def items(split: str, domain: str, seed: int, worked: float = 0.6) -> Iterator[E
 
     worked: the share of the answers in mathematics and logic that show their work."""
     r = random.Random(f"{split} {domain} {seed}")
+    generate = (GENERATORS | VARIANTS)[domain]
     while True:
-        task = GENERATORS[domain](r)
+        task = generate(r)
         answer = task.responses[0]
         if len(task.responses) > 1 and r.random() < worked:
             answer = task.responses[1]
@@ -173,18 +186,18 @@ def items(split: str, domain: str, seed: int, worked: float = 0.6) -> Iterator[E
             yield Example(query, answer)
 
 
-def distinct(split: str, n: int, seed: int) -> list[Example]:
-    """Return n examples with n different prompts, the four domains in turn."""
-    streams = [items(split, domain, seed) for domain in DOMAINS]
+def distinct(split: str, n: int, seed: int, domains: Sequence[str] = DOMAINS) -> list[Example]:
+    """Return n examples with n different prompts, the domains in turn."""
+    streams = [items(split, domain, seed) for domain in domains]
     seen = set()
     examples = []
     while len(examples) < n:
-        stream = streams[len(examples) % len(DOMAINS)]
+        stream = streams[len(examples) % len(domains)]
         new = (example for example in islice(stream, 100_000)
-               if example.query["prompt"] not in seen)
+               if repr(example.query["prompt"]) not in seen)
         example = next(new, None)
         require(example is not None, f"the built-in {split} split has no {n} different queries")
-        seen.add(example.query["prompt"])
+        seen.add(repr(example.query["prompt"]))
         examples.append(example)
     return examples
 
@@ -200,10 +213,15 @@ def conversation(prompt: str | list[dict], answer: str) -> dict:
     return {"messages": [*asked, {"role": "assistant", "content": answer}]}
 
 
-def demonstrations(n: int, seed: int = 0) -> list[dict]:
+def demonstrations(n: int, seed: int = 0, also: Sequence[str] = ()) -> list[dict]:
     """Return n conversations of the sft split that pass their own checks (report 4.1: only what
-    passes execution or answer matching is kept)."""
-    examples = distinct("sft", n, seed)
+    passes execution or answer matching is kept).
+
+    also: VARIANTS, each of which gives a tenth of the conversations."""
+    tenth = n // 10
+    examples = distinct("sft", n - tenth * len(also), seed)
+    for variant in also:
+        examples += distinct("sft", tenth, seed, [variant])
     queries = [example.query for example in examples]
     scores = score_many(queries, [example.answer for example in examples])
     rows = []
@@ -243,7 +261,6 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
         yield as_text(list(islice(stream, count)), form)
 
 
-
 def score_steps(queries: list[dict], responses: list[str]) -> list[float]:
     """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
     states a false equation (tasks/steps.py)."""
@@ -257,26 +274,57 @@ def score_steps(queries: list[dict], responses: list[str]) -> list[float]:
 # ---------------------------------------------------------------------------------------------
 # queries by name
 
-def load(name: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400,
+def load(names: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400,
          reward_timeout: float = 60.0) -> list[dict]:
-    """Return the queries of a built-in split ("rl", "val", "test"), of IFEval's kinds made for a
-    split ("ifeval:rl"), or of a file (see `benchmarks.load_file`).
+    """Return the queries of sources that are joined by commas, one source after another.
 
-    n: how many; 0: all of a file, and `built_in` of a split. reward: "file.py:function", which
-    takes the place of the checks; the rows of a file then need nothing but a "prompt". It may
-    take `reward_timeout` seconds per response."""
+    A source is a built-in split ("rl", "val", "test"), a variant of it ("c++:rl", see VARIANTS),
+    prompts with IFEval's kinds of constraints ("ifeval:rl"), or a file (`benchmarks.read_queries`).
+    A language without a toolchain here is left out, with a line that says so.
+
+    n: how many of each source; 0: all of a file, and `built_in` of a split. reward:
+    "file.py:function", which takes the place of the checks; the rows of a file then need nothing
+    but a "prompt". It may take `reward_timeout` seconds per response."""
+    sources = runnable(list(filter(None, names.split(","))))
+    require(len(sources) > 0, f"--queries {names!r} names no source of queries")
     if reward:
         check = {"kind": "own", "function": reward, "timeout": reward_timeout}
-        return load_for_own_reward(name, n, seed, check, built_in)
+        own_reward(reward)  # refuse now a file or function that is not there
+    queries = []
+    for name in sources:
+        if reward:
+            queries += load_for_own_reward(name, n, seed, check, built_in)
+        else:
+            queries += load_source(name, n, seed, built_in)
+    return queries
+
+
+def runnable(names: list[str]) -> list[str]:
+    """Return the names without the languages that this machine cannot run, and name those."""
+    kept = []
+    for name in names:
+        variant = name.partition(":")[0]
+        problem = sandbox.languages().get(variant) if variant in VARIANTS else ""
+        if problem:
+            print(f"{name} is left out: no toolchain here ({problem})")
+        else:
+            kept.append(name)
+    return kept
+
+
+def load_source(name: str, n: int, seed: int, built_in: int) -> list[dict]:
     if not is_split(name):
         return load_runnable_file(name, n)
-    if name in SPLITS:
-        return builtin(name, n or built_in, seed)
-    return ifeval_queries(name, n or built_in, seed)
+    kind, _, split = name.rpartition(":")
+    if kind == "ifeval":
+        return ifeval_queries(name, n or built_in, seed)
+    domains = [kind] if kind else DOMAINS
+    return [example.query for example in distinct(split, n or built_in, seed, domains)]
 
 
 def is_split(name: str) -> bool:
-    return name.removeprefix("ifeval:") in SPLITS
+    kind, _, split = name.rpartition(":")
+    return split in SPLITS and kind in ("", "ifeval", *VARIANTS)
 
 
 def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
@@ -320,9 +368,8 @@ def refuse_foreign(query: dict, where: str) -> None:
 
 def load_for_own_reward(name: str, n: int, seed: int, check: dict, built_in: int) -> list[dict]:
     """Return queries whose check is the user's own function."""
-    own_reward(check["function"])  # refuse now a file or function that is not there
     if is_split(name):
-        rows = enumerate(load(name, n or built_in, seed), 1)
+        rows = enumerate(load_source(name, n, seed, built_in), 1)
     else:
         rows = read_jsonl(name)
     queries = []

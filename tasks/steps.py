@@ -7,6 +7,9 @@ What cannot be read (letters, powers, units within an expression) is not judged.
 import re
 from fractions import Fraction
 
+from tasks.answer_spelling import boxes, opened_boxes
+from tasks.answer_values import Value
+
 PLAIN = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-",
          r"\left": "", r"\right": "", r"\$": "", "$": "", r"\,": "", r"\!": ""}
 FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
@@ -79,9 +82,10 @@ def expression_after(text: str) -> str:
 def equal(left: str, right: str) -> bool:
     """Compare two expressions. What cannot be evaluated counts as equal."""
     try:
-        difference = abs(value(left) - value(right))
-    except (SyntaxError, TypeError, ZeroDivisionError):
+        numbers = [Value(side.replace(",", "")).number for side in (left, right)]
+    except (ValueError, ZeroDivisionError):
         return True
+    difference = abs(numbers[0] - numbers[1])
     if difference == 0:
         return True
     decimals = [len(side.rpartition(".")[2]) for side in (left, right)
@@ -89,20 +93,6 @@ def equal(left: str, right: str) -> bool:
     return bool(decimals) and difference < Fraction(1, 10 ** min(decimals))
 
 
-def value(expression: str) -> Fraction:
-    """Evaluate an EXPRESSION: numbers, single operators and brackets, so eval() is safe here."""
-    exact = re.sub(NUMBER, lambda n: f"Fraction('{n.group().replace(',', '')}')", expression)
-    return eval(exact, {"Fraction": Fraction})
-
-
 def boxes_are_whole(text: str) -> bool:
-    for rest in text.split("\\boxed{")[1:]:
-        depth, content = 1, ""
-        for character in rest:
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                break
-            content += character
-        if depth > 0 or not content.strip():
-            return False
-    return True
+    closed = boxes(text)
+    return len(closed) == opened_boxes(text) and all(box.content.strip() for box in closed)

@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 class Task(NamedTuple):
     """What every generator returns."""
-    prompt: str
+    prompt: str | list[dict]  # or messages
     check: dict            # of a query, see tasks/queries.py
     responses: list[str]   # right ones; where there are two, the second shows its work
 
@@ -220,6 +220,18 @@ def branch(condition: str, yes: str, no: str) -> str:
     return f"if {condition}:\n    return {yes}\nreturn {no}"
 
 
+def decision(words: str, condition: str) -> tuple[str, str, str]:
+    task = f"returns True if n is {words}, else False"
+    short = f"return {condition}"
+    return task, short, branch(condition, "True", "False")
+
+
+def either(words: str, condition: str, yes: str, no: str) -> tuple[str, str, str]:
+    short = f"return {yes} if {condition} else {no}"
+    long = branch(condition, yes, no)
+    return words, short, long
+
+
 # A task, its solution in one line, and its solution in several lines.
 STRING_TASKS = [
     ("returns how many words in the string s have more than {k} letters",
@@ -243,21 +255,14 @@ STRING_TASKS = [
     ("returns the string s repeated {k} times", "return s * {k}", "return s * {k}"),
     ("returns the last {k} letters of the string s", "return s[-{k}:]", "return s[-{k}:]")]
 NUMBER_TASKS = [
-    ("returns True if n is divisible by {a} and not by {b}, else False",
-     "return n % {a} == 0 and n % {b} != 0",
-     branch("n % {a} == 0 and n % {b} != 0", "True", "False")),
-    ("returns True if n is greater than {a} or divisible by {b}, else False",
-     "return n > {a} or n % {b} == 0",
-     branch("n > {a} or n % {b} == 0", "True", "False")),
+    decision("divisible by {a} and not by {b}", "n % {a} == 0 and n % {b} != 0"),
+    decision("greater than {a} or divisible by {b}", "n > {a} or n % {b} == 0"),
     ("returns n times {a} plus {b}",
      "return n * {a} + {b}",
      "product = n * {a}\nreturn product + {b}"),
-    ("returns {a} if n is even, else {b}",
-     "return {a} if n % 2 == 0 else {b}",
-     branch("n % 2 == 0", "{a}", "{b}")),
-    ("returns n minus {a} if n is greater than {b}, else n times {c}",
-     "return n - {a} if n > {b} else n * {c}",
-     branch("n > {b}", "n - {a}", "n * {c}")),
+    either("returns {a} if n is even, else {b}", "n % 2 == 0", "{a}", "{b}"),
+    either("returns n minus {a} if n is greater than {b}, else n times {c}",
+           "n > {b}", "n - {a}", "n * {c}"),
     ("returns the sum of the numbers from 1 to n that are divisible by {a}",
      "return sum(i for i in range(1, n + 1) if i % {a} == 0)",
      loop("total = 0", "i in range(1, n + 1)", "i % {a} == 0", "total += i", "total"))]
@@ -319,15 +324,22 @@ def number_function(r: Random) -> Exercise:
     return make_exercise(texts, f"{name}(n)", inputs, a=a, b=b, c=c)
 
 
+def outputs(exercise: Exercise) -> list:
+    """Return what the reference solution makes of the inputs. It stands above, so it is executed
+    here; the code of a model runs in the sandbox only."""
+    namespace = {}
+    exec(f"def {exercise.signature}:\n{exercise.solutions[0]}", namespace)
+    function = namespace[exercise.signature.partition("(")[0]]
+    return [function(x) for x in exercise.inputs]
+
+
 def code(r: Random) -> Task:
-    """Return a function to write. This executes the exercise's own reference solution, which stands
-    above, to make the tests; the code of a model runs in the sandbox only."""
     make = r.choice([list_function, list_function, string_function, number_function])
     exercise = make(r)
     name = exercise.signature.partition("(")[0]
-    namespace = {}
-    exec(f"def {exercise.signature}:\n{exercise.solutions[0]}", namespace)
-    tests = [f"assert {name}({x!r}) == {namespace[name](x)!r}" for x in exercise.inputs]
+    tests = []
+    for x, output in zip(exercise.inputs, outputs(exercise), strict=True):
+        tests.append(f"assert {name}({x!r}) == {output!r}")
     check = {"kind": "code", "language": "python", "tests": "\n".join(tests)}
     solution = r.choice(exercise.solutions)
     return Task(f"Write a Python function `{exercise.signature}` that {exercise.task}.", check,
