@@ -252,8 +252,7 @@ def assistant_turn(message: dict):
 
 def any_of(names) -> re.Pattern | None:
     """Return a pattern for any of these texts, the longest that fits; None if there are none."""
-    longest_first = sorted(names, key=len, reverse=True)
-    alternatives = "|".join(map(re.escape, longest_first))
+    alternatives = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.compile(f"({alternatives})") if names else None
 
 
@@ -426,8 +425,7 @@ class Tokenizer:
         """Return the text of ids; U+FFFD where they are no valid UTF-8 (an answer cut inside a
         character). skip_special_tokens hides turn marks and the pad, not <tool_call>, as in HF."""
         if skip_special_tokens:
-            hidden = {i for name, i in self.special.items() if name in self.hidden}
-            hidden.add(self.pad_id)
+            hidden = {self.special[name] for name in self.hidden} | {self.pad_id}
             ids = [i for i in ids if i not in hidden]
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -506,8 +504,7 @@ def demo(_args) -> None:
     from pydoc_data.topics import topics
     start = time.perf_counter()
     tokenizer = Tokenizer.train(topics.values(), 2048)
-    seconds = time.perf_counter() - start
-    print(f"trained {tokenizer.n_vocab} tokens in {seconds:.1f} s\n")
+    print(f"trained {tokenizer.n_vocab} tokens in {time.perf_counter() - start:.1f} s\n")
     show(tokenizer, "<|im_start|>user\nThe tokenizer's café, 世界 2025<|im_end|>")
     print("\nGarbled? vocab.json spells each byte as one printable character: Ġ is a space, Ċ a "
           "newline.\nThe bytes are what counts; a rare character takes several tokens.")
