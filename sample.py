@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import kernels
 from lib.args import cli, positive, require
@@ -83,8 +82,7 @@ def generate_batch(model, prompts, n, max_new_tokens, draw, stop_ids, on_tokens)
     answer = torch.arange(B, device=device)  # which answer each row of the cache belongs to
     running = torch.ones(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        logits = F.linear(hidden, decode_step.head).float()  # (rows, V)
-        token, logprob = draw(logits)
+        token, logprob = draw(decode_step.logits(hidden))
         tokens[answer, step] = token
         logprobs[answer, step] = logprob
         if on_tokens is not None:

@@ -33,7 +33,8 @@ class KVCache:
 
     def select(self, rows) -> None:
         """Keep (or repeat) these rows: finished answers leave, a prompt is shared by n answers."""
-        self.layers = [layer[:, rows] for layer in self.layers]
+        for layer, kept in enumerate(self.layers):  # one by one: never all of them twice in memory
+            self.layers[layer] = kept[:, rows]
         if self.pads is not None:
             self.pads = self.pads[rows]
 

@@ -5,15 +5,19 @@ Qwen2.hidden is the one to read, and the tests compare the two. The step is fast
     cos and sin of all positions are computed once per batch;
     on a CPU the weights are copies laid out by columns, which makes products of few rows up to 1.5
     times as fast. While a batch lasts, the weights therefore take twice the memory.
+A model with other modules than ours decodes by `model.hidden`.
 """
+import functools
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
-from lib.fast import set_cpu_matmul
-from model import Block, KVCache, MoE, Qwen2, apply_rope, padding_mask, rope
+from lib.fast import matmul_fp32, set_cpu_matmul
+from model import Block, KVCache, Qwen2, apply_rope, padding_mask, rope
 
 
 @dataclass
@@ -23,8 +27,31 @@ class Completion:
     finished: bool         # False: cut at max_new_tokens
 
 
+MLP_PARTS = {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+OTHER_PARTS = {
+    "input_layernorm.weight", "post_attention_layernorm.weight",
+    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
+    "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias",
+    "self_attn.o_proj.weight"}
+
+
+def parts(module) -> set[str]:
+    """Return the names of a module's weights, and of its submodules without weights."""
+    names = {name for name, _ in module.named_parameters()}
+    for name, submodule in module.named_modules():
+        if not list(submodule.parameters()):
+            names.add(name)
+    return names
+
+
+def unknown_parts(block: Block) -> set[str]:
+    """Return the parts outside the MLP that a block has or lacks, other than the step expects."""
+    found = {name for name in parts(block) if not name.startswith("mlp.")}
+    return found ^ OTHER_PARTS
+
+
 class DecodeBlock:
-    """A block and its weights as the step multiplies by them; an MoE block keeps its own MLP."""
+    """A block and its weights as the step multiplies by them. An MoE keeps its own module."""
 
     def __init__(self, block: Block, dtype):
         attention, mlp = block.self_attn, block.mlp
@@ -33,10 +60,16 @@ class DecodeBlock:
         self.qkv = join([projection.weight for projection in projections], dtype)
         self.qkv_bias = torch.cat([projection.bias for projection in projections]).to(dtype)
         self.out = join([attention.o_proj.weight], dtype)
-        self.is_moe = isinstance(mlp, MoE)
-        if not self.is_moe:
+        self.mlp = None
+        if parts(mlp) == MLP_PARTS:
             self.gate_up = join([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
             self.down = join([mlp.down_proj.weight], dtype)
+        else:
+            self.mlp = mlp
+            if attention.q_proj.weight.dtype != dtype:
+                # Autocast would cast all experts again for every token.
+                cast = {name: p.to(dtype) for name, p in mlp.named_parameters()}
+                self.mlp = functools.partial(functional_call, mlp, cast)
 
 
 def join(weights, dtype):
@@ -49,8 +82,7 @@ def join(weights, dtype):
 
 
 class DecodeStep:
-    """decode_step(token) -> hidden, for the rows of one KVCache. `head` gives the logits:
-    F.linear(hidden, decode_step.head)."""
+    """decode_step(token) -> hidden, for the rows of one KVCache; logits(hidden) -> logits."""
 
     def __init__(self, model: Qwen2, cache: KVCache):
         self.model = model
@@ -61,14 +93,31 @@ class DecodeStep:
         cos, sin = rope(positions, model.config)
         self.cos = cos[0, 0].to(self.dtype)  # (max_len, D)
         self.sin = sin[0, 0].to(self.dtype)
-        self.blocks = [DecodeBlock(block, self.dtype) for block in model.model.layers]
-        self.head = join([model.head_weight], self.dtype)
+        # A CPU rounds the products of bf16 to bf16.
+        self.head = join([model.head_weight], self.dtype if keys.is_cuda else torch.float32)
+        unknown = set()
+        for block in model.model.layers:
+            unknown |= unknown_parts(block)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            warnings.warn(f"decoding is slower: lib/decode.py does not expect {names}",
+                          stacklevel=2)
+        # Dual chunk attention rotates queries in three ways, which the step does not do either.
+        self.is_plain = bool(unknown or model.config.chunk_size)
+        self.blocks = []
+        if not self.is_plain:
+            self.blocks = [DecodeBlock(block, self.dtype) for block in model.model.layers]
+
+    def logits(self, hidden):
+        """Return the logits (B, V) of hidden (B, C) in fp32, as kernels.token_logprobs has them."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return matmul_fp32(hidden.to(self.head.dtype), self.head.mT)
 
     def __call__(self, token):
         """Return the normalised hidden state (B, C) after one more token (B,) int64 per row. The
         cache grows by one position."""
         config = self.model.config
-        if config.chunk_size:  # dual chunk attention rotates queries in three ways: the plain pass
+        if self.is_plain:
             return self.model.hidden(token[:, None], cache=self.cache)[:, -1]
         # Decoding repeats the same shapes, so that oneDNN pays off at smaller sizes.
         set_cpu_matmul(len(token), config.hidden_size, token.device, least=2**18)
@@ -104,8 +153,8 @@ class DecodeStep:
 
     def mlp(self, weights: DecodeBlock, x):
         h = weights.block.post_attention_layernorm(x)
-        if weights.is_moe:
-            return weights.block.mlp(h)
+        if weights.mlp is not None:
+            return weights.mlp(h)
         gate, up = F.linear(h.to(self.dtype), weights.gate_up).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, weights.down)
 
@@ -122,7 +171,7 @@ def decode_attention(q, k, v, mask=None):
     grouped = q.reshape(len(q), k.shape[1], -1, k.shape[-1])  # (B, K, G, D)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     torch.set_float32_matmul_precision(precision)
-    return out.view(q.shape)
+    return out.reshape(q.shape)  # the strides of CUDA's kernels do not allow a view
 
 
 def rows_to_keep(running, n_running: int):
