@@ -45,8 +45,10 @@ def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1
     if len(supervised) < len(target):
         h = h.index_select(0, supervised)
         target = target[supervised]
-    on_cpu = h.device.type == "cpu"
-    if on_cpu and len(target) > 0 and not 0 <= target.min() <= target.max() < len(weight):
+    in_range = ((target >= 0) & (target < len(weight))).all()
+    if h.device.type != "cpu":  # without waiting for the GPU
+        torch._assert_async(in_range, "a target is outside the vocabulary")
+    elif not in_range:
         raise ValueError(f"targets span {target.min()}..{target.max()}; allowed are "
                          f"0..{len(weight) - 1} and {ignore_index} (ignored)")
     h = to_autocast_dtype(h)
@@ -78,24 +80,14 @@ def choose_options(h, vocab, all_rows, chunk_rows, temperature):
     return Options(1.0 / temperature, chunk_rows, columns)
 
 
-class Tile(NamedTuple):
-    first: int                    # the tile's first column of the logits
-    weight: torch.Tensor          # (v,C): the head's rows for these columns
-    dweight: torch.Tensor | None  # (v,C) fp32: a view into the gradient of the head
-
-
-def vocabulary_tiles(h, weight, options, want_dweight):
-    """Return the head cut into tiles, and its gradient: zeros, or None."""
+def prepare_weight(h, weight, options, want_dweight):
+    """Return the head's weight (V,C) as tiles read it, and its gradient: fp32 zeros, or None."""
     dweight = None
     if want_dweight:
         dweight = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32))
     if options.columns >= len(weight):
         weight = weight.to(h.dtype)  # it is small; else each tile is cast when it is in cache
-    tiles = []
-    for first in range(0, len(weight), options.columns):
-        part = slice(first, first + options.columns)
-        tiles.append(Tile(first, weight[part], dweight[part] if want_dweight else None))
-    return tiles, dweight
+    return weight, dweight
 
 
 # --- one tile: the two functions that torch.compile may get ---------------------------------------
@@ -109,7 +101,9 @@ def forward_tile(h, weight, target, running_max, running_sum, target_logit, inv_
         m' = max(m, max s),    l' = l exp(m - m') + sum exp(s - m')
     Returns the new state and exp(s - m') (n,v).
     """
-    logits = matmul_fp32(h, weight.to(h.dtype).mT).mul_(inv_temperature)
+    logits = matmul_fp32(h, weight.to(h.dtype).mT)
+    if inv_temperature != 1:
+        logits.mul_(inv_temperature)
     column = target.clamp(0, len(weight) - 1)
     is_here = column == target
     target_logit = torch.where(is_here, logits.gather(1, column), target_logit)
@@ -135,7 +129,9 @@ def backward_tile(h, weight, target, row_max, row_sum, exps, h_scaled, dh, dweig
     """
     weight = weight.to(h.dtype)
     if exps is None:
-        logits = matmul_fp32(h, weight.mT).mul_(inv_temperature)
+        logits = matmul_fp32(h, weight.mT)
+        if inv_temperature != 1:
+            logits.mul_(inv_temperature)
         exps = logits.sub_(row_max).exp_()
     column = target.clamp(0, len(weight) - 1)
     sum_at_target = row_sum * (column == target)
@@ -146,7 +142,7 @@ def backward_tile(h, weight, target, row_max, row_sum, exps, h_scaled, dh, dweig
 
 
 # --- one chunk of rows ----------------------------------------------------------------------------
-def forward_chunk(h, target, tiles, options):
+def forward_chunk(h, target, weight, options):
     """Return, for rows h (n,C), -log p (n,1), their softmax's maximum and sum (n,2), and exps of
     backward_tile if there is only one tile, else None."""
     # Only a full chunk is compiled: every other length would compile once more.
@@ -154,17 +150,17 @@ def forward_chunk(h, target, tiles, options):
     row_sum = torch.zeros_like(fp32(h[:, :1]))
     target_logit = row_sum
     row_max = row_sum - 1e30
-    for tile in tiles:
+    for first in range(0, len(weight), options.columns):
+        tile = weight[first:first + options.columns]
         row_max, row_sum, target_logit, exps = fold_tile(
-            h, tile.weight, target - tile.first,
-            row_max, row_sum, target_logit, options.inv_temperature)
+            h, tile, target - first, row_max, row_sum, target_logit, options.inv_temperature)
     # In this order: the logits' difference is exact where their size would swallow log(row_sum).
     nll = (row_max - target_logit) + row_sum.log()
-    return nll, torch.cat((row_max, row_sum), 1), exps if len(tiles) == 1 else None
+    return nll, torch.cat((row_max, row_sum), 1), exps if len(tile) == len(weight) else None
 
 
-def backward_chunk(h, target, softmax_state, exps, upstream, tiles, options):
-    """Return the gradient of rows h (n,C), and add to the gradient of the tiles' weights.
+def backward_chunk(h, target, softmax_state, exps, upstream, weight, dweight, options):
+    """Return the gradient of rows h (n,C), and add to dweight (V,C) unless it is None.
 
     softmax_state, exps: what forward_chunk returned; exps may be None. upstream: the gradient of
     the loss with respect to -log p of each row, (n,1) fp32, or one number for all.
@@ -174,9 +170,11 @@ def backward_chunk(h, target, softmax_state, exps, upstream, tiles, options):
     factor = upstream * options.inv_temperature / row_sum
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
-    for tile in tiles:
-        add_tile(h, tile.weight, target - tile.first, row_max, row_sum, exps,
-                 h_scaled, dh, tile.dweight, options.inv_temperature)
+    for first in range(0, len(weight), options.columns):
+        tile = slice(first, first + options.columns)
+        dtile = None if dweight is None else dweight[tile]
+        add_tile(h, weight[tile], target - first, row_max, row_sum, exps,
+                 h_scaled, dh, dtile, options.inv_temperature)
     return dh.mul_(factor).to(h.dtype)
 
 
@@ -202,18 +200,20 @@ class ChunkedNLL(torch.autograd.Function):
         softmax_state = []
         dh = []
         with torch.autocast(h.device.type, enabled=False):
-            tiles, dweight = vocabulary_tiles(h, weight, options, want_dweight)
+            tile_weight, dweight = prepare_weight(h, weight, options, want_dweight)
             # Without any row, split gives one empty chunk. Without detach the chunks would want a
             # gradient in training only, and forward_tile would be compiled once more for this.
             h_chunks = h.detach().split(options.chunk_rows)
             chunks = zip(h_chunks, target.split(options.chunk_rows), strict=True)
             for h_chunk, target_chunk in chunks:
-                chunk_nll, chunk_state, exps = forward_chunk(h_chunk, target_chunk, tiles, options)
+                chunk_nll, chunk_state, exps = forward_chunk(
+                    h_chunk, target_chunk, tile_weight, options)
                 nll.append(chunk_nll)
                 softmax_state.append(chunk_state)
                 if gradient_now:
                     dh.append(backward_chunk(
-                        h_chunk, target_chunk, chunk_state, exps, 1.0, tiles, options))
+                        h_chunk, target_chunk, chunk_state, exps, 1.0, tile_weight, dweight,
+                        options))
                 del exps  # the next chunk's go into its memory
         if want_sum:
             ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
@@ -236,10 +236,12 @@ class ChunkedNLL(torch.autograd.Function):
         h, weight, target, softmax_state = ctx.saved_tensors
         dh = []
         with torch.autocast(h.device.type, enabled=False):
-            tiles, dweight = vocabulary_tiles(h, weight, ctx.options, ctx.needs_input_grad[1])
+            tile_weight, dweight = prepare_weight(
+                h, weight, ctx.options, ctx.needs_input_grad[1])
             rows = (h, target, softmax_state, upstream[:, None])
             chunks = zip(*[x.split(ctx.options.chunk_rows) for x in rows], strict=True)
             for h_chunk, target_chunk, chunk_state, chunk_upstream in chunks:
                 dh.append(backward_chunk(
-                    h_chunk, target_chunk, chunk_state, None, chunk_upstream, tiles, ctx.options))
+                    h_chunk, target_chunk, chunk_state, None, chunk_upstream, tile_weight,
+                    dweight, ctx.options))
         return torch.cat(dh), dweight, None, None, None, None
