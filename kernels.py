@@ -23,15 +23,16 @@ import time
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lib import fast
 from lib.chunked_loss import chunked_nll
 from lib.dual_chunk import dual_chunk_attention, dual_chunk_attention_reference
 from lib.fast import fold_groups, fp32, to_autocast_dtype, unfold_groups
-from lib.fast import set_cpu_matmul  # noqa: F401 (for callers)
 
-IMPLS = ("auto", "reference", "sdpa", "fused")
+IMPLS = ("auto", "reference", "sdpa", "fused", "flex")
 BLOCK = 64  # queries per block of fused attention: the fastest of 32 to 128 on a CPU
+FLEX_BLOCK = 128  # queries and keys per block of FlexAttention, its default
 default_impl = "auto"
 
 
@@ -50,15 +51,14 @@ def set_default_impl(impl="auto", compile=False):
 
 
 # --- attention ------------------------------------------------------------------------------------
-def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, mask=None):
+def attention_reference(q, k, v, *, segment_ids=None, mask=None):
     """Return `attention` as the formula reads, with all (B,Hq,T,S) scores in memory."""
     group = q.shape[1] // k.shape[1]  # query heads per kv head
     k_ = fp32(k).repeat_interleave(group, dim=1)  # (B,Hq,S,D)
     v_ = fp32(v).repeat_interleave(group, dim=1)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
     scores = fp32(q) @ k_.mT * scale
-    allowed = visible(q, k, causal, segment_ids, mask)
+    allowed = visible(q, k, segment_ids, mask)
     if allowed is None:
         return (scores.softmax(-1) @ v_).to(q.dtype)
     # The fill is finite, because softmax over a row of -inf is NaN, in value and gradient. It gives
@@ -69,7 +69,7 @@ def attention_reference(q, k, v, *, causal=True, segment_ids=None, scale=None, m
     return (probs @ v_).to(q.dtype)
 
 
-def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
+def visible(q, k, segment_ids, mask, queries=None, keys=None):
     """Return which query may attend to which key: bool (B or 1,1,T,S), or None for "all to all".
     queries, keys: slices with start and stop, to get only these rows and columns."""
     T = q.shape[2]
@@ -78,7 +78,7 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
     keys = keys or slice(0, S)
     offset = S - T  # query t is at position t + offset: the queries are the last T of S positions
     conditions = []
-    if causal and keys.stop - 1 > queries.start + offset:  # else no key is later than any query
+    if keys.stop - 1 > queries.start + offset:  # else no key is later than any query
         query_position = torch.arange(queries.start, queries.stop, device=q.device) + offset
         key_position = torch.arange(keys.start, keys.stop, device=q.device)
         not_later = query_position[:, None] >= key_position
@@ -94,55 +94,117 @@ def visible(q, k, causal, segment_ids, mask, queries=None, keys=None):
     return functools.reduce(torch.logical_and, conditions) if conditions else None
 
 
-def attention(q, k, v, *, causal=True, segment_ids=None, scale=None, impl="auto", mask=None):
-    """Return grouped-query attention, softmax(scale q k^T + masks) v, with the softmax in fp32.
+def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=None):
+    """Return causal grouped-query attention, softmax(q k^T / sqrt(D) + masks) v, softmax in fp32.
 
     q (B,Hq,T,D) and k, v (B,Hkv,S,D) in bf16, fp32 or float64; query heads hG to hG+G-1 read kv
-    head h. Returns (B,Hq,T,D) in the dtype of q. scale: D^-0.5 unless given.
-    causal: the queries are the last T of the S positions, so cached decoding needs no mask.
+    head h. Returns (B,Hq,T,D) in the dtype of q.
+    The queries are the last T of the S positions, so that cached decoding needs no mask.
     segment_ids (B,T) int, T == S: the document of each token in a packed row; others are invisible.
-    mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. All three are ANDed.
+    mask bool (B or 1,1,T or 1,S or 1), True = may attend: for left padding. Both are ANDed.
     A query left without any key gives 0 and zero gradients, never NaN.
     impl: "reference" keeps all scores. "sdpa" is PyTorch's kernel. "fused" takes one block of
-    queries at a time, in O(T) memory, and skips later keys and other documents. "auto" is what
-    `set_default_impl` set, or else the faster of the last two. ValueError for what does not fit.
+    queries at a time, in O(T) memory, and skips later keys and other documents. "flex", for packed
+    rows on a GPU, is one compiled kernel; what it cannot do goes to sdpa. "auto" is what
+    `set_default_impl` set, or else: on CUDA, flex for packed rows; the faster of sdpa and fused.
+    block_mask: `flex_block_mask` of segment_ids, or None. ValueError for what does not fit.
     """
     fast.check_impl(impl, IMPLS)
     fast.check_attention_arguments(q, k, v, segment_ids, mask)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     q = to_autocast_dtype(q)
     k = to_autocast_dtype(k)
     v = to_autocast_dtype(v)
     if impl == "auto":
-        impl = default_impl
-        if q.shape[2] == 1:
-            impl = "sdpa"
+        impl = "sdpa" if q.shape[2] == 1 else default_impl
+    if impl == "auto" and q.is_cuda:  # before the precision, which the compiler cannot trace
+        impl = "sdpa" if segment_ids is None else "flex"
     if impl == "auto":
         # On a CPU, products in bf16 and "medium" fp32 use oneDNN; there our blocks are faster.
         onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-        impl = "fused" if q.device.type == "cpu" and onednn else "sdpa"
+        impl = "fused" if onednn else "sdpa"
     with torch.autocast(q.device.type, enabled=False):
         if impl == "fused":
-            return FusedAttention.apply(q, k, v, causal, segment_ids, scale, mask)
+            return FusedAttention.apply(q, k, v, segment_ids, mask)
+        if impl == "flex" and segment_ids is not None and mask is None:
+            if block_mask is None:
+                block_mask = flex_block_mask(segment_ids)
+            return attention_flex(q, k, v, block_mask)
         compute = attention_reference if impl == "reference" else attention_sdpa
-        return compute(q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, mask=mask)
+        return compute(q, k, v, segment_ids=segment_ids, mask=mask)
 
 
-def attention_sdpa(q, k, v, *, causal, segment_ids, scale, mask):
+def attention_sdpa(q, k, v, *, segment_ids, mask):
     """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
     # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
     # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
     same_length = q.shape[2] == k.shape[2]
-    is_causal = causal and same_length and segment_ids is None and mask is None
+    is_causal = same_length and segment_ids is None and mask is None
     allowed = None
     if not is_causal:
-        allowed = visible(q, k, causal, segment_ids, mask)
-    return fast.sdpa(q, k, v, allowed, is_causal, scale)
+        allowed = visible(q, k, segment_ids, mask)
+    return fast.sdpa(q, k, v, allowed, is_causal)
+
+
+# --- attention of packed rows on a GPU ------------------------------------------------------------
+def document_starts(segment_ids):
+    """Return the position (B,T) int64 at which each token's document begins. A document is a run of
+    equal ids."""
+    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return torch.where(is_first, position, 0).cummax(dim=1).values
+
+
+def flex_block_mask(segment_ids):
+    """Return FlexAttention's BlockMask of packed rows (B,T), without any (T,T) mask.
+
+    It lists the blocks of keys that a block of queries must look at: those that all of its queries
+    see in full, and those where `may_attend` decides each score. All other blocks are skipped."""
+    T = segment_ids.shape[1]
+    start = document_starts(segment_ids)
+
+    def may_attend(b, head, query, key):
+        return (key <= query) & (key >= start[b, query])
+
+    first = torch.arange(0, T, FLEX_BLOCK, device=start.device)  # of each block, (n,)
+    end = first + FLEX_BLOCK
+    # Starts never decrease along a row: the first query of a block sees furthest back.
+    furthest = start[:, None, first, None]                       # (B,1,n,1)
+    nearest = start[:, None, (end - 1).clamp(max=T - 1), None]
+    query_block = first[:, None]
+    seen = (first <= query_block) & (end > furthest)             # (B,1,n,n)
+    full = (first < query_block) & (first >= nearest) & (end[:, None] <= T)
+    partial_count, partial_order = listed_blocks(seen & ~full)
+    full_count, full_order = listed_blocks(full)
+    return BlockMask.from_kv_blocks(partial_count, partial_order, full_count, full_order,
+                                    BLOCK_SIZE=FLEX_BLOCK, mask_mod=may_attend, seq_lengths=(T, T))
+
+
+def listed_blocks(chosen):
+    """Return how many of the key blocks chosen (B,1,n,n) each query block has, and their order."""
+    count = chosen.sum(-1, dtype=torch.int32)
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)  # the chosen ones first
+    return count, order.int()
+
+
+def packed_block_mask(segment_ids):
+    """Return flex_block_mask if `attention` will use it, else None: once per forward pass."""
+    impl = default_impl
+    if impl == "auto" and segment_ids.is_cuda:
+        impl = "flex"
+    return flex_block_mask(segment_ids) if impl == "flex" else None
+
+
+def attention_flex(q, k, v, block_mask):
+    """Return `attention` by FlexAttention, which torch.compile turns into one kernel."""
+    compute = flex_attention
+    if q.is_cuda:
+        compute = fast.compiled(flex_attention, None)  # the second shape compiles for all others
+    return compute(q, k, v, block_mask=block_mask, enable_gqa=True)
 
 
 # --- attention by blocks --------------------------------------------------------------------------
-def query_blocks(q, k, causal, segment_ids, mask):
+def query_blocks(q, k, segment_ids, mask):
     """Yield (rows, keys, allowed) per BLOCK queries.
 
     rows: slice of the folded queries (B,Hkv,T*G,D). keys: slice with every key that any of them
@@ -157,11 +219,11 @@ def query_blocks(q, k, causal, segment_ids, mask):
         stop = min(start + BLOCK, T)
         queries = slice(start, stop)
         first = 0
-        last = max(1, stop + offset) if causal else S
+        last = max(1, stop + offset)
         masked = 0  # the keys from here on need a mask
         if segment_ids is None and mask is None:
             masked = max(0, start + offset)  # the keys before are earlier than all these queries
-        allowed = visible(q, k, causal, segment_ids, mask, queries, slice(masked, last))
+        allowed = visible(q, k, segment_ids, mask, queries, slice(masked, last))
         if segment_ids is not None:
             # Only the documents in sight. On CUDA, this waits for the GPU once per block.
             seen_by_any = allowed.flatten(0, 2).any(0)
@@ -226,17 +288,18 @@ class FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, segment_ids, scale, mask):
+    def forward(ctx, q, k, v, segment_ids, mask):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
         may_be_empty = mask is not None or q.shape[2] > k.shape[2]
-        ctx.options = causal, scale, may_be_empty
+        ctx.may_be_empty = may_be_empty
+        scale = q.shape[-1] ** -0.5
         compute = fast.maybe_compiled(block_forward, dynamic=True)
         q_scaled = fp32(fold_groups(q, k.shape[1])) * scale  # (B,Hkv,T*G,D)
         # Transposed once: a matrix product would copy each block's keys to transpose them.
         k_t = fp32(k).mT.contiguous()                        # (B,Hkv,D,S)
         v = v.contiguous()
         out = []
-        for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
+        for rows, keys, allowed in query_blocks(q, k, segment_ids, mask):
             block_out = compute(q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
             if may_be_empty:
                 block_out = zero_unseeing(block_out, allowed)
@@ -247,7 +310,8 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, segment_ids, mask = ctx.saved_tensors
-        causal, scale, may_be_empty = ctx.options
+        may_be_empty = ctx.may_be_empty
+        scale = q.shape[-1] ** -0.5
         compute = fast.maybe_compiled(block_backward, dynamic=True)
         with torch.autocast(q.device.type, enabled=False):
             folded_q = fold_groups(q, k.shape[1])
@@ -259,7 +323,7 @@ class FusedAttention(torch.autograd.Function):
             dq = []
             dk = torch.zeros(k.shape, dtype=q_scaled.dtype, device=k.device)
             dv = torch.zeros_like(dk)
-            for rows, keys, allowed in query_blocks(q, k, causal, segment_ids, mask):
+            for rows, keys, allowed in query_blocks(q, k, segment_ids, mask):
                 block_dout = folded_dout[:, :, rows]
                 if may_be_empty:
                     block_dout = zero_unseeing(block_dout, allowed)
@@ -272,7 +336,7 @@ class FusedAttention(torch.autograd.Function):
         dq = torch.cat(dq, 2) * scale
         dq = unfold_groups(dq, q.shape[2])
         dk = (dk * scale).to(k.dtype)
-        return dq, dk, dv.to(v.dtype), None, None, None, None
+        return dq, dk, dv.to(v.dtype), None, None
 
 
 # --- head and loss --------------------------------------------------------------------------------
@@ -347,8 +411,8 @@ def rms_norm_reference(x, weight, eps):
 
 def rms_norm(x, weight, eps):
     """Return rms_norm_reference, in autocast's dtype if on. x (...,C), weight (C,) -> (...,C).
-    The backward pass of lib.fast.RMSNorm keeps x only."""
-    if torch.is_grad_enabled():
+    On a CPU, the backward pass of lib.fast.RMSNorm keeps x only."""
+    if torch.is_grad_enabled() and not x.is_cuda:  # CUDA has one kernel for the backward pass
         return fast.RMSNorm.apply(x, weight, eps, rms_norm_reference)
     return to_autocast_dtype(rms_norm_reference(x, weight, eps))
 
@@ -393,11 +457,9 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
 
     x (N,C); weight (N,A) and expert (N,A) int64; gate_up (E,2F,C), gate rows first; down (E,C,F).
     Returns (N,C). impl: "reference"; "fused", see lib.fast.Experts; "grouped", one product over all
-    experts; "auto", grouped where lib.fast.grouped_matmul_fits, else fused. ValueError for what
-    does not fit.
+    experts; "auto", grouped where lib.fast.grouped_matmul_fits, else fused.
     """
     fast.check_impl(impl, ("auto", "reference", "fused", "grouped"))
-    fast.check_expert_arguments(x, weight, gate_up, down, expert)
     x = to_autocast_dtype(x)
     if impl == "auto":
         impl = "grouped" if fast.grouped_matmul_fits(x, down) else "fused"

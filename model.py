@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import kernels
-from lib import checkpoint
+from lib import checkpoint, fast
 from lib.args import require
 from lib.cache import GrowingKVCache, KVCache
-from lib.fast import tuned_for_cpu
 
 
 @dataclass(frozen=True)
@@ -203,14 +202,6 @@ def token_positions(start: int, end: int, pads, device):
     return (columns - pads[:, None]).clamp(min=0)
 
 
-def document_positions(positions, segment_ids):
-    """Let positions (1, T) restart at 0 in every document of the packed rows segment_ids (B, T)."""
-    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    first_of_document = torch.where(is_first, positions, 0).cummax(dim=1).values
-    return positions - first_of_document
-
-
 def padding_mask(pads, end: int):
     """Return (B, 1, 1, S) bool over the columns 0 .. end - 1: False on each row's left padding."""
     columns = torch.arange(end, device=pads.device)
@@ -279,18 +270,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
         self.head_dim = D
 
-    def forward(self, x, cos, sin, cache=None, layer=0, segment_ids=None, mask=None, dual=None):
+    def forward(self, x, cos, sin, append=None, dual=None, **masks):
         """x (B, T, C) -> (B, T, C). The other arguments are prepared by `Qwen2.hidden`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         k = apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)                              # (B, K, S, D)
+        if append is not None:
+            k, v = append(k, v)                                           # (B, K, S, D)
         if dual is None:
             q = apply_rope(q, cos, sin)
-            y = kernels.attention(q, k, v, causal=True, segment_ids=segment_ids, mask=mask)
+            y = kernels.attention(q, k, v, **masks)
         else:
             rotations = (dual.intra, dual.successive, dual.inter)
             queries = [apply_rope(q, cos, sin) for cos, sin in rotations]
@@ -371,8 +362,11 @@ def load_balancing_loss(router: list, valid=None, all_reduce=lambda x: x):
             expert = expert[valid.flatten()]
         N, E = probs.shape
         k = expert.shape[-1]
+        chosen = expert.flatten()
+        # Not bincount, for which the host would wait for a GPU.
+        assignments = chosen.new_zeros(E).index_add(0, chosen, torch.ones_like(chosen))
         # Over all processes: the average of their losses is then the loss of all rows together.
-        f = all_reduce(torch.bincount(expert.flatten(), minlength=E)) / all_reduce(N)
+        f = all_reduce(assignments) / all_reduce(N)
         P = probs.mean(0)
         losses.append(E * (f * P).sum())
         loads.append(f * E / k)
@@ -449,7 +443,6 @@ class Qwen2(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    @tuned_for_cpu
     def hidden(self, ids, *, cache: KVCache | GrowingKVCache = None, segment_ids=None, router=None):
         """Return the normalised hidden states (B, T, C) of ids (B, T) int64.
 
@@ -457,13 +450,16 @@ class Qwen2(nn.Module):
         each other, and positions restart in each. router: a list to which every MoE layer appends
         its (probs, expert), for `load_balancing_loss`."""
         config = self.config
+        fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         pads = None if cache is None else cache.pads
         mask = None if pads is None else padding_mask(pads, end)
         positions = token_positions(start, end, pads, ids.device)
+        block_mask = None
         if segment_ids is not None:
-            positions = document_positions(positions, segment_ids)
+            positions = positions - kernels.document_starts(segment_ids)
+            block_mask = kernels.packed_block_mask(segment_ids)
         dual = None
         if 0 < config.chunk_length < end:  # else all is one chunk, which is plain attention
             require(segment_ids is None, "dual chunk attention is for inference, not packed rows")
@@ -474,11 +470,14 @@ class Qwen2(nn.Module):
         record_routing = None if router is None else router.append
 
         x = self.model.embed_tokens(ids)
+        append = None
         for layer, block in enumerate(self.model.layers):
             if self.gradient_checkpointing:
                 block = functools.partial(recompute_in_backward, block, use_reentrant=False)
-            x = block(x, record_routing, cos=cos, sin=sin, cache=cache, layer=layer,
-                      segment_ids=segment_ids, mask=mask, dual=dual)
+            if cache is not None:
+                append = functools.partial(cache.append, layer)
+            x = block(x, record_routing, cos=cos, sin=sin, append=append, dual=dual,
+                      segment_ids=segment_ids, mask=mask, block_mask=block_mask)
         if cache is not None:
             cache.length = end
         return self.model.norm(x)

@@ -54,7 +54,9 @@ def to_autocast_dtype(x):
     """Cast x as torch.autocast would if it is on. The kernels then turn autocast off, because it
     would also round their sums."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def matmul_fp32(a, b):
@@ -132,17 +134,8 @@ def set_cpu_matmul(rows, width, device, least=2**23):
         torch.set_float32_matmul_precision("medium" if large and medium_is_exact() else "highest")
 
 
-def tuned_for_cpu(hidden):
-    """Decorate Qwen2.hidden: call set_cpu_matmul for the size of `ids` before each forward pass."""
-    @functools.wraps(hidden)
-    def tuned(model, ids, **kwargs):
-        set_cpu_matmul(ids.numel(), model.config.hidden_size, ids.device)
-        return hidden(model, ids, **kwargs)
-    return tuned
-
-
 # --- PyTorch's attention kernel -------------------------------------------------------------------
-def sdpa(q, k, v, allowed, is_causal, scale):
+def sdpa(q, k, v, allowed, is_causal):
     """Return F.scaled_dot_product_attention of q (B,Hq,T,D) and k, v (B,Hkv,S,D), the same for all
     of its backends. allowed: bool (B or 1,1,T,S) or None. is_causal: only if that is None, T == S.
     """
@@ -160,7 +153,7 @@ def sdpa(q, k, v, allowed, is_causal, scale):
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale,
+        q, k, v, attn_mask=allowed, is_causal=is_causal,
         enable_gqa=q.shape[1] != k.shape[1])
     return out if empty is None else out.masked_fill(empty, 0.0)
 
@@ -227,18 +220,6 @@ class SwiGLU(torch.autograd.Function):
 
 
 # --- experts --------------------------------------------------------------------------------------
-def check_expert_arguments(x, weight, gate_up, down, expert):
-    """Raise ValueError, with the shapes, where the arguments of kernels.experts do not fit."""
-    E, C, inner = down.shape
-    N = len(x)
-    choices = (N, expert.shape[-1])
-    weights_fit = gate_up.shape == (E, 2 * inner, C)
-    tokens_fit = x.shape == (N, C) and weight.shape == expert.shape == choices
-    if not weights_fit or not tokens_fit:
-        raise ValueError("need x (N,C), weight and expert (N,A), gate_up (E,2F,C), down (E,C,F); "
-                         f"got {shapes(x, weight, expert, gate_up, down)}")
-
-
 class Experts(torch.autograd.Function):
     """The loop of experts_reference, with lookups in place of scattered additions.
 

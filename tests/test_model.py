@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import kernels
+import lib.fast
 import model as M
 from helpers import ENV
 from lib.args import InputError
@@ -460,6 +461,36 @@ def test_recomputed_activations_change_no_bit(config, bf16):
     assert torch.equal(loss, again) and (once, twice) == (1, 2) and few_kept < all_kept / 2
     for a, b in zip(grads, grads_again, strict=True):
         assert a is None and b is None or torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "moe"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_whole_block_compiles_equals_the_eager_one_and_does_not_recompile(
+        config, packed, monkeypatch):
+    """R4.8: all blocks of a kind share a graph, and from the third step on a length is no news."""
+    monkeypatch.setattr(lib.fast, "grouped_matmul_fits", lambda x, down: True)  # as on CUDA
+    old = kernels.set_default_impl("sdpa")
+    torch._dynamo.reset()
+    model, compiled = build(config), build(config)
+    for block in compiled.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for step, T in enumerate((16, 24, 40, 32, 56)):
+        ids = random_ids(2, T, seed=step)
+        segment_ids = (torch.arange(T) // 9).expand(2, -1) if packed else None
+        found = []
+        with torch._dynamo.config.patch(error_on_recompile=step >= 3):
+            for one in (model, compiled):
+                router = [] if config.num_experts else None
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = one.hidden(ids, segment_ids=segment_ids, router=router).square().mean()
+                if router:
+                    loss = loss + load_balancing_loss(router)[0]
+                weights = [p for p in one.parameters() if p.requires_grad]
+                found.append([loss, *torch.autograd.grad(loss, weights, allow_unused=True)])
+        for a, b in zip(*found, strict=True):
+            assert a is b is None or torch.equal(a, b)
+    kernels.set_default_impl(*old)
 
 
 # ---------------------------------------------------------------------------------------------
