@@ -37,7 +37,7 @@ from data.documents import read_all
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
-from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, setup
+from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, setup, throughput
 from lib.run import Run, build_once
 from lib.upcycle import upcycle
 from model import PRESETS, Qwen2, load_balancing_loss
@@ -69,8 +69,9 @@ class Args:
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
     eval_every: int = 200            # steps between held-out losses; the last step always has one
     save_every: int = 200            # steps between resumable states
-    attention: str = "auto"          # kernels: auto, reference, sdpa, fused
-    compile: bool = False            # torch.compile the kernels: pays off on long runs only
+    attention: str = "auto"          # kernels: auto, reference, sdpa, fused, flex (GPU)
+    compile: bool = False            # torch.compile blocks and kernels: pays off on long runs only
+    peak_tflops: float = 989.0       # of one GPU, for the log's mfu (H100, bf16, dense)
     seed: int = 0                    # of weights, data order and mixture
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16 (autocast over float32 weights)
@@ -249,7 +250,7 @@ class RouterStats:
         """Return the balance loss of a micro-batch that is a `share` of the step."""
         aux, load, entropy = load_balancing_loss(router, all_reduce=all_reduce_sum)
         aux = aux * share
-        self.aux += aux.item()
+        self.aux = self.aux + aux.detach()  # no item(): it would wait for a GPU
         self.load = self.load + load * share
         self.entropy = self.entropy + entropy * share
         return aux
@@ -258,7 +259,7 @@ class RouterStats:
         """Return what the log shows of the step, warn of starved experts, and start anew."""
         load, entropy = all_reduce_sum(self.load), all_reduce_sum(self.entropy)
         starved = load < 0.1
-        metrics = {"aux": all_reduce_sum(self.aux), "dead_experts": int(starved.sum()),
+        metrics = {"aux": float(all_reduce_sum(self.aux)), "dead_experts": int(starved.sum()),
                    "expert_max": rounded(load.amax(1)), "expert_min": rounded(load.amin(1)),
                    "router_entropy": rounded(entropy)}
         self.starved_steps = (self.starved_steps + 1) * starved
@@ -300,12 +301,14 @@ def load_model(args: Args, tokenizer: Tokenizer) -> Qwen2:
     return model
 
 
-def check_args(args: Args) -> None:
+def check_args(args: Args, device) -> None:
     require(args.model in PRESETS, f"--model must be one of {', '.join(PRESETS)}, got "
             f"{args.model!r}")
     require(args.attention in kernels.IMPLS, f"--attention must be one of "
             f"{', '.join(kernels.IMPLS)}, got {args.attention!r}")
-    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every")
+    require(args.attention != "flex" or device.type == "cuda", "--attention flex: PyTorch has its "
+            "gradient on a GPU only; fused skips other documents on a CPU")
+    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every", "peak_tflops")
     require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
             f"one row of --seq_len {args.seq_len}")
 
@@ -314,7 +317,7 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "pretrain")
     device, autocast = setup(args, args.batch_tokens // max(1, args.seq_len))
-    check_args(args)
+    check_args(args, device)
     kernels.set_default_impl(args.attention, compile=args.compile)
 
     # data
@@ -342,6 +345,9 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("pretrain", model, 1 / 3 if args.init else 1.0)
+    if args.compile and device.type == "cuda":  # on a CPU only the kernels
+        for block in model.model.layers:
+            block.compile()
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, peak_lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)
@@ -353,7 +359,7 @@ def main(args: Args) -> dict:
         began = time.perf_counter()
         batch = epoch_order(step, rows_per_step, len(packed), args.seed)
         loss = 0.0
-        for micro in micro_batches(batch, args.micro_batch):
+        for micro in micro_batches(batch, args.micro_batch, model):
             ids, segment_ids = packed[micro]
             ids = ids.to(device)
             segment_ids = segment_ids.to(device) if args.doc_mask else None
@@ -370,8 +376,10 @@ def main(args: Args) -> dict:
         router_metrics = router_stats.end_step(step + 1) if model.config.num_experts else {}
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
+        speed = throughput(model, [args.seq_len] * rows_per_step, time.perf_counter() - began,
+                           args.peak_tflops)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": (step + 1) * count,
-                   "tokens_per_s": count / (time.perf_counter() - began), **router_metrics}
+                   **speed, **router_metrics}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(full_model(model), val_ids, val_segments,
                                                 args.micro_batch, device, autocast)

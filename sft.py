@@ -28,6 +28,7 @@ the model has memorised the demonstrations and lost some of what the base model 
 (docs/LOG.md, "SFT above the base model, DPO above SFT").
 """
 import json
+import time
 import zlib
 from array import array
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ from lib.args import InputError, cli, positive, require
 from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import MAX_LINE, open_lines
 from lib.lora import add_lora
-from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup
+from lib.optim import (
+    adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup, throughput)
 from lib.run import Run, build_once
 from model import Qwen2
 from sample import load_policy, rollout
@@ -72,6 +74,7 @@ class Args:
     weight_decay: float = 0.1        # on matrices only
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
     max_new_tokens: int = 160        # longest answer in samples.jsonl
+    peak_tflops: float = 989.0       # of one GPU, for the log's mfu (H100, bf16, dense)
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of the demonstrations and the order of the data
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -234,7 +237,8 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "epochs", "batch_size", "micro_batch", "save_every", "max_new_tokens")
+    positive(args, "epochs", "batch_size", "micro_batch", "save_every", "max_new_tokens",
+             "peak_tflops")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
 
     # model
@@ -268,6 +272,7 @@ def main(args: Args) -> dict:
     # loop
     bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=QUIET)
     for step in bar:
+        began = time.perf_counter()
         batch = epoch_order(step, args.batch_size, len(conversations), args.seed)
         rows = [conversations[i] for i in batch]
         rows.sort(key=lambda row: len(row.ids))  # similar lengths together: little padding
@@ -275,7 +280,7 @@ def main(args: Args) -> dict:
         if args.pack:
             rows = pack(rows, args.max_len)
         loss = 0.0
-        for micro in micro_batches(rows, args.micro_batch):
+        for micro in micro_batches(rows, args.micro_batch, model):
             ids = pad_rows([row.ids for row in micro], tokenizer.pad_id).to(device)
             mask = pad_rows([row.mask for row in micro], 0).to(device)
             segment_ids = None
@@ -289,8 +294,10 @@ def main(args: Args) -> dict:
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         epoch = (step + 1) * args.batch_size / len(conversations)
+        speed = throughput(model, [len(row.ids) for row in rows], time.perf_counter() - began,
+                           args.peak_tflops)
         run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=grad_norm, targets=count,
-                epoch=epoch)
+                epoch=epoch, **speed)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 

@@ -65,6 +65,8 @@ def setup(args, rows: int = 0) -> tuple[torch.device, torch.amp.autocast]:
     torch.manual_seed(args.seed)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
+    # CUDA: cuDNN's attention plans anew for every shape, and returned NaN gradients with a mask.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device, dtype = pick_device(args.device, args.dtype)
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
@@ -148,6 +150,28 @@ def clip_and_step(model, optimizer, lr: float, max_norm: float, loss: float = 0.
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def throughput(model, lengths: list[int], seconds: float, peak_tflops: float) -> dict:
+    """Return the tokens per second of a step over rows of these lengths and, on a GPU, its mfu.
+
+    mfu (model FLOPs utilisation) is the share of all GPUs' peak that goes into 6 N per token, head
+    included, and 12 L C per token and position of its row for the scores (PaLM, appendix B)."""
+    speed = {"tokens_per_s": sum(lengths) / seconds}
+    if not model.head_weight.is_cuda:
+        return speed
+    config = model.config
+    sizes = model.count_parameters()
+    embeddings = sizes["total"] - sizes["non_embedding"]
+    head = config.vocab_size * config.hidden_size
+    per_token = 6 * (sizes["active"] - embeddings + head)
+    per_score = 12 * config.num_hidden_layers * config.hidden_size
+    flops = 0
+    for length in lengths:
+        flops += length * (per_token + per_score * length)
+    peak = WORLD * peak_tflops * 1e12
+    speed["mfu"] = flops / seconds / peak
+    return speed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +161,10 @@ def test_the_default_learning_rate_goes_by_size(parameters, factor, expected, ca
     assert default_lr("sft", Model(), factor) == pytest.approx(expected, rel=1e-6)
     shown = capsys.readouterr().out
     assert f"lr {expected:.2g} for {parameters:,} parameters" in shown and "7e-06 at 7e+09" in shown
+
+
+def test_cudnn_attention_is_off_after_the_set_up():
+    """It plans anew for every shape, which is every micro-batch and every decoded token."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    optim.setup(SimpleNamespace(seed=0, device="cpu", dtype="auto"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
