@@ -141,7 +141,7 @@ class OnlineMerging(torch.optim.Optimizer):
         if self.ties:
             kept = max(1, round(self.reserve * x.numel()))
             whole = x if WORLD == 1 else x.full_tensor()
-            threshold = whole.abs().flatten().kthvalue(x.numel() - kept + 1).values.item()
+            threshold = whole.abs().flatten().kthvalue(x.numel() - kept + 1).values
             return x * (x.abs() >= threshold)
         generator = rng(self.seed, step + 1, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
@@ -285,7 +285,7 @@ def main(args: Args) -> dict:
         ids = {i: rows[i] for i in batch}
         batch.sort(key=lambda i: len(ids[i].prompt) + len(ids[i].chosen))  # little padding
         sums = {"loss": 0.0, "accuracy": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
-        for micro in micro_batches(batch, args.micro_batch):
+        for micro in micro_batches(batch, args.micro_batch, model):
             ref_chosen, ref_rejected = reference[micro].to(device).unbind(1)
             with autocast:
                 chosen, rejected, length = sequence_logprobs(model, [ids[i] for i in micro])

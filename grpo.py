@@ -414,7 +414,7 @@ def main(args: Args) -> dict:
         for _ in range(args.inner_steps):
             loss, sums = 0.0, {"clipped": 0.0, "kl": 0.0, "entropy": 0.0}
             logprob_gap = 0.0
-            for micro in micro_batches(trained, args.micro_batch):
+            for micro in micro_batches(trained, args.micro_batch, model):
                 micro_loss, logs = micro_batch_loss(model, reference, episode, advantages, micro,
                                                     count, tokenizer.n_vocab, args, autocast)
                 micro_loss.backward()

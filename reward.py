@@ -289,7 +289,7 @@ def main(args: Args) -> dict:
         ids = {i: rows[i] for i in batch}
         batch.sort(key=lambda i: len(ids[i].prompt) + len(ids[i].chosen))  # little padding
         loss = accuracy = 0.0
-        for micro in micro_batches(batch, args.micro_batch):
+        for micro in micro_batches(batch, args.micro_batch, model):
             with autocast:
                 chosen, rejected = pair_rewards(model, [ids[i] for i in micro])
             micro_loss = preference_loss(chosen, rejected).sum() / len(batch)

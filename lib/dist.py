@@ -46,12 +46,15 @@ def is_peer_failure(error: BaseException) -> bool:
 # ---------------------------------------------------------------------------------------------
 # rows and numbers
 
-def micro_batches(rows: list, size: int):
+def micro_batches(rows: list, size: int, model):
     """Yield this process's part of each micro-batch, at most `size` rows.
 
     All processes get equally many rows, since they compute in lockstep. Of rows that are sorted by
-    length, they compute neighbours at the same time."""
+    length, they compute neighbours at the same time. The gradients of `model` are summed over the
+    processes once, after the last micro-batch."""
     for i in range(0, len(rows), size * WORLD):
+        if WORLD > 1:
+            model.set_requires_gradient_sync(i + size * WORLD >= len(rows))
         together = rows[i:i + size * WORLD]
         n = len(together) // WORLD
         yield together[RANK * n:(RANK + 1) * n]
