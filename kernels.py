@@ -8,8 +8,9 @@
     experts               each token through the experts it chose, and their weighted sum
 
 Read the twin `*_reference` first: it says what is computed, in the fewest lines. The tiles of the
-loss are in lib/chunked_loss.py, handwritten backward passes in lib/fast.py. CUDA paths are not
-yet measured on a GPU. `python kernels.py` compares each pair and times it, in about 20 s.
+loss are in lib/chunked_loss.py, handwritten backward passes in lib/fast.py, the attention of packed
+rows on a GPU in lib/flex.py. CUDA paths are not yet measured on a GPU. `python kernels.py` compares
+each pair and times it, in about 20 s.
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv;
 N rows (tokens), C hidden width, V vocabulary; E experts, A of them active per token, F an expert's
@@ -23,16 +24,15 @@ import time
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lib import fast
 from lib.chunked_loss import chunked_nll
 from lib.dual_chunk import dual_chunk_attention, dual_chunk_attention_reference
 from lib.fast import fold_groups, fp32, to_autocast_dtype, unfold_groups
+from lib.flex import attention_flex, flex_block_mask
 
 IMPLS = ("auto", "reference", "sdpa", "fused", "flex")
 BLOCK = 64  # queries per block of fused attention: the fastest of 32 to 128 on a CPU
-FLEX_BLOCK = 128  # queries and keys per block of FlexAttention, its default
 default_impl = "auto"
 
 
@@ -107,10 +107,9 @@ def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=N
     queries at a time, in O(T) memory, and skips later keys and other documents. "flex", for packed
     rows on a GPU, is one compiled kernel; what it cannot do goes to sdpa. "auto" is what
     `set_default_impl` set, or else: on CUDA, flex for packed rows; the faster of sdpa and fused.
-    block_mask: `flex_block_mask` of segment_ids, or None. ValueError for what does not fit.
+    block_mask: `flex_block_mask` of segment_ids, or None.
     """
     fast.check_impl(impl, IMPLS)
-    fast.check_attention_arguments(q, k, v, segment_ids, mask)
     q = to_autocast_dtype(q)
     k = to_autocast_dtype(k)
     v = to_autocast_dtype(v)
@@ -145,62 +144,12 @@ def attention_sdpa(q, k, v, *, segment_ids, mask):
     return fast.sdpa(q, k, v, allowed, is_causal)
 
 
-# --- attention of packed rows on a GPU ------------------------------------------------------------
-def document_starts(segment_ids):
-    """Return the position (B,T) int64 at which each token's document begins. A document is a run of
-    equal ids."""
-    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    return torch.where(is_first, position, 0).cummax(dim=1).values
-
-
-def flex_block_mask(segment_ids):
-    """Return FlexAttention's BlockMask of packed rows (B,T), without any (T,T) mask.
-
-    It lists the blocks of keys that a block of queries must look at: those that all of its queries
-    see in full, and those where `may_attend` decides each score. All other blocks are skipped."""
-    T = segment_ids.shape[1]
-    start = document_starts(segment_ids)
-
-    def may_attend(b, head, query, key):
-        return (key <= query) & (key >= start[b, query])
-
-    first = torch.arange(0, T, FLEX_BLOCK, device=start.device)  # of each block, (n,)
-    end = first + FLEX_BLOCK
-    # Starts never decrease along a row: the first query of a block sees furthest back.
-    furthest = start[:, None, first, None]                       # (B,1,n,1)
-    nearest = start[:, None, (end - 1).clamp(max=T - 1), None]
-    query_block = first[:, None]
-    seen = (first <= query_block) & (end > furthest)             # (B,1,n,n)
-    full = (first < query_block) & (first >= nearest) & (end[:, None] <= T)
-    partial_count, partial_order = listed_blocks(seen & ~full)
-    full_count, full_order = listed_blocks(full)
-    return BlockMask.from_kv_blocks(partial_count, partial_order, full_count, full_order,
-                                    BLOCK_SIZE=FLEX_BLOCK, mask_mod=may_attend, seq_lengths=(T, T))
-
-
-def listed_blocks(chosen):
-    """Return how many of the key blocks chosen (B,1,n,n) each query block has, and their order."""
-    count = chosen.sum(-1, dtype=torch.int32)
-    order = chosen.int().argsort(dim=-1, descending=True, stable=True)  # the chosen ones first
-    return count, order.int()
-
-
 def packed_block_mask(segment_ids):
     """Return flex_block_mask if `attention` will use it, else None: once per forward pass."""
     impl = default_impl
     if impl == "auto" and segment_ids.is_cuda:
         impl = "flex"
     return flex_block_mask(segment_ids) if impl == "flex" else None
-
-
-def attention_flex(q, k, v, block_mask):
-    """Return `attention` by FlexAttention, which torch.compile turns into one kernel."""
-    compute = flex_attention
-    if q.is_cuda:
-        compute = fast.compiled(flex_attention, None)  # the second shape compiles for all others
-    return compute(q, k, v, block_mask=block_mask, enable_gqa=True)
 
 
 # --- attention by blocks --------------------------------------------------------------------------
@@ -492,15 +441,13 @@ def compare(name, twin, kernel, inputs, **options):
     for expected, got in zip(truth, ours, strict=True):
         gap = (expected - got).abs().max() / expected.abs().max()
         error = max(error, gap.item())
-    twin_times = []
-    kernel_times = []
+    times = {twin: [], kernel: []}
     for _ in range(6):
-        ms, _ = run(twin, inputs, options, torch.float32)
-        twin_times.append(ms)
-        ms, _ = run(kernel, inputs, options, torch.float32)
-        kernel_times.append(ms)
-    twin_ms = statistics.median(twin_times[1:])  # the first run warms up
-    kernel_ms = statistics.median(kernel_times[1:])
+        for fn in times:
+            ms, _ = run(fn, inputs, options, torch.float32)
+            times[fn].append(ms)
+    twin_ms = statistics.median(times[twin][1:])  # the first run warms up
+    kernel_ms = statistics.median(times[kernel][1:])
     speed_up = twin_ms / kernel_ms
     print(f"{name:28}{error:9.0e}{twin_ms:9.1f}{kernel_ms:11.1f}{speed_up:9.1f}x")
     if not error < 1e-11:

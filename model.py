@@ -29,6 +29,7 @@ import kernels
 from lib import checkpoint, fast
 from lib.args import require
 from lib.cache import GrowingKVCache, KVCache
+from lib.flex import document_starts
 
 
 @dataclass(frozen=True)
@@ -458,7 +459,7 @@ class Qwen2(nn.Module):
         positions = token_positions(start, end, pads, ids.device)
         block_mask = None
         if segment_ids is not None:
-            positions = positions - kernels.document_starts(segment_ids)
+            positions = positions - document_starts(segment_ids)
             block_mask = kernels.packed_block_mask(segment_ids)
         dual = None
         if 0 < config.chunk_length < end:  # else all is one chunk, which is plain attention

@@ -20,30 +20,6 @@ def check_impl(impl, allowed):
         raise ValueError(f"impl {impl!r} is not one of {', '.join(allowed)}")
 
 
-def shapes(*tensors):
-    return [None if x is None else tuple(x.shape) for x in tensors]
-
-
-def check_attention_arguments(q, k, v, segment_ids, mask):
-    """Raise ValueError, with the shapes, where the arguments of kernels.attention do not fit."""
-    problem = None
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        problem = "need q (B,Hq,T,D) and k, v (B,Hkv,S,D)"
-    elif q.shape[::3] != k.shape[::3] or q.shape[1] % k.shape[1] != 0:
-        problem = "need q and k with equal B and D, and Hq a multiple of Hkv"
-    elif segment_ids is not None and not (
-            segment_ids.shape == q.shape[::2] == k.shape[::2]):  # (B,T), (B,T), (B,S)
-        problem = "segment_ids must be (B,T), and T equal to S; with a cache, pass a mask"
-    elif mask is not None:
-        full = (q.shape[0], 1, q.shape[2], k.shape[2])
-        sizes = zip(mask.shape, full, strict=False)
-        fits = mask.dim() == 4 and all(size in (1, wanted) for size, wanted in sizes)
-        if mask.dtype != torch.bool or not fits:
-            problem = "mask must be bool and broadcastable to (B,1,T,S)"
-    if problem is not None:
-        raise ValueError(f"attention: {problem}; got {shapes(q, k, v, segment_ids, mask)}")
-
-
 # --- precision and shapes -------------------------------------------------------------------------
 def fp32(x):
     """Return x in float32, but leave float64 as it is."""

@@ -25,9 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
+import lib.flex
 import sample
-from lib import fast
 
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
@@ -136,8 +135,8 @@ def fake_cuda():
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
                 (torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
                 (F, "scaled_dot_product_attention", sdpa),
-                (kernels, "flex_attention", flex),
-                (fast, "compiled", lambda fn, dynamic: fn),
+                (lib.flex, "flex_attention", flex),
+                (lib.flex, "compiled", lambda fn, dynamic: fn),
                 (sample, "rng", lambda *key, device: None)):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
