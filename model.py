@@ -315,6 +315,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, inner))
 
 
+class Routing:
+    """What one MoE layer decided. Not a list: FSDP would pass a copy of it, and compiled code would
+    depend on its length."""
+    probs = None   # (N, E)
+    expert = None  # (N, k)
+
+
 class MoE(nn.Module):
     """y = sum over the top k of p_e FFN_e(x) + sigmoid(w_s x) FFN_shared(x), p = softmax(W_g x)."""
 
@@ -328,8 +335,8 @@ class MoE(nn.Module):
             self.shared_expert = MLP(C, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(C, 1, bias=False)
 
-    def forward(self, x, record_routing=None):
-        """x (B, T, C) -> (B, T, C). record_routing, if given, is called with (probs, expert)."""
+    def forward(self, x, routing=None):
+        """x (B, T, C) -> (B, T, C). routing, if given, takes the router's decisions."""
         config, shape = self.config, x.shape
         x = x.reshape(-1, shape[-1])                                     # (N, C)
         # On a CPU, softmax along rows as short as E took 10 times as long as along columns.
@@ -337,8 +344,9 @@ class MoE(nn.Module):
         weight, expert = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
         if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)
-        if record_routing is not None:
-            record_routing((probs, expert))
+        if routing is not None:
+            routing.probs = probs
+            routing.expert = expert
         out = kernels.experts(x, weight, self.experts.gate_up_proj, self.experts.down_proj, expert)
         if config.shared_expert_intermediate_size:
             out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
@@ -386,11 +394,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, record_routing=None, **attention):
+    def forward(self, x, routing=None, **attention):
         x = x + self.self_attn(self.input_layernorm(x), **attention)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            return x + self.mlp(h, record_routing)
+            return x + self.mlp(h, routing)
         return x + self.mlp(h)
 
 
@@ -467,8 +475,6 @@ class Qwen2(nn.Module):
             dual = dual_chunk_plan(positions, config, pads)
             positions = positions % config.chunk_length  # of the keys
         cos, sin = rope(positions, config)
-        # A method and not the list itself, since FSDP passes copies of lists to its blocks.
-        record_routing = None if router is None else router.append
 
         x = self.model.embed_tokens(ids)
         append = None
@@ -477,8 +483,11 @@ class Qwen2(nn.Module):
                 block = functools.partial(recompute_in_backward, block, use_reentrant=False)
             if cache is not None:
                 append = functools.partial(cache.append, layer)
-            x = block(x, record_routing, cos=cos, sin=sin, append=append, dual=dual,
+            routing = Routing()
+            x = block(x, routing, cos=cos, sin=sin, append=append, dual=dual,
                       segment_ids=segment_ids, mask=mask, block_mask=block_mask)
+            if router is not None and routing.probs is not None:
+                router.append((routing.probs, routing.expert))
         if cache is not None:
             cache.length = end
         return self.model.norm(x)
