@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lib.flex
+import model
 import sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +138,9 @@ def fake_cuda():
                 (F, "scaled_dot_product_attention", sdpa),
                 (lib.flex, "flex_attention", flex),
                 (lib.flex, "compiled", lambda fn, dynamic: fn),
-                (sample, "rng", lambda *key, device: None)):
+                (sample, "rng", lambda *key, device: None),
+                # Not cached: other tests must not get a fake tensor.
+                (model, "rope_frequencies", model.rope_frequencies.__wrapped__)):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Gpu())
