@@ -81,10 +81,10 @@ class Judge:
         cache.layers = list(rubric_cache.layers)  # the cache grows by new tensors
         last = self.read(prompt[len(ids):], cache)[0, -1].float()
         digits = [self.tokenizer.encode(digit)[0] for digit in SCORES]
-        # Not as a matrix product, which autocast would round to bfloat16: scores must rank finely.
+        # No matrix products: autocast would round them to bfloat16, and scores must rank finely.
         logits = (last * self.model.head_weight[digits]).sum(-1)
         probs = logits.softmax(-1).cpu()
-        return (probs @ torch.arange(1.0, 6.0)).item()
+        return (probs * torch.arange(1.0, 6.0)).sum().item()
 
     def read_rubric(self, criterion: dict):
         """Return the ids in front of every text, and their keys and values: read once."""

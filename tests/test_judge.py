@@ -52,6 +52,14 @@ def test_the_score_is_the_expectation_over_the_score_tokens(micro_run):
             assert len({round(score, 5) for score in got.values()}) == len(got)
 
 
+def test_scores_rank_finely_under_autocast(micro_run):
+    """In bfloat16, scores near 3 would have steps of 1/64."""
+    scorer = Judge(str(micro_run))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = [scorer.score("answers", text)["relevance"] for text in TEXTS]
+    assert any(score * 64 != round(score * 64) for score in scores)
+
+
 # ---------------------------------------------------------------------------------------------
 # a server
 
