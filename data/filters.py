@@ -51,8 +51,9 @@ SYMBOL = re.compile(r"[!-/:-@\[-`{-~\u2010-\u2bff]")  # \W would also match Indi
 MOJIBAKE = re.compile("\ufffd|[\x80-\x9f]|[\xc2\xc3][\xa0-\xbf]|\xe2\u20ac")
 FURNITURE = re.compile(r"cookie policy|privacy policy|terms of (use|service)|all rights reserved|"
                        r"enable javascript|sign up for|subscribe to|click here|log in to", re.I)
-# The end of a sentence, and what the next one begins with: "" at the end of the text.
-SENTENCE = re.compile(r"(?<!\.)[.!?][\"'\u2019\u201d)\]]*(?:$|\s+[\"'\u2018\u201c(\[]*(\w?))")
+# The end of a sentence, and what the next one begins with: "" at the end of a line, since the next
+# line may begin with a name, as of a function.
+SENTENCE = re.compile(r"(?<!\.)[.!?][\"'\u2019\u201d)\]]*(?:$|\n| +[\"'\u2018\u201c(\[]*(\w?))")
 # Latin, Greek and Cyrillic letters.
 CASED = re.compile("[A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u052f\u1e00-\u1eff]")
 VOICELESS = re.compile(r"\b[b-df-hj-np-tv-xz]{3,}\b")
@@ -161,9 +162,9 @@ def sentences(text: str, kind: str = "prose") -> str:
     starts = SENTENCE.findall(text)
     if len(words) > 200 * len(starts):
         return f"{len(starts)} sentences in {len(words)} words"
-    small_starts = sum(start.islower() for start in starts)
-    if small_starts >= 3 and small_starts > len(starts) / 2:
-        return f"{small_starts} of {len(starts)} sentences begin with a small letter"
+    small = sum(start.islower() for start in starts)
+    if small >= 3 and small > len(starts) / 2:
+        return f"{small} of {len(starts)} sentences begin with a small letter"
     voiceless = len(VOICELESS.findall(text))
     return f"{voiceless} words without a vowel" if voiceless > len(words) / 5 else ""
 

@@ -70,7 +70,7 @@ class Judge:
 
     def approves(self, messages: list[dict]) -> bool:
         """Say whether the last message scores at least 3 by every criterion (our choice)."""
-        question = "\n".join(message["content"] for message in messages[:-1])
+        question = "\n".join(message["content"] or "" for message in messages[:-1])
         return min(self.score_answer(question, messages[-1]["content"]).values()) >= 3
 
     @torch.no_grad()
