@@ -96,14 +96,15 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # loss and optimizer
 
-def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: float):
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: float, label=1.0):
     """Return losses (B,) and the implicit rewards of chosen and rejected (B,) (DPO paper, eq. 7).
 
-    The arguments are summed log-probabilities (B,). The implicit reward of an answer is
-    beta * log(pi / pi_ref)."""
+    The first four are summed log-probabilities (B,). The implicit reward of an answer is
+    beta * log(pi / pi_ref). label is as for reward.preference_loss, which this equals."""
     reward_chosen = beta * (policy_chosen - ref_chosen)
     reward_rejected = beta * (policy_rejected - ref_rejected)
     losses = -F.logsigmoid(reward_chosen - reward_rejected)
+    losses = losses + (1 - label) * (reward_chosen - reward_rejected)
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
 
@@ -289,8 +290,9 @@ def main(args: Args) -> dict:
             ref_chosen, ref_rejected = reference[micro].to(device).unbind(1)
             with autocast:
                 chosen, rejected, length = sequence_logprobs(model, [ids[i] for i in micro])
+            labels = torch.tensor([ids[i].label for i in micro], device=device)
             losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
-                                                              ref_rejected, args.beta)
+                                                              ref_rejected, args.beta, labels)
             losses = losses - args.rpo_alpha * chosen / length
             (losses.sum() / len(batch)).backward()
             values = {

@@ -5,6 +5,7 @@ the response. It is trained so that the better of two responses scores higher:
 
     L = - log sigmoid(r(x, y_chosen) - r(x, y_rejected))
 
+A pair that is labelled by criteria has a soft label instead of a certain one (`preference_loss`).
 As in the report, responses come from checkpoints of several stages (SFT, DPO, RL), sampled at
 several temperatures, the pairs of DPO are added, and the queries are those of GRPO. Here the check
 of the query labels the responses. The report's labels also weigh helpfulness, conciseness and so
@@ -29,7 +30,7 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 import tasks.queries
-from data.pairs import PairIds, pair_responses, read_pairs, tokenize_pairs
+from data.pairs import PairIds, pair_responses, parse_criteria, read_pairs, tokenize_pairs
 from lib.args import cli, parse_value, positive, require
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl
@@ -46,6 +47,7 @@ class Args:
     init: str = "runs/sft"           # SFT model whose body the reward model starts from
     out: str = "runs/reward"         # run directory
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
+    weights: str = ""                # of labels: "overall=1,helpfulness=2"; empty: all the same
     held_out: str = ""               # pairs (JSONL) to measure on, and not to learn from
     queries: str = "rl"              # as for GRPO, joined by commas; "none": only the files
     n_queries: int = 0               # at most this many of each; 0: whole files, 256 of a split
@@ -162,9 +164,14 @@ class RewardModel(Qwen2):
 # ---------------------------------------------------------------------------------------------
 # loss and accuracy
 
-def preference_loss(chosen, rejected):
-    """Return the Bradley-Terry losses (B,) of the rewards (B,) of chosen and rejected answers."""
-    return -F.logsigmoid(chosen - rejected)
+def preference_loss(chosen, rejected, label=1.0):
+    """Return the Bradley-Terry losses (B,) of the rewards (B,) of chosen and rejected answers.
+
+    label (B,) is the probability p that chosen is better: 1/2 for a tie. With d = chosen - rejected
+    the cross-entropy is -p log sigmoid(d) - (1 - p) log sigmoid(-d) = -log sigmoid(d) + (1 - p) d
+    (conservative DPO, Mitchell 2023). Its minimum is at d = log(p / (1 - p))."""
+    difference = chosen - rejected
+    return -F.logsigmoid(difference) + (1 - label) * difference
 
 
 def pair_rewards(model: RewardModel, rows: list[PairIds]):
@@ -184,9 +191,8 @@ def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
         chosen.append(some_chosen.cpu())
         rejected.append(some_rejected.cpu())
     chosen, rejected = torch.cat(chosen), torch.cat(rejected)
-    prompt_length = torch.tensor([len(row.prompt) for row in rows])
-    chosen_length = prompt_length + torch.tensor([len(row.chosen) for row in rows])
-    rejected_length = prompt_length + torch.tensor([len(row.rejected) for row in rows])
+    chosen_length = torch.tensor([len(row.prompt + row.chosen) for row in rows])
+    rejected_length = torch.tensor([len(row.prompt + row.rejected) for row in rows])
     scores = torch.cat((chosen, rejected))
     lengths = torch.cat((chosen_length, rejected_length)).float()
     correlation = torch.corrcoef(torch.stack((scores, lengths)))[0, 1]
@@ -262,6 +268,7 @@ def main(args: Args) -> dict:
     positive(args, "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
              "micro_batch", "save_every")
     parse_temperatures(args)  # a bad one is refused before anything is sampled
+    weights = parse_criteria(args.weights)
 
     # model
     model, tokenizer = load_policy(args.init, device)
@@ -269,7 +276,7 @@ def main(args: Args) -> dict:
 
     # data
     pairs, held_out = load_pairs(args, run, device, autocast)
-    rows = tokenize_pairs(pairs, tokenizer, args.max_len)
+    rows = tokenize_pairs(pairs, tokenizer, args.max_len, weights)
     require(len(rows) > 0, f"no preference pair within --max_len {args.max_len} tokens to learn "
             "from: see --pairs, --queries")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
@@ -292,7 +299,9 @@ def main(args: Args) -> dict:
         for micro in micro_batches(batch, args.micro_batch, model):
             with autocast:
                 chosen, rejected = pair_rewards(model, [ids[i] for i in micro])
-            micro_loss = preference_loss(chosen, rejected).sum() / len(batch)
+            labels = [ids[i].label for i in micro]
+            labels = torch.tensor(labels, device=device)
+            micro_loss = preference_loss(chosen, rejected, labels).sum() / len(batch)
             micro_loss.backward()
             loss += micro_loss.item()
             accuracy += (chosen > rejected).sum().item() / len(batch)
@@ -308,7 +317,8 @@ def main(args: Args) -> dict:
     # save, with a look at how well the model tells other pairs apart
     scorer, by_source = full_model(model), {}
     for source, some in held_out.items():
-        some_rows = list(tokenize_pairs(some, tokenizer, args.max_len))
+        some_rows = tokenize_pairs(some, tokenizer, args.max_len, weights)
+        some_rows = [row for row in some_rows if row.label > 0.5]  # a tie has no right order
         if some_rows:
             with autocast:
                 by_source[source] = {"pairs": len(some_rows)} | accuracies(scorer, some_rows)

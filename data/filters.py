@@ -51,6 +51,12 @@ SYMBOL = re.compile(r"[!-/:-@\[-`{-~\u2010-\u2bff]")  # \W would also match Indi
 MOJIBAKE = re.compile("\ufffd|[\x80-\x9f]|[\xc2\xc3][\xa0-\xbf]|\xe2\u20ac")
 FURNITURE = re.compile(r"cookie policy|privacy policy|terms of (use|service)|all rights reserved|"
                        r"enable javascript|sign up for|subscribe to|click here|log in to", re.I)
+# The end of a sentence, and what the next one begins with: "" at the end of a line, since the next
+# line may begin with a name, as of a function.
+SENTENCE = re.compile(r"(?<!\.)[.!?][\"'\u2019\u201d)\]]*(?:$|\n| +[\"'\u2018\u201c(\[]*(\w?))")
+# Latin, Greek and Cyrillic letters.
+CASED = re.compile("[A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u052f\u1e00-\u1eff]")
+VOICELESS = re.compile(r"\b[b-df-hj-np-tv-xz]{3,}\b")
 GENERATED = re.compile(r"auto-?\s?generated|generated (by|from|automatically)|do not edit", re.I)
 
 
@@ -144,6 +150,25 @@ def boilerplate(text: str, kind: str = "prose") -> str:
     return f"{furniture} of {len(lines)} lines are furniture" if furniture > allowed else ""
 
 
+def sentences(text: str, kind: str = "prose") -> str:
+    """Drop lists of keywords, menus and gibberish, of scripts that have capital letters.
+
+    C4 keeps lines that end in a mark of a sentence and pages with three sentences, Gopher drops
+    pages of lines that end in "...". We ask for one sentence in 200 words. Two more rules are ours:
+    of shuffled text, most sentences begin with a small letter; gibberish lacks vowels."""
+    if kind != "prose" or len(CASED.findall(text)) < 0.7 * count_visible(text):
+        return ""
+    words = text.split()
+    starts = SENTENCE.findall(text)
+    if len(words) > 200 * len(starts):
+        return f"{len(starts)} sentences in {len(words)} words"
+    small = sum(start.islower() for start in starts)
+    if small >= 3 and small > len(starts) / 2:
+        return f"{small} of {len(starts)} sentences begin with a small letter"
+    voiceless = len(VOICELESS.findall(text))
+    return f"{voiceless} words without a vowel" if voiceless > len(words) / 5 else ""
+
+
 def other_language(text: str, kind: str = "prose", wanted=()) -> str:
     """Drop prose in a language that is not in `wanted`; with nothing wanted, keep all. A page is
     "unknown" if not even one word in twenty is a frequent word of its language."""
@@ -157,7 +182,7 @@ def other_language(text: str, kind: str = "prose", wanted=()) -> str:
 
 # We leave out Gopher's stop-word test: it drops every language but English.
 FILTERS = {stage.__name__: stage for stage in (
-    length, encoding, long_lines, symbols, digits, repetition, boilerplate)}
+    length, encoding, long_lines, symbols, digits, repetition, boilerplate, sentences)}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,37 +1,42 @@
-"""Review of preference pairs by people (report sections 4.2 and 4.3).
+"""Labels of preference pairs by people and by a judge (report sections 4.2 and 4.3).
 
 A person judges pairs in the terminal, blind: the automatic label is not shown, and the two answers
 stand in a random order. Each label is written after Enter, and a second start continues where the
-first one stopped.
+first one stopped. A judge (data/judge.py) scores both answers by the report's six criteria.
 
     python -m data.label --pairs runs/dpo/pairs.jsonl --out ada.jsonl  # one file per person
+    python -m data.label --pairs runs/dpo/pairs.jsonl --out judge.jsonl --judge runs/demo/grpo
     python -m data.label --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write out.jsonl
 
-The second command reports how often people agree with the automatic labels and, by Cohen's kappa,
-with each other. --write also writes the pairs as the majority sees them, for `dpo.py --data` and
-`reward.py --pairs`. The criteria are the report's six for reward labels. It does not disclose how
-its people weighed them: here a person gives the verdict, and may note criteria beside it.
+The last command reports how often people agree with the automatic labels and, by Cohen's kappa,
+with each other. --write adds their labels to the pairs, for `dpo.py --data` and `reward.py --pairs`
+(--weights). The report does not disclose how its people weighed the six criteria: here a person
+gives a verdict, "overall", and may note criteria beside it.
 """
 import hashlib
 import json
 import os
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from data.pairs import read_pairs
+from tqdm import tqdm
+
+from data.judge import Judge
+from data.pairs import CRITERIA, read_pairs
 from lib.args import cli, require
 from lib.files import disk_errors, read_jsonl, write_jsonl
+from lib.optim import setup
 
-CRITERIA = {"t": "truthfulness", "h": "helpfulness", "c": "conciseness", "r": "relevance",
-            "s": "harmlessness", "d": "debiasing"}
+LETTERS = dict(zip("thcrsd", CRITERIA, strict=True))
+VOTES = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
+TIE = 0.05  # points between two scores of a judge; our choice
 HELP = """A or B is the better one: a, b. Equally good: =   Neither should be learned from: x
 Before that you may note criteria: small letter, A is better by it; capital, B is
   truthful t/T  helpful h/H  concise c/C  relevant r/R  harmless (safe) s/S  unbiased d/D
-one pair back: u   stop: q"""
+stop: q"""
 
 
 @dataclass
@@ -40,7 +45,11 @@ class Args:
     out: str = "labels.jsonl"        # where labels go, one file per person
     report: str = ""                 # label files joined by commas: compare them instead
     write: str = ""                  # with --report: the pairs as most people see them (JSONL)
+    judge: str = ""                  # model that labels in place of a person: its directory ...
+    judge_url: str = ""              # ... or its name on this server, http://HOST:PORT/v1
     seed: int = 0                    # with --out: of the order, and of which answer is A
+    device: str = "auto"             # of the judge: auto, cpu, cuda[:N]
+    dtype: str = "auto"              # of the judge: auto, float32, bfloat16
 
 
 def draw(seed, pair: str) -> int:
@@ -62,16 +71,11 @@ def by_id(path: str) -> dict[str, dict]:
 # a session
 
 def text_of(side) -> str:
-    """Return a text, or messages, for a terminal. Control characters could move its cursor or
-    colour it, so they become U+FFFD."""
-    if not isinstance(side, str):
-        side = "\n".join(f"{message['role']}: {message['content'] or message['tool_calls']}"
-                         for message in side)
-    shown = []
-    for character in side:
-        control = unicodedata.category(character)[0] == "C" and character not in "\n\t"
-        shown.append("\ufffd" if control else character)
-    return "".join(shown)
+    """Return a text, or messages as one text. `cli` makes control characters visible."""
+    if isinstance(side, str):
+        return side
+    return "\n".join(f"{message['role']}: {message['content'] or message['tool_calls']}"
+                     for message in side)
 
 
 def letters():
@@ -83,13 +87,13 @@ def letters():
 def judge(keys, a: str, b: str) -> dict:
     """Read letters up to a verdict. `a` and `b` say which of the pair, "chosen" or "rejected", is A
     and B; the verdict and the noted criteria are in these terms."""
-    verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "u": "undo", "q": "quit"}
+    verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "q": "quit"}
     noted = {}
     for key in keys:
         if key in verdicts:
             return {"verdict": verdicts[key], "criteria": noted}
-        if key.lower() in CRITERIA:
-            noted[CRITERIA[key.lower()]] = a if key.islower() else b
+        if key.lower() in LETTERS:
+            noted[LETTERS[key.lower()]] = a if key.islower() else b
     return {"verdict": "quit"}
 
 
@@ -116,24 +120,47 @@ def label(args: Args) -> None:
     todo = sorted(pairs.keys() - labelled_pairs(path), key=lambda name: draw(seed, name))
     print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs are labelled in {path}\n{HELP}")
     keys = letters()
-    at = 0
-    while at < len(todo):
-        name = todo[at]
+    n_done = 0
+    for name in todo:
         pair = pairs[name]
         a, b = ("chosen", "rejected") if draw(seed, name) % 2 else ("rejected", "chosen")
-        print(f"\n---- question {at + 1} of {len(todo)} ----\n{text_of(pair['prompt'])}")
+        print(f"\n---- question {n_done + 1} of {len(todo)} ----\n{text_of(pair['prompt'])}")
         print(f"\n---- A ----\n{text_of(pair[a])}")
         print(f"\n---- B ----\n{text_of(pair[b])}")
-        print("\na b = x u q, then Enter > ", end="", flush=True)
+        print("\na b = x q, then Enter > ", end="", flush=True)
         row = judge(keys, a, b)
         if row["verdict"] == "quit":
             break
-        if row["verdict"] == "undo":
-            at = max(0, at - 1)
-            continue
         append_label(path, {"pair": name, "a": a} | row)
-        at += 1
-    print(f"pairs left: {len(todo) - at}; labels are in {path}")
+        n_done += 1
+    print(f"pairs left: {len(todo) - n_done}; labels are in {path}")
+
+
+def label_by_judge(args: Args) -> None:
+    """Append a judge's label of each pair that has none."""
+    pairs = by_id(args.pairs)
+    path = Path(args.out)
+    device, autocast = setup(args)
+    scorer = Judge(args.judge, args.judge_url, device)
+    for name in tqdm(sorted(pairs.keys() - labelled_pairs(path)), "judge", disable=None):
+        pair = pairs[name]
+        question = text_of(pair["prompt"])
+        with autocast:
+            chosen = scorer.score_answer(question, pair["chosen"])
+            rejected = scorer.score_answer(question, pair["rejected"])
+        append_label(path, {"pair": name} | compare(chosen, rejected))
+
+
+def compare(chosen: dict[str, float], rejected: dict[str, float]) -> dict:
+    """Return a judge's label: the better answer by each criterion and, as its verdict, by the mean
+    of the six scores (our choice). Gaps below TIE are ties."""
+    gaps = {name: chosen[name] - rejected[name] for name in CRITERIA}
+    gaps["overall"] = sum(gaps.values()) / len(gaps)
+    verdicts = {}
+    for name, gap in gaps.items():
+        winner = "chosen" if gap > 0 else "rejected"
+        verdicts[name] = "tie" if abs(gap) < TIE else winner
+    return {"verdict": verdicts.pop("overall"), "criteria": verdicts}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -155,81 +182,94 @@ def share(hits, n: int) -> str:
 
 
 def report(args: Args) -> None:
-    """Print how people agree with the label and with each other; --write what they agree on."""
+    """Print how people agree with the label and with each other; --write their labels."""
     pairs = by_id(args.pairs)
     people = {}  # label file -> {pair: label}
     for path in args.report.split(","):
-        labels = {row["pair"]: row for _, row in read_jsonl(path) if row.get("pair") in pairs}
+        labels = {}
+        for _, row in read_jsonl(path):
+            if row.get("pair") in pairs:
+                labels[row["pair"]] = row  # the last line on a pair counts
         require(len(labels) > 0, f"{path}: no label of a pair in {args.pairs}")
-        people[path] = labels  # the last line on a pair counts
+        people[path] = labels
     for path, labels in people.items():
         report_person(path, list(labels.values()))
     for one, two in combinations(people, 2):
         both = sorted(people[one].keys() & people[two].keys())
-        first = blind_verdicts(people[one], both)
-        second = blind_verdicts(people[two], both)
+        first = [people[one][name]["verdict"] for name in both]
+        second = [people[two][name]["verdict"] for name in both]
         same = sum(x == y for x, y in zip(first, second, strict=True))
+        first += turned_round(first)
+        second += turned_round(second)
         beyond_chance = f", Cohen's kappa {kappa(first, second):.3f}" if both else ""
         print(f"{one} and {two}: agree in {share(same, len(both))}{beyond_chance}")
     if args.write:
-        write_majority(args.write, pairs, list(people.values()))
+        write_labels(args.write, pairs, list(people.values()))
 
 
 def report_person(path: str, labels: list[dict]) -> None:
     decided = [row for row in labels if row["verdict"] in ("chosen", "rejected")]
     agree = sum(row["verdict"] == "chosen" for row in decided)
-    chose_a = sum(row["verdict"] == row["a"] for row in decided)
+    seen = [row for row in decided if "a" in row]  # a judge sees no sides
+    chose_a = sum(row["verdict"] == row["a"] for row in seen)
     print(f"{path}: agrees with the automatic label in {share(agree, len(decided))}; "
           f"{len(labels) - len(decided)} ties or skipped; "
-          f"A preferred in {share(chose_a, len(decided))}")
-    for name in CRITERIA.values():
-        noted = [row["criteria"][name] for row in labels if name in row["criteria"]]
-        if noted:
-            print(f"  by {name}: with the label in {share(noted.count('chosen'), len(noted))}")
+          f"A preferred in {share(chose_a, len(seen))}")
+    for name in CRITERIA:
+        noted = Counter(row["criteria"].get(name) for row in labels)
+        n = noted["chosen"] + noted["rejected"]
+        if n:
+            print(f"  by {name}: with the label in {share(noted['chosen'], n)}")
 
 
-def blind_verdicts(labels: dict[str, dict], names: list[str]) -> list[str]:
-    """Return the verdicts on these pairs, with half of the pairs turned round. Else a good
+def turned_round(verdicts: list[str]) -> list[str]:
+    """Return the verdicts if every pair stood the other way round. Kappa counts both: else a good
     automatic label, which nobody sees, would make most verdicts "chosen" and so raise p_e."""
     turned = {"chosen": "rejected", "rejected": "chosen"}
-    verdicts = []
-    for name in names:
-        verdict = labels[name]["verdict"]
-        turn = draw("kappa", name) % 2
-        verdicts.append(turned.get(verdict, verdict) if turn else verdict)
-    return verdicts
+    return [turned.get(verdict, verdict) for verdict in verdicts]
 
 
-def majority(verdicts: list[str]) -> str:
-    """Return the most frequent verdict, "drawn" if there are two, or "not judged"."""
-    ranked = Counter(verdicts).most_common(2)
-    if not ranked:
-        return "not judged"
-    if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
-        return "drawn"
-    return ranked[0][0]
+def mean_votes(labels: list[dict]) -> dict[str, float]:
+    """Return, for "overall" and each noted criterion, the share of labels that prefer the chosen
+    answer. A tie counts half."""
+    votes = {}
+    for row in labels:
+        verdicts = row["criteria"] | {"overall": row["verdict"]}
+        for name, verdict in verdicts.items():
+            if verdict in VOTES:
+                votes.setdefault(name, []).append(VOTES[verdict])
+    return {name: sum(some) / len(some) for name, some in votes.items()}
 
 
-def write_majority(path: str, pairs: dict[str, dict], people: list[dict]) -> None:
-    """Write the pairs as most people see them. What nobody judged stays as it was; a tie, a draw
-    and what most would skip is left out."""
+def write_labels(path: str, pairs: dict[str, dict], people: list[dict]) -> None:
+    """Write the pairs with their `mean_votes` as "criteria", which become soft labels in training.
+
+    Where most prefer the rejected answer, the two change places. A pair that nobody judged stays as
+    it was; one that half of the people would skip is left out."""
     out = []
-    counts = Counter()
     for name, pair in pairs.items():
-        verdict = majority([labels[name]["verdict"] for labels in people if name in labels])
-        counts[verdict] += 1
-        if verdict == "rejected":
-            pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-        if verdict in ("chosen", "rejected", "not judged"):
+        labels = [one[name] for one in people if name in one]
+        skips = sum(row["verdict"] not in VOTES for row in labels)
+        if not labels:
             out.append(pair)
+        elif 2 * skips < len(labels):
+            out.append(with_votes(pair, mean_votes(labels)))
     write_jsonl(path, out)
-    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    print(f"{path}: {len(out)} of {len(pairs)} pairs; {summary}")
+    print(f"{path}: {len(out)} of {len(pairs)} pairs")
+
+
+def with_votes(pair: dict, votes: dict[str, float]) -> dict:
+    if votes["overall"] < 0.5:
+        pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+        votes = {name: 1 - vote for name, vote in votes.items()}
+    return pair | {"criteria": votes}
 
 
 def main(args: Args) -> None:
     if args.report:
         report(args)
+    elif args.judge or args.judge_url:
+        label_by_judge(args)
     else:
         label(args)
 

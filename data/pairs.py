@@ -1,10 +1,12 @@
 """Preference pairs: made from rollouts, read from files, reviewed (report sections 4.2 and 4.3).
 
-A pair is a dict, one line of a JSONL file: {"prompt", "chosen", "rejected"}, and "domain" where it
-is known. The prompt is a text or messages, the answers are texts; `read_pairs` takes the shapes of
-other projects, too. dpo.py and reward.py learn from `PairIds`.
+A pair is a dict, one line of a JSONL file: {"prompt", "chosen", "rejected"}, "domain" where it is
+known, and "criteria" where people or judges labelled it (data/label.py). The prompt is a text or
+messages, the answers are texts; `read_pairs` takes the shapes of other projects, too. dpo.py and
+reward.py learn from `PairIds`.
 """
 import json
+import math
 import random
 import re
 from array import array
@@ -14,6 +16,7 @@ from typing import NamedTuple
 from torch.utils.data import Subset
 
 from data.conversations import to_messages
+from data.mixture import parse_weights
 from lib.args import InputError, require
 from lib.chat import check_messages, parse_tools
 from lib.files import open_lines, read_jsonl
@@ -23,11 +26,15 @@ from tokenizer import Tokenizer
 WANTED = 'expected "prompt", "chosen" and "rejected", each a text or messages: docs/your-data.md'
 
 
+CRITERIA = ("truthfulness", "helpfulness", "conciseness", "relevance", "harmlessness", "debiasing")
+
+
 class PairIds(NamedTuple):
     """A tokenized pair. Both answers end in <|im_end|>."""
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    label: float = 1.0  # the probability that chosen is the better answer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,6 +106,7 @@ def to_pair(row: dict) -> dict:
 
     Answers given as messages may repeat the prompt or go on from it. Whatever both have in front of
     their last message becomes part of the prompt."""
+    soft_label(row, None)  # refuses bad "criteria"
     require(not row.get("system"),
             '"system" of a pair cannot be read: its place is a system message in the prompt')
     parse_tools(row.get("tools"))  # refuse bad ones now
@@ -166,31 +174,56 @@ def is_transcript(side) -> bool:
     return isinstance(side, str) and side.startswith("\n\nHuman:")
 
 
-def tokenize_pair(pair: dict, tokenizer: Tokenizer) -> PairIds:
-    sides = []
-    for text in (pair["chosen"], pair["rejected"]):
-        sides.append(tokenizer.encode(text) + [tokenizer.im_end_id])
+def parse_criteria(text: str) -> dict[str, float]:
+    """Return the weights of --weights, such as "overall=1,helpfulness=2", by name."""
+    weights = parse_weights(text, {})
+    for name, weight in weights.items():
+        require(name in ("overall", *CRITERIA) and 0 <= weight < math.inf,
+                f"--weights must be numbers >= 0 of overall, {', '.join(CRITERIA)}")
+    return weights
+
+
+def soft_label(pair: dict, weights: dict[str, float] | None) -> float:
+    """Return the probability that chosen is the better answer: the weighted mean, over its
+    "criteria", of the share of judges who prefer chosen (our choice).
+
+    No weights mean equal ones. A pair without a weighted criterion has label 1."""
+    shares = pair.get("criteria", {})
+    valid = isinstance(shares, dict) and all(
+        isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares.values())
+    require(valid, '"criteria" must be {name: share of judges who prefer chosen, 0 to 1}')
+    weights = weights or dict.fromkeys(shares, 1.0)
+    total = sum(weights.get(name, 0.0) for name in shares)
+    if total == 0:
+        return 1.0
+    return sum(weights.get(name, 0.0) * share for name, share in shares.items()) / total
+
+
+def tokenize_pair(pair: dict, tokenizer: Tokenizer, weights=None) -> PairIds:
+    chosen = tokenizer.encode(pair["chosen"]) + [tokenizer.im_end_id]
+    rejected = tokenizer.encode(pair["rejected"]) + [tokenizer.im_end_id]
     prompt = tokenizer.render_prompt(pair["prompt"], pair.get("tools"))
-    return PairIds(prompt, sides[0], sides[1])
+    return PairIds(prompt, chosen, rejected, soft_label(pair, weights))
 
 
 class TokenizedPairs:
     """The PairIds of pairs, tokenized when they are asked for: 150,000 need not fit in memory."""
 
-    def __init__(self, pairs, tokenizer: Tokenizer):
+    def __init__(self, pairs, tokenizer: Tokenizer, weights=None):
         self.pairs = pairs
         self.tokenizer = tokenizer
+        self.weights = weights
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> PairIds:
-        return tokenize_pair(self.pairs[i], self.tokenizer)
+        return tokenize_pair(self.pairs[i], self.tokenizer, self.weights)
 
 
-def tokenize_pairs(pairs, tokenizer: Tokenizer, max_len: int) -> Subset:
+def tokenize_pairs(pairs, tokenizer: Tokenizer, max_len: int, weights=None) -> Subset:
     """Select the tokenized pairs in which neither answer exceeds max_len tokens with its prompt."""
-    rows = TokenizedPairs(pairs, tokenizer)
+    rows = TokenizedPairs(pairs, tokenizer, weights)
     return Subset(rows, array("q", [i for i, row in enumerate(rows) if longest(row) <= max_len]))
 
 

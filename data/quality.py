@@ -3,11 +3,9 @@ which generated answers to believe (report section 3.1).
 
 The report scores every document with Qwen2-Instruct models along several dimensions, balances the
 domains that such models tell apart, and filters synthetic data with reward models. Its prompts,
-dimensions and thresholds are not disclosed; those below are our choice. There are two scorers:
+dimensions and thresholds are not disclosed; ours are our choice. There are two scorers:
 
-  judge       A Qwen2 directory reads the document, then one question per dimension. The score is
-              the expectation over the tokens 1 to 5: sampling one digit would give five levels,
-              but the probabilities rank documents even where a small model always says 3.
+  judge       A chat model scores each document from 1 to 5 by four criteria (data/judge.py).
   classifier  Softmax regression on hashed word 1- and 2-grams, trained in seconds: the cheap
               stand-in where a judge cannot read everything. From numbers (people's verdicts, or a
               judge's scores of a sample) it learns what is good, from names which domain is which.
@@ -16,6 +14,7 @@ dimensions and thresholds are not disclosed; those below are our choice. There a
     python -m data.quality --labels web_labels.jsonl --data runs/data --keep 0.5 --out runs/good
     python -m data.quality --labels domains.jsonl --label domain --data runs/good --out runs/dom
     python -m data.quality --judge runs/demo/grpo --data runs/data --out runs/judged
+    python -m data.quality --judge_url http://localhost:8000/v1 --labels web_labels.jsonl
     python -m data.quality --generate 1000 --policy runs/demo/grpo --reward_model runs/rm ...
 
 --out gets report.json and one .jsonl per source, each document with its "scores". With domain names
@@ -24,7 +23,6 @@ as labels it gets one .jsonl per domain, and the weights of pretrain.py sample d
 import json
 from dataclasses import asdict, dataclass
 from operator import itemgetter
-from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -35,11 +33,12 @@ from tqdm import tqdm
 import tasks.queries
 from data import dedup
 from data import documents
+from data.judge import Judge
 from lib.args import cli, positive, require
 from lib.files import read_jsonl, write_atomic
-from lib.optim import pad_rows, rng, setup
+from lib.optim import rng, setup
 from reward import RewardModel
-from sample import load_policy, read_prompts, rollout
+from sample import load_policy, rollout
 
 
 @dataclass
@@ -48,59 +47,26 @@ class Args:
     data: str = ""                   # documents to score: directory or files, comma-separated
     labels: str = ""                 # .jsonl of labelled texts: train the classifier on them
     label: str = "label"             # their field: numbers (more is better) or names (domains)
-    folds: int = 5                   # of the cross-validation on --labels
-    judge: str = ""                  # model directory that scores documents
-    judge_tokens: int = 512          # tokens of a document that the judge reads
+    judge: str = ""                  # model directory that scores documents, or a server's model
+    judge_url: str = ""              # server of OpenAI's chat protocol, http://HOST:PORT/v1
+    judge_chars: int = 2000          # characters of a document that the judge reads
     keep: float = 1.0                # share of the text to keep, the best first
     generate: int = 0                # questions that --policy answers; instead of all the above
     policy: str = ""                 # chat model that answers them
     responses: int = 4               # answers per question
     allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     reward_model: str = ""           # orders the answers that pass their check; empty: all stay
-    seed: int = 0                    # of folds, training and sampling
+    seed: int = 0                    # of the folds, training and sampling
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
     overwrite: bool = False          # replace what --out holds
 
 
 # ---------------------------------------------------------------------------------------------
-# the judge
-
-DIMENSIONS = {
-    "knowledge": "How much could a student learn from this text?",
-    "clarity": "How clear and well written is this text?",
-    "reasoning": "How much does this text explain and reason?",
-    "cleanliness": "How free of advertisements, menus and broken pieces is this text?",
-}
-QUESTION = "\n\n{} Answer with a number from 1 (not at all) to 5 (very)."
-
-
-@torch.no_grad()
-def judge(model, tokenizer, text: str, max_tokens: int = 512) -> dict[str, float]:
-    """Score a document per dimension, from 1 to 5, and give the mean. The questions come last, so
-    that the model reads the document once."""
-    text = tokenizer.decode(tokenizer.encode(text)[:max_tokens]).rstrip("\ufffd")
-    prompts = [tokenizer.render_prompt(text + QUESTION.format(question))
-               for question in DIMENSIONS.values()]
-    shared = len(commonprefix(prompts))
-    _, cache = read_prompts(model, [prompt[:shared] for prompt in prompts])
-    questions = [prompt[shared:] for prompt in prompts]
-    hidden = model.hidden(pad_rows(questions, 0).to(model.head_weight.device), cache=cache)
-    ends = [len(question) - 1 for question in questions]
-    last = hidden[torch.arange(len(questions)), ends].float()
-    digits = torch.tensor([tokenizer.encode(digit)[0] for digit in "12345"])
-    # Not as a matrix product, which autocast would round to bfloat16: scores must rank finely.
-    logits = (last[:, None] * model.head_weight[digits]).sum(-1)  # (dimensions, 5)
-    expected = logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)
-    scores = dict(zip(DIMENSIONS, expected.tolist(), strict=True))
-    scores["mean"] = sum(scores.values()) / len(scores)
-    return scores
-
-
-# ---------------------------------------------------------------------------------------------
 # the classifier
 
 BUCKETS = 2**17
+FOLDS = 5            # of the cross-validation on --labels
 EPOCHS = 8           # so few are the only regularisation
 QUALITY = "quality"  # the class, and the score, that numbers teach
 
@@ -299,30 +265,32 @@ def generated(args: Args, device, autocast):
 
 def main(args: Args) -> dict:
     device, autocast = setup(args)
-    positive(args, "folds", "judge_tokens", "keep", "responses")
-    require(args.labels or args.judge or args.generate, "pass --labels, --judge or --generate")
+    positive(args, "judge_chars", "keep", "responses")
+    judged = args.judge or args.judge_url
+    require(args.labels or judged or args.generate, "pass --labels, --judge or --generate")
     out = documents.new_directory(args.out, args.overwrite)
     report = {"args": asdict(args)}
     scorers = []
     classes = []
     if args.generate:
         report["sources"] = documents.write_sources(out, generated(args, device, autocast))
-    if args.judge:
-        model, tokenizer = load_policy(args.judge, device)
+    if judged:
+        judge = Judge(args.judge, args.judge_url, device, args.judge_chars)
 
         def by_judge(text):
             with autocast:
-                return judge(model, tokenizer, text, args.judge_tokens)
+                scores = judge.score("documents", text)
+            return scores | {"mean": sum(scores.values()) / len(scores)}
         scorers.append(by_judge)
     if args.labels:
         texts, targets, classes = read_labels(args.labels, args.label)
         bags = [features(text) for text in texts]
-        probs = cross_validate(texts, bags, targets, args.folds, args.seed)
+        probs = cross_validate(texts, bags, targets, FOLDS, args.seed)
         report["classifier"] = agreement(probs, targets, classes)
-        print(f"classifier, {args.folds} folds: {report['classifier']}")
+        print(f"classifier, {FOLDS} folds: {report['classifier']}")
         classifier = train(bags, targets, args.seed)
         scorers.append(lambda text: classify(classifier, classes, text))
-    if args.judge and QUALITY in classes:
+    if judged and QUALITY in classes:
         rows = [by_judge(text) for text in tqdm(texts, "judge", disable=None)]
         good = targets[:, 1] > 0.5
         report["judge"] = {}

@@ -6,6 +6,7 @@ start one. For GRPO it must also read new weights at every step, and we check ea
 import http.client
 import json
 import math
+import os
 import time
 import urllib.parse
 import urllib.request
@@ -30,9 +31,10 @@ class VLLMClient:
     text would be tokenised again, and not always into the same ids."""
     timeout = 600  # seconds for one prompt's answers, among all the others
 
-    def __init__(self, url: str, tokenizer: Tokenizer):
+    def __init__(self, url: str, tokenizer: Tokenizer | None, flag: str = "--rollout_url"):
+        self.flag = flag
         require(url.startswith(("http://", "https://")),
-                f"--rollout_url must be http://HOST:PORT/v1, got {url!r}")
+                f"{self.flag} must be http://HOST:PORT/v1, got {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
         # A server on this machine is not behind the http_proxy of the environment.
         is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
@@ -89,11 +91,14 @@ class VLLMClient:
         except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
             reason = f"the reply has another form ({type(error).__name__}: {error})"
         reason = " ".join(reason.split())
-        raise InputError(f"--rollout_url {self.url}/{path}: {reason}")
+        raise InputError(f"{self.flag} {self.url}/{path}: {reason}")
 
     def request(self, path: str, body: dict | None):
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         deadline = time.monotonic() + self.timeout
         try:

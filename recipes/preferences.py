@@ -1,9 +1,7 @@
 """A reward model for a real language model, from public preference data, beside Qwen2.5-Math-RM's
-own scores. Three kinds of files are read:
+own scores. --files are pairs of any shape in docs/your-data.md. --solutions has eight solutions of
+Qwen2.5-Math per problem, scored by Qwen2.5-Math-RM:
 
-  - {"conversations": [{"from", "value"}, …], "chosen": {"from", "value"}, "rejected": …}
-  - {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": …}, which share all but the last turn
-  - eight solutions of Qwen2.5-Math a problem, scored by Qwen2.5-Math-RM:
     {"idx", "question", "response", "is_correct", "rm_score"}
 
     python recipes/preferences.py --files a.jsonl,b.jsonl --out runs/pref
@@ -11,9 +9,15 @@ own scores. Three kinds of files are read:
         --queries none --max_len 256 --batch_size 16 --micro_batch 4 --lr 2e-5 --out runs/pref/rm
     python recipes/preferences.py --model runs/pref/rm --solutions qwen_math_rm8.jsonl
 
+How does a judge agree with the labels of the same pairs, by each of the six criteria? And what does
+a reward model learn from the criteria of the judge?
+
+    python -m data.label --pairs runs/pref/train.jsonl --judge DIR --out judge.jsonl
+    python -m data.label --pairs runs/pref/train.jsonl --report judge.jsonl --write judged.jsonl
+    python reward.py --pairs judged.jsonl --weights overall=1,truthfulness=2 ...
+
 Measured: LOG.md, "a reward model of the real 135M model on public preferences".
 """
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -23,13 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.pairs import read_pairs  # noqa: E402
 from lib.args import cli, require  # noqa: E402
 from lib.files import read_jsonl, write_jsonl  # noqa: E402
 from lib.optim import setup  # noqa: E402
 from reward import RewardModel  # noqa: E402
-
-ROLES = {"system": "system", "human": "user", "Human": "user", "gpt": "assistant",
-         "Assistant": "assistant"}
 
 
 @dataclass
@@ -42,26 +44,6 @@ class Args:
     seed: int = 0                    # of the split
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
-
-
-def turns(text: str) -> list[dict]:
-    parts = [part.split(": ", 1) for part in text.removeprefix("\n\n").replace(
-        "\n\nAssistant:", "\0Assistant:").replace("\n\nHuman:", "\0Human:").split("\0")]
-    return [{"role": ROLES[name.strip(": ")], "content": "".join(said).strip()}
-            for name, *said in parts]
-
-
-def convert(row: dict) -> dict:
-    """-> {"prompt": messages, "chosen": str, "rejected": str}."""
-    if "conversations" in row:
-        return {"prompt": [{"role": ROLES[m["from"]], "content": m["value"]}
-                           for m in row["conversations"]],
-                "chosen": row["chosen"]["value"], "rejected": row["rejected"]["value"]}
-    # Where the last answers begin alike, the common prefix ends inside them: go back to the turn.
-    common = os.path.commonprefix([row["chosen"], row["rejected"]])
-    at = common.rindex("\n\nAssistant:")
-    return {"prompt": turns(row["chosen"][:at]), "chosen": turns(row["chosen"][at:])[0]["content"],
-            "rejected": turns(row["rejected"][at:])[0]["content"]}
 
 
 def against_qwen(model: RewardModel, rows: list[dict]) -> dict[str, float]:
@@ -99,7 +81,7 @@ def main(args: Args) -> None:
         print("\n".join(f"{name}: {value:.3f}" for name, value in found.items()))
         return
     require(bool(args.files), "nothing to do: give --files or --model and --solutions")
-    pairs = [convert(row) for path in args.files.split(",") for _, row in read_jsonl(path)]
+    pairs = [pair for path in args.files.split(",") for pair in read_pairs(path)]
     random.Random(args.seed).shuffle(pairs)
     for name, some in (("train", [p for i, p in enumerate(pairs) if i % args.held_out]),
                        ("held_out", pairs[::args.held_out])):

@@ -10,7 +10,8 @@
 `demonstrations` writes answers of the built-in generators. `rejection` is rejection sampling: it
 samples several responses to each query from the model in --init, and keeps the distinct ones that
 pass (report 4.1 keeps what passes execution, answer matching or its constraints). The report does
-not disclose the number of responses or the temperature; 8 and 1.0 are our choice.
+not disclose the number of responses or the temperature; 8 and 1.0 are our choice. --critics A,B
+also asks judges (data/judge.py): as in the report, only what all of them approve of is kept.
 
 `check` tries the tests of every row of a file (see check_tests.py) and writes the rows that can be
 used. A row takes one run, and one more where it has a solution: some 15 ms of CPU time in Python
@@ -18,6 +19,7 @@ and bash, 25 to 40 ms in JavaScript, C++ and Rust, 0.4 s in Java, as long as not
 """
 from dataclasses import dataclass
 
+from data.judge import Judge
 from lib.args import cli, positive, require
 from lib.files import write_jsonl
 from lib.optim import setup
@@ -44,6 +46,8 @@ class Args:
     max_new_tokens: int = 160    # rejection: longest response, in tokens
     allow_unsafe_code: bool = False  # rejection: judge code although isolation is missing
     rollout_url: str = ""        # rejection: sample on a server of --init, http://HOST:PORT/v1
+    critics: str = ""            # rejection: judges that must all approve, separated by commas
+    judge_url: str = ""          # rejection: a server that has the critics, http://HOST:PORT/v1
     device: str = "auto"         # rejection: auto, cpu, cuda[:N]
     dtype: str = "auto"          # rejection: auto, float32, bfloat16
 
@@ -96,11 +100,17 @@ def rejection(args: Args) -> None:
     asked = queries.load(args.queries, args.n, args.seed, built_in=1000)
     queries.require_isolation(asked, args.allow_unsafe_code)
     model, tokenizer = load_policy(args.init, device)
+    names = args.critics.split(",") if args.critics or args.judge_url else []
+    critics = [Judge(name, args.judge_url, device) for name in names]
     with autocast:
         policy = rollout_backend(args.rollout_url, model, tokenizer)
         rows = rejection_sample(policy, tokenizer, asked, args.responses, args.max_new_tokens,
                                 args.seed)
-    require(len(rows) > 0, f"--init {args.init}: no response to {args.queries} passes its check")
+        for name, critic in zip(names, critics, strict=True):
+            rows = [row for row in rows if critic.approves(row["messages"])]
+            print(f"critic {name} approves of {len(rows)}")
+    require(len(rows) > 0, f"--init {args.init}: no response to {args.queries} passes its check "
+            "and all --critics")
     write_jsonl(args.out, rows)
     print(f"{len(rows)} conversations in {args.out}: distinct responses to {len(asked)} queries "
           "that pass their checks")

@@ -16,6 +16,7 @@ import dpo
 from dpo import OnlineMerging, dpo_loss
 from data.pairs import pair_responses, read_pairs, tokenize_pair
 from lib.files import read_jsonl
+from reward import preference_loss
 from sample import Rollout, completion_logprobs
 
 # ---------------------------------------------------------------------------------------------
@@ -40,6 +41,18 @@ def test_known_losses():
     assert loss.tolist() == pytest.approx(want, abs=1e-6)
     torch.testing.assert_close(good, 0.075 * h)
     torch.testing.assert_close(bad, -0.025 * h)
+
+
+def test_soft_labels_are_those_of_the_reward_model():
+    """A tie is lowest at h = 0; label 0 is the pair turned round."""
+    h, zero = torch.tensor([10.0, -10.0, 0.0, 4.0]), torch.zeros(4)
+    for label in (1.0, 0.75, 0.5, 0.0):
+        loss, _, _ = dpo_loss(h, zero, zero, zero, 0.1, torch.full((4,), label))
+        torch.testing.assert_close(loss, preference_loss(0.1 * h, zero, label))
+    torch.testing.assert_close(loss, dpo_loss(zero, h, zero, zero, 0.1)[0])
+    tied, _, _ = dpo_loss(h, zero, zero, zero, 0.1, 0.5)
+    assert tied.argmin() == 2
+    torch.testing.assert_close(tied[0], tied[1])
 
 
 def test_swapping_the_pair_negates_the_margin():
@@ -86,7 +99,7 @@ def test_sequence_logprob_is_the_brute_force_sum():
 
 def test_answer_is_content_and_end(tokenizer):
     """R10.2, R8.2: the three parts of a pair put together are what SFT would train on."""
-    prompt, chosen, rejected = tokenize_pair({
+    prompt, chosen, rejected, _ = tokenize_pair({
         "prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "Five<|im_end|>"}, tokenizer)
     ids, mask = tokenizer.render([{"role": "user", "content": "2 + 2?"},
                                   {"role": "assistant", "content": "It is 4."}])
@@ -356,7 +369,7 @@ def test_every_shape_of_a_pair_is_kept_whole(row, prompt, tokenizer, tmp_path):
     want = [tokenizer.render(prompt, add_generation_prompt=True)[0]]
     want += [tokenizer.encode(text) + [tokenizer.im_end_id] for text in ("Good", "Bad")]
     (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]))
-    assert list(tokenize_pair(pair, tokenizer)) == want
+    assert list(tokenize_pair(pair, tokenizer)) == [*want, 1.0]
     assert list(read_pairs(write_rows(tmp_path / "again.jsonl", [pair]))) == [pair]
 
 

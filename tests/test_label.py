@@ -41,7 +41,8 @@ def test_each_reason_drops_its_pair(tokenizer):
     assert list(kept) == [pairs[i] for i in (0, 6, 7, 8, 9, 10, 11)]
     assert dropped == {"too long": 1, "empty chosen answer": 1, "equal answers": 1,
                        "seen before, or its opposite": 2}
-    prompt, chosen, rejected = rows[0]
+    _, chosen, rejected, label = rows[0]
+    assert label == 1
     assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == (
         "good one<|im_end|>", "bad<|im_end|>")
     kept, _, dropped = review(pairs, tokenizer, 120, max_ratio=4, check_format=True,
@@ -79,14 +80,14 @@ def test_verdicts_are_of_the_pair_and_not_of_the_place():
 
 def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):
     """Nothing on the screen tells the label; both orders come up; a second session shows only what
-    is left; a pair judged again after `u` counts once, with its last verdict."""
-    screen, rows = session("abu=q")
+    is left."""
+    screen, rows = session("ab=q")
     assert "chosen" not in screen and "rejected" not in screen
     assert [row["verdict"] == row["a"] for row in rows] == [True, False, False]
-    assert rows[1]["pair"] == rows[2]["pair"] and rows[2]["verdict"] == "tie"
+    assert rows[2]["verdict"] == "tie"
     screen, rows = session("xaaaaaaaa")
-    assert screen.startswith("2 of 6 pairs are labelled") and "pairs left: 0" in screen
-    assert len({row["pair"] for row in rows}) == 6 and len(rows) == 7
+    assert screen.startswith("3 of 6 pairs are labelled") and "pairs left: 0" in screen
+    assert len({row["pair"] for row in rows}) == 6 and len(rows) == 6
     assert rows[3]["verdict"] == "skip" and {row["a"] for row in rows} == {"chosen", "rejected"}
     assert session("a")[1] == rows  # nothing is left to show
     ids = [row["pair"] for row in rows]
@@ -136,10 +137,15 @@ def test_a_session_at_a_terminal(tmp_path):
     os.close(ours), os.close(theirs)
 
 
-def test_an_answer_cannot_write_on_the_terminal():
+def test_an_answer_cannot_write_on_the_terminal(tmp_path):
     """Escape sequences, carriage returns and overrides of the writing direction are shown as such.
     """
-    assert text_of("a\x1b[2Jb\rc\u202ed\te\n") == "a\ufffd[2Jb\ufffdc\ufffdd\te\n"
+    pairs = [{"prompt": "p", "chosen": "a\x1b[2Jb\rc", "rejected": "\u202ed\te"}]
+    said = subprocess.run(
+        [sys.executable, "-m", "data.label", "--out", tmp_path / "out.jsonl", "--pairs",
+         write_rows(tmp_path / "pairs.jsonl", pairs)], input="q", text=True, check=True,
+        stdout=subprocess.PIPE, cwd=ROOT).stdout
+    assert "a\\x1b[2Jb\\rc" in said and "\\u202ed\te" in said
     assert text_of([{"role": "user", "content": "Hi"}]) == "user: Hi"
 
 
@@ -167,8 +173,8 @@ def labels(tmp_path, name, verdicts):
 
 
 def test_report_and_majority(tmp_path, capsys):
-    """Shares by hand; --write keeps what two of three see as it is, turns what they see the other
-    way, drops ties, what is drawn and what is to be skipped, and keeps what nobody saw."""
+    """Shares by hand; --write adds the mean votes, a tie is half a vote; it turns what most see the
+    other way, drops what is to be skipped, and keeps what nobody saw."""
     files = [labels(tmp_path, "one", ["chosen", "rejected", "tie", "chosen", "skip", None]),
              labels(tmp_path, "two", ["chosen", "rejected", "tie", "rejected", "skip", None]),
              labels(tmp_path, "three", ["rejected", "rejected", "chosen", None, "chosen", None])]
@@ -180,8 +186,13 @@ def test_report_and_majority(tmp_path, capsys):
     assert told[1] == "  by helpfulness: with the label in 100.0% of 5"
     assert told[6].startswith(f"{files[0]} and {files[1]}: agree in 80.0% of 5, Cohen's kappa 0.7")
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
-    assert out == [PAIRS[0], PAIRS[1] | {"chosen": "no, 1", "rejected": "yes, 1"}, PAIRS[5]]
-    assert told[-1].endswith("1 chosen, 1 rejected, 1 tie, 1 drawn, 1 skip, 1 not judged")
+    assert out[1] == {"prompt": "Is 1 even?", "chosen": "no, 1", "rejected": "yes, 1",
+                      "criteria": {"overall": 1.0, "helpfulness": 0.0}}
+    assert [row["prompt"] for row in out] == [PAIRS[i]["prompt"] for i in (0, 1, 2, 3, 5)]
+    votes = [(row["criteria"]["overall"], row["criteria"]["helpfulness"]) for row in out[:4]]
+    assert votes == [pytest.approx(pair) for pair in ((2 / 3, 1), (1, 0), (2 / 3, 1), (0.5, 1))]
+    assert out[0] | PAIRS[0] == out[0] and out[4] == PAIRS[5]
+    assert told[-1].endswith("out.jsonl: 5 of 6 pairs")
 
 
 def test_labels_of_other_pairs_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""quality.py: the judge against one prompt at a time, the classifier against logistic regression's
+"""quality.py: the classifier against logistic regression's
 known limits, AUC by counting pairs, what is kept, and generated data that passed its check."""
 import importlib.util
 import json
@@ -13,6 +13,7 @@ from helpers import stage_args, teach_letters, write_rows
 
 import data.documents
 from data import quality
+from data.judge import RUBRICS
 import reward
 from lib.args import InputError
 from lib.files import read_jsonl
@@ -34,23 +35,6 @@ def pages(n, seed=0):
 def args(tmp_path):
     labels = write_rows(tmp_path / "labels.jsonl", list(pages(200)))
     return stage_args(quality, labels=labels, out=str(tmp_path / "out"))
-
-
-def test_judge_is_the_expectation_over_the_score_tokens(micro_run):
-    """A prompt a dimension, read whole and without a cache; the text in front is shared."""
-    model, tokenizer = load_policy(micro_run, "cpu")
-    for text in ("A short text.", "one two three four five six " * 40):
-        got = quality.judge(model, tokenizer, text, max_tokens=50)
-        cut = tokenizer.decode(tokenizer.encode(text)[:50])
-        for name, question in quality.DIMENSIONS.items():
-            ids, _ = tokenizer.render([{"role": "user", "content":
-                                        cut + quality.QUESTION.format(question)}], True)
-            probs = model(torch.tensor([ids]))[0, -1].softmax(-1)
-            p = [probs[tokenizer.encode(d)[0]].item() for d in "12345"]
-            want = sum(i * x for i, x in enumerate(p, 1)) / sum(p)
-            assert got[name] == pytest.approx(want, abs=1e-4) and 1 < got[name] < 5
-        assert got["mean"] == pytest.approx(sum(got[d] for d in quality.DIMENSIONS) / 4)
-    assert len({round(got[name], 5) for name in quality.DIMENSIONS}) == 4
 
 
 def test_auc_counts_pairs():
@@ -126,10 +110,10 @@ def test_domains_become_sources(args, tmp_path):
 def test_judged_documents(args, micro_run, tmp_path):
     source = write_rows(tmp_path / "web.jsonl", list(pages(6)))
     labels = write_rows(tmp_path / "few.jsonl", list(pages(8)))
-    report = quality.main(replace(args, labels=labels, judge=str(micro_run), data=source, folds=2))
-    assert set(report["judge"]) == {*quality.DIMENSIONS, "mean"}
+    report = quality.main(replace(args, labels=labels, judge=str(micro_run), data=source))
+    assert set(report["judge"]) == {*RUBRICS["documents"], "mean"}
     rows = [row for _, row in read_jsonl(tmp_path / "out" / "web.jsonl")]
-    assert len(rows) == 6 and set(rows[0]["scores"]) == {*quality.DIMENSIONS, "mean", "quality"}
+    assert len(rows) == 6 and set(rows[0]["scores"]) == {*RUBRICS["documents"], "mean", "quality"}
     _, targets, _ = quality.read_labels(str(tmp_path / "out" / "web.jsonl"), "mean")
     means = [row["scores"]["mean"] for row in rows]  # what the classifier can learn from the judge
     assert targets[:, 1].argsort().tolist() == torch.tensor(means).argsort().tolist()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.pairs import to_pair
 from lib.args import InputError
 from helpers import tiny_model, write_rows
 
@@ -93,14 +94,14 @@ def test_preferences_of_both_shapes():
     start = "\n\nHuman: Hi: there\n\nAssistant: Yes?\n\nHuman: A\n\nB?"
     asked = [{"role": "user", "content": "Hi: there"}, {"role": "assistant", "content": "Yes?"},
              {"role": "user", "content": "A\n\nB?"}]
-    assert P.convert({"chosen": start + "\n\nAssistant: It is 7: yes",
-                      "rejected": start + "\n\nAssistant: It is 8."}) == {
+    assert to_pair({"chosen": start + "\n\nAssistant: It is 7: yes",
+                    "rejected": start + "\n\nAssistant: It is 8."}) == {
         "prompt": asked, "chosen": "It is 7: yes", "rejected": "It is 8."}
     names = {"user": "human", "assistant": "gpt"}
     said = [{"from": names[m["role"]], "value": m["content"]} for m in asked]
-    assert P.convert({"conversations": said, "chosen": {"from": "gpt", "value": "a"},
-                      "rejected": {"from": "gpt", "value": "b"}}) == {
-        "prompt": asked, "chosen": "a", "rejected": "b"}
+    assert to_pair({"conversations": said, "chosen": {"from": "gpt", "value": "a"},
+                    "rejected": {"from": "gpt", "value": "b"}}) == {
+        "conversations": said, "prompt": asked, "chosen": "a", "rejected": "b"}
 
 
 def test_beside_qwens_scores_by_hand():

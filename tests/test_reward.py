@@ -12,7 +12,7 @@ from helpers import (
 
 import reward
 from model import PRESETS, Qwen2
-from data.pairs import PairIds, pair_responses, tokenize_pairs
+from data.pairs import PairIds, pair_responses, soft_label, tokenize_pairs
 from reward import RewardModel, accuracies, pair_rewards, preference_loss
 from sample import Rollout
 
@@ -38,6 +38,30 @@ def test_preference_loss():
     want = [math.log1p(math.exp(-x)) for x in d.tolist()]
     assert want[0] == pytest.approx(math.log(2))
     assert preference_loss(d + 3, torch.full((4,), 3.0)).tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_preference_loss_of_soft_labels():
+    """-p ln sigmoid(d) - (1 - p) ln sigmoid(-d) by hand; p = 0 is the pair turned round; a tie
+    pulls the two rewards together; the minimum is at d = ln(p / (1 - p))."""
+    chosen, rejected = torch.tensor([1.0, 1.0, 1.0, -2.0]), torch.zeros(4)
+    got = preference_loss(chosen, rejected, torch.tensor([1.0, 0.5, 0.0, 0.75]))
+    plus, minus = math.log1p(math.exp(-1)), math.log1p(math.exp(1))  # 0.3133 and 1.3133
+    want = [plus, (plus + minus) / 2, minus,
+            0.75 * math.log1p(math.exp(2)) + 0.25 * math.log1p(math.exp(-2))]
+    assert got.tolist() == pytest.approx(want, abs=1e-6)
+    assert want[1] == pytest.approx(0.8133, abs=1e-4)
+    d = torch.tensor([0.0, math.log(3.0), 1.0], requires_grad=True)
+    preference_loss(d, torch.zeros(3), torch.tensor([0.5, 0.75, 0.5])).sum().backward()
+    assert d.grad.tolist() == pytest.approx([0, 0, 1 / (1 + math.exp(-1)) - 0.5], abs=1e-6)
+
+
+def test_soft_label_by_hand():
+    """The weighted mean of the shares; equal weights without any; 1 where nothing is weighed."""
+    pair = {"criteria": {"overall": 1.0, "truthfulness": 0.5, "helpfulness": 0.0}}
+    assert soft_label(pair, None) == soft_label(pair, {}) == 0.5
+    assert soft_label(pair, {"truthfulness": 2.0, "overall": 1.0}) == pytest.approx(2 / 3)
+    assert soft_label(pair, {"helpfulness": 1.0}) == 0
+    assert soft_label(pair, {"debiasing": 1.0}) == soft_label({}, {"overall": 1.0}) == 1
 
 
 def test_score_does_not_depend_on_the_batch(tokenizer):
@@ -207,7 +231,8 @@ def test_pairs_join_policies_by_query():
 def test_long_pairs_are_dropped(tokenizer):
     """--max_len is the longer side's, prompt and end token included."""
     pairs = [{"prompt": "p", "chosen": "c", "rejected": "r " * 30}]
-    ((prompt, chosen, rejected),) = tokenize_pairs(pairs, tokenizer, 9999)
+    ((prompt, chosen, rejected, label),) = tokenize_pairs(pairs, tokenizer, 9999)
+    assert label == 1
     assert chosen[-1] == rejected[-1] == tokenizer.im_end_id
     assert len(tokenize_pairs(pairs, tokenizer, len(prompt + rejected))) == 1
     assert len(tokenize_pairs(pairs, tokenizer, len(prompt + rejected) - 1)) == 0
@@ -231,6 +256,28 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert len(log(tmp_path / "whole")) == 6 and log(tmp_path / "halves") == log(tmp_path / "whole")
     assert same_weights(tmp_path / "halves", tmp_path / "whole")
     assert RewardModel.from_pretrained(tmp_path / "whole").score(["a"], ["b"])[0] != 0
+
+
+def test_weights_decide_what_is_learned(micro_run, tmp_path):
+    """Truthfulness prefers "yes", conciseness "no": the weighted one is learned; equal weights make
+    ties of all pairs, which leave the rewards together and are not measured."""
+    def rows(numbers):
+        return write_rows(tmp_path / f"{numbers[0]}.jsonl", [
+            {"prompt": f"Is {i} even?", "chosen": "yes, it is", "rejected": "no",
+             "criteria": {"truthfulness": 1.0, "conciseness": 0.0}} for i in numbers])
+    learned, measured = rows(range(12)), rows(range(12, 16))
+    all_equal = "overall=1,truthfulness=1,conciseness=1"
+    gaps = {}
+    for chosen in ("truthfulness=2", "conciseness=1", all_equal):
+        result = run(micro_run, tmp_path, chosen, epochs=6, lr=3e-3, pairs=learned,
+                     held_out=measured, weights=chosen)
+        model = RewardModel.from_pretrained(tmp_path / chosen)
+        yes, no = model.score(["Is 3 even?"] * 2, ["yes, it is", "no"])
+        gaps[chosen] = yes - no
+        assert set(result) == ({measured} if chosen == "truthfulness=2" else set())
+    assert gaps["truthfulness=2"] > 1 and gaps["conciseness=1"] < -1
+    assert abs(gaps[all_equal]) < 0.01
+    assert log(tmp_path / all_equal)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_held_out_files(micro_run, tmp_path):
@@ -269,6 +316,8 @@ def test_held_out_pairs_by_source_and_temperature(tokenizer, micro_run, tmp_path
 @pytest.mark.parametrize("values,words", [
     ({"queries": "none", "pairs": ""}, ["--pairs"]),
     ({"temperatures": "0.7,hot"}, ["--temperatures"]), ({"temperatures": ""}, ["--temperatures"]),
+    ({"weights": "truth=1"}, ["--weights", "truthfulness"]),
+    ({"weights": "overall=-1"}, ["--weights", ">= 0"]), ({"weights": "overall"}, ["--weights"]),
     ({"batch_size": 0}, ["--batch_size"])])
 def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
     """One line each, and --out is not begun."""
@@ -277,7 +326,9 @@ def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p", "chosen": "c"}, {"text": "t"},
-                                 {"prompt": "p", "chosen": 4, "rejected": "r"}])
+                                 {"prompt": "p", "chosen": 4, "rejected": "r"},
+                                 {"prompt": "p", "chosen": "c", "rejected": "r",
+                                  "criteria": {"overall": 2}}])
 def test_bad_pairs_are_named_by_line(micro_run, tmp_path, row):
     """file:line, and --out is not begun."""
     path = write_rows(tmp_path / "bad.jsonl", [*preferences(1), row])

@@ -1,0 +1,124 @@
+"""A judge: a chat model that scores a text by the criteria of a rubric, from 1 to 5.
+
+rubrics.json has "documents", for pre-training data (report section 3.1), and "answers": the six
+criteria of the report's reward labels (section 4.3). A criterion has a question, the meaning of 1,
+3 and 5, and two scored examples. The report does not disclose its own, so all are our choice.
+
+    judge = Judge("runs/demo/grpo")                               # a model directory
+    judge = Judge("some-model", "https://api.openai.com/v1")      # a model on a server
+    judge.score("documents", text)                                # {"knowledge": 3.2, ...}
+
+A server must speak OpenAI's chat protocol, with log-probabilities; its key is OPENAI_API_KEY.
+"""
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from math import exp
+from os.path import commonprefix
+from pathlib import Path
+
+import torch
+
+from lib.args import require
+from lib.cache import GrowingKVCache
+from lib.vllm_client import VLLMClient
+from model import Qwen2
+from tokenizer import Tokenizer
+
+RUBRICS = json.loads(Path(__file__).with_name("rubrics.json").read_text("utf-8"))
+SCORES = ("1", "2", "3", "4", "5")
+
+
+def chat(criterion: dict, text: str) -> list[dict]:
+    """Return the messages that ask for a score: the examples are earlier turns of the chat."""
+    anchors = [f"{score}: {meaning}" for score, meaning in criterion["anchors"].items()]
+    task = "\n".join([criterion["question"], *anchors, "Reply with a number from 1 to 5."])
+    messages = [{"role": "system", "content": task}]
+    for example, score in criterion["examples"]:
+        messages.append({"role": "user", "content": f"Text: {example}"})
+        messages.append({"role": "assistant", "content": score})
+    return [*messages, {"role": "user", "content": f"Text: {text.strip()}"}]
+
+
+class Judge:
+    """The score of a criterion is the expectation over the tokens 1 to 5. Sampling one digit would
+    give five levels; the probabilities rank texts even where a small model always says 3."""
+
+    def __init__(self, name: str, url: str = "", device="cpu", max_chars: int = 4000):
+        self.max_chars = max_chars  # of a text; the rest is not read
+        self.prefixes = {}          # criterion -> its rubric's ids and KV cache
+        self.server = VLLMClient(url, None, "--judge_url") if url else None
+        if url:
+            self.name = name or self.server.name
+        else:
+            self.model = Qwen2.from_pretrained(name, device=device)
+            self.tokenizer = Tokenizer.from_pretrained(name)
+
+    def score(self, rubric: str, text: str) -> dict[str, float]:
+        """Return {criterion: score from 1 to 5} of a text."""
+        criteria = RUBRICS[rubric]
+        text = text[:self.max_chars]
+        if self.server is None:
+            return {name: self.ask_model(criteria[name], text) for name in criteria}
+        with ThreadPoolExecutor(len(criteria)) as pool:
+            scores = pool.map(lambda criterion: self.ask_server(criterion, text), criteria.values())
+            return dict(zip(criteria, scores, strict=True))
+
+    def score_answer(self, question: str, answer: str) -> dict[str, float]:
+        """Return the scores of an answer by the six criteria; of a long question only the end."""
+        return self.score("answers", f"{question[-1000:]}\nAnswer: {answer}")
+
+    def approves(self, messages: list[dict]) -> bool:
+        """Say whether the last message scores at least 3 by every criterion (our choice)."""
+        question = "\n".join(message["content"] or "" for message in messages[:-1])
+        return min(self.score_answer(question, messages[-1]["content"]).values()) >= 3
+
+    @torch.no_grad()
+    def ask_model(self, criterion: dict, text: str) -> float:
+        ids, rubric_cache = self.read_rubric(criterion)
+        prompt = self.tokenizer.render_prompt(chat(criterion, text))
+        cache = copy.copy(rubric_cache)
+        cache.layers = list(rubric_cache.layers)  # the cache grows by new tensors
+        last = self.read(prompt[len(ids):], cache)[0, -1].float()
+        digits = [self.tokenizer.encode(digit)[0] for digit in SCORES]
+        # No matrix products: autocast would round them to bfloat16, and scores must rank finely.
+        logits = (last * self.model.head_weight[digits]).sum(-1)
+        probs = logits.softmax(-1).cpu()
+        return (probs * torch.arange(1.0, 6.0)).sum().item()
+
+    def read_rubric(self, criterion: dict):
+        """Return the ids in front of every text, and their keys and values: read once."""
+        question = criterion["question"]
+        if question not in self.prefixes:
+            prompts = [self.tokenizer.render_prompt(chat(criterion, text)) for text in ("a", "1")]
+            ids = commonprefix(prompts)  # ends in "Text:", before the space
+            cache = GrowingKVCache()
+            self.read(ids, cache)
+            self.prefixes[question] = ids, cache
+        return self.prefixes[question]
+
+    def read(self, ids: list[int], cache: GrowingKVCache):
+        device = self.model.head_weight.device
+        return self.model.hidden(torch.tensor([ids], device=device), cache=cache)
+
+    def ask_server(self, criterion: dict, text: str) -> float:
+        body = {"model": self.name, "messages": chat(criterion, text), "max_tokens": 1,
+                "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        return self.server.ask("v1/chat/completions", body, expected_score)
+
+
+def expected_score(reply: dict) -> float:
+    """Return the expectation over the digits among the likeliest first tokens of a chat reply."""
+    choice = reply["choices"][0]
+    first = choice["logprobs"]["content"][0]
+    total = 0.0
+    weighted = 0.0
+    for token in first["top_logprobs"]:
+        digit = token["token"].strip()
+        if digit in SCORES:
+            prob = exp(token["logprob"])
+            total += prob
+            weighted += int(digit) * prob
+    require(total > 0, "--judge_url: no number from 1 to 5 among the likeliest first words of "
+            f"{choice['message']['content']!r}")
+    return weighted / total
