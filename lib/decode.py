@@ -9,6 +9,7 @@ A model with other modules than ours decodes by `model.hidden`.
 """
 import functools
 import math
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -36,8 +37,11 @@ OTHER_PARTS = {
 
 
 def parts(module) -> set[str]:
-    """Return the names of a module's weights, and of its submodules without weights."""
-    names = {name for name, _ in module.named_parameters()}
+    """Return the names of a module's weights, and of its submodules without weights. A weight with
+    a LoRA adapter counts as one: reading it gives the sum."""
+    names = set()
+    for name, _ in module.named_parameters():
+        names.add(re.sub(r"\.parametrizations\.(\w+)\..*", r".\1", name))
     for name, submodule in module.named_modules():
         if not list(submodule.parameters()):
             names.add(name)

@@ -1,6 +1,7 @@
 """lib/lora.py: the formula, freezing, merging, the reference policy, and PEFT as the oracle."""
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import dpo
 import grpo
 import sft
 from lib.args import InputError
+from lib.cache import KVCache
+from lib.decode import DecodeStep
 from lib.lora import LowRank, adapters, add_lora, base_model, merge_adapter, merged_state_dict
 from model import Qwen2
 from sample import load_policy
@@ -74,6 +77,19 @@ def test_merged_weights_give_the_same_logits_under_the_plain_names():
     model, plain = with_lora(), tiny_model(seed=3)
     plain.load_state_dict(merged_state_dict(model))
     assert torch.equal(plain(IDS), model(IDS))
+
+
+def test_the_fast_decode_step_reads_the_sums():
+    """No plain pass and no warning; the same next token's logits as the whole forward pass."""
+    model = with_lora()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = KVCache(model.config, 2, 9, "cpu", torch.float32)
+        model.hidden(IDS[:, :8], cache=cache)
+        step = DecodeStep(model, cache)
+        logits = step.logits(step(IDS[:, 8]))
+    assert not step.is_plain
+    torch.testing.assert_close(logits, model(IDS)[:, -1], rtol=1e-5, atol=1e-4)
 
 
 def test_of_an_moe_routed_experts_and_router_stay_frozen():
