@@ -22,8 +22,8 @@ stage() {  # stage DIRECTORY PROGRAM --flags: skip it if it is finished, resume 
   python "$program" --out "$out" --seed "$SEED" "${@:3}" $resume
 }
 evaluate() {  # evaluate DIRECTORY --flags
-  if [ ! -e "$RUN/$1/eval.json" ]; then
-    python evaluate.py --init "$RUN/$1" --seed "$SEED" "${@:2}"
+  if [ ! -e "$RUN/evaluation/$1/eval.json" ]; then
+    python evaluate.py --init "$RUN/$1" --out "$RUN/evaluation/$1" --seed "$SEED" "${@:2}"
   fi
 }
 

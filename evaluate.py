@@ -9,7 +9,7 @@ it gets worked examples as plain text (--few_shot 1).
 Intervals are over queries, normal, from the spread of the queries' means: several samples of one
 query are not independent.
 
-    python evaluate.py --init runs/demo/grpo                       # table; writes eval.json there
+    python evaluate.py --init runs/demo/grpo                       # table; writes runs/evaluation
     python evaluate.py --init runs/demo/pretrain --few_shot 1 --text runs/demo/data
     python evaluate.py --init runs/demo/dpo --samples 8 --reward_model runs/demo/reward
 """
@@ -27,7 +27,7 @@ import tasks.queries
 from data import documents
 from data.mixture import is_held_out
 from lib.args import cli, positive, require
-from lib.files import write_atomic, write_jsonl
+from lib.files import read_json, write_atomic, write_jsonl
 from lib.optim import pad_rows, setup
 from lib.run import peak_rss_mb
 from lib.tables import cell, interval, metric_tables
@@ -42,6 +42,7 @@ from tokenizer import Tokenizer
 @dataclass
 class Args:
     init: str = "runs/sft"           # model directory to evaluate
+    out: str = "runs/evaluation"     # directory for eval.json and eval_samples.jsonl
     queries: str = "test"            # query splits or files, joined by commas
     n_queries: int = 0               # at most so many of each; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
@@ -226,6 +227,10 @@ def main(args: Args) -> dict:
     require(not args.rollout_url or args.yarn == 1 and not args.dca,
             "--rollout_url: --yarn and --dca are settings of the server there")
 
+    out = Path(args.out)
+    require(not (out / "config.json").exists(),
+            f"--out {out} holds a model, and an evaluation must not change it: choose another")
+
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480,
                                  reward_timeout=args.reward_timeout)
@@ -259,14 +264,15 @@ def main(args: Args) -> dict:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
 
     # save
-    out = Path(args.init)
     settings = asdict(args) | {"n": len(queries)}
-    record = {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb())}
+    run = Path(args.init) / "run.json"
+    record = {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb()),
+              "run": read_json(run) if run.exists() else {}}
     write_jsonl(out / "eval_samples.jsonl", sample_rows(queries, greedy, sampled))
     write_atomic(out / "eval.json", json.dumps(record, indent=1))
     for name, value in metrics.get("best_of", {}).items():
         print(f"best of {args.samples}, {name}: {cell(value)}")
-    for table in metric_tables([(out.name, metrics)]):
+    for table in metric_tables([(Path(args.init).name, metrics)]):
         print(table.markdown() + "\n")
     if texts:
         print(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text")

@@ -253,7 +253,7 @@ def pipeline(root: Path) -> None:
     for name, title, section in (
             ("pretrain", "pre-training", "3.1"), ("sft", "SFT", "4.1"), ("dpo", "DPO", "4.2"),
             ("reward", "reward model", "4.3"), ("grpo", "GRPO", "4.3")):
-        evaluation, passed = root / name / "eval.json", ""
+        evaluation, passed = root / "evaluation" / name / "eval.json", ""
         if evaluation.exists():
             total = read_json(evaluation)["metrics"]["pass@1"]["total"]
             passed = f"passes {100 * total['mean']:.0f}%"

@@ -3,19 +3,19 @@ answers worth reading, before and after.
 
     python -m lib.report --run runs/demo
 
-It reads run.json, log.jsonl and what evaluate.py left in each stage's directory. It writes
-report.md (for a terminal or a repository) and report.html (the same with curves, one file without
-scripts, for any browser) into the run's directory.
+It reads run.json and log.jsonl of each stage's directory, and what evaluate.py wrote to
+RUN/evaluation/STAGE. The stage "base" is the model that a run began with: it has an evaluation
+only. report.md (for a terminal or a repository) and report.html (the same with curves, one file
+without scripts, for any browser) are written into the run's directory.
 """
 import json
-import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from lib.args import cli, require
 from lib.files import read_json, read_jsonl, write_atomic
-from lib.tables import Table, cell, interval, metric_tables
+from lib.tables import Table, cell, interval, metric_tables, prompt_text
 
 # The stages in their order, each with the numbers of its log that show whether it went well.
 CURVES = {
@@ -27,8 +27,9 @@ CURVES = {
     "reward": ("accuracy", "loss"),
     "grpo": ("pass_rate", "own", "reward", "entropy", "frac_zero_std", "length", "kl"),
 }
-COMPARISONS = (("pretrain", "sft"), ("sft", "dpo"), ("dpo", "grpo"), ("sft", "grpo"),
-               ("sft", "sft_control"), ("sft_control", "grpo"))
+STORY = ("base", "pretrain", "sft", "dpo", "grpo")
+COMPARISONS = (("base", "sft"), ("base", "grpo"), ("pretrain", "sft"), ("sft", "dpo"),
+               ("dpo", "grpo"), ("sft", "grpo"), ("sft", "sft_control"), ("sft_control", "grpo"))
 
 
 @dataclass
@@ -39,9 +40,10 @@ class Args:
 @dataclass
 class Stage:
     name: str
-    record: dict                     # run.json
-    settings: dict                   # of its evaluation; empty: it is not evaluated
-    metrics: dict                    # of its evaluation
+    record: dict                     # run.json; empty for the base model
+    command: str
+    seed: int
+    metrics: dict                    # of its evaluation; empty: it is not evaluated
     answers: list[dict]              # eval_samples.jsonl
     log: list[dict]                  # log.jsonl
 
@@ -50,29 +52,36 @@ class Stage:
 # reading
 
 def collect(root: Path) -> list[Stage]:
-    """Return the stages whose directories are in root, in their order."""
-    found = [name for name in CURVES if (root / name / "run.json").exists()]
-    require(len(found) > 0, f"--run {root}: must be a directory that holds those of stages "
-            f"({', '.join(CURVES)})")
+    """Return the stages whose directories or evaluations are in root, in their order."""
     stages = []
     asked = {}      # what an evaluation asked -> a stage that was asked it
-    for name in found:
-        folder = root / name
-        settings = {}
-        metrics = {}
-        if (folder / "eval.json").exists():
-            evaluation = read_json(folder / "eval.json")
-            settings = evaluation["settings"]
-            metrics = evaluation["metrics"]
+    for name in ("base", *CURVES):
+        evaluation = root / "evaluation" / name
+        record = read_optional(root / name / "run.json")
+        scored = read_optional(evaluation / "eval.json")
+        if not record and not scored:
+            continue
+        settings = scored.get("settings", {})
+        if scored:
+            require(not record or scored["run"] == record, f"{root / name} was trained again after "
+                    "its evaluation; run evaluate.py again")
             question = (settings.get("queries"), settings.get("n"), settings.get("reward"))
             asked[question] = name
-        record = read_json(folder / "run.json")
-        answers = read_rows(folder / "eval_samples.jsonl")
-        log = read_rows(folder / "log.jsonl")
-        stages.append(Stage(name, record, settings, metrics, answers, log))
+        command = record.get("command", f"evaluate.py --init {settings.get('init')}")
+        seed = record.get("seed", settings.get("seed"))
+        answers = read_rows(evaluation / "eval_samples.jsonl")
+        log = read_rows(root / name / "log.jsonl")
+        metrics = scored.get("metrics", {})
+        stages.append(Stage(name, record, command, seed, metrics, answers, log))
+    require(len(stages) > 0, f"--run {root}: must be a directory that holds those of stages "
+            f"({', '.join(CURVES)})")
     require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
             "queries or by another --reward; run evaluate.py again")
     return stages
+
+
+def read_optional(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -84,22 +93,22 @@ def read_rows(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # tables, which both formats show
 
-STORY = ("pretrain", "sft", "dpo", "grpo")
-
-
-def summary_table(stages: list[Stage]) -> Table:
-    """Return one row per stage: its file, its seconds, and what its model passes."""
+def stage_table(stages: list[Stage]) -> Table:
+    """Return one row per stage: its cost, what its model passes, and its command."""
     rows = []
     for stage in stages:
-        if stage.name in STORY or stage.name == "reward":
-            passes = []
-            for metric in ("pass@1", "greedy"):
-                total = stage.metrics.get(metric, {}).get("total")
-                passes.append("" if total is None else f"{100 * total['mean']:.1f}")
-            file = stage.record["command"].split()[0]
-            seconds = f"{stage.record.get('seconds', math.nan):.0f}"
-            rows.append([stage.name, file, seconds, *passes])
-    return Table("The stages", ["stage", "file", "seconds", "pass@1, %", "greedy, %"], rows)
+        row = [stage.name, "", str(stage.record.get("peak_rss_mb", ""))]
+        if stage.record:
+            seconds = stage.record.get("seconds")
+            row[1] = "not finished" if seconds is None else f"{seconds:.0f}"
+        for metric in ("pass@1", "greedy"):
+            total = stage.metrics.get(metric, {}).get("total")
+            row.append("" if total is None else f"{100 * total['mean']:.1f}")
+        bits = stage.metrics.get("bits_per_byte")
+        row.append("" if bits is None else f"{bits:.3f}")
+        rows.append([*row, f"`python {stage.command}`"])
+    head = ["stage", "seconds", "peak MB", "pass@1, %", "greedy, %", "bits per byte", "command"]
+    return Table("The stages", head, rows)
 
 
 def question_table(answers: dict[str, list[dict]]) -> Table | None:
@@ -110,23 +119,24 @@ def question_table(answers: dict[str, list[dict]]) -> Table | None:
         scores = [row["greedy_score"] for row in rows]
         if len(names) > 1 and scores[-1] == 1 and max(scores[:-1]) < 1:
             cells = [[name, f"`{row['greedy']}`"] for name, row in zip(names, rows, strict=True)]
-            return Table(f"One question: {rows[0]['prompt']}", ["stage", "its answer"], cells)
+            question = prompt_text(rows[0]["prompt"]).replace("\n", " ")
+            return Table(f"One question: {question}", ["stage", "its answer"], cells)
     return None
 
 
 def tables_of(stages: list[Stage]) -> list[Table]:
-    tables = [summary_table(stages)]
-    question = question_table({stage.name: stage.answers for stage in stages if stage.answers})
+    """Return all tables; the first two, or one where no question is found, fit a terminal."""
+    answers = {stage.name: stage.answers for stage in stages if stage.answers}
+    evaluated = [(stage.name, stage.metrics) for stage in stages if stage.metrics]
+    question = question_table(answers)
+    tables = [stage_table(stages)]
     if question is not None:
         tables.append(question)
-    evaluated = [(stage.name, stage.metrics) for stage in stages if stage.metrics]
     if evaluated:
         tables += metric_tables(evaluated)
-    answers = {stage.name: stage.answers for stage in stages if stage.answers}
     gained = gains(answers)
     if gained.rows:
         tables.append(gained)
-    tables.append(costs_table(stages))
     if answers:
         tables += answer_tables(answers)
     return tables
@@ -150,19 +160,6 @@ def gains(answers: dict[str, list[dict]]) -> Table:
     return Table("Gains on the same queries, in points", head, rows)
 
 
-def costs_table(stages: list[Stage]) -> Table:
-    rows = []
-    for stage in stages:
-        seconds = str(stage.record.get("seconds", "not finished"))
-        memory = str(stage.record.get("peak_rss_mb", ""))
-        command = f"`python {stage.record['command']}`"
-        bits = ""
-        if "bits_per_byte" in stage.metrics:
-            bits = f"{stage.metrics['bits_per_byte']:.3f}"
-        rows.append([stage.name, seconds, memory, command, bits])
-    return Table("Stages", ["stage", "seconds", "peak MB", "command", "bits per byte"], rows)
-
-
 def answer_tables(answers: dict[str, list[dict]]) -> list[Table]:
     """Count the queries that were learned, lost and are still wrong between SFT (or the first stage
     evaluated) and the last one, and show one of each domain: the largest change."""
@@ -183,7 +180,8 @@ def answer_tables(answers: dict[str, list[dict]]) -> list[Table]:
         rows = {}
         for _, old, new in some:
             check = json.dumps(new["check"], ensure_ascii=False)
-            row = [new["domain"], new["prompt"], f"`{old['greedy']}`", f"`{new['greedy']}`", check]
+            row = [new["domain"], prompt_text(new["prompt"]), f"`{old['greedy']}`",
+                   f"`{new['greedy']}`", check]
             rows.setdefault(new["domain"], row)
         head = ["domain", "query", before, after, "checked by"]
         shown = [rows[domain] for domain in sorted(rows)]
@@ -236,6 +234,8 @@ def as_html(title: str, tables: list[Table], stages: list[Stage]) -> str:
         parts += [f"<h2>{escape(table.title)}</h2>", table.html()]
     parts.append("<h2>Curves</h2>")
     for stage in stages:
+        if not stage.log:
+            continue
         figures = "".join(curve(stage.log, metric) for metric in CURVES[stage.name])
         parts.append(f'<h3>{stage.name}</h3><div class="grid">{figures}</div>')
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -249,14 +249,14 @@ def main(args: Args) -> None:
     root = Path(args.run)
     stages = collect(root)
     seconds = sum(stage.record.get("seconds", 0) for stage in stages)
-    seed = stages[0].record["seed"]
-    title = f"{root.name}: seed {seed}, {seconds / 60:.1f} minutes of training"
+    title = f"{root.name}: seed {stages[-1].seed}, {seconds / 60:.1f} minutes of training"
     tables = tables_of(stages)
     lines = [f"# {title}\n"]
     for table in tables:
         lines.append(f"## {table.title}\n\n{table.markdown()}\n")
     if not any(stage.metrics for stage in stages):
-        lines.append(f"No stage is evaluated yet; `python evaluate.py --init {root}/…` does it.\n")
+        lines.append(f"No stage is evaluated yet; `python evaluate.py --init {root}/STAGE --out "
+                     f"{root}/evaluation/STAGE` does it.\n")
     markdown = "\n".join(lines)
     write_atomic(root / "report.md", markdown)
     write_atomic(root / "report.html", as_html(title, tables, stages))

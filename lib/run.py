@@ -89,14 +89,29 @@ class Run:
         self.check_record()
 
     def check_record(self) -> None:
-        """Check that the directory may be written to, as far as its run.json decides this."""
+        """Refuse to resume a run that is finished, never begun, or had other arguments; and to
+        replace one that is finished, or has made at least one step."""
         has_record = (self.path / "run.json").exists()
         record = read_json(self.path / "run.json") if has_record else {}
+        finished = record.get("finished")
+        has_state = self.state_file.exists()
+        self.resumed = self.args["resume"] and has_state
         if self.args["resume"]:
-            self.check_resumed(record)
+            reason = "it is finished" if finished else "it was not begun: no run.json"
+            require(record and not finished, f"{self.path}: nothing to resume ({reason})")
+            before = record.get("args")
+            require(isinstance(before, dict), f"{self.path}/run.json: no args")
+            changes = []
+            for name, value in self.args.items():
+                if name not in ("resume", "overwrite") and before.get(name) != value:
+                    changes.append(f"{name} {before.get(name)!r} -> {value!r}")
+            require(not changes, f"{self.path}: a resumed run takes the steps of an uninterrupted "
+                    f"one, so --resume refuses other arguments: {', '.join(changes)}")
         elif record and not self.args["overwrite"]:
-            self.check_replaced(record)
-        self.resumed = self.args["resume"] and self.state_file.exists()
+            has_steps = self.log_file.exists() and self.log_file.stat().st_size > 0
+            what = "a finished run" if finished else "an interrupted run (--resume to continue it)"
+            require(not finished and not has_steps and not has_state,
+                    f"{self.path} holds {what}: pass --overwrite or another --out")
 
     def lock(self) -> None:
         """Keep other processes from writing to this directory until this one ends. InputError if
@@ -122,27 +137,6 @@ class Run:
         self.lock_file.truncate(0)
         self.lock_file.write(this)
         self.lock_file.flush()
-
-    def check_resumed(self, record: dict) -> None:
-        """Refuse --resume of a run that is finished, never begun, or had other arguments."""
-        finished = record.get("finished")
-        reason = "it is finished" if finished else "it was not begun: no run.json"
-        require(record and not finished, f"{self.path}: nothing to resume ({reason})")
-        before = record.get("args")
-        require(isinstance(before, dict), f"{self.path}/run.json: no args")
-        changes = []
-        for name, value in self.args.items():
-            if name not in ("resume", "overwrite") and before.get(name) != value:
-                changes.append(f"{name} {before.get(name)!r} -> {value!r}")
-        require(not changes, f"{self.path}: --resume with other arguments: {', '.join(changes)}")
-
-    def check_replaced(self, record: dict) -> None:
-        """Refuse to replace a run that is finished, or that has made at least one step."""
-        finished = record.get("finished")
-        has_steps = self.log_file.exists() and self.log_file.stat().st_size > 0
-        what = "a finished run" if finished else "an interrupted run (--resume to continue it)"
-        require(not finished and not has_steps and not self.state_file.exists(),
-                f"{self.path} holds {what}: pass --overwrite or another --out")
 
     def check_out(self) -> None:
         """Refuse an --out that is also --init, or that cannot be written to."""
@@ -202,9 +196,7 @@ class Run:
             return
         with disk_errors(f"--out {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.state_file, self.path / "eval.json",
-                         self.path / "eval_samples.jsonl"):
-                file.unlink(missing_ok=True)
+            self.state_file.unlink(missing_ok=True)
             self.log_file.write_text("", encoding="utf-8")
 
     def interrupt(self, *_) -> None:
@@ -318,14 +310,9 @@ class Run:
 
 
 def peak_rss_mb() -> float:
-    """Return the peak resident memory of this process in MB, or nan on Windows."""
+    """Return the peak resident memory of this process in MB, or 0 where there is no /proc."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss also counts the program that started this one
-        kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
-        return int(kilobytes) * 1024 / 1e6
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    if not status.exists():  # getrusage would also count the program that started this one
+        return 0.0
+    kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
+    return int(kilobytes) * 1024 / 1e6

@@ -24,6 +24,13 @@ def cell(value: dict[str, float], form: str = ".1f") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def prompt_text(prompt: str | list[dict]) -> str:
+    """Return a query's prompt as text; a conversation has one line per message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
+
+
 class Table(NamedTuple):
     """Rows of text. A cell in `backticks` is code."""
     title: str

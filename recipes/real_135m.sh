@@ -79,9 +79,9 @@ END
 
 # 2. One stage after the other, the test before and after each that makes a policy.
 finished() { grep -qs '"finished": true' "$OUT/$1/run.json"; }
-evaluate() {  # name
-  [ -e "$OUT/$1/eval.json" ] || timed "evaluate $1" "$PYTHON" evaluate.py --init "$OUT/$1" \
-    --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --samples 4 --max_new_tokens 48 \
+evaluate() {  # name, model directory
+  [ -e "$OUT/evaluation/$1/eval.json" ] || timed "evaluate $1" "$PYTHON" evaluate.py \
+    --init "$2" --out "$OUT/evaluation/$1" --queries "$OUT/test.jsonl" --n_queries "$N_TEST" --samples 4 --max_new_tokens 48 \
     --dtype "$DTYPE"
 }
 stage() {  # script, name, flags
@@ -94,20 +94,16 @@ timed() {
   { time "${@:2}" 2>&3; } 3>&2 2>> "$OUT/times.txt"
 }
 
-# The base model under a name that the report knows.
-ln -sf "$MODEL"/* "$OUT/pretrain/"
-[ -e "$OUT/pretrain/run.json" ] || { : > "$OUT/pretrain/log.jsonl"
-  echo '{"command": "", "seed": 0}' > "$OUT/pretrain/run.json"; }
-evaluate pretrain
+evaluate base "$MODEL"
 
 stage sft sft --init "$MODEL" --data "$OUT/sft.jsonl" --n_data "$N_SFT" --epochs "$EPOCHS" \
   --batch_size 16 --micro_batch 16 --warmup 3 --lr "$(lr 1e-4)" --max_new_tokens 16
-evaluate sft
+evaluate sft "$OUT/sft"
 
 stage dpo dpo --init "$OUT/sft" --base "$MODEL" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" \
   --pairs_per_query 1 --max_new_tokens 48 --epochs 1 --lr "$(lr 2e-5)" --warmup 2 \
   --batch_size 16 --micro_batch 8
-evaluate dpo
+evaluate dpo "$OUT/dpo"
 
 stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatures 1.0 \
   --pairs "$OUT/dpo/pairs.jsonl" --queries "$OUT/rl.jsonl" --n_queries "$N_RL" --n_held_out 16 \
@@ -129,7 +125,7 @@ END
 stage grpo grpo --init "$OUT/dpo" --reward_model "$OUT/reward" --queries "$OUT/mixed.jsonl" \
   --n_queries "$N_RL" --query_order random --steps "$STEPS" --batch_queries "$BATCH" \
   --max_new_tokens 48 --lr "$(lr 2e-5)" --warmup 2 --scale_rewards none --save_every 4
-evaluate grpo
+evaluate grpo "$OUT/grpo"
 
 "$PYTHON" -m lib.report --run "$OUT"
 cat "$OUT/times.txt"

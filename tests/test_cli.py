@@ -267,8 +267,8 @@ def test_chain_of_all_stages(tmp_path):
     run_stage("grpo", "--init", "s", "--reward_model", "r", "--queries", "queries.jsonl", "--steps",
               4, "--batch_queries", 3, "--max_new_tokens", 8, "--device", "cpu", "--out", "g",
               cwd=tmp_path)
-    run_stage("evaluate", "--init", "g", "--queries", "queries.jsonl", "--max_new_tokens", 8,
-              cwd=tmp_path)
+    run_stage("evaluate", "--init", "g", "--out", "e", "--queries", "queries.jsonl",
+              "--max_new_tokens", 8, cwd=tmp_path)
     said = run_stage("sample", "--init", "g", "--prompt", "Say A.", "--max_new_tokens", 8,
                      cwd=tmp_path)
     for name in "psdrg":
@@ -285,6 +285,6 @@ def test_chain_of_all_stages(tmp_path):
     for name in "sdg":
         first = json.loads((tmp_path / name / "samples.jsonl").read_text("utf-8").splitlines()[0])
         assert {"prompt", "response", "score", "finished"} <= first.keys()
-    metrics = json.loads((tmp_path / "g" / "eval.json").read_text("utf-8"))["metrics"]
+    metrics = json.loads((tmp_path / "e" / "eval.json").read_text("utf-8"))["metrics"]
     assert metrics["pass@1"]["total"]["n"] == 3
     assert len(said.splitlines()) >= 2  # the device, and the answer: may be empty at this size

@@ -131,23 +131,24 @@ def word_queries(path, n=6):
 def run(micro_run, tmp_path, **values):
     return evaluate.main(stage_args(evaluate, **{
         "init": str(micro_run), "queries": word_queries(tmp_path / "q.jsonl"), "samples": 2,
-        "max_new_tokens": 6, **values}))
+        "max_new_tokens": 6, "out": str(tmp_path / "scores"), **values}))
 
 
 @pytest.mark.parametrize("few_shot", [0, 2])
 def test_evaluation_is_written_and_repeats(micro_run, tmp_path, few_shot):
     """R13.1: settings, n and intervals beside each number; the same seed gives the same file."""
     metrics = run(micro_run, tmp_path, few_shot=few_shot)
-    written = json.loads((micro_run / "eval.json").read_text("utf-8"))
+    written = json.loads((tmp_path / "scores" / "eval.json").read_text("utf-8"))
     assert written["metrics"] == metrics
     assert written["settings"].items() >= {"n": 6, "samples": 2, "few_shot": few_shot,
                                            "max_new_tokens": 6}.items()
     for name in ("pass@1", "greedy"):
         assert metrics[name]["total"]["n"] == 6 and metrics[name]["logic"]["n"] == 3
         assert all(v["low"] <= v["mean"] <= v["high"] for v in metrics[name].values())
-    lines = (micro_run / "eval_samples.jsonl").read_text("utf-8").splitlines()
+    lines = (tmp_path / "scores" / "eval_samples.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 6 and {"prompt", "greedy", "sampled"} <= json.loads(lines[0]).keys()
     assert run(micro_run, tmp_path, few_shot=few_shot) == metrics
+    assert not list(micro_run.glob("eval*"))  # what was evaluated stays as it was given
 
 
 def test_best_of_by_hand():
@@ -206,7 +207,8 @@ def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
         "def score(query, response):\n    return 1 if query['prompt'] == 'Write 0.' else 0.25\n")
     own = {"reward": f"{tmp_path / 'mine.py'}:score", "max_new_tokens": 40}
     metrics = run(micro_run, tmp_path, **own)
-    rows = [json.loads(line) for line in (micro_run / "eval_samples.jsonl").open(encoding="utf-8")]
+    text = (tmp_path / "scores" / "eval_samples.jsonl").read_text("utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
     assert "| pass@1 (mean score), % | total |" in capsys.readouterr().out
 
@@ -237,3 +239,4 @@ def test_text_is_held_out_only(micro_run, tokenizer, tmp_path):
 def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
     """One line that names the flag."""
     refuses(lambda: run(micro_run, tmp_path, **values), *words)
+    refuses(lambda: run(micro_run, tmp_path, out=str(micro_run)), "--out", "holds a model")

@@ -303,7 +303,8 @@ def test_evaluate_reads_long_windows(short_run, tmp_path):
     assert held_out
     write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in held_out])
     args = stage_args(evaluate, init=str(short_run), n_queries=4, samples=1, max_new_tokens=2,
-                      window=400, text=str(tmp_path))
+                      window=400, text=str(tmp_path),
+                      out=str(tmp_path / "scores"))
 
     def bits(**flags):
         return evaluate.main(replace(args, **flags))["bits_per_byte"]
@@ -311,7 +312,7 @@ def test_evaluate_reads_long_windows(short_run, tmp_path):
         bits()
     assert len({bits(yarn=4.0), bits(dca=True), bits(window=100)}) == 3
     assert bits(dca=True, window=100) == pytest.approx(bits(window=100), abs=1e-6)
-    assert json.loads((short_run / "eval.json").read_text())["settings"]["window"] == 100
+    assert json.loads((tmp_path / "scores" / "eval.json").read_text())["settings"]["window"] == 100
 
 
 # ---------------------------------------------------------------------------------------------

@@ -203,8 +203,9 @@ def test_post_training_of_a_published_model(micro_run, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
-    names = ("pretrain", "sft", "dpo", "grpo")
-    metrics = [json.loads((out / name / "eval.json").read_text())["metrics"] for name in names]
+    names = ("base", "sft", "dpo", "grpo")
+    metrics = [json.loads((out / "evaluation" / name / "eval.json").read_text())["metrics"]
+               for name in names]
     assert [m["greedy"]["total"]["n"] for m in metrics] == [76] * 4
     base, sft, _, best = (m["pass@1"]["SVAMP"]["mean"] for m in metrics)
     assert base < sft < best
@@ -217,7 +218,8 @@ def test_post_training_of_a_published_model(micro_run, tmp_path):
                for rows in asked.values()]
     for one, other in itertools.combinations(prompts, 2):
         assert one & other == {"Pick one. Which?"}
-    assert "| dpo | grpo |" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "| dpo | grpo |" in report and "| base | grpo |" in report
     times = (out / "times.txt").read_text()
     assert len(re.findall(r"^\d[\d.]* s, .* of CPU: ", times, re.M)) == 8
 

@@ -10,16 +10,19 @@ from lib import report
 
 def fake_stage(root, name, greedy):
     path = root / name
-    path.mkdir()
+    scores = root / "evaluation" / name
+    for folder in (path, scores):
+        folder.mkdir(parents=True)
     cell = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     metrics = {"pass@1": {"total": cell, "logic": cell}, "greedy": {"total": cell, "logic": cell}}
-    (path / "run.json").write_text(json.dumps({
-        "seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
-        "result": {"loss": 1.0}}), "utf-8")
-    (path / "eval.json").write_text(json.dumps({"settings": {}, "metrics": metrics}), "utf-8")
+    record = {"seed": 3, "seconds": 60.0, "peak_rss_mb": 100, "command": f"{name}.py --x 1",
+              "result": {"loss": 1.0}}
+    (path / "run.json").write_text(json.dumps(record), "utf-8")
+    evaluation = {"settings": {}, "metrics": metrics, "run": record}
+    (scores / "eval.json").write_text(json.dumps(evaluation), "utf-8")
     write_rows(path / "log.jsonl",
                [{"step": i, "loss": 2.0 - i, "pass_rate": i / 9} for i in range(3)])
-    write_rows(path / "eval_samples.jsonl", [
+    write_rows(scores / "eval_samples.jsonl", [
         {"domain": "logic", "prompt": f"q{i}", "check": {"kind": "<math>"}, "greedy": f"{name} <b>",
          "greedy_score": s, "pass@1": s / 2} for i, s in enumerate(greedy)])
 
@@ -33,7 +36,7 @@ def test_report(tmp_path):
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "seed 3, 2.0 minutes" in text
     assert text.count("50.0 [25.0, 75.0]") == 8
-    assert "| sft | sft.py | 60 | 50.0 | 50.0 |" in text
+    assert "| sft | 60 | 100 | 50.0 | 50.0 |" in text
     assert "One question: q0\n\n| stage | its answer |\n| --- | --- |\n| sft | `sft <b>` |" in text
     assert "Learned from sft to grpo: 1 queries" in text and "Lost from sft to grpo: 1" in text
     assert "| q0 |" in text and "| q1 |" in text and "| q2 |" not in text
@@ -60,7 +63,7 @@ def test_one_stage_that_is_not_finished_nor_evaluated(tmp_path):
     (tmp_path / "sft" / "run.json").write_text('{"seed": 0, "command": "sft.py"}', "utf-8")
     report.main(report.Args(run=str(tmp_path)))
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "| sft | not finished |  | `python sft.py` |" in text
+    assert "| sft | not finished |  |  |  |  | `python sft.py` |" in text
     assert f"python evaluate.py --init {tmp_path}" in text
     assert "not finished" in Page((tmp_path / "report.html").read_text("utf-8")).words
 
@@ -105,7 +108,7 @@ def test_a_strangers_text_is_no_html(tmp_path):
     fake_stage(tmp_path, "sft", [0.0])
     fake_stage(tmp_path, "grpo", [1.0])
     for name in ("sft", "grpo"):
-        path = tmp_path / name
+        path = tmp_path / "evaluation" / name
         for file in ("eval.json", "eval_samples.jsonl"):
             text = (path / file).read_text("utf-8").replace('"logic"', json.dumps(evil))
             (path / file).write_text(text.replace('"q0"', json.dumps(f"q {evil}")), "utf-8")
@@ -136,7 +139,7 @@ def test_the_log_of_every_stage_has_its_curves():
 def test_evaluations_by_different_rewards_are_not_compared(tmp_path):
     for name, reward in (("sft", "mine.py:score 0a"), ("grpo", "mine.py:score 0b")):
         fake_stage(tmp_path, name, [0.0])
-        path = tmp_path / name / "eval.json"
+        path = tmp_path / "evaluation" / name / "eval.json"
         path.write_text(path.read_text().replace('"settings": {}',
                                                  f'"settings": {{"reward": "{reward}"}}'))
     refuses(lambda: report.main(report.Args(run=str(tmp_path))), "sft and grpo", "--reward")
@@ -150,3 +153,38 @@ def test_of_graded_answers_those_that_rose_most_are_shown(tmp_path):
     assert "Learned from sft to grpo: 2 queries" in text
     assert "Lost from sft to grpo: 1 queries" in text
     assert "| q1 |" in text and "| q2 |" in text and "| q0 |" not in text
+
+
+def test_the_base_model_has_a_row_of_its_evaluation_alone(tmp_path):
+    """No stage here made it: no run.json, no seconds, and the command is that of its evaluation."""
+    fake_stage(tmp_path, "base", [0.0, 0.0])
+    fake_stage(tmp_path, "sft", [1.0, 1.0])
+    (tmp_path / "base" / "run.json").unlink()
+    (tmp_path / "base" / "log.jsonl").unlink()
+    path = tmp_path / "evaluation" / "base" / "eval.json"
+    path.write_text(path.read_text().replace('"settings": {}', '"settings": {"init": "Qwen"}'))
+    report.main(report.Args(run=str(tmp_path)))
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| base |  |  | 50.0 | 50.0 |  | `python evaluate.py --init Qwen` |" in text
+    assert "| base | sft | +50.0 [+50.0, +50.0] | +100.0 [+100.0, +100.0] |" in text
+    assert "seed 3, 1.0 minutes" in text
+
+
+def test_prompts_that_are_messages_are_shown_as_a_conversation(tmp_path):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a|b?"}]
+    for name, score in (("sft", 0.0), ("grpo", 1.0)):
+        fake_stage(tmp_path, name, [score])
+        path = tmp_path / "evaluation" / name / "eval_samples.jsonl"
+        path.write_text(path.read_text("utf-8").replace('"q0"', json.dumps(talk)))
+    report.main(report.Args(run=str(tmp_path)))
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| logic | system: Be brief.\\nuser: a\\|b? |" in text
+    assert "## One question: system: Be brief. user: a|b?\n" in text
+
+
+def test_an_evaluation_of_earlier_weights_is_refused(tmp_path):
+    """The stage was trained again after its evaluation."""
+    fake_stage(tmp_path, "sft", [1.0])
+    record = json.loads((tmp_path / "sft" / "run.json").read_text())
+    (tmp_path / "sft" / "run.json").write_text(json.dumps(record | {"seconds": 61.0}))
+    refuses(lambda: report.main(report.Args(run=str(tmp_path))), "trained again", "sft")

@@ -123,13 +123,13 @@ def test_evaluation_is_the_same(policy, peer, tmp_path):
     """Greedy answers and scores, in a chat and after a worked example."""
     for shots in (0, 1):
         values = {"init": str(policy), "n_queries": 8, "samples": 2, "max_new_tokens": 8,
-                  "few_shot": shots}
+                  "few_shot": shots, "out": str(tmp_path)}
         here = evaluate.main(stage_args(evaluate, **values))
-        rows = (policy / "eval_samples.jsonl").read_text().splitlines()
+        rows = (tmp_path / "eval_samples.jsonl").read_text().splitlines()
         peer.asked.clear()
         there = evaluate.main(stage_args(evaluate, **values, rollout_url=peer.url))
         assert there["greedy"] == here["greedy"] and len(peer.asked) == 1 + 8 + 8
-        again = (policy / "eval_samples.jsonl").read_text().splitlines()
+        again = (tmp_path / "eval_samples.jsonl").read_text().splitlines()
         for a, b in zip(rows, again, strict=True):
             assert json.loads(a)["greedy"] == json.loads(b)["greedy"]
 
