@@ -7,11 +7,13 @@ import http.client
 import json
 import math
 import os
+import threading
 import time
 import urllib.parse
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,16 @@ from lib.dist import RANK, all_gather
 from lib.files import disk_errors
 from model import Qwen2
 from tokenizer import Tokenizer
+
+
+MAX_GAP = 0.1  # mean |difference| of log-probabilities, nats per token
+# What to do about an HTTP error: (path, status) -> advice.
+ADVICE = {
+    ("v1/models", 401): "; set OPENAI_API_KEY to the server's key",
+    ("reset_prefix_cache", 404): "; start the server with VLLM_SERVER_DEV_MODE=1",
+    ("collective_rpc", 500): "; the server must see --out under the same path as we do; start it "
+                             "again, for it may be gone now",
+}
 
 
 class VLLMClient:
@@ -40,38 +52,59 @@ class VLLMClient:
         is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
         self.opener = urllib.request.build_opener(*handlers)
+        self.headers = {}
+        if "OPENAI_API_KEY" in os.environ:
+            self.headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
         self.tokenizer = tokenizer
+        self.smallest_gap = math.inf  # of all checks
+        self.logit_bias = {}
         self.name = self.ask("v1/models", None, lambda reply: reply["data"][0]["id"])
 
-    def check(self, model: Qwen2) -> None:
+    def check(self, model: Qwen2, advice: str = "") -> None:
         """Raise an InputError if the server has other weights than `model`, which its
-        log-probabilities of an answer show. Rounding to bfloat16 changes them by about 0.02 per
-        token; a checkpoint that is only a few steps away cannot be told apart."""
+        log-probabilities of eight drawn answers show.
+
+        Rounding to bfloat16 changes them by about 0.02 per token. A server that was near before
+        must stay near: 4 times its smallest gap, or 0.001, is a server that kept old weights."""
+        # A server would draw the padded rows of the vocabulary too, which no token owns.
+        padding = range(self.tokenizer.n_vocab, model.config.vocab_size)
+        self.logit_bias = {str(i): -100 for i in padding}
         prompt = self.tokenizer.render_prompt("Who are you?")
-        answer = self.generate([prompt], 16, 0.0, 0, self.tokenizer.stop_ids, 1)[0]
-        ids = torch.tensor([prompt + answer.ids], device=model.head_weight.device)
-        with torch.no_grad():
-            hidden = model.hidden(ids[:, :-1])[0, len(prompt) - 1:]   # predicts the answer's ids
-            own = kernels.token_logprobs(hidden, model.head_weight, ids[0, len(prompt):])
-        theirs = torch.tensor(answer.logprobs, device=own.device)
-        gap = (own - theirs).abs().mean().item()
-        require(gap < 0.2, f"--rollout_url {self.url} serves {self.name}, which is not the model "
-                f"here: log-probabilities differ by {gap:.2g} per token")
+        gaps = []
+        for answer in self.generate([prompt], 16, 1.0, 0, self.tokenizer.stop_ids, 8):
+            ids = torch.tensor([prompt + answer.ids], device=model.head_weight.device)
+            with torch.no_grad():
+                hidden = model.hidden(ids[:, :-1])[0, len(prompt) - 1:]   # predicts the answer
+                own = kernels.token_logprobs(hidden, model.head_weight, ids[0, len(prompt):])
+            theirs = torch.tensor(answer.logprobs, device=own.device)
+            gaps.append((own - theirs).abs())
+        gap = torch.cat(gaps).mean().item()
+        limit = min(MAX_GAP, max(4 * self.smallest_gap, 1e-3))
+        require(gap < limit, f"--rollout_url {self.url} serves {self.name}, which is not the model "
+                f"here: log-probabilities differ by {gap:.2g} per token{advice}")
+        self.smallest_gap = min(gap, self.smallest_gap)
 
     def load(self, model: Qwen2, path: Path) -> None:
         """Answer with this model from now on. We write its weights to `path`; the server reads them
         there and forgets its keys and values of earlier weights. Both calls belong to vLLM's
         development mode (VLLM_SERVER_DEV_MODE=1)."""
+        tied = model.config.tie_word_embeddings
         if RANK == 0:
             self.forget()  # first: without the development mode nothing is written
             with disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
-                model.save_pretrained(path)
+                saved = untied(model) if tied else model
+                saved.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
             self.ask("collective_rpc", body, lambda reply: reply["results"])
             self.forget()
         all_gather(None)  # the other processes wait
-        self.check(model)
+        advice = ""
+        if tied:
+            advice = (f"; on a CPU, vLLM keeps the first head of tied embeddings: serve {path}, "
+                      "where the head is apart")
+        self.check(model, advice)
 
     def forget(self) -> None:
         """Empty the server's cache of keys and values."""
@@ -96,10 +129,8 @@ class VLLMClient:
     def request(self, path: str, body: dict | None):
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        request.unredirected_hdrs |= self.headers  # a key is for this server alone
         deadline = time.monotonic() + self.timeout
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:
@@ -113,17 +144,21 @@ class VLLMClient:
                 return json.loads(content)
         except urllib.error.HTTPError as error:
             text = error.read(300).decode("utf-8", "replace")  # says more than the status
-            raise OSError(f"{error}: {text}") from None
+            raise OSError(f"{error}: {text}{ADVICE.get((path, error.code), '')}") from None
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int,
                  stop_ids, n: int) -> list[Completion]:
         """Return what sample.generate would: n completions per prompt, in the order of prompts."""
         # A server would take whatever is not set here from the model's generation_config.json, such
-        # as Qwen2.5's top_k 20 and repetition penalty. But the answers must be the policy's own.
+        # as Qwen2.5's top_k 20 and repetition penalty, or an end of its own (ignore_eos: only ours
+        # count). But the answers must be the policy's.
         # vLLM's log-probabilities are those of temperature 1, and only for `check`.
         body = {"model": self.name, "max_tokens": max_new_tokens, "temperature": temperature,
-                "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "n": n,
-                "stop_token_ids": list(stop_ids), "logprobs": 0, "return_token_ids": True}
+                "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+                "presence_penalty": 0.0, "frequency_penalty": 0.0, "n": n, "ignore_eos": True,
+                "stop_token_ids": list(stop_ids), "logit_bias": self.logit_bias, "logprobs": 0,
+                "return_token_ids": True}
+        failed = threading.Event()
 
         def read(reply) -> list[Completion]:
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
@@ -133,9 +168,16 @@ class VLLMClient:
             return completions
 
         def answer(i: int) -> list[Completion]:
-            # vLLM counts up from a request's seed, so that each of the n has its own.
-            request = body | {"prompt": prompts[i], "seed": seed + i * n}
-            return self.ask("v1/completions", request, read)
+            if failed.is_set():  # a frozen server would let each request wait for its timeout
+                return []
+            # vLLM counts up from a request's seed, so that each of the n has its own. Its seeds end
+            # at 2**63, and -1 would be none.
+            request = body | {"prompt": prompts[i], "seed": (seed + i * n) % 2**62}
+            try:
+                return self.ask("v1/completions", request, read)
+            except InputError:
+                failed.set()
+                raise
 
         completions = []
         with ThreadPoolExecutor(64) as pool:  # the server batches what comes at the same time
@@ -157,6 +199,15 @@ class VLLMClient:
                 f"ids, among them {max(ids)}, the last {ids[-1]}, {choice.get('finish_reason')}, "
                 f"{'all' if measured else 'not all'} log-probabilities finite")
         return Completion(ids, logprobs, finished)
+
+
+def untied(model: Qwen2) -> Qwen2:
+    """Return a model of tied embeddings with a copy of them as its head."""
+    with torch.device("meta"):
+        copy = Qwen2(replace(model.config, tie_word_embeddings=False))
+    weights = model.state_dict() | {"lm_head.weight": model.head_weight.detach().clone()}
+    copy.load_state_dict(weights, assign=True)
+    return copy
 
 
 def rollout_backend(url: str, model, tokenizer):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from helpers import interrupt_at, letter_queries, log, refuses, stage_args, teach, teach_letters
 
 import dpo
@@ -26,11 +27,12 @@ PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choo
 
 
 class Peer:
-    """A server in a thread. `spoil` changes its answers, `asked` is what it was asked, `loaded` how
-    often it read weights."""
+    """A server in a thread. `spoil` changes its answers, `asked` is what it was asked, `keys` what
+    it was sent to open it, `loaded` how often it read weights."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.asked, self.loaded = model, tokenizer, [], 0
+        self.keys = set()
         self.spoil, self.lock = lambda reply: reply, threading.Lock()
         peer = self
 
@@ -41,6 +43,7 @@ class Peer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                peer.keys.add(self.headers["Authorization"])
                 with peer.lock:
                     if self.path == "/v1/completions":
                         peer.asked.append(body)
@@ -73,8 +76,11 @@ class Peer:
 
     def complete(self, body) -> dict:
         assert body["model"] == "the-model" and body["return_token_ids"] and body["logprobs"] == 0
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        assert plain.items() <= body.items()
+        padding = {str(i): -100 for i in range(600, 640)}
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+                 "presence_penalty": 0.0, "frequency_penalty": 0.0, "ignore_eos": True,
+                 "logit_bias": padding}
+        assert plain.items() <= body.items() and body["seed"] >= 0
         done = generate(self.model, [body["prompt"]], body["max_tokens"], body["temperature"],
                         seed=body["seed"], stop_ids=body["stop_token_ids"], n=body["n"],
                         valid_vocab=self.tokenizer.n_vocab)
@@ -151,7 +157,7 @@ def test_the_stages_sample_there(stage, values, requests, checks, few, peer, tmp
     """All answers of the fixed policy come from the server, and nothing else does: the model that
     was trained is not there."""
     stage.main(stage_args(stage, **few, **values, out=str(tmp_path / "run")))
-    assert sorted(body["n"] for body in peer.asked) == [1] * checks + [16] * requests
+    assert sorted(body["n"] for body in peer.asked) == [8] * checks + [16] * requests
     assert len(log(tmp_path / "run")) >= 3
 
 
@@ -161,7 +167,7 @@ def test_rejection_sampling_samples_there(few, peer, tmp_path):
     tasks.__main__.rejection(stage_args(
         tasks.__main__, init=few["init"], queries=few["queries"], rollout_url=peer.url,
         responses=16, max_new_tokens=8, out=str(path)))
-    assert sorted(body["n"] for body in peer.asked) == [1] + [16] * 2
+    assert sorted(body["n"] for body in peer.asked) == [8] + [16] * 2
     answers = [json.loads(row)["messages"][1]["content"] for row in path.read_text().splitlines()]
     assert {"A."} <= set(answers) and all("A" in text for text in answers)
 
@@ -221,15 +227,16 @@ def test_grpo_sees_a_server_that_keeps_old_weights(online, peer, tmp_path):
     """By how it differs from the policy here, and that it says so itself is not needed."""
     peer.reload = lambda weights_path: None
     refuses(lambda: grpo.main(stage_args(grpo, **online | {"lr": 0.1, "warmup": 0, "steps": 20})),
-            "not the model")
+            "not the model", f"serve {tmp_path / 'run' / 'served'}")
     assert 1 <= len(log(tmp_path / "run")) < 20
 
 
 @pytest.mark.parametrize("spoil, words, written", [
     (lambda reply: (404, {"detail": "Not Found"}) if "success" in reply else reply,
-     ["reset_prefix_cache", "404"], False),  # no development mode
+     ["reset_prefix_cache", "404", "VLLM_SERVER_DEV_MODE=1"], False),  # no development mode
     (lambda reply: {"success": False} if "success" in reply else reply, ["prefix cache"], False),
-    (lambda reply: (500, {}) if "results" in reply else reply, ["collective_rpc", "500"], True),
+    (lambda reply: (500, {}) if "results" in reply else reply,
+     ["collective_rpc", "500", "same path"], True),
     (lambda reply: {} if "results" in reply else reply, ["KeyError", "results"], True)])
 def test_a_server_that_cannot_load_is_told_in_one_line(spoil, words, written, online, peer,
                                                        tmp_path):
@@ -246,6 +253,14 @@ def edit(change):
             change(reply["choices"][0])
         return reply
     return spoil
+
+
+def lower(reply, by):
+    """A reply in which every log-probability is lower."""
+    for choice in reply.get("choices", []):
+        logprobs = choice["logprobs"]["token_logprobs"]
+        choice["logprobs"]["token_logprobs"] = [logprob - by for logprob in logprobs]
+    return reply
 
 
 BROKEN = [
@@ -279,9 +294,8 @@ BROKEN = [
     ("an end within", edit(lambda choice: (
         choice["token_ids"].insert(0, choice["token_ids"][-1]),
         choice["logprobs"]["token_logprobs"].insert(0, -1.0))), ["tokenizer"]),
-    ("other weights", edit(lambda choice: choice["logprobs"].update(
-        token_logprobs=[p - 0.3 for p in choice["logprobs"]["token_logprobs"]])),
-     ["not the model", "0.3"])]
+    ("other weights", lambda reply: lower(reply, 0.3), ["not the model", "0.3"]),
+    ("weights of some steps ago", lambda reply: lower(reply, 0.101), ["not the model", "0.1"])]
 
 
 @pytest.mark.parametrize("name, spoil, words", BROKEN, ids=[name for name, *_ in BROKEN])
@@ -303,6 +317,75 @@ def test_a_server_that_is_late_gone_or_another(policy, peer, tokenizer, tmp_path
     refuses(lambda: generate(there, [[5]], 8, 0.0), "--rollout_url", "refused")
     for url in ("localhost:8000", "file:///etc", ""):
         refuses(lambda url=url: VLLMClient(url, tokenizer), "http://HOST:PORT/v1")
+
+
+def test_a_server_that_was_nearer_before_is_refused(policy, peer, tokenizer):
+    """0.02 per token may be bfloat16's rounding, but not behind a server that was 0.001 away."""
+    model, _ = load_policy(policy, "cpu")
+    there = VLLMClient(peer.url, tokenizer)
+    for by, near in ((0.02, True), (0.07, True), (0.0005, True), (0.0015, True), (0.0025, False),
+                     (0.02, False)):
+        peer.spoil = lambda reply, by=by: lower(reply, by)
+        if near:
+            there.check(model)
+        else:
+            refuses(lambda: there.check(model), "not the model")
+    for by in (0.0, 0.0009):  # without any rounding, 0.001 is allowed
+        peer.spoil = lambda reply, by=by: lower(reply, by)
+        there.check(model)
+
+
+def test_the_directory_for_the_server_has_a_head_of_its_own(policy, peer, tokenizer, tmp_path):
+    """vLLM on a CPU does not see the head of tied embeddings change; what it reads is a whole model
+    that it can be started from."""
+    model, _ = load_policy(policy, "cpu")
+    VLLMClient(peer.url, tokenizer).load(model, tmp_path / "served")
+    served, its_tokenizer = load_policy(tmp_path / "served", "cpu")
+    assert model.config.tie_word_embeddings and not served.config.tie_word_embeddings
+    assert its_tokenizer.n_vocab == tokenizer.n_vocab
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(ids), served(ids))
+
+
+def test_a_key_comes_from_the_environment(policy, peer, tokenizer, monkeypatch):
+    """Where OpenAI's clients look for it; a server that wants one says 401."""
+    monkeypatch.setattr(peer, "spoil", lambda reply: (401, {"error": "Unauthorized"}))
+    refuses(lambda: VLLMClient(peer.url, tokenizer), "401", "OPENAI_API_KEY")
+    monkeypatch.setattr(peer, "spoil", lambda reply: reply)
+    model, _ = load_policy(policy, "cpu")
+    for key, sent in ((None, None), ("secret", "Bearer secret")):
+        if key is not None:
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        peer.keys.clear()
+        rollout_backend(peer.url, model, tokenizer)
+        assert peer.keys == {sent}
+
+
+def test_a_frozen_server_is_asked_no_more(policy, tokenizer, monkeypatch):
+    """Of 200 prompts 64 wait for their timeout; the others are never sent."""
+    asked = []
+
+    class Frozen(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(1)
+            time.sleep(1)
+
+        def log_message(self, *args):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 256
+
+    http = Server(("127.0.0.1", 0), Frozen)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(VLLMClient, "ask", lambda client, path, body, read, real=VLLMClient.ask: (
+        "name" if body is None else real(client, path, body, read)))
+    monkeypatch.setattr(VLLMClient, "timeout", 0.5)
+    there = VLLMClient(f"http://127.0.0.1:{http.server_port}/v1", tokenizer)
+    refuses(lambda: generate(there, [[5]] * 200, 8, 0.0), "timed out")
+    assert len(asked) <= 64
+    http.shutdown()
+    http.server_close()
 
 
 def test_a_server_that_drips_has_a_deadline(policy, peer, tokenizer, monkeypatch):
