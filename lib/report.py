@@ -40,9 +40,7 @@ class Args:
 @dataclass
 class Stage:
     name: str
-    record: dict                     # run.json; empty for the base model
-    command: str
-    seed: int
+    record: dict                     # run.json; of the base model seed and command only
     metrics: dict                    # of its evaluation; empty: it is not evaluated
     answers: list[dict]              # eval_samples.jsonl
     log: list[dict]                  # log.jsonl
@@ -61,18 +59,18 @@ def collect(root: Path) -> list[Stage]:
         scored = read_optional(evaluation / "eval.json")
         if not record and not scored:
             continue
-        settings = scored.get("settings", {})
         if scored:
-            require(not record or scored["run"] == record, f"{root / name} was trained again after "
-                    "its evaluation; run evaluate.py again")
+            require(not record or scored.get("run") == record, f"{root / name} was trained again "
+                    "after its evaluation; run evaluate.py again")
+            settings = scored["settings"]
             question = (settings.get("queries"), settings.get("n"), settings.get("reward"))
             asked[question] = name
-        command = record.get("command", f"evaluate.py --init {settings.get('init')}")
-        seed = record.get("seed", settings.get("seed"))
+            if not record:
+                command = f"evaluate.py --init {settings['init']}"
+                record = {"seed": settings["seed"], "command": command}
         answers = read_rows(evaluation / "eval_samples.jsonl")
         log = read_rows(root / name / "log.jsonl")
-        metrics = scored.get("metrics", {})
-        stages.append(Stage(name, record, command, seed, metrics, answers, log))
+        stages.append(Stage(name, record, scored.get("metrics", {}), answers, log))
     require(len(stages) > 0, f"--run {root}: must be a directory that holds those of stages "
             f"({', '.join(CURVES)})")
     require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
@@ -94,20 +92,20 @@ def read_rows(path: Path) -> list[dict]:
 # tables, which both formats show
 
 def stage_table(stages: list[Stage]) -> Table:
-    """Return one row per stage: its cost, what its model passes, and its command."""
+    """Return one row per stage: what it cost, and what its model passes."""
     rows = []
     for stage in stages:
-        row = [stage.name, "", str(stage.record.get("peak_rss_mb", ""))]
-        if stage.record:
-            seconds = stage.record.get("seconds")
-            row[1] = "not finished" if seconds is None else f"{seconds:.0f}"
+        seconds = "" if stage.name == "base" else "not finished"
+        if "seconds" in stage.record:
+            seconds = f"{stage.record['seconds']:.0f}"
+        row = [stage.name, seconds, str(stage.record.get("peak_rss_mb", ""))]
         for metric in ("pass@1", "greedy"):
             total = stage.metrics.get(metric, {}).get("total")
             row.append("" if total is None else f"{100 * total['mean']:.1f}")
         bits = stage.metrics.get("bits_per_byte")
         row.append("" if bits is None else f"{bits:.3f}")
-        rows.append([*row, f"`python {stage.command}`"])
-    head = ["stage", "seconds", "peak MB", "pass@1, %", "greedy, %", "bits per byte", "command"]
+        rows.append(row)
+    head = ["stage", "seconds", "peak MB", "pass@1, %", "greedy, %", "bits per byte"]
     return Table("The stages", head, rows)
 
 
@@ -139,6 +137,8 @@ def tables_of(stages: list[Stage]) -> list[Table]:
         tables.append(gained)
     if answers:
         tables += answer_tables(answers)
+    commands = [[stage.name, f"`python {stage.record['command']}`"] for stage in stages]
+    tables.append(Table("Commands", ["stage", "command"], commands))
     return tables
 
 
@@ -249,7 +249,7 @@ def main(args: Args) -> None:
     root = Path(args.run)
     stages = collect(root)
     seconds = sum(stage.record.get("seconds", 0) for stage in stages)
-    title = f"{root.name}: seed {stages[-1].seed}, {seconds / 60:.1f} minutes of training"
+    title = f"{root.name}: seed {stages[-1].record['seed']}, {seconds / 60:.1f} minutes of training"
     tables = tables_of(stages)
     lines = [f"# {title}\n"]
     for table in tables:

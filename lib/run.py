@@ -283,8 +283,8 @@ class Run:
                                  text=True, cwd=Path(__file__).parent).stdout.strip()
         except OSError:
             git = ""  # not installed
-        record = {"stage": self.stage, "args": self.args, "parent": self.args.get("init", ""),
-                  "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "git": git,
+        record = {"stage": self.stage, "args": self.args, "git": git,
+                  "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                   "python": platform.python_version(), "torch": torch.__version__,
                   "seed": self.args["seed"]}
         record |= result

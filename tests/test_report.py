@@ -63,7 +63,7 @@ def test_one_stage_that_is_not_finished_nor_evaluated(tmp_path):
     (tmp_path / "sft" / "run.json").write_text('{"seed": 0, "command": "sft.py"}', "utf-8")
     report.main(report.Args(run=str(tmp_path)))
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "| sft | not finished |  |  |  |  | `python sft.py` |" in text
+    assert "| sft | not finished |  |  |  |  |" in text and "| sft | `python sft.py` |" in text
     assert f"python evaluate.py --init {tmp_path}" in text
     assert "not finished" in Page((tmp_path / "report.html").read_text("utf-8")).words
 
@@ -162,10 +162,12 @@ def test_the_base_model_has_a_row_of_its_evaluation_alone(tmp_path):
     (tmp_path / "base" / "run.json").unlink()
     (tmp_path / "base" / "log.jsonl").unlink()
     path = tmp_path / "evaluation" / "base" / "eval.json"
-    path.write_text(path.read_text().replace('"settings": {}', '"settings": {"init": "Qwen"}'))
+    settings = '"settings": {"init": "Qwen", "seed": 3}'
+    path.write_text(path.read_text().replace('"settings": {}', settings))
     report.main(report.Args(run=str(tmp_path)))
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "| base |  |  | 50.0 | 50.0 |  | `python evaluate.py --init Qwen` |" in text
+    assert "| base |  |  | 50.0 | 50.0 |  |" in text
+    assert "| base | `python evaluate.py --init Qwen` |" in text
     assert "| base | sft | +50.0 [+50.0, +50.0] | +100.0 [+100.0, +100.0] |" in text
     assert "seed 3, 1.0 minutes" in text
 
