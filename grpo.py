@@ -58,6 +58,7 @@ from lib.files import read_jsonl
 from lib.lora import add_lora, base_model
 from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
 from lib.run import Run
+from lib.tables import prompt_text
 from lib.vllm_client import VLLMClient
 from reward import RewardModel
 from sample import Rollout, completion_logprobs, load_policy, rollout
@@ -442,7 +443,7 @@ def main(args: Args) -> dict:
                      advantage=advantages[shown].tolist())
     result = {verdict(args): episode.verified.mean().item(),
               "reward": episode.rewards.mean().item()}
-    run.finish(model, tokenizer, **result)
+    run.finish(model, tokenizer, **result, measured_on="the answers of the last step")
     return result
 
 
@@ -506,7 +507,7 @@ def inspect(args: Args) -> None:
     rows = [row for _, row in read_jsonl(path)]
     require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
     for prompt, group in groupby(rows, key=itemgetter("prompt")):
-        print(f"{prompt}\n score  reward  advantage  answer")
+        print(f"{prompt_text(prompt)}\n score  reward  advantage  answer")
         for row in sorted(group, key=itemgetter("advantage"), reverse=True):
             print(f"{row['score']:6.2f} {row['reward']:7.3f} {row['advantage']:+10.3f}  "
                   f"{row['response']!r}")

@@ -265,8 +265,10 @@ def main(args: Args) -> dict:
     # set-up
     run = Run(args, "reward")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "n_held_out", "responses", "max_new_tokens", "epochs", "batch_size",
-             "micro_batch", "save_every")
+    positive(args, "responses", "max_new_tokens", "epochs", "batch_size", "micro_batch",
+             "save_every")
+    if args.queries != "none":
+        positive(args, "n_held_out")
     parse_temperatures(args)  # a bad one is refused before anything is sampled
     weights = parse_criteria(args.weights)
 

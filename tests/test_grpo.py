@@ -439,6 +439,11 @@ def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
     refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no such file", "ends")
     write_rows(tmp_path / "samples.jsonl", [])
     refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no GRPO run")
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    write_rows(tmp_path / "samples.jsonl", [
+        {"prompt": talk, "response": "2", "score": 1.0, "reward": 1.0, "advantage": 0.5}])
+    grpo.inspect(stage_args(grpo, out=str(tmp_path)))
+    assert capsys.readouterr().out.startswith("system: Be brief.\nuser: 1 + 1?\n score  reward")
     monkeypatch.setattr("sys.argv", ["grpo.py", "inspect", "--help"])
     lib.args.cli(grpo.main, grpo.Args, inspect=grpo.inspect)
     assert capsys.readouterr().out == grpo.inspect.__doc__ + "\n"

@@ -239,8 +239,9 @@ def test_long_pairs_are_dropped(tokenizer):
 
 
 def run(micro_run, tmp_path, name, **values):
-    args = {"init": str(micro_run), "out": str(tmp_path / name), "queries": "none", "batch_size": 4,
-            "micro_batch": 4, "pairs": write_rows(tmp_path / "p.jsonl", preferences(10)),
+    args = {"init": str(micro_run), "out": str(tmp_path / name), "queries": "none",
+            "n_held_out": 0, "batch_size": 4, "micro_batch": 4,
+            "pairs": write_rows(tmp_path / "p.jsonl", preferences(10)),
             "epochs": 2.4, "save_every": 2, "warmup": 1, **values}
     return reward.main(stage_args(reward, **args))
 
