@@ -83,9 +83,7 @@ def read_optional(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [row for _, row in read_jsonl(path)]
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from lib.files import disk_errors
 from model import Qwen2
 from tokenizer import Tokenizer
 
-
 MAX_GAP = 0.1  # mean |difference| of log-probabilities, nats per token
 # What to do about an HTTP error: (path, status) -> advice.
 ADVICE = {
@@ -52,9 +51,8 @@ class VLLMClient:
         is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
         self.opener = urllib.request.build_opener(*handlers)
-        self.headers = {}
-        if "OPENAI_API_KEY" in os.environ:
-            self.headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+        key = os.environ.get("OPENAI_API_KEY")
+        self.key_header = {"Authorization": f"Bearer {key}"} if key else {}
         self.tokenizer = tokenizer
         self.smallest_gap = math.inf  # of all checks
         self.logit_bias = {}
@@ -93,8 +91,7 @@ class VLLMClient:
             self.forget()  # first: without the development mode nothing is written
             with disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
-                saved = untied(model) if tied else model
-                saved.save_pretrained(path)
+                (untied(model) if tied else model).save_pretrained(path)
             self.tokenizer.save_pretrained(path)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
             self.ask("collective_rpc", body, lambda reply: reply["results"])
@@ -130,7 +127,7 @@ class VLLMClient:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
-        request.unredirected_hdrs |= self.headers  # a key is for this server alone
+        request.unredirected_hdrs |= self.key_header  # for this server alone
         deadline = time.monotonic() + self.timeout
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:

@@ -49,9 +49,10 @@ def tiny_model(seed=0, scale=5.0, **changes) -> Qwen2:
     return model
 
 
-def micro_model(tokenizer, seed=0) -> Qwen2:
+def micro_model(tokenizer, seed=0, **changes) -> Qwen2:
     torch.manual_seed(seed)
-    return wake(Qwen2(replace(PRESETS["micro"], vocab_size=tokenizer.padded_vocab_size(128))))
+    vocab_size = tokenizer.padded_vocab_size(128)
+    return wake(Qwen2(replace(PRESETS["micro"], vocab_size=vocab_size, **changes)))
 
 
 def stage_args(module, **values):
@@ -102,11 +103,11 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
     monkeypatch.setattr(module, "clip_and_step", clip_and_step)
 
 
-def teach(tokenizer, path, talks: list[tuple[str, str]], steps=40):
+def teach(tokenizer, path, talks: list[tuple[str, str]], steps=40, **changes):
     """A micro model directory that answers each question as in `talks`, and mostly stops."""
     from lib.optim import pad_rows
     from sft import sft_loss
-    model = micro_model(tokenizer)
+    model = micro_model(tokenizer, **changes)
     rows = [tokenizer.render([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
             for q, a in talks]
     ids, mask = (pad_rows([row[k] for row in rows], 0) for k in (0, 1))

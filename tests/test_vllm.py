@@ -21,7 +21,7 @@ import grpo
 import kernels
 import sample
 from lib.decode import Completion
-from lib.vllm_client import VLLMClient, rollout_backend, untied
+from lib.vllm_client import VLLMClient, rollout_backend
 from sample import generate, load_policy
 
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
@@ -29,15 +29,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     not VLLM.exists(), reason="`make test-vllm` installs vLLM into .venv-vllm")]
 QUESTIONS = ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")
 HOSTILE = {"do_sample": True, "temperature": 0.2, "top_k": 1, "top_p": 0.1, "min_p": 0.9,
-           "repetition_penalty": 3.0, "presence_penalty": 2.0, "frequency_penalty": 2.0}
+           "repetition_penalty": 3.0, "presence_penalty": 2.0, "frequency_penalty": 2.0,
+           "max_new_tokens": 1}
 
 
 def directory(tokenizer, path, letters) -> Path:
-    """A policy that says one of the letters, with a head of its own."""
+    """A policy that says one of the letters, with an untied head and vLLM's smallest heads, 32."""
     talks = [(question, f"{letter}.") for question in QUESTIONS[:2] for letter in letters]
-    teach(tokenizer, path, talks)
-    model, _ = load_policy(path, "cpu")
-    untied(model).save_pretrained(path)
+    teach(tokenizer, path, talks, num_attention_heads=2, num_key_value_heads=1,
+          tie_word_embeddings=False)
     ends = tokenizer.encode("A") + tokenizer.encode("B")
     (path / "generation_config.json").write_text(json.dumps(HOSTILE | {"eos_token_id": ends}))
     return path
