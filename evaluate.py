@@ -29,7 +29,7 @@ from data.mixture import is_held_out
 from lib.args import cli, positive, require
 from lib.files import read_json, write_atomic, write_jsonl
 from lib.optim import pad_rows, setup
-from lib.run import peak_rss_mb
+from lib.run import peak_rss_mb, require_writable
 from lib.tables import cell, interval, metric_tables
 from lib.vllm_client import rollout_backend
 from model import Qwen2
@@ -226,10 +226,10 @@ def main(args: Args) -> dict:
     require(args.window > 1, f"--window must be at least 2, got {args.window}")
     require(not args.rollout_url or args.yarn == 1 and not args.dca,
             "--rollout_url: --yarn and --dca are settings of the server there")
-
     out = Path(args.out)
     require(not (out / "config.json").exists(),
             f"--out {out} holds a model, and an evaluation must not change it: choose another")
+    require_writable(out)
 
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480,

@@ -58,6 +58,15 @@ def build_once(path: str | Path, *command) -> None:
     all_gather(None)
 
 
+def require_writable(out: Path) -> None:
+    """Refuse an --out that cannot be written to, before a run computes what it would lose."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    require(folder.is_dir() and os.access(folder, os.W_OK),
+            f"--out {out}: {folder} is not a directory that can be written to")
+
+
 class Run:
     """The --out directory of a stage: run.json (arguments and result), log.jsonl (one object per
     step), samples.jsonl, the model, and state/ while training.
@@ -143,11 +152,7 @@ class Run:
         init = self.args.get("init")
         require(not init or Path(init).resolve() != self.path.resolve(),
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
-        folder = self.path.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        require(folder.is_dir() and os.access(folder, os.W_OK),
-                f"--out {self.path}: {folder} is not a directory that can be written to")
+        require_writable(self.path)
 
     def start_or_resume(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0. With --resume, load the last state, drop the log

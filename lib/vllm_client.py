@@ -7,9 +7,10 @@ import http.client
 import json
 import math
 import os
+import re
 import threading
 import time
-import urllib.parse
+import urllib.error
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ class VLLMClient:
                 f"{self.flag} must be http://HOST:PORT/v1, got {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
         # A server on this machine is not behind the http_proxy of the environment.
-        is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)", url)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
         self.opener = urllib.request.build_opener(*handlers)
         key = os.environ.get("OPENAI_API_KEY")

@@ -316,6 +316,8 @@ def table():
         ("evaluate.py --window 1 --text @model", "--window"),
         ("evaluate.py --text @model", "--text"),
         ("evaluate.py --queries rm", "rm"),
+        ("evaluate.py --out @file", "--out"),
+        ("evaluate.py --out @model", "--out"),
         ("dpo.py --reserve 0 --base @model --data @pairs.jsonl", "--reserve"),
         ("dpo.py --merge_alpha 1 --base @model --data @pairs.jsonl", "--merge_alpha"),
         ("dpo.py --base @scorer --data @pairs.jsonl", "scorer"),
