@@ -83,7 +83,9 @@ def read_optional(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(path)] if path.exists() else []
+    if not path.exists():
+        return []
+    return [row for _, row in read_jsonl(path)]
 
 
 # ---------------------------------------------------------------------------------------------
