@@ -52,7 +52,7 @@ class VLLMClient:
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)", url)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
         self.opener = urllib.request.build_opener(*handlers)
-        key = os.environ.get("OPENAI_API_KEY")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.key_header = {"Authorization": f"Bearer {key}"} if key else {}
         self.tokenizer = tokenizer
         self.smallest_gap = math.inf  # of all checks
