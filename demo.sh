@@ -44,6 +44,7 @@ evaluate pretrain --few_shot 1 --text "$RUN/data"
 BASE=pretrain
 SFT_DATA="--n_data 600"  # both unquoted below: several words, or none
 RL_QUERIES=""
+N_QUERIES=1200  # of DPO, the reward model and GRPO: as in the report, they share their queries
 if [ -n "${REAL:-}" ]; then
   say "3b. real mathematics and code: more pre-training, and a part of the data of SFT and RL"
   if [ ! -e "$RUN/real/data/report.json" ]; then
@@ -82,7 +83,7 @@ evaluate long --few_shot 1 --samples 1 --text "$RUN/data"
 ) > "$RUN/background.log" 2>&1 &
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
-stage dpo dpo.py --init "$RUN/sft" --base "$RUN/$BASE" $RL_QUERIES --n_queries 1200 \
+stage dpo dpo.py --init "$RUN/sft" --base "$RUN/$BASE" $RL_QUERIES --n_queries $N_QUERIES \
   --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3
 evaluate dpo
 
@@ -92,12 +93,19 @@ stage rl_first grpo.py --init "$RUN/dpo" $RL_QUERIES --n_queries 200 --steps 8 -
 
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 stage reward reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
-  --pairs "$RUN/dpo/pairs.jsonl" $RL_QUERIES --n_queries 240 --responses 2 --epochs 1 \
-  --batch_size 32 --lr 5e-4
+  --pairs "$RUN/dpo/pairs.jsonl" $RL_QUERIES --n_queries $N_QUERIES --temperatures 1.0 \
+  --responses 2 --epochs 3 --batch_size 32 --lr 5e-4
+if [ ! -e "$RUN/best_of_8/eval.json" ]; then
+  python evaluate.py --init "$RUN/sft" --reward_model "$RUN/reward" --samples 8 --seed "$SEED" \
+    --out "$RUN/best_of_8"
+fi
 
-say "8. GRPO: queries by variance of their scores, reward from verifier and reward model"
-stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" $RL_QUERIES --n_queries 1200 \
-  --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 --scale_rewards none
+# As a part of the reward, a reward model of a million parameters costs a little (docs/findings.md,
+# "Does the reward model help GRPO?"): it orders the queries, and the verifier alone rewards.
+say "8. GRPO: queries by variance of the reward model's scores, reward from the verifier"
+stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --reward_model_weight 0 \
+  $RL_QUERIES --n_queries $N_QUERIES --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 \
+  --scale_rewards none
 evaluate grpo
 
 wait

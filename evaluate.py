@@ -121,7 +121,7 @@ def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len:
 
 def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardModel) -> dict:
     """Return how good the answer to each query is that the majority or the reward model chooses,
-    and the reward model's lead, query by query. The majority votes by equal final answers, or by
+    and the reward model's leads, query by query. The majority votes by equal final answers, or by
     equal texts where no answer is marked. (If chance chooses, the mean is pass@1.)"""
     prompts = []
     texts = []
@@ -132,6 +132,7 @@ def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardMode
     by_majority = []
     by_reward = []
     leads = []
+    over_chance = []
     for group in sampled:
         finals = [extract_answer(answer.text, strict=True) or answer.text for answer in group]
         votes = [finals.count(final) for final in finals]
@@ -140,10 +141,12 @@ def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardMode
         by_majority.append(majority)
         by_reward.append(preferred)
         leads.append(preferred - majority)
+        over_chance.append(preferred - mean_score(group))
     return {
         "majority": interval(by_majority),
         "reward model": interval(by_reward),
         "reward model - majority": interval(leads, least=-1.0),
+        "reward model - chance": interval(over_chance, least=-1.0),
     }
 
 

@@ -165,7 +165,8 @@ def test_best_of_by_hand():
     sampled = [[Answer(text, score) for text, score in group] for group in sampled]
     got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
     assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
-        "majority": 2 / 3, "reward model": 2 / 3, "reward model - majority": 0.0})
+        "majority": 2 / 3, "reward model": 2 / 3, "reward model - majority": 0.0,
+        "reward model - chance": (1 / 2 + 3 / 4 - 3 / 4) / 3})
     lead = got["reward model - majority"]  # 0, 1, -1: deviation 1, so 1.96 / sqrt(3)
     assert lead["low"] == max(-1.0, -1.96 / math.sqrt(3))
 
