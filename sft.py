@@ -165,7 +165,7 @@ class Conversations:
             first_answer = [message["role"] for message in messages].index("assistant")
             prompt = messages[:first_answer]
             if prompt and len(self.tokenizer.render_prompt(prompt, tools)) <= self.max_len:
-                prompts.append({"prompt": prompt, "tools": tools})
+                prompts.append({"prompt": prompt} | ({"tools": tools} if tools else {}))
         return prompts
 
 

@@ -42,7 +42,7 @@ def args(corpus, micro_run, tmp_path):
     return pretrain.Args(
         out=str(tmp_path / "run"), data=str(corpus), tokenizer=str(micro_run), model="micro",
         tokens=STEPS * ROWS * (SEQ + 1), seq_len=SEQ, batch_tokens=ROWS * SEQ, micro_batch=4,
-        warmup=4, eval_every=10, save_every=10, device="cpu", dtype="float32")
+        lr=1.5e-3, warmup=4, eval_every=10, save_every=10, device="cpu", dtype="float32")
 
 
 def log_of(args, drop=("tokens_per_s",)):
@@ -213,7 +213,7 @@ def test_moe_trains_and_logs_expert_load(args, tmp_path):
 
 def test_starved_experts_are_counted_and_told(args, micro_run, tmp_path, monkeypatch, capsys):
     """R5.4: a forced collapse. Layer 1's router is frozen on experts 2 and 5."""
-    args = replace(args, model="micro-moe", lr=0.0, tokens=104 * ROWS * (SEQ + 1), eval_every=999)
+    args = replace(args, model="micro-moe", lr=1e-50, tokens=104 * ROWS * (SEQ + 1), eval_every=999)
     build = pretrain.Qwen2.__init__
 
     def collapsed(self, config):
@@ -284,7 +284,7 @@ def test_upcycling_from_the_command_line_goes_on_from_the_dense_loss(args):
     dense = replace(args, tokens=150 * ROWS * (SEQ + 1), lr=4e-3, eval_every=150, save_every=999)
     pretrain.main(dense)
     run = replace(args, tokenizer="", init=dense.out, out=dense.out + "-moe", model="micro-moe",
-                  upcycle=True, tokens=2 * ROWS * (SEQ + 1), lr=0.0)
+                  upcycle=True, tokens=2 * ROWS * (SEQ + 1), lr=1e-50)
     pretrain.main(run)
     before, after = (log_of(a)[-1]["val_loss"] for a in (dense, run))
     new = math.log(640)
@@ -329,7 +329,7 @@ def test_bfloat16_keeps_float32_weights(args, micro_run):
 
 def test_init_and_a_new_rope_base_continue_a_model(args, micro_run):
     """ABF: same weights at step 0, other theta, saved with the model."""
-    run = replace(args, tokenizer="", init=str(micro_run), rope_theta=1e6, lr=0.0,
+    run = replace(args, tokenizer="", init=str(micro_run), rope_theta=1e6, lr=1e-50,
                   tokens=ROWS * (SEQ + 1))
     pretrain.main(run)
     old, new = Qwen2.from_pretrained(micro_run), Qwen2.from_pretrained(run.out)

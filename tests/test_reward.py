@@ -308,7 +308,8 @@ def test_held_out_pairs_by_source_and_temperature(tokenizer, micro_run, tmp_path
         reward.tasks.queries, "builtin", lambda *args: reward.tasks.queries.load(queries)
     )
     result = run(micro_run, tmp_path, "run", queries=queries, policies=policies, pairs="",
-                 temperatures="0.8,1.0", responses=8, max_new_tokens=8, epochs=4)
+                 temperatures="0.8,1.0", responses=8, max_new_tokens=8, epochs=4,
+                 n_held_out=2)
     sources = [f"{tmp_path / 'policy'} at temperature {t}" for t in (0.8, 1.0)]
     assert list(result)[:3] == ["all", *sources]
     assert result["all"]["pairs"] >= max(result[source]["pairs"] for source in sources) > 0
@@ -318,7 +319,8 @@ def test_held_out_pairs_by_source_and_temperature(tokenizer, micro_run, tmp_path
     ({"queries": "none", "pairs": ""}, ["--pairs"]),
     ({"temperatures": "0.7,hot"}, ["--temperatures"]), ({"temperatures": ""}, ["--temperatures"]),
     ({"weights": "truth=1"}, ["--weights", "truthfulness"]),
-    ({"weights": "overall=-1"}, ["--weights", ">= 0"]), ({"weights": "overall"}, ["--weights"]),
+    ({"weights": "overall=-1"}, ["--weights", "at least 0"]),
+    ({"weights": "overall"}, ["--weights"]),
     ({"batch_size": 0}, ["--batch_size"])])
 def test_impossible_settings_are_refused(micro_run, tmp_path, values, words):
     """One line each, and --out is not begun."""

@@ -537,7 +537,7 @@ def test_bfloat16_is_autocast_over_float32_weights(stage, inputs, short, tmp_pat
     start = {} if stage.startswith("pretrain") else {"base": ""} if stage == "dpo" else {}
     init = inputs[stage].get("init", "")
     if not init:  # pre-training starts from scratch: after one step, from what that saved
-        short(stage, lr=0.0, tokens=4 * 33 + 20, overwrite=True)
+        short(stage, lr=1e-50, tokens=4 * 33 + 20, overwrite=True)
         shutil.copytree(tmp_path / "run", init := tmp_path / "start")
         start = {"init": str(init), "tokenizer": ""}
     short(stage, dtype="bfloat16", lr=1e-6, overwrite=True, **start)
