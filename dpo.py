@@ -273,7 +273,7 @@ def main(args: Args) -> dict:
     # optimizer, resume
     peak_lr = args.lr or default_lr("dpo", model, 10.0 if args.lora else 1.0)
     if args.lora:
-        add_lora(model, args.lora, args.lora_alpha)
+        add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
     model = apply_fsdp(model, autocast)
     optimizer = make_optimizer(model, args, peak_lr, device)
     start = run.start_or_resume(model, optimizer)

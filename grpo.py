@@ -452,7 +452,7 @@ def policy_and_reference(model, args: Args, autocast):
     adapters, the same model, which micro_batch_loss uses with its adapters switched off."""
     reference = None
     if args.lora:
-        add_lora(model, args.lora, args.lora_alpha)
+        add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
     elif args.kl:
         reference = apply_fsdp(copy.deepcopy(model), autocast)
     model = apply_fsdp(model, autocast)

@@ -264,7 +264,7 @@ def main(args: Args) -> dict:
     # optimizer, resume
     peak_lr = args.lr or default_lr("sft", model, 10.0 if args.lora else 1.0)
     if args.lora:
-        add_lora(model, args.lora, args.lora_alpha)
+        add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, peak_lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)

@@ -45,10 +45,11 @@ class LowRank(nn.Module):
         return (weight + self.alpha / self.rank * (self.B @ self.A)).to(weight.dtype)
 
 
-def add_lora(model, rank: int, alpha: float) -> None:
-    """Freeze the model and give every projection an adapter of rank * (in + out) numbers."""
+def add_lora(model, rank: int, alpha: float, dtype=torch.float32) -> None:
+    """Freeze the model in dtype, and give every projection an adapter of rank * (in + out) numbers.
+    In bfloat16, as large models are published, the frozen weights take half of the memory."""
     require(rank > 0 and alpha > 0, f"--lora {rank} and --lora_alpha {alpha} must be above 0")
-    model.requires_grad_(False)
+    model.requires_grad_(False).to(dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(PROJECTIONS):
             low_rank = LowRank(module.weight, rank, alpha)

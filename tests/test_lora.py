@@ -9,6 +9,7 @@ import torch
 from helpers import (
     interrupt_at, letter_queries, log, micro_model, same_weights, stage_args, teach_letters,
     tiny_model, weights, write_rows)
+from safetensors.torch import load_file
 
 import dpo
 import grpo
@@ -135,6 +136,18 @@ def test_an_interrupted_run_continues_bit_for_bit(base, tmp_path, monkeypatch):
     monkeypatch.undo()
     run_sft(base, tmp_path / "cut", data, resume=True)
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_under_bfloat16_the_base_is_frozen_in_bfloat16_and_adapters_are_not(base, tmp_path):
+    """The same losses as in float32 up to bfloat16's rounding; the merged model is one to load."""
+    data = chats(tmp_path / "chats.jsonl")
+    run_sft(base, tmp_path / "fp32", data, lr=0.01)
+    run_sft(base, tmp_path / "bf16", data, lr=0.01, dtype="bfloat16")
+    for one, two in zip(log(tmp_path / "fp32"), log(tmp_path / "bf16"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+    adapter = load_file(tmp_path / "bf16" / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    load_policy(str(tmp_path / "bf16"), "cpu")
 
 
 def test_dpo_starts_at_ln_2_and_learns(base, tmp_path):
