@@ -55,7 +55,7 @@ from lib.dist import (
     QUIET, WORLD, all_gather, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches,
     rank_slice)
 from lib.files import read_jsonl
-from lib.lora import add_lora, base_model
+from lib.lora import adapters_off, add_lora
 from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
 from lib.run import Run
 from lib.tables import prompt_text
@@ -472,7 +472,7 @@ def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
                                              valid_vocab)
         if reference is not None:
-            with torch.no_grad(), base_model(reference):
+            with torch.no_grad(), adapters_off(reference):
                 ref_logprobs, _ = completion_logprobs(reference, prompts, completions,
                                                       args.temperature, valid_vocab)
     sampled = torch.tensor([p for answer in answers for p in answer.logprobs],

@@ -1,15 +1,16 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): train W + (alpha / r) B A in place of W.
 
-W (out, in) is frozen, A (r, in) and B (out, r) are trained in float32. B starts at zero, so the
-first step sees the base model bit for bit. Gradients and Adam's moments exist for A and B only.
+W (out, in) is frozen. A (r, in) and B (out, r) are trained, in float32. B starts at zero, so the
+first step sees the frozen model. Gradients and Adam's moments are kept for A and B only.
 
-`add_lora` makes `weight` of each projection the sum above, by torch's parametrizations. Whatever
-reads it, such as the fast decode step, sees merged weights and need not know of adapters. The
-price: the sum takes memory while its block is computed, and the gradient of the whole weight is
-computed before it is projected on A and B.
+`add_lora` registers a torch parametrization: reading a projection's `weight` then gives the sum
+above. Code that reads it, such as the fast decode step, need not know of adapters. This has three
+prices. The sum is rounded to the dtype of W. Without gradient checkpointing, the sums of all blocks
+stay in memory until the backward pass. And the gradient of each sum is computed in full, before the
+gradients of A and B follow from it, so a step is not faster than full fine-tuning.
 
-Adapted are all projections of a block (QLoRA, Dettmers et al. 2023, found that this matters most).
-On an MoE these are the attention and the shared expert; router and routed experts stay frozen.
+All projections of a block are adapted, which matters most according to QLoRA (Dettmers et al.
+2023). On an MoE, router and routed experts stay frozen: model.py stacks them, outside nn.Linear.
 """
 import json
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from lib.args import require
 from lib.files import atomic_path, read_json, write_atomic
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 class LowRank(nn.Module):
@@ -46,12 +48,12 @@ class LowRank(nn.Module):
 
 
 def add_lora(model, rank: int, alpha: float, dtype=torch.float32) -> None:
-    """Freeze the model in dtype, and give every projection an adapter of rank * (in + out) numbers.
-    In bfloat16, as large models are published, the frozen weights take half of the memory."""
+    """Cast the model to dtype, freeze it, and give every projection an adapter of rank * (in + out)
+    parameters. In bfloat16, frozen weights take half of the memory that they take in float32."""
     require(rank > 0 and alpha > 0, f"--lora {rank} and --lora_alpha {alpha} must be above 0")
     model.requires_grad_(False).to(dtype)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith(PROJECTIONS):
+        if isinstance(module, nn.Linear) and name.endswith(ATTENTION + FEED_FORWARD):
             low_rank = LowRank(module.weight, rank, alpha)
             register_parametrization(module, "weight", low_rank, unsafe=True)
 
@@ -63,23 +65,26 @@ def adapters(model) -> dict[str, LowRank]:
 
 
 @contextmanager
-def base_model(model):
-    """Switch the adapters off for a while, which gives the reference policy of GRPO's KL term."""
-    for adapter in adapters(model).values():
-        adapter.active = False
-    yield
-    for adapter in adapters(model).values():
-        adapter.active = True
+def adapters_off(model):
+    """Inside the with block the model is the frozen one: the reference policy of GRPO's KL term."""
+    found = adapters(model).values()
+    try:
+        for adapter in found:
+            adapter.active = False
+        yield
+    finally:
+        for adapter in found:
+            adapter.active = True
 
 
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
     """Return model.state_dict() as if every adapter had been added to its weight."""
     merged = {}
     for name, value in model.state_dict().items():
-        projection, parametrized, part = name.partition(".parametrizations.weight.")
-        if not parametrized:
+        projection, is_adapted, part = name.partition(".parametrizations.weight.")
+        if not is_adapted:
             merged[name] = value
-        elif part == "original":
+        elif part == "original":  # the others are A and B
             merged[f"{projection}.weight"] = model.get_submodule(projection).weight.detach()
     return merged
 
@@ -92,9 +97,9 @@ def save_adapter(model, path: Path, base: str) -> None:
     for name, adapter in adapters(model).items():
         weights[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu().contiguous()
         weights[f"base_model.model.{name}.lora_B.weight"] = adapter.B.detach().cpu().contiguous()
-    targets = list(PROJECTIONS)
-    if model.config.num_experts:  # PEFT must not adapt the routed experts
-        targets[4:] = [f"shared_expert.{name}" for name in PROJECTIONS[4:]]
+    targets = list(ATTENTION)
+    for part in ("mlp", "shared_expert"):  # and not the routed experts of an MoE
+        targets += [f"{part}.{name}" for name in FEED_FORWARD]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
               "r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": targets}
     with atomic_path(path / "adapter_model.safetensors") as temporary:
@@ -103,29 +108,33 @@ def save_adapter(model, path: Path, base: str) -> None:
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """Return the base model's directory if `path` holds an adapter and no model, else None."""
-    config = Path(path) / "adapter_config.json"
-    if not config.exists() or (Path(path) / "config.json").exists():
+    """Return the base model's directory if `path` holds an adapter and no model, else None. The
+    directory is "" if the adapter does not name it."""
+    file = Path(path) / "adapter_config.json"
+    if not file.exists() or (Path(path) / "config.json").exists():
         return None
-    return read_json(config).get("base_model_name_or_path") or ""
+    return read_json(file).get("base_model_name_or_path") or ""
 
 
 @torch.no_grad()
 def merge_adapter(model, path: str | Path) -> None:
-    """Add the adapter of a directory to the weights of its base model. InputError if it is more
-    than plain LoRA, or does not fit the model."""
+    """Add the adapter of a directory to the weights of its base model. Raises InputError for other
+    kinds of adapters, and for one that does not fit the model."""
     config = read_json(Path(path) / "adapter_config.json")
-    more = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-            "modules_to_save")
-    plain = config.get("peft_type") == "LORA" and not any(config.get(name) for name in more)
-    require(plain and config.get("bias", "none") == "none", f"{path}: adapter_config.json is of "
-            "more than plain LoRA, which is all that can be merged")
+    unsupported = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+                   "modules_to_save", "lora_bias")
+    plain = config.get("peft_type") == "LORA" and not any(config.get(name) for name in unsupported)
+    require(plain and config.get("bias", "none") == "none",
+            f"{path}: only plain LoRA of weights can be merged, see adapter_config.json")
     weights = load_file(Path(path) / "adapter_model.safetensors")
     modules = dict(model.named_modules())
-    for name in [name for name in weights if name.endswith("lora_A.weight")]:
-        projection = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        A, B = weights[name].float(), weights[name.replace("lora_A", "lora_B")].float()
-        weight = getattr(modules.get(projection), "weight", None)
-        require(weight is not None and weight.shape == (len(B), A.shape[1]),
-                f"{path}: {name} does not fit the base model")
-        weight += (config["lora_alpha"] / config["r"] * (B @ A)).to(weight)
+    while weights:
+        name = min(weights)
+        projection = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        A = weights.pop(f"base_model.model.{projection}.lora_A.weight", None)
+        B = weights.pop(f"base_model.model.{projection}.lora_B.weight", None)
+        fits = A is not None and B is not None and projection in modules
+        require(fits and modules[projection].weight.shape == (len(B), A.shape[1])
+                and len(A) == B.shape[1], f"{path}: {name} does not fit the base model")
+        delta = config["lora_alpha"] / config["r"] * (B.float() @ A.float())
+        modules[projection].weight.add_(delta)

@@ -9,7 +9,7 @@ import torch
 from helpers import (
     interrupt_at, letter_queries, log, micro_model, same_weights, stage_args, teach_letters,
     tiny_model, weights, write_rows)
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dpo
 import grpo
@@ -17,7 +17,7 @@ import sft
 from lib.args import InputError
 from lib.cache import KVCache
 from lib.decode import DecodeStep
-from lib.lora import LowRank, adapters, add_lora, base_model, merge_adapter, merged_state_dict
+from lib.lora import LowRank, adapters, adapters_off, add_lora, merge_adapter, merged_state_dict
 from model import Qwen2
 from sample import load_policy
 
@@ -69,7 +69,7 @@ def test_only_the_adapters_are_trained():
 def test_the_base_model_is_one_switch_away():
     model = with_lora()
     changed = model(IDS)
-    with base_model(model):
+    with adapters_off(model):
         assert torch.equal(model(IDS), tiny_model()(IDS))
     assert torch.equal(model(IDS), changed) and not torch.equal(changed, tiny_model()(IDS))
 
@@ -171,14 +171,30 @@ def test_the_reference_policy_of_grpo_is_the_model_without_its_adapters(tokenize
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"use_dora": True}, "more than plain LoRA"),
-    ({"peft_type": "IA3"}, "more than plain LoRA"),
-])
+    ({"use_dora": True}, "only plain LoRA"),
+    ({"peft_type": "IA3"}, "only plain LoRA"), ({"bias": "all"}, "only plain LoRA")])
 def test_an_adapter_of_another_kind_is_refused(base, tmp_path, change, message):
     run_sft(base, tmp_path / "run", chats(tmp_path / "chats.jsonl"))
     file = tmp_path / "run" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(InputError, match=message):
+        merge_adapter(Qwen2.from_pretrained(base), file.parent)
+
+
+@pytest.mark.parametrize("change", ["another name", "no B", "another shape"])
+def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path, change):
+    run_sft(base, tmp_path / "run", chats(tmp_path / "chats.jsonl"))
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    if change == "another name":
+        weights["base_model.model.lm_head.weight"] = weights.pop(name)
+    elif change == "no B":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:5]
+    save_file(weights, file)
+    with pytest.raises(InputError, match="does not fit the base model"):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
 
 
