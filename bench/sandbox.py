@@ -36,7 +36,7 @@ def ours(namespaces):
         harness.ours()
         from tasks import sandbox
         if not namespaces:
-            sandbox.has_namespaces = lambda: False
+            sandbox.find_launcher = lambda: ""
         language = case.split()[0]
         code, tests = sandbox.SAMPLES[language]
 

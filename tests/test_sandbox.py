@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from tasks.queries import Program, require_isolation, run_programs
 from tasks.sandbox.isolation import (
     child_command,
     count_threads,
-    has_namespaces,
+    find_launcher,
     seccomp_filter,
     visible_files,
 )
@@ -51,17 +52,23 @@ def forget_gaps():
 
 def forbid_namespaces(monkeypatch):
     """As on systems that lack or refuse them."""
-    monkeypatch.setattr(sandbox, "has_namespaces", lambda: False)
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: "")
     sandbox.isolation_gaps.cache_clear()
 
 
-@pytest.fixture(params=["unshare", "bare"])
+def works(launcher):
+    """Whether the launcher starts a child, which finds no job and ends with status 3."""
+    command = child_command(launcher)
+    return shutil.which(command[0]) and subprocess.run(command, stdin=subprocess.DEVNULL,
+                                                       capture_output=True).returncode == 3
+
+
+@pytest.fixture(params=["unshare", "bwrap", ""], ids=["unshare", "bwrap", "bare"])
 def isolation(request, monkeypatch):
-    """Both ways to start a child: in namespaces, and as on systems that lack them."""
-    if request.param == "bare":
-        forbid_namespaces(monkeypatch)
-    elif not has_namespaces():
-        pytest.skip("namespaces are missing or not allowed here")
+    """All ways to start a child: in namespaces, and as on systems that lack them."""
+    if not works(request.param):
+        pytest.skip(f"{request.param} is missing or not allowed here")
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: request.param)
     return request.param
 
 
@@ -348,7 +355,7 @@ def test_limits(code, reason, folder):
 
 def test_limits_are_set():
     """R9.2: those too that the tests above cannot meet (root has no NPROC)."""
-    most = 64 if has_namespaces() else count_threads() + 64 * os.cpu_count() + 99
+    most = 64 if find_launcher() else count_threads() + 64 * os.cpu_count() + 99
     tests = ("import resource\nassert resource.getrlimit(resource.RLIMIT_CPU) == (9, 9)\n"
              "assert resource.getrlimit(resource.RLIMIT_AS)[0] == 256 << 20\n"
              f"assert resource.getrlimit(resource.RLIMIT_NPROC)[0] <= {most}")
@@ -691,7 +698,7 @@ def resident():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(name, folder, monkeypatch, may_fork):
     """R9.1-R9.4 in namespaces."""
-    if not has_namespaces():
+    if not find_launcher():
         pytest.skip("no user namespaces here")
     before = resident()
     r = contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=0.5)
@@ -716,7 +723,7 @@ def test_layers_and_refusal(isolation):
     """The result says which layers held, and `isolation_gaps` which did not."""
     r = sandbox.run("pass")
     assert {"session", "environment", "directory", "limits"} <= {*r.isolation}
-    if isolation == "bare":
+    if isolation == "":
         assert not {"pids", "network"} & {*r.isolation}  # "files": where the kernel has Landlock
         assert "pids" in sandbox.isolation_gaps()
     elif {*sandbox.HARM} <= {*r.isolation}:
@@ -736,10 +743,32 @@ def test_files_without_namespaces(name, folder, monkeypatch):
 
 
 @needs_proc
+@pytest.mark.parametrize("name", ["reads outside", "writes outside", "disk, many MB",
+                                  "kernel settings", "memory of the supervisor"])
+def test_files_in_bubblewrap(name, folder, monkeypatch):
+    """bwrap makes the private root, and its supervisor has no more rights than the child."""
+    if not works("bwrap"):
+        pytest.skip("no bubblewrap here")
+    monkeypatch.setattr(sandbox, "find_launcher", lambda: "bwrap")
+    contained(folder, HOSTILE[name], monkeypatch, tests=TESTS, timeout=2.0)
+
+
+@pytest.mark.parametrize("unshare, bwrap, found", [(3, 3, "unshare"), (1, 3, "bwrap"), (1, 1, "")])
+def test_the_first_launcher_that_works(unshare, bwrap, found, tmp_path, monkeypatch):
+    """A system that forbids a launcher lets it end before child.py, which ends with 3."""
+    for name, status in (("unshare", unshare), ("bwrap", bwrap)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("tasks.sandbox.isolation.child_command", child_command.__wrapped__)
+    assert find_launcher.__wrapped__() == found
+
+
+@needs_proc
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_memory_is_hidden_without_namespaces():
     """PR_GET_DUMPABLE of the parent, in a process of its own because nothing undoes it."""
-    program = ("import ctypes\nfrom tasks import sandbox\nsandbox.has_namespaces = lambda: False\n"
+    program = ("import ctypes\nfrom tasks import sandbox\nsandbox.find_launcher = lambda: ''\n"
                "c = ctypes.CDLL(None)\nprint(c.prctl(3), sandbox.run('pass').passed, c.prctl(3))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "1 True 0\n", done
@@ -794,7 +823,7 @@ def test_a_harness_that_fails_gives_no_verdict(monkeypatch):
                "def fail(*a): raise BlockingIOError(11, 'try again')\n"
                "posix.{} = fail\nrunpy.run_path(sys.argv[1], run_name='__main__')")
     forbid_namespaces(monkeypatch)
-    python, child = sys.executable, child_command(False)[-1]
+    python, child = sys.executable, child_command("")[-1]
     for command, language in [(["/bin/false"], "python"),
                               ([python, "-c", program.format("fork"), child], "python"),
                               ([python, "-c", program.format("posix_spawn"), child], "bash")]:
@@ -984,7 +1013,7 @@ DEVICES = [  # code and tests that need /dev/fd, /dev/stdin, /dev/stderr, /dev/s
 
 @pytest.mark.parametrize("language, code, tests", DEVICES)
 def test_devices(language, code, tests, isolation):
-    if isolation == "bare" and "multiprocessing" in code:
+    if isolation == "" and "multiprocessing" in code:
         pytest.skip("without a private root /dev/shm is the machine's, and Landlock denies it")
     r = sandbox.run(code, language, tests, timeout=20.0)
     assert r.passed, r
@@ -1085,7 +1114,7 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_hostile_elsewhere(name, folder, monkeypatch, may_fork):
     language, program = FOREIGN[name]
-    if language not in HERE or not has_namespaces():
+    if language not in HERE or not find_launcher():
         pytest.skip(f"no {language} or no namespaces here")
     row = sandbox.LANGUAGES[language]
     monkeypatch.setitem(sandbox.LANGUAGES, language, dataclasses.replace(row, check_seconds=2.5))

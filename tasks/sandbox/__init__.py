@@ -53,8 +53,8 @@ from typing import NamedTuple
 from tasks.sandbox.isolation import (
     child_command,
     count_threads,
+    find_launcher,
     fork_filter,
-    has_namespaces,
     hide_memory,
     seccomp_filter,
     visible_files,
@@ -277,7 +277,8 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
         source = source.encode()  # a lone surrogate is a ValueError
     except COMPILE_ERRORS as error:
         return Result(False, "static", " ".join(str(error).split()), "", "", 0.0)
-    own_pids = has_namespaces()
+    launcher = find_launcher()
+    own_pids = launcher != ""
     if not own_pids:
         hide_memory()
     check_limits, run_limits = _limits(row, timeout, memory_mb, own_pids)
@@ -285,11 +286,11 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     job = visible_files() | {
         "file": row.file, "source": source, "commands": find_commands(language),
         "has_tests": bool(tests.strip()), "compiled_tests": compiled_tests,
-        "guard_mark": GUARD_MARK, "key": key_a.encode(), "in_namespaces": own_pids,
+        "guard_mark": GUARD_MARK, "key": key_a.encode(), "launcher": launcher,
         "check_limits": check_limits, "run_limits": run_limits,
         "filter": seccomp_filter(own_pids), "no_fork": b"" if may_fork else fork_filter(),
     }
-    command = child_command(own_pids)
+    command = child_command(launcher)
     answer, out, err = _run_child(command, job, key_b, timeout, row.check_seconds)
     seconds = time.monotonic() - start
     _require_start(answer, err)

@@ -353,17 +353,22 @@ def main():
     sys.path[0] = ""  # the working directory in place of this file's
     layers = ["session", "environment", "directory"]
     call = find_libc()
-    if job["in_namespaces"]:
+    if job["launcher"]:
         layers += ["pids", "network"]
+    if job["launcher"] == "bwrap":
+        layers.append("files")
+    elif job["launcher"]:
         limit_process_ids()
         try:
             enter_private_root(call, posix.getcwd(), job)
             layers.append("files")
         except OSError:
             pass  # run without this layer
+    call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: the child may not open our memory
     child = posix.fork()
     if child:
         supervise(child, link)
+    call("prctl", 4, 1, 0, 0, 0)
     layers += drop_privileges(call, job["filter"])
     paths = [path for path, _ in job["bound"]]
     if "files" not in layers and restrict_files(call, paths, job["packages"][-1]):

@@ -75,30 +75,45 @@ def visible_files() -> dict:
 
 
 @functools.lru_cache(None)
-def child_command(in_namespaces: bool) -> list[str]:
+def child_command(launcher: str) -> list[str]:
     """Return the command that starts child.py: its bytecode, so that no run has to compile it.
 
-    In namespaces the child has no network, and process ids of its own: when the first process
-    dies, the kernel kills all others, even those that setsid() took out of our kill's reach.
+    launcher: "unshare" or "bwrap", which start it in namespaces, or "". There the child has no
+    network, and process ids of its own: when the first process dies, the kernel kills all others,
+    even those that setsid() took out of our kill's reach.
     """
     child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
     with contextlib.suppress(OSError):  # where nothing can be written
         child = py_compile.compile(child, doraise=True)
-    if not in_namespaces:
-        return [*PYTHON, child]
-    unshare = shutil.which("unshare") or "unshare"  # the child has no PATH
-    options = "--user --map-root-user --net --pid --ipc --uts --mount --fork --kill-child".split()
-    return [unshare, *options, *PYTHON, child]
+    options = []
+    if launcher == "unshare":
+        options = """--user --map-root-user --net --pid --ipc --uts --mount --fork
+            --kill-child""".split()
+    elif launcher == "bwrap":  # it makes the private root as well
+        child_in_view = "/" + os.path.basename(child)
+        options = f"""--unshare-all --die-with-parent --cap-drop ALL --proc /proc --dev /dev
+            --size {DISK} --tmpfs /dev/shm --size {DISK} --tmpfs /tmp --chdir /tmp""".split()
+        for path, path_in_view in [*visible_files()["bound"], (child, child_in_view)]:
+            if not path.startswith("/dev/"):
+                options += ["--ro-bind", path, path_in_view]
+        options += ["--remount-ro", "/dev", "--remount-ro", "/"]
+        child = child_in_view
+    start = [shutil.which(launcher) or launcher] if launcher else []  # the child has no PATH
+    return [*start, *options, *PYTHON, child]
 
 
 @functools.lru_cache(None)
-def has_namespaces() -> bool:
-    """Return whether this system has namespaces and allows them: the child then finds no job."""
-    try:
-        done = subprocess.run(child_command(True), stdin=subprocess.DEVNULL, capture_output=True)
-    except OSError:  # not installed, or in a folder that we may not read
-        return False
-    return done.returncode == NO_JOB
+def find_launcher() -> str:
+    """Return the first program that starts the child in namespaces, which then finds no job; "" if
+    the system lacks or forbids them. Ubuntu's AppArmor allows bubblewrap what it forbids unshare.
+    """
+    for launcher in ("unshare", "bwrap"):
+        with contextlib.suppress(OSError):  # not installed, or in a folder that we may not read
+            command = child_command(launcher)
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+            if done.returncode == NO_JOB:
+                return launcher
+    return ""
 
 
 # Tracing of other processes, memory that no limit counts, sockets (socketpair stays), and
