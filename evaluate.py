@@ -35,6 +35,7 @@ from lib.vllm_client import rollout_backend
 from model import Qwen2
 from reward import RewardModel
 from sample import answer_text, generate, load_policy, rollout
+from tasks.custom import Sample
 from tasks.math_answers import extract_answer
 from tokenizer import Tokenizer
 
@@ -47,6 +48,7 @@ class Args:
     n_queries: int = 0               # at most so many of each; 0: all of a file, 480 of a split
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     reward_timeout: float = 60.0     # seconds that it may take per response
+    domain_key: str = ""             # column of a file's rows that breaks the tables down
     samples: int = 4                 # answers per query at temperature 1, for pass@1
     reward_model: str = ""           # choose among the samples with it: best of n
     max_new_tokens: int = 128        # longest answer
@@ -189,7 +191,8 @@ def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args
         text = answer_text(tokenizer, completion)
         texts.append(text.split("\n\n")[0].strip())
     asked = [query for query in queries for _ in range(n)]
-    scores = tasks.queries.score_many(asked, texts)
+    samples = [Sample(completion.ids, not completion.finished) for completion in completions]
+    scores = tasks.queries.score_many(asked, texts, samples)
     answers = [Answer(text, score) for text, score in zip(texts, scores, strict=True)]
     return [answers[i:i + n] for i in range(0, len(answers), n)]
 
@@ -236,7 +239,7 @@ def main(args: Args) -> dict:
 
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, reward=args.reward, built_in=480,
-                                 reward_timeout=args.reward_timeout)
+                                 reward_timeout=args.reward_timeout, domain_key=args.domain_key)
     tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     foreign = sorted({query["domain"] for query in queries} - set(tasks.queries.DOMAINS))
     require(not args.few_shot or not foreign,

@@ -23,7 +23,8 @@ policy, comparing it within each domain, and only where it is no noise (see orde
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
-log then has its mean, "own", in place of "pass_rate".
+log then has its mean, "own", in place of "pass_rate". docs/your-data.md says what else it may take
+and return.
 
 From later papers, and off by default: Dr. GRPO is --loss_type dr_grpo --scale_rewards none; of DAPO
 there are --loss_type dapo and --clip_high 0.28.
@@ -76,6 +77,7 @@ class Args:
     reward_model_weight: float = 1.0  # of its part of the reward; 0: it only orders the queries
     reward: str = ""                 # your own, file.py:function(query, response) -> 0 to 1
     reward_timeout: float = 60.0     # seconds that it may take per response
+    domain_key: str = ""             # column of a file's rows that names their domains
     check_steps: bool = False        # a right answer with a false equation counts as wrong
     steps: int = 25                  # episodes: one optimizer step each
     batch_queries: int = 16          # queries per episode
@@ -229,12 +231,24 @@ class Episode:
                    verdict(args): self.verified.mean().item()}
         if self.scores is not None:
             metrics["score"] = self.scores.mean().item()
+        metrics |= self.own_parts()
+        first = [group[0].query.get("first_pass_rate") for group in self.groups()]
+        if None not in first:
+            metrics["first_pass_rate"] = sum(first) / len(first)
         finished = [len(answer.ids) for answer in self.answers if answer.finished]
         metrics["frac_zero_std"] = zero_std(self.rewards).float().mean().item()
         metrics["truncated"] = 1 - len(finished) / len(self.answers)
         metrics["length"] = sum(finished) / max(1, len(finished))
         metrics["completions"] = [group[0].text for group in self.groups()[:3]]
         return metrics
+
+    def own_parts(self) -> dict[str, float]:
+        """Return the means of what a reward of one's own returned besides the reward."""
+        found = defaultdict(list)
+        for answer in self.answers:
+            for name, value in answer.parts.items():
+                found[f"own_{name}"].append(value)
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def verdict(args: Args) -> str:
@@ -299,6 +313,8 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
     episode = Episode.from_groups(groups, reward_model, args.reward_model_weight)
     print(f"{len(queries)} queries; {args.steps} steps use {args.steps * args.batch_queries}")
     check_before_training(episode, args)
+    for query, rate in zip(asked, episode.verified.mean(dim=1).tolist(), strict=True):
+        query["first_pass_rate"] = rate
     if args.query_order == "random":
         return queries
     return [queries[i] for i in order_within_domains(queries, episode, args.seed)]
@@ -385,7 +401,7 @@ def main(args: Args) -> dict:
 
     # data
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128,
-                                 reward_timeout=args.reward_timeout)
+                                 reward_timeout=args.reward_timeout, domain_key=args.domain_key)
     tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     with autocast:
         policy = synced_policy(model, server, run)

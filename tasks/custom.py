@@ -1,13 +1,17 @@
 """A reward of your own: --reward my_reward.py:score of grpo.py and evaluate.py.
 
-The function gets the query, as it stands in its file, and the response, and returns a number from 0
-to 1. It runs with all your rights, so its name comes from the command line only, never from a file
-of queries. It gets a copy of the query, a time limit (--reward_timeout), and may change the working
-directory. Nothing protects a run from os._exit() in it, or from C code that hangs.
+The function gets the query, as it stands in its file, and the response. If it has a third argument,
+this is a Sample, and responses that were cut reach it too. It returns a number from 0 to 1, or
+{"reward": number, NAME: value, ...}, whose other values GRPO logs.
+
+It runs with all your rights, so its name comes from the command line only, never from a file of
+queries. It gets copies, a time limit (--reward_timeout), and may change the working directory.
+Nothing protects a run from os._exit() in it, or from C code that hangs.
 """
 import contextlib
 import copy
 import functools
+import inspect
 import math
 import os
 import runpy
@@ -15,15 +19,31 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.args import InputError, require
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@dataclass
+class Sample:
+    """What a reward may see of a response besides its text."""
+    ids: list[int]   # its tokens, up to and including the stop id
+    truncated: bool  # cut at --max_new_tokens
+    parts: dict[str, float] = field(default_factory=dict)  # what the function adds to its reward
+
+
+class OwnReward(NamedTuple):
+    function: Callable
+    takes_sample: bool
+
+
 @functools.cache
-def own_reward(name: str):
+def own_reward(name: str) -> OwnReward:
     """Return the function of "file.py:function". InputError if there is none."""
     path, _, function = name.rpartition(":")
     require(path != "", f"--reward must be file.py:function, got {name!r}")
@@ -43,22 +63,46 @@ def own_reward(name: str):
     finally:
         sys.modules.update(ours)
     require(callable(found), f"--reward {name}: {path} defines no function {function}")
-    return found
+    with own_code(f"--reward {name}", path):
+        parameters = inspect.signature(found).parameters.values()
+    required = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    return OwnReward(found, takes_sample=len(required) == 3)
 
 
-def own_score(name: str, query: dict, response: str, timeout: float = 60.0) -> float:
-    """Return what the function says of a response. InputError if it fails, returns no number, or
-    takes more than `timeout` seconds."""
+def sees_truncated(query: dict) -> bool:
+    """Return whether a cut response is scored, too: else it gets 0, whatever it contains."""
+    check = query["check"]
+    return check["kind"] == "own" and own_reward(check["function"]).takes_sample
+
+
+def own_score(query: dict, response: str, sample: Sample) -> float:
+    """Return what the query's function says of a response, and add its other values to the sample.
+    InputError if it fails, returns no numbers, or takes more than the check's "timeout" seconds."""
+    name = query["check"]["function"]
     path = name.rpartition(":")[0]
     shown = f"for the response {response[:200]!r}"
-    function = own_reward(name)
-    with own_code(name, path, f", {shown} to {str(query['prompt'])[:200]!r}", timeout):
-        value = function(copy.deepcopy(query), response)
+    own = own_reward(name)
+    arguments = [copy.deepcopy(query), response]
+    if own.takes_sample:
+        arguments.append(Sample(list(sample.ids), sample.truncated))
+    about = f", {shown} to {str(query['prompt'])[:200]!r}"
+    with own_code(name, path, about, query["check"]["timeout"]):
+        value = own.function(*arguments)
     with own_code(name, path, f", {shown}"):
-        is_text = isinstance(value, str | bytes | bytearray)  # float("1") and float(b"1") are 1
-        score = math.nan if value is None or is_text else float(value)  # of numpy and torch too
-    require(0 <= score <= 1, f"{name} gave {value!r}, not a number from 0 to 1, {shown}")
+        values = value if isinstance(value, dict) else {"reward": value}
+        parts = {part: as_number(number) for part, number in values.items()}
+    score = parts.pop("reward", math.nan)
+    require(0 <= score <= 1 and all(map(math.isfinite, parts.values())), f"{name} gave "
+            f"{value!r:.300}, not a number from 0 to 1 (or a dict of numbers with it as "
+            f'"reward"), {shown}')
+    sample.parts = parts
     return score
+
+
+def as_number(value) -> float:
+    """Return a number of Python, numpy or torch as a float, and nan for texts and None."""
+    is_text = isinstance(value, str | bytes | bytearray)  # float("1") and float(b"1") are 1
+    return math.nan if value is None or is_text else float(value)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from tasks import ifeval, sandbox, toy, variants
 from tasks.benchmarks import contents, read_queries
 from tasks.check_tests import find_problems
 from tasks.code_blocks import whole_program
-from tasks.custom import own_reward, own_score
+from tasks.custom import Sample, own_reward, own_score
 from tasks.math_answers import extract_answer, math_equal
 from tasks.steps import steps_hold
 
@@ -135,12 +135,14 @@ def follows_all(query: dict, response: str) -> bool:
     return all(follows(response, rule, arguments) for rule, arguments in rules)
 
 
-def score_many(queries: list[dict], responses: list[str]) -> list[float]:
+def score_many(queries: list[dict], responses: list[str],
+               samples: list[Sample] | None = None) -> list[float]:
     """Return 1.0 for each response that passes its query's check, else 0.0.
 
-    A reward of one's own may give any number from 0 to 1. Code runs in the sandbox, several
-    programs at a time."""
+    A reward of one's own may give any number from 0 to 1; it may also use the samples, and adds
+    `parts` to them. Code runs in the sandbox, several programs at a time."""
     scores = [0.0] * len(queries)
+    samples = samples or [Sample([], truncated=False) for _ in queries]
     programs = {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
@@ -150,7 +152,7 @@ def score_many(queries: list[dict], responses: list[str]) -> list[float]:
         elif check["kind"] == "math":
             scores[i] = float(answers_rightly(check, response))
         elif check["kind"] == "own":
-            scores[i] = own_score(check["function"], query, response, check["timeout"])
+            scores[i] = own_score(query, response, samples[i])
         else:
             scores[i] = float(follows_all(query, response))
     passed = run_programs(list(programs.values()))
@@ -261,10 +263,11 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
         yield as_text(list(islice(stream, count)), form)
 
 
-def score_steps(queries: list[dict], responses: list[str]) -> list[float]:
+def score_steps(queries: list[dict], responses: list[str],
+                samples: list[Sample] | None = None) -> list[float]:
     """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
     states a false equation (tasks/steps.py)."""
-    scores = score_many(queries, responses)
+    scores = score_many(queries, responses, samples)
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         if query["check"].get("kind") == "math" and not steps_hold(response):
             scores[i] = 0.0
@@ -275,7 +278,7 @@ def score_steps(queries: list[dict], responses: list[str]) -> list[float]:
 # queries by name
 
 def load(names: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int = 400,
-         reward_timeout: float = 60.0) -> list[dict]:
+         reward_timeout: float = 60.0, domain_key: str = "") -> list[dict]:
     """Return the queries of sources that are joined by commas, one source after another.
 
     A source is a built-in split ("rl", "val", "test"), a variant of it ("c++:rl", see VARIANTS),
@@ -284,7 +287,8 @@ def load(names: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int 
 
     n: how many of each source; 0: all of a file, and `built_in` of a split. reward:
     "file.py:function", which takes the place of the checks; the rows of a file then need nothing
-    but a "prompt". It may take `reward_timeout` seconds per response."""
+    but a "prompt". It may take `reward_timeout` seconds per response. domain_key: the column of a
+    file that names the domain of each row."""
     sources = runnable(list(filter(None, names.split(","))))
     require(len(sources) > 0, f"--queries {names!r} names no source of queries")
     if reward:
@@ -293,10 +297,22 @@ def load(names: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int 
     queries = []
     for name in sources:
         if reward:
-            queries += load_for_own_reward(name, n, seed, check, built_in)
+            found = load_for_own_reward(name, n, seed, check, built_in)
         else:
-            queries += load_source(name, n, seed, built_in)
+            found = load_source(name, n, seed, built_in)
+        if domain_key:
+            set_domains(found, name, domain_key)
+        queries += found
     return queries
+
+
+def set_domains(queries: list[dict], path: str, key: str) -> None:
+    """Let the column `key` of a file's first rows name the domains of its queries."""
+    require(not is_split(path), f"--domain_key {key}: {path} has no columns, only files have them")
+    for query, (line, row) in zip(queries, read_jsonl(path), strict=False):
+        require(isinstance(row.get(key), str | int),
+                f"{path}:{line}: --domain_key: no text or number under {key!r}")
+        query["domain"] = str(row[key])
 
 
 def runnable(names: list[str]) -> list[str]:

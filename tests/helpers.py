@@ -68,10 +68,12 @@ GLOSSARY = {"step"} | {name for line in (ROOT / "docs/metrics.md").read_text("ut
 
 
 def log(path) -> list[dict]:
-    """What a stage logged, without its speed; docs/metrics.md explains every number of it."""
+    """What a stage logged, without its speed; docs/metrics.md explains every number of it,
+    and all parts of a reward of one's own as own_NAME."""
     lines = (Path(path) / "log.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert (found := {name for row in rows for name in row}) <= GLOSSARY, found - GLOSSARY
+    found = {re.sub("^own_.+", "own_NAME", name) for row in rows for name in row}
+    assert found <= GLOSSARY, found - GLOSSARY
     for row in rows:
         row.pop("tokens_per_s", None)
     return rows

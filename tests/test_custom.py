@@ -87,6 +87,41 @@ def test_a_reward_that_goes_wrong_is_one_line(body, words, tmp_path):
     assert len(message) < 1000
 
 
+@pytest.mark.parametrize("value", ["{}", "{'short': 1}", "{'reward': 2}", "{'reward': '1'}",
+                                   "{'reward': 1, 'short': 'yes'}", "{'reward': 1, 'x': 1e999}"])
+def test_a_dict_without_a_reward_or_with_more_than_numbers_is_refused(value, tmp_path):
+    query = own_query(tmp_path, f"return {value}")
+    refuses(lambda: tasks.queries.score(query, "x"), "own.py:score gave {", '"reward"')
+
+
+def test_a_third_argument_decides(tmp_path):
+    """A function gets the sample, a copy of it, if its third argument has no default."""
+    body = "; seen = sample.ids[:]; sample.ids.clear(); return {'reward': 1, 'first': seen[0]}"
+    for third, takes in (("sample", True), ("sample=None", False), ("*rest", False)):
+        query = own_query(tmp_path, "pass" + body if takes else "return 1")
+        mine = tmp_path / "own.py"
+        mine.write_text(mine.read_text().replace("response):", f"response, {third}):"))
+        custom.own_reward.cache_clear()
+        assert custom.sees_truncated(query) == takes
+        sample = custom.Sample([7, 8], truncated=True)
+        assert tasks.queries.score_steps([query], ["x"], [sample]) == [1.0]
+        assert sample == custom.Sample([7, 8], True, {"first": 7.0} if takes else {})
+
+
+def test_domains_from_a_column(tmp_path):
+    """In files of any shape, in several sources, and for the rows that are read only."""
+    rows = [{"question": "1 + 1?", "answer": "#### 2", "level": 3, "topic": "sums"},
+            {"question": "2 * 2?", "answer": "#### 4", "level": 5}]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    queries = tasks.queries.load(path, domain_key="level")
+    assert [(query["domain"], query["check"]["answer"]) for query in queries] == [
+        ("3", "2"), ("5", "4")]
+    (query,) = tasks.queries.load(path, 1, domain_key="topic")
+    assert query["domain"] == "sums"
+    refuses(lambda: tasks.queries.load(path, domain_key="topic"), "q.jsonl:2", "--domain_key")
+    refuses(lambda: tasks.queries.load("rl", domain_key="topic"), "--domain_key topic", "rl")
+
+
 def test_a_reward_changes_neither_the_query_nor_the_working_directory(tmp_path):
     query = own_query(tmp_path, "os.chdir('/'); query.clear(); return 1")
     before = os.getcwd()

@@ -212,6 +212,9 @@ def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
     rows = [json.loads(line) for line in text.splitlines()]
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
     assert "| pass@1 (mean score), % | total |" in capsys.readouterr().out
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Write 0.", "topic": t} for t in "xy"])
+    metrics = run(micro_run, tmp_path, **own, queries=path, domain_key="topic")
+    assert metrics["greedy"].keys() == {"total", "x", "y"}
 
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):

@@ -412,6 +412,30 @@ def test_a_reward_of_ones_own_is_no_pass(policy, tmp_path):
     assert result["own"] == pytest.approx(rows[-1]["own"], rel=1e-6)
 
 
+def test_a_reward_that_sees_cut_answers_and_returns_parts(policy, tmp_path):
+    """The means of its parts agree with the log's own lengths; without a third argument it never
+    sees a cut answer. --domain_key names the domains."""
+    mine, queries = tmp_path / "mine.py", tmp_path / "rows.jsonl"
+    write_rows(queries, [{"prompt": p, "topic": p[:4]} for p in ("Pick A.", "Choose A.")])
+    mine.write_text("def score(query, response, sample):\n"
+                    "    return {'reward': 0.3 * sample.truncated + 0.1 * response.count('A'),\n"
+                    "            'cut': sample.truncated, 'tokens': len(sample.ids)}\n\n\n"
+                    "def ended(query, response):\n    return 0.5 + 0.5 * ('A' in response)\n")
+    values = {"queries": str(queries), "steps": 3, "max_new_tokens": 4, "temperature": 1.5}
+    run(policy, tmp_path, "parts", **values, reward=f"{mine}:score", domain_key="topic")
+    rows = log(tmp_path / "parts")
+    assert any(row["truncated"] > 0 for row in rows)
+    for row in rows:
+        assert row["own_cut"] == pytest.approx(row["truncated"], abs=1e-6)
+        tokens = row["length"] * (1 - row["truncated"]) + 4 * row["truncated"]
+        assert row["own_tokens"] == pytest.approx(tokens, rel=1e-5)
+    samples = (tmp_path / "parts" / "samples.jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(line)["domain"] for line in samples} == {"Pick", "Choo"}
+    run(policy, tmp_path, "ended", **values, reward=f"{mine}:ended")
+    for row in log(tmp_path / "ended"):
+        assert 0.5 <= row["own"] / (1 - row["truncated"]) < 1
+
+
 def test_an_error_in_a_reward_loses_no_step(policy, tmp_path):
     """It ends the run in one line, with the state of the last whole step; mended, the run goes on
     to what one without the error comes to, bit for bit."""
@@ -556,6 +580,26 @@ def test_preflight_orders_by_variance(monkeypatch):
         monkeypatch.setattr(grpo, "rollout", fake_rollout(scores))
         ordered = grpo.order_queries(None, None, None, queries, stage_args(grpo, num_generations=4))
         assert "".join(query["prompt"] for query in ordered) == want
+
+
+def test_first_pass_rate(monkeypatch):
+    """Each step says what the initial policy passed of its queries; in random order only the first
+    two steps' queries were sampled."""
+    rates = {"a": 0.25, "b": 0.5, "c": 0.75, "d": 1.0, "e": 0.5}
+
+    def rollout(model, tokenizer, queries, n, *rest):
+        return [[Rollout(q, [1], [2], [-1.0], True, f"x{i}", float(i < 4 * rates[q["prompt"]]))
+                 for i in range(4)] for q in queries]
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    for order, known in (("variance", 5), ("random", 4)):
+        args = stage_args(grpo, num_generations=4, batch_queries=2, query_order=order)
+        queries = [{"prompt": prompt, "domain": "d"} for prompt in rates]
+        queries = grpo.order_queries(None, None, None, queries, args)
+        for step in range(5):
+            places = [2 * step % 5, (2 * step + 1) % 5]
+            metrics = sample_episode(None, None, None, queries, args, step).metrics(args)
+            want = sum(rates[queries[i]["prompt"]] for i in places) / 2
+            assert metrics.get("first_pass_rate") == (want if max(places) < known else None)
 
 
 def test_split_half_correlation():

@@ -127,7 +127,7 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
                for q in ("Pick A.", "Choose A.")]
     right = {"Pick A.": {"A."}, "Choose A.": {"A.", "B."}}
     monkeypatch.setattr(quality.tasks.queries, "builtin", lambda split, n, seed: queries)
-    monkeypatch.setattr(quality.tasks.queries, "score_many", lambda queries, answers: [
+    monkeypatch.setattr(quality.tasks.queries, "score_many", lambda queries, answers, _: [
         float(a in right[q["prompt"]]) for q, a in zip(queries, answers, strict=True)])
     args = replace(args, labels="", generate=2, responses=16, policy=policy)
     report = quality.main(args)
