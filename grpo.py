@@ -33,10 +33,10 @@ there are --loss_type dapo and --clip_high 0.28.
     python grpo.py inspect --out runs/demo/grpo        # queries, their answers, rewards, advantages
 
 Expect: with the default loss, the printed value is about 0 at every step, since advantages are
-centred; its gradient is not 0. Watch pass_rate instead, from one pass through the queries to the
-next: in each, the queries whose scores vary most come first. frac_zero_std, the share of groups
-with equal rewards, grows as queries are solved, hardly with a reward model. The entropy falls. If
-it nears 0 while pass_rate stalls, lower --lr.
+centred; its gradient is not 0. Watch pass_rate instead, beside first_pass_rate: what the initial
+policy passed of the same queries. frac_zero_std, the share of groups with equal rewards, grows as
+queries are solved, hardly with a reward model. The entropy falls. If it nears 0 while pass_rate
+stalls, lower --lr.
 """
 import copy
 import math

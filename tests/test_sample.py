@@ -236,10 +236,11 @@ def test_an_empty_prompt_is_refused(model):
 def test_rollouts_are_grouped_and_only_finished_ones_are_scored(micro_run, tokenizer):
     """Text without the stop token; a response that never ended is no answer."""
     model = Qwen2.from_pretrained(micro_run)
-    queries = [{"prompt": "Hi", "domain": "a"},
-               {"prompt": [{"role": "user", "content": "2 + 2?"}], "domain": "b"}]
+    check = {"kind": "math", "answer": "4"}
+    queries = [{"prompt": "Hi", "domain": "a", "check": check},
+               {"prompt": [{"role": "user", "content": "2 + 2?"}], "domain": "b", "check": check}]
     groups = rollout(model, tokenizer, queries, n=24, max_new_tokens=60, temperature=2.0,
-                     score=lambda queries, texts: [1.0] * len(texts))
+                     score=lambda queries, texts, samples: [1.0] * len(texts))
     rows = [row for group in groups for row in group]
     assert [len(group) for group in groups] == [24, 24] and isinstance(rows[0], Rollout)
     assert {row.finished for row in rows} == {True, False}
