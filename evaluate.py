@@ -16,7 +16,7 @@ query are not independent.
 import json
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,6 @@ from lib.vllm_client import rollout_backend
 from model import Qwen2
 from reward import RewardModel
 from sample import answer_text, generate, load_policy, rollout
-from tasks.custom import Sample
 from tasks.math_answers import extract_answer
 from tokenizer import Tokenizer
 
@@ -191,8 +190,8 @@ def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args
         text = answer_text(tokenizer, completion)
         texts.append(text.split("\n\n")[0].strip())
     asked = [query for query in queries for _ in range(n)]
-    samples = [Sample(completion.ids, not completion.finished) for completion in completions]
-    scores = tasks.queries.score_many(asked, texts, samples)
+    ended = [replace(completion, finished=True) for completion in completions]  # by a blank line
+    scores = tasks.queries.score_many(asked, texts, ended)
     answers = [Answer(text, score) for text, score in zip(texts, scores, strict=True)]
     return [answers[i:i + n] for i in range(0, len(answers), n)]
 

@@ -20,7 +20,6 @@ from lib.dist import RANK, gather_rows, rank_slice
 from lib.lora import adapter_base, merge_adapter
 from lib.optim import pad_rows, rng, setup
 from model import GrowingKVCache, KVCache, Qwen2
-from tasks.custom import Sample, sees_truncated
 from tokenizer import Tokenizer
 
 
@@ -225,8 +224,8 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
             temperature: float = 1.0, seed: int = 0, score=None) -> list[list[Rollout]]:
     """Sample n answers per query and score them; return one list of n rollouts per query.
 
-    score(queries, texts, samples) -> list of float, such as tasks.queries.score_many, scores the
-    answers that were not cut. Cut ones stay 0, as do all with None.
+    score(queries, texts, rollouts) -> list of float, such as tasks.queries.score_many; with None
+    all scores stay 0.
     There is no top-k or top-p: the log-probabilities must be those of the policy itself. Several
     processes share the queries, and each gets all rollouts."""
     queries = rank_slice(queries)
@@ -239,12 +238,9 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
         rows.append(Rollout(queries[i // n], prompts[i // n], completion.ids, completion.logprobs,
                             completion.finished, answer_text(tokenizer, completion)))
     if score is not None:
-        ended = [row for row in rows if row.finished or sees_truncated(row.query)]
-        samples = [Sample(row.ids, not row.finished) for row in ended]
-        scores = score([row.query for row in ended], [row.text for row in ended], samples)
-        for row, value, sample in zip(ended, scores, samples, strict=True):
+        scores = score([row.query for row in rows], [row.text for row in rows], rows)
+        for row, value in zip(rows, scores, strict=True):
             row.score = value
-            row.parts = sample.parts
     return gather_rows([rows[i:i + n] for i in range(0, len(rows), n)])
 
 

@@ -20,7 +20,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +28,10 @@ from lib.args import InputError, require
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     """What a reward may see of a response besides its text."""
     ids: list[int]   # its tokens, up to and including the stop id
     truncated: bool  # cut at --max_new_tokens
-    parts: dict[str, float] = field(default_factory=dict)  # what the function adds to its reward
 
 
 class OwnReward(NamedTuple):
@@ -75,16 +72,18 @@ def sees_truncated(query: dict) -> bool:
     return check["kind"] == "own" and own_reward(check["function"]).takes_sample
 
 
-def own_score(query: dict, response: str, sample: Sample) -> float:
-    """Return what the query's function says of a response, and add its other values to the sample.
+def own_score(query: dict, response: str, rollout=None) -> float:
+    """Return what the query's function says of a response, and add its other values to the rollout.
     InputError if it fails, returns no numbers, or takes more than the check's "timeout" seconds."""
     name = query["check"]["function"]
     path = name.rpartition(":")[0]
     shown = f"for the response {response[:200]!r}"
     own = own_reward(name)
     arguments = [copy.deepcopy(query), response]
-    if own.takes_sample:
-        arguments.append(Sample(list(sample.ids), sample.truncated))
+    if own.takes_sample and rollout is None:
+        arguments.append(Sample([], truncated=False))
+    elif own.takes_sample:
+        arguments.append(Sample(list(rollout.ids), not rollout.finished))
     about = f", {shown} to {str(query['prompt'])[:200]!r}"
     with own_code(name, path, about, query["check"]["timeout"]):
         value = own.function(*arguments)
@@ -95,7 +94,8 @@ def own_score(query: dict, response: str, sample: Sample) -> float:
     require(0 <= score <= 1 and all(map(math.isfinite, parts.values())), f"{name} gave "
             f"{value!r:.300}, not a number from 0 to 1 (or a dict of numbers with it as "
             f'"reward"), {shown}')
-    sample.parts = parts
+    if rollout is not None:
+        rollout.parts = parts
     return score
 
 

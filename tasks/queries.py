@@ -34,7 +34,7 @@ from tasks import ifeval, sandbox, toy, variants
 from tasks.benchmarks import contents, read_queries
 from tasks.check_tests import find_problems
 from tasks.code_blocks import whole_program
-from tasks.custom import Sample, own_reward, own_score
+from tasks.custom import own_reward, own_score, sees_truncated
 from tasks.math_answers import extract_answer, math_equal
 from tasks.steps import steps_hold
 
@@ -135,24 +135,26 @@ def follows_all(query: dict, response: str) -> bool:
     return all(follows(response, rule, arguments) for rule, arguments in rules)
 
 
-def score_many(queries: list[dict], responses: list[str],
-               samples: list[Sample] | None = None) -> list[float]:
+def score_many(queries: list[dict], responses: list[str], rollouts=None) -> list[float]:
     """Return 1.0 for each response that passes its query's check, else 0.0.
 
-    A reward of one's own may give any number from 0 to 1; it may also use the samples, and adds
-    `parts` to them. Code runs in the sandbox, several programs at a time."""
+    rollouts: sample.Rollout of the responses, or None. A response that was cut gets 0.0, unless it
+    meets a reward of one's own that asks for its tokens. Such a reward may give any number from 0
+    to 1, and `parts` to the rollout. Code runs in the sandbox, several programs at a time."""
     scores = [0.0] * len(queries)
-    samples = samples or [Sample([], truncated=False) for _ in queries]
     programs = {}
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         check = query["check"]
+        rollout = rollouts[i] if rollouts else None
+        if rollout is not None and not rollout.finished and not sees_truncated(query):
+            continue
         if check["kind"] == "code":
             code = whole_program(response, check)
             programs[i] = Program(code, check["language"], check["tests"])
         elif check["kind"] == "math":
             scores[i] = float(answers_rightly(check, response))
         elif check["kind"] == "own":
-            scores[i] = own_score(query, response, samples[i])
+            scores[i] = own_score(query, response, rollout)
         else:
             scores[i] = float(follows_all(query, response))
     passed = run_programs(list(programs.values()))
@@ -263,11 +265,10 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
         yield as_text(list(islice(stream, count)), form)
 
 
-def score_steps(queries: list[dict], responses: list[str],
-                samples: list[Sample] | None = None) -> list[float]:
+def score_steps(queries: list[dict], responses: list[str], rollouts=None) -> list[float]:
     """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
     states a false equation (tasks/steps.py)."""
-    scores = score_many(queries, responses, samples)
+    scores = score_many(queries, responses, rollouts)
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         if query["check"].get("kind") == "math" and not steps_hold(response):
             scores[i] = 0.0

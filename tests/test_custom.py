@@ -7,6 +7,7 @@ from helpers import refuses, write_rows
 
 import data
 import tasks.queries
+from sample import Rollout
 from tasks import custom
 
 
@@ -103,9 +104,9 @@ def test_a_third_argument_decides(tmp_path):
         mine.write_text(mine.read_text().replace("response):", f"response, {third}):"))
         custom.own_reward.cache_clear()
         assert custom.sees_truncated(query) == takes
-        sample = custom.Sample([7, 8], truncated=True)
-        assert tasks.queries.score_steps([query], ["x"], [sample]) == [1.0]
-        assert sample == custom.Sample([7, 8], True, {"first": 7.0} if takes else {})
+        cut = Rollout(query, [], [7, 8], [], finished=False, text="x")
+        assert tasks.queries.score_steps([query], ["x"], [cut]) == [float(takes)]
+        assert cut.ids == [7, 8] and cut.parts == ({"first": 7.0} if takes else {})
 
 
 def test_domains_from_a_column(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from helpers import refuses
 
 import tasks.queries
+from sample import Rollout
 from tasks.code_blocks import extract_code
 from tasks.queries import DOMAINS, SPLITS, builtin, distinct, score, score_many
 
@@ -227,6 +228,14 @@ def test_code_is_taken_from_the_last_block():
     """A fenced block, the last of several, or the whole text when there is none."""
     assert extract_code("say ```python\na = 1\n``` and ```\nb = 2\n``` end") == "b = 2\n"
     assert extract_code("x = 3") == "x = 3"
+
+
+def test_a_cut_response_is_no_answer():
+    """Right as far as it goes, but it never ended."""
+    query = {"prompt": "2 + 2?", "domain": "a", "check": {"kind": "math", "answer": "4"}}
+    text = "\\boxed{4}"
+    cut, ended = (Rollout(query, [], [1], [0.0], finished, text) for finished in (False, True))
+    assert score_many([query, query], [text, text], [cut, ended]) == [0.0, 1.0]
 
 
 def test_score_many_equals_score():

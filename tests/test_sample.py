@@ -240,7 +240,7 @@ def test_rollouts_are_grouped_and_only_finished_ones_are_scored(micro_run, token
     queries = [{"prompt": "Hi", "domain": "a", "check": check},
                {"prompt": [{"role": "user", "content": "2 + 2?"}], "domain": "b", "check": check}]
     groups = rollout(model, tokenizer, queries, n=24, max_new_tokens=60, temperature=2.0,
-                     score=lambda queries, texts, samples: [1.0] * len(texts))
+                     score=lambda queries, texts, rollouts: [row.finished for row in rollouts])
     rows = [row for group in groups for row in group]
     assert [len(group) for group in groups] == [24, 24] and isinstance(rows[0], Rollout)
     assert {row.finished for row in rows} == {True, False}
