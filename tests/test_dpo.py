@@ -537,7 +537,7 @@ def test_reference_is_the_policy_before_its_first_step(micro_run, tmp_path, monk
             for r in rows]
     autocast = torch.autocast("cpu", enabled=False)
     for micro_batch in (1, 4, 32):
-        got = dpo.reference_logprobs(model, rows, micro_batch, autocast)
+        got = dpo.all_logprobs(model, rows, micro_batch, autocast)
         torch.testing.assert_close(got, torch.tensor(want), rtol=1e-6, atol=1e-6)
 
 
