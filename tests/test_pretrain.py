@@ -20,7 +20,7 @@ from lib.upcycle import upcycle
 from lib.args import InputError
 from lib.files import read_jsonl
 from lib.optim import rng
-from data.mixture import is_held_out
+from data.mixture import Tokens, is_held_out
 from helpers import tiny_model, wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
@@ -499,6 +499,17 @@ def test_a_few_short_documents_fill_one_held_out_row(args, tmp_path):
     assert SEQ < sum(docs.sizes.sum() for docs in last.values()) <= SEQ + 3
     assert sum(docs.sizes.sum() for part in (first, last) for docs in part.values()) == total
     assert len(pretrain.held_out_rows(last, SEQ, args.tokens)[0]) == 1
+
+
+@pytest.mark.parametrize("tokens,rows", [(SEQ, 1), (59 * SEQ, 5), (60 * SEQ, 6), (10**9, 40)])
+def test_held_out_rows_are_at_most_a_tenth_of_the_training_tokens(tokens, rows):
+    """Of 41 rows of documents, 40 whole ones with their next token; one row at least; the rows of
+    a short run are the first of a long one's."""
+    ids = np.arange(41 * (SEQ + 1) - 1)
+    held_out = {"a": Tokens.from_ends(ids, np.array([len(ids)]))}
+    found, _ = pretrain.held_out_rows(held_out, SEQ, tokens)
+    assert len(found) == rows
+    assert found.flatten().tolist() == ids[:rows * (SEQ + 1)].tolist()
 
 
 def test_enough_held_out_documents_stay_as_they_are(args):

@@ -14,6 +14,7 @@ import reward
 from model import PRESETS, Qwen2
 from data.pairs import PairIds, pair_responses, soft_label, tokenize_pairs
 from reward import RewardModel, accuracies, pair_rewards, preference_loss
+from lib.args import parse_args
 from sample import Rollout
 
 PROMPTS = ["Hi?", "What is the sum of two and three, please?", "Hi?", "Go", "A longer one " * 6]
@@ -280,6 +281,10 @@ def test_weights_decide_what_is_learned(micro_run, tmp_path):
     assert gaps["truthfulness=2"] > 1 and gaps["conciseness=1"] < -1
     assert abs(gaps[all_equal]) < 0.01
     assert log(tmp_path / all_equal)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_old_name_is_refused():
+    refuses(lambda: parse_args(reward.Args, ["--held_out", "x"]), "now called --eval_data")
 
 
 def test_held_out_files(micro_run, tmp_path):
