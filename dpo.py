@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks.queries
-from data.pairs import PairIds, pair_responses, read_pairs, review
+from data.pairs import PairIds, pair_responses, read_held_out, read_pairs, review
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
@@ -57,6 +57,7 @@ class Args:
     out: str = "runs/dpo"            # run directory
     base: str = ""                   # pre-trained model, for online merging; empty: plain AdamW
     data: str = ""                   # preference pairs (JSONL); empty: resample --init on queries
+    eval_data: str = ""              # pairs (JSONL) to measure on, and not to learn from
     queries: str = "rl"              # to resample on: query splits or files, joined by commas
     n_queries: int = 0               # at most this many of each; 0: whole files, 256 of a split
     responses: int = 8               # answers sampled per query
@@ -72,7 +73,7 @@ class Args:
     min_margin: float = 0.0          # ... chosen - rejected below this
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
-    micro_batch: int = 32            # pairs per forward pass: changes memory only
+    micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     beta: float = 0.1                # strength of the tie to the reference policy
@@ -84,6 +85,7 @@ class Args:
     merge_alpha: float = 1e-7        # share of the SFT direction in each update
     reserve: float = 0.5             # share of the entries that are kept
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
+    eval_every: int = 200            # steps between measures of --eval_data, from first to last
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -213,6 +215,8 @@ def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocas
     pass_rate = sum(answer.score for answer in answers) / len(answers)
     print(f"{args.init} passes {pass_rate:.1%} of {len(queries)} queries x {args.responses}: "
           f"{len(pairs)} pairs")
+    require(len(pairs) > 0, "no preference pair: every query's answers all pass or all fail; "
+            "choose other --queries, a higher --temperature, or more SFT")
     return pairs
 
 
@@ -228,16 +232,30 @@ def sequence_logprobs(model: Qwen2, rows: list[PairIds]):
 
 
 @torch.no_grad()
-def reference_logprobs(model: Qwen2, rows, micro_batch: int, autocast):
-    """Return (pairs, 2): sequence_logprobs of the policy before its first step, so that one model
-    in memory is enough."""
-    mine, reference = rank_slice(range(len(rows))), []
+def all_logprobs(model: Qwen2, rows, micro_batch: int, autocast):
+    """Return (pairs, 2): sequence_logprobs of all rows. Those of the reference are computed before
+    the policy's first step, so that one model in memory is enough."""
+    mine, logprobs = rank_slice(range(len(rows))), []
     for i in range(0, len(mine), micro_batch):
         some = [rows[row] for row in mine[i:i + micro_batch]]
         with autocast:
             chosen, rejected, _ = sequence_logprobs(model, some)
-        reference.extend(torch.stack((chosen, rejected), dim=1).tolist())
-    return torch.tensor(gather_rows(reference))
+        logprobs.extend(torch.stack((chosen, rejected), dim=1).tolist())
+    return torch.tensor(gather_rows(logprobs))
+
+
+def held_out_metrics(model: Qwen2, rows, reference, args: Args, autocast) -> dict[str, float]:
+    """Return the mean loss, without --rpo_alpha, and the accuracy of held-out pairs."""
+    chosen, rejected = all_logprobs(model, rows, args.micro_batch, autocast).unbind(1)
+    ref_chosen, ref_rejected = reference.unbind(1)
+    labels = torch.tensor([row.label for row in rows])
+    losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen, ref_rejected,
+                                                      args.beta, labels)
+    accuracy = (reward_chosen > reward_rejected).float()
+    return {
+        "val_loss": losses.mean().item(),
+        "val_accuracy": accuracy.mean().item(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,7 +265,7 @@ def main(args: Args) -> dict:
     run = Run(args, "dpo")
     device, autocast = setup(args, args.batch_size)
     positive(args, "responses", "temperature", "max_new_tokens", "epochs", "batch_size",
-             "micro_batch", "save_every")
+             "micro_batch", "eval_every", "save_every")
     require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
     shown = tasks.queries.builtin("val", 32, args.seed)
     tasks.queries.require_isolation(shown, args.allow_unsafe_code)
@@ -260,15 +278,15 @@ def main(args: Args) -> dict:
 
     # data
     pairs = load_pairs(args, run, model, tokenizer, autocast)
-    require(len(pairs) > 0, "no preference pair: every query's answers all pass or all fail; "
-            "choose other --queries, a higher --temperature, or more SFT")
     pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.max_ratio,
                                   args.check_format, scorer, args.min_margin)
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
     require(len(pairs) > 0, f"no pair is left after the review: {why}")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(pairs)} pairs (dropped by the review: {why}), {steps} steps")
-    reference = reference_logprobs(model, rows, args.micro_batch, autocast)
+    reference = all_logprobs(model, rows, args.micro_batch, autocast)
+    held_out = read_held_out(args.eval_data, tokenizer, args.max_len)
+    held_out_ref = all_logprobs(model, held_out, args.micro_batch, autocast)
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("dpo", model, 10.0 if args.lora else 1.0)
@@ -307,16 +325,19 @@ def main(args: Args) -> dict:
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, sums["loss"])
         margin = sums["reward_chosen"] - sums["reward_rejected"]
+        if held_out and (step % args.eval_every == 0 or step + 1 == steps):
+            sums |= held_out_metrics(full_model(model), held_out, held_out_ref, args, autocast)
         run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=grad_norm, margin=margin)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
-    # save, with a look at what the model answers now
+    # save, then look at what the model answers now
+    run.save(model, tokenizer)
     with autocast:
         groups = rollout(full_model(model), tokenizer, shown, 1, args.max_new_tokens, 1.0,
                          args.seed, tasks.queries.score_many)
     run.save_samples([group[0] for group in groups])
-    run.finish(model, tokenizer, pairs=len(rows), dropped=dropped, **sums)
+    run.finish(pairs=len(rows), dropped=dropped, **sums)
     return sums
 
 

@@ -454,12 +454,13 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save
+    run.save(model, tokenizer)
     shown = slice(0, 4 * args.num_generations)
     run.save_samples(episode.answers[shown], reward=episode.rewards.flatten()[shown].tolist(),
                      advantage=advantages[shown].tolist())
     result = {verdict(args): episode.verified.mean().item(),
               "reward": episode.rewards.mean().item()}
-    run.finish(model, tokenizer, **result, measured_on="the answers of the last step")
+    run.finish(**result, measured_on="the answers of the last step")
     return result
 
 

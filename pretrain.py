@@ -187,8 +187,9 @@ def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args
     return mixture.PackedRows(sources, np.concatenate(streams), args.seq_len), report
 
 
-def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int):
-    """Return ids and segment_ids (rows, seq_len + 1) of at most 256 rows of held-out documents."""
+def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int, tokens: int):
+    """Return ids and segment_ids (rows, seq_len + 1) of held-out documents: at most 256 rows, and
+    at most a tenth of the training `tokens`, so that a short run is not spent on measuring."""
     sources = list(held_out.values())
     stream = []
     for number, documents in enumerate(sources):
@@ -199,7 +200,8 @@ def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int):
     require(enough, "--data is too small: its held-out part, one document in fifty or the last "
             f"fifth of the tokens, does not fill a row of --seq_len {seq_len}")
     rows = mixture.PackedRows(sources, np.array(stream), seq_len)
-    return rows[range(min(256, len(rows)))]
+    most = max(1, tokens // (10 * seq_len))
+    return rows[range(min(256, most, len(rows)))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def main(args: Args) -> dict:
     builtin = sizes.keys() == BUILTIN_WEIGHTS.keys()
     weights = mixture.parse_weights(args.weights, BUILTIN_WEIGHTS if builtin else sizes)
     packed, report = pack(train, weights, args)
-    val_ids, val_segments = held_out_rows(held_out, args.seq_len)
+    val_ids, val_segments = held_out_rows(held_out, args.seq_len, args.tokens)
     if not args.doc_mask:
         val_segments = None
     for name, row in report.items():
@@ -388,7 +390,8 @@ def main(args: Args) -> dict:
             run.save_state(step + 1, model, optimizer)
 
     # save
-    run.finish(model, tokenizer, loss=loss, val_loss=metrics["val_loss"],
+    run.save(model, tokenizer)
+    run.finish(loss=loss, val_loss=metrics["val_loss"],
                bits_per_token=metrics["val_loss"] / math.log(2), mixture=report,
                **model.count_parameters(), tokens=steps * count)
     return metrics

@@ -14,7 +14,7 @@ rate, so these are our choice. The head is one bias-free row named score.weight,
 loads as Qwen2ForSequenceClassification.
 
     python reward.py --init runs/demo/sft --policies runs/demo/sft,runs/demo/dpo,runs/demo/rl_first
-    python reward.py --init Qwen2.5-0.5B-Instruct --pairs mine.jsonl --queries none --held_out ...
+    python reward.py --init Qwen2.5-0.5B-Instruct --pairs mine.jsonl --queries none --eval_data ...
 
 Expect: the loss starts at exactly ln 2, since the head starts at zero, and the held-out accuracy
 reaches 0.7-0.9. Compare it with the rule "the longer one wins", printed beside it for each source
@@ -30,7 +30,8 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 import tasks.queries
-from data.pairs import PairIds, pair_responses, parse_criteria, read_pairs, tokenize_pairs
+from data.pairs import (
+    PairIds, pair_responses, parse_criteria, read_held_out, read_pairs, tokenize_pairs)
 from lib.args import cli, parse_value, positive, require
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl
@@ -48,7 +49,7 @@ class Args:
     out: str = "runs/reward"         # run directory
     pairs: str = ""                  # preference pairs to add (JSONL), such as dpo's pairs.jsonl
     weights: str = ""                # of labels: "overall=1,helpfulness=2"; empty: all the same
-    held_out: str = ""               # pairs (JSONL) to measure on, and not to learn from
+    eval_data: str = ""              # pairs (JSONL) to measure on, and not to learn from
     queries: str = "rl"              # as for GRPO, joined by commas; "none": only the files
     n_queries: int = 0               # at most this many of each; 0: whole files, 256 of a split
     n_held_out: int = 64             # other queries, to measure on
@@ -62,12 +63,13 @@ class Args:
     max_len: int = 1024              # drop pairs with a longer prompt + response
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
-    micro_batch: int = 32            # pairs per forward pass: changes memory only
+    micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
     lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
+    eval_every: int = 200            # steps between measures of --eval_data, from first to last
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -183,8 +185,8 @@ def pair_rewards(model: RewardModel, rows: list[PairIds]):
 
 @torch.no_grad()
 def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
-    """Measure held-out pairs: how often chosen > rejected, how often the rules "the longer one
-    wins" and "the shorter one wins" would be right, and the correlation of score and length."""
+    """Measure held-out pairs: the loss, how often chosen > rejected, how often the rules "longer
+    wins" and "shorter wins" would be right, and the correlation of score and length."""
     chosen, rejected = [], []
     for i in range(0, len(rows), 64):
         some_chosen, some_rejected = pair_rewards(model, rows[i:i + 64])
@@ -196,7 +198,9 @@ def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
     scores = torch.cat((chosen, rejected))
     lengths = torch.cat((chosen_length, rejected_length)).float()
     correlation = torch.corrcoef(torch.stack((scores, lengths)))[0, 1]
+    labels = torch.tensor([row.label for row in rows])
     return {
+        "loss": preference_loss(chosen, rejected, labels).mean().item(),
         "accuracy": share(chosen > rejected),
         "longer_wins": share(chosen_length > rejected_length),
         "shorter_wins": share(chosen_length < rejected_length),
@@ -241,7 +245,7 @@ def parse_temperatures(args: Args) -> list[float]:
 def load_pairs(args: Args, run: Run, device, autocast):
     """Return the pairs to learn from and, by source, the held-out pairs to measure on."""
     pairs = read_pairs(args.pairs) if args.pairs else []
-    held_out = {args.held_out: read_pairs(args.held_out)} if args.held_out else {}
+    held_out = {args.eval_data: read_pairs(args.eval_data)} if args.eval_data else {}
     if args.queries == "none":
         return pairs, held_out
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
@@ -266,7 +270,7 @@ def main(args: Args) -> dict:
     run = Run(args, "reward")
     device, autocast = setup(args, args.batch_size)
     positive(args, "responses", "max_new_tokens", "epochs", "batch_size", "micro_batch",
-             "save_every")
+             "eval_every", "save_every")
     if args.queries != "none":
         positive(args, "n_held_out")
     parse_temperatures(args)  # a bad one is refused before anything is sampled
@@ -283,6 +287,7 @@ def main(args: Args) -> dict:
             "from: see --pairs, --queries")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(rows)} pairs, {steps} steps")
+    eval_rows = read_held_out(args.eval_data, tokenizer, args.max_len, weights)
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("reward", model)
@@ -311,12 +316,17 @@ def main(args: Args) -> dict:
         accuracy = all_reduce_sum(accuracy)
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
-        run.log(step + 1, steps, bar, batch, loss=loss, accuracy=accuracy, lr=lr,
-                grad_norm=grad_norm)
+        metrics = {"loss": loss, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
+        if eval_rows and (step % args.eval_every == 0 or step + 1 == steps):
+            with autocast:
+                measured = accuracies(full_model(model), eval_rows)
+            metrics |= {"val_loss": measured["loss"], "val_accuracy": measured["accuracy"]}
+        run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
-    # save, with a look at how well the model tells other pairs apart
+    # save, then look at how well the model tells other pairs apart
+    run.save(model, tokenizer)
     scorer, by_source = full_model(model), {}
     for source, some in held_out.items():
         some_rows = tokenize_pairs(some, tokenizer, args.max_len, weights)
@@ -326,9 +336,9 @@ def main(args: Args) -> dict:
                 by_source[source] = {"pairs": len(some_rows)} | accuracies(scorer, some_rows)
             numbers = ", ".join(f"{k} {v:.4g}" for k, v in by_source[source].items())
             print(f"held out, {source}: {numbers}")
-    overall = by_source.get("all", {})
+    overall = by_source.get("all") or by_source.get(args.eval_data, {})
     result = overall | {"pairs": len(rows), "held_out_pairs": overall.get("pairs", 0)}
-    run.finish(model, tokenizer, **result, by_source=by_source)
+    run.finish(**result, by_source=by_source)
     return by_source
 
 

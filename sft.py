@@ -31,17 +31,19 @@ import json
 import time
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 import kernels
 from data.conversations import to_conversation
 from lib.args import InputError, cli, positive, require
-from lib.dist import QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches
+from lib.dist import (
+    QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
 from lib.files import MAX_LINE, open_lines
 from lib.lora import add_lora
 from lib.optim import (
@@ -57,6 +59,7 @@ class Args:
     init: str = "runs/pretrain"      # model directory to start from
     out: str = "runs/sft"            # run directory
     data: str = ""                   # conversations (JSONL); empty: built-in demonstrations
+    eval_data: str = ""              # conversations (JSONL) to measure on, and not to learn from
     n_data: int = 0                  # read at most this many; 0: all of --data, or 1000 built-in
     system: str = ""                 # another default system prompt; empty: that of --init
     max_len: int = 512               # longer conversations are cut at the end
@@ -64,7 +67,7 @@ class Args:
     pack: bool = False               # sequence packing: several conversations per row, less padding
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
-    micro_batch: int = 32            # at most so many rows per forward pass: changes memory only
+    micro_batch: int = 32            # rows per forward pass, gradient accumulation: memory only
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
@@ -75,6 +78,7 @@ class Args:
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
     max_new_tokens: int = 160        # longest answer in samples.jsonl
     peak_tflops: float = 989.0       # of one GPU, for the log's mfu (H100, bf16, dense)
+    eval_every: int = 200            # steps between losses of --eval_data, from first to last
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of the demonstrations and the order of the data
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -170,21 +174,34 @@ class Conversations:
 
 
 def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
-    """Read --data, or make the built-in demonstrations first."""
+    """Read --data, or make the built-in demonstrations first, and check what is cut."""
     path, n = args.data, args.n_data
     if not path:
         n = args.n_data or 1000
         path = Path(args.out).parent / f"demonstrations-{n}-seed{args.seed}.jsonl"
         build_once(path, "tasks", "demonstrations", "--n", n, "--seed", args.seed, "--out", path)
-    return Conversations(open_lines(path), tokenizer, args.max_len, n, str(path))
+    conversations = Conversations(open_lines(path), tokenizer, args.max_len, n, str(path))
+    check_cuts(conversations, args)
+    return conversations
+
+
+def load_held_out(args: Args, tokenizer: Tokenizer) -> Conversations | None:
+    """Read --eval_data, if it is given."""
+    if not args.eval_data:
+        return None
+    return load_conversations(replace(args, data=args.eval_data, n_data=0), tokenizer)
 
 
 def check_cuts(conversations: Conversations, args: Args) -> None:
     """Print what --max_len cuts. Refuse more than a tenth of the conversations: an answer without
     its end teaches not to stop."""
     n = len(conversations) + conversations.dropped
-    text = (f"--max_len {args.max_len} cuts {conversations.cut} of {n} conversations, which loses "
-            f"{conversations.lost} of {conversations.targets} targets")
+    name = args.data or "demonstrations"
+    require(len(conversations) > 0, f"{name}: none of {n} has an answer within --max_len "
+            f"{args.max_len}")
+    text = (f"{name}: --max_len {args.max_len} cuts {conversations.cut} of {n} conversations, "
+            f"which loses {conversations.lost} of {conversations.targets} targets; "
+            f"{conversations.dropped} have no answer within it")
     require(args.allow_cut or conversations.cut <= n / 10,
             f"{text}: raise it, or add --allow_cut")
     print(text)
@@ -231,14 +248,30 @@ def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None):
     return total / count
 
 
+@torch.no_grad()
+def held_out_loss(model: Qwen2, conversations: Conversations, args: Args, autocast) -> float:
+    """Return the mean loss per target of held-out conversations."""
+    device = model.head_weight.device
+    rows = [conversations[i] for i in rank_slice(range(len(conversations)))]
+    loss = targets = 0
+    for i in range(0, len(rows), args.micro_batch):
+        some = rows[i:i + args.micro_batch]
+        ids = pad_rows([row.ids for row in some], conversations.tokenizer.pad_id).to(device)
+        mask = pad_rows([row.mask for row in some], 0).to(device)
+        with autocast:
+            loss += sft_loss(model, ids, mask, 1).item()
+        targets += sum(sum(row.mask[1:]) for row in some)
+    return all_reduce_sum(loss) / all_reduce_sum(targets)
+
+
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "sft")
     device, autocast = setup(args, args.batch_size)
-    positive(args, "epochs", "batch_size", "micro_batch", "save_every", "max_new_tokens",
-             "peak_tflops")
+    positive(args, "epochs", "batch_size", "micro_batch", "max_new_tokens", "eval_every",
+             "save_every", "peak_tflops")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
 
     # model
@@ -254,12 +287,9 @@ def main(args: Args) -> dict:
 
     # data
     conversations = load_conversations(args, tokenizer)
-    require(len(conversations) > 0, f"--data {args.data}: {conversations.dropped} conversations, "
-            f"none with an assistant's answer within --max_len {args.max_len} tokens")
     steps = max(1, int(args.epochs * len(conversations) / args.batch_size))
-    print(f"{len(conversations)} conversations ({conversations.dropped} dropped: no answer within "
-          f"--max_len), {steps} steps")
-    check_cuts(conversations, args)
+    print(f"{len(conversations)} conversations, {steps} steps")
+    held_out = load_held_out(args, tokenizer)
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("sft", model, 10.0 if args.lora else 1.0)
@@ -296,21 +326,26 @@ def main(args: Args) -> dict:
         epoch = (step + 1) * args.batch_size / len(conversations)
         speed = throughput(model, [len(row.ids) for row in rows], time.perf_counter() - began,
                            args.peak_tflops)
-        run.log(step + 1, steps, bar, batch, loss=loss, lr=lr, grad_norm=grad_norm, targets=count,
-                epoch=epoch, **speed)
+        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "targets": count,
+                   "epoch": epoch, **speed}
+        if held_out and (step % args.eval_every == 0 or step + 1 == steps):
+            metrics["val_loss"] = held_out_loss(full_model(model), held_out, args, autocast)
+        run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 
-    # save, with a look at what the model answers now
+    # save, then look at what the model answers now
+    run.save(model, tokenizer)
     with autocast:
-        groups = rollout(full_model(model), tokenizer, conversations.prompts(32), n=1,
-                         max_new_tokens=args.max_new_tokens, temperature=1.0, seed=args.seed)
+        groups = rollout(full_model(model), tokenizer, (held_out or conversations).prompts(32), 1,
+                         args.max_new_tokens, seed=args.seed)
     answers = [group[0] for group in groups]
     stopped = sum(answer.finished for answer in answers) / max(1, len(answers))
     print(f"{stopped:.0%} of {len(answers)} sampled answers end by themselves")
     run.save_samples(answers)
-    run.finish(model, tokenizer, loss=loss, stopped=stopped, conversations=len(conversations))
-    return {"loss": loss, "stopped": stopped}
+    result = {"loss": loss, "val_loss": metrics.get("val_loss"), "stopped": stopped}
+    run.finish(**result, conversations=len(conversations))
+    return result
 
 
 if __name__ == "__main__":

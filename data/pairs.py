@@ -227,6 +227,17 @@ def tokenize_pairs(pairs, tokenizer: Tokenizer, max_len: int, weights=None) -> S
     return Subset(rows, array("q", [i for i, row in enumerate(rows) if longest(row) <= max_len]))
 
 
+def read_held_out(path: str, tokenizer: Tokenizer, max_len: int, weights=None) -> list[PairIds]:
+    """Return the tokenized pairs of --eval_data, none without one. A tie has no right order."""
+    if not path:
+        return []
+    rows = tokenize_pairs(read_pairs(path), tokenizer, max_len, weights)
+    require(len(rows) > 0, f"--eval_data {path}: no pair within --max_len {max_len} tokens")
+    rows = [row for row in rows if row.label > 0.5]
+    print(f"{len(rows)} held-out pairs, ties apart")
+    return rows
+
+
 def longest(row: PairIds) -> int:
     return len(row.prompt) + max(len(row.chosen), len(row.rejected))
 

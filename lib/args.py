@@ -18,7 +18,7 @@ from lib.dist import RANK, init_distributed, is_first_to_report, is_peer_failure
 
 RENAMED = {"recompute": "gradient_checkpointing", "clip": "max_grad_norm",
            "aggregate": "loss_type", "normalise": "scale_rewards", "group": "num_generations",
-           "order": "query_order", "nll": "rpo_alpha"}
+           "order": "query_order", "nll": "rpo_alpha", "held_out": "eval_data"}
 # Control characters but tab and newline, and direction marks: they command a terminal.
 CONTROLS = {*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F),
             *range(0x2066, 0x206A)}

@@ -1,7 +1,7 @@
 """The run directory: what a stage writes to --out, and how an interrupted run continues.
 
 There is no Trainer here. Each stage writes its own loop, and calls a Run to start or resume, to log
-a step, to save a state, and to finish.
+a step, to save a state, and to save the model and finish.
 
 A stage draws its data order and its samples from generators that are seeded by (seed, step), see
 lib/optim.py. A state is therefore weights, optimizer and step, and a resumed run equals an
@@ -295,8 +295,8 @@ class Run:
         record |= result
         write_atomic(self.path / "run.json", json.dumps(json_safe(record), indent=1) + "\n")
 
-    def finish(self, model, tokenizer, **result) -> None:
-        """Save the model as a Hugging Face directory, mark the run finished, and drop state/."""
+    def save(self, model, tokenizer) -> None:
+        """Save the model as a Hugging Face directory, before sampling and measuring can fail."""
         model = full_model(model, "meta" if RANK else "cpu")
         if RANK == 0:
             dtype = self.args.get("save_dtype") or model.config.torch_dtype
@@ -304,6 +304,9 @@ class Run:
             if adapters(model):
                 save_adapter(model, self.path / "adapter", self.args["init"])
         tokenizer.save_pretrained(self.path)
+
+    def finish(self, **result) -> None:
+        """Mark the run finished in run.json, with its result, and drop state/."""
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()),
                            "skipped_steps": self.skipped_steps, "result": result})

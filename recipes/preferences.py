@@ -5,8 +5,9 @@ Qwen2.5-Math per problem, scored by Qwen2.5-Math-RM:
     {"idx", "question", "response", "is_correct", "rm_score"}
 
     python recipes/preferences.py --files a.jsonl,b.jsonl --out runs/pref
-    python reward.py --init DIR --pairs runs/pref/train.jsonl --held_out runs/pref/held_out.jsonl \\
-        --queries none --max_len 256 --batch_size 16 --micro_batch 4 --lr 2e-5 --out runs/pref/rm
+    python reward.py --init DIR --pairs runs/pref/train.jsonl \\
+        --eval_data runs/pref/held_out.jsonl --queries none --max_len 256 --batch_size 16 \\
+        --micro_batch 4 --lr 2e-5 --out runs/pref/rm
     python recipes/preferences.py --model runs/pref/rm --solutions qwen_math_rm8.jsonl
 
 How does a judge agree with the labels of the same pairs, by each of the six criteria? And what does

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ENV, log, program, stage_args, write_rows
+from helpers import (
+    ENV, letter_queries, log, program, same_weights, stage_args, teach_letters, write_rows)
 
 import lib.args
 import dpo
@@ -20,7 +21,10 @@ import pretrain
 import reward
 import sample
 import sft
+from lib.run import Run
 from model import Qwen2
+from reward import RewardModel
+from sample import load_policy
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,3 +292,41 @@ def test_chain_of_all_stages(tmp_path):
     metrics = json.loads((tmp_path / "e" / "eval.json").read_text("utf-8"))["metrics"]
     assert metrics["pass@1"]["total"]["n"] == 3
     assert len(said.splitlines()) >= 2  # the device, and the answer: may be empty at this size
+
+
+@pytest.mark.parametrize("stage", [sft, dpo, reward, grpo])
+def test_a_fault_after_the_loop_leaves_a_whole_model(stage, tokenizer, tmp_path, monkeypatch):
+    """Sampling (in reward: the third measure, which follows the last step's) fails: the model is
+    that of a run that ends well, --init takes it, and only run.json says that more was to come."""
+    policy = teach_letters(tokenizer, tmp_path / "policy")
+    chats = write_rows(tmp_path / "chats.jsonl", [{"prompt": "Say", "completion": "so"}] * 4)
+    pairs = write_rows(tmp_path / "pairs.jsonl",
+                       [{"prompt": "Say", "chosen": "so", "rejected": "no"}] * 4)
+    own = {sft: {"data": chats}, dpo: {"data": pairs, "max_new_tokens": 4},
+           reward: {"pairs": pairs, "eval_data": pairs, "queries": "none"},
+           grpo: {"steps": 2, "max_new_tokens": 4, "n_queries": 0,
+                  "queries": letter_queries(tmp_path / "queries.jsonl")}}[stage]
+    if stage is not grpo:
+        own |= {"batch_size": 2, "epochs": 1}
+    args = stage_args(stage, init=str(policy), out=str(tmp_path / "whole"), **own)
+    if stage is dpo:
+        monkeypatch.setattr(dpo.tasks.queries, "builtin", lambda *args: [])
+    stage.main(args)
+    module, name = {sft: (sft, "rollout"), dpo: (dpo, "rollout"), reward: (reward, "accuracies"),
+                    grpo: (Run, "save_samples")}[stage]
+    calls, real = [], getattr(module, name)
+
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if stage is reward and len(calls) < 3:
+            return real(*args, **kwargs)
+        raise MemoryError("after the loop")
+    monkeypatch.setattr(module, name, fails)
+    with pytest.raises(MemoryError):
+        stage.main(dataclasses.replace(args, out=str(tmp_path / "fault")))
+    assert same_weights(tmp_path / "fault", tmp_path / "whole")
+    assert not json.loads((tmp_path / "fault" / "run.json").read_text())["finished"]
+    model = RewardModel if stage is reward else Qwen2
+    model.from_pretrained(tmp_path / "fault")
+    if stage is not reward:
+        load_policy(str(tmp_path / "fault"), "cpu")

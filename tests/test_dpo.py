@@ -16,6 +16,7 @@ import dpo
 from dpo import OnlineMerging, dpo_loss
 from data.pairs import pair_responses, read_pairs, tokenize_pair
 from lib.files import read_jsonl
+from model import Qwen2
 from reward import preference_loss
 from sample import Rollout, completion_logprobs
 
@@ -494,6 +495,30 @@ def test_first_logged_step_is_ln_2(micro_run, tmp_path, monkeypatch):
         assert row["margin"] == pytest.approx(margin, abs=2e-6)
 
 
+def test_held_out_pairs_are_measured(micro_run, tokenizer, tmp_path, monkeypatch):
+    """The last values are the saved model's against --init, pair by pair, by brute force; what is
+    learned does not change. A tie is not measured."""
+    no_samples(monkeypatch, dpo)
+    rows = [row for _, row in read_jsonl(pairs(tmp_path / "all.jsonl", 16))][10:]
+    tie = rows[0] | {"criteria": {"overall": 0.5}}
+    held_out = write_rows(tmp_path / "held_out.jsonl", [*rows, tie])
+    result = run(micro_run, tmp_path, "run", eval_data=held_out, eval_every=4, micro_batch=3)
+    run(micro_run, tmp_path, "without", micro_batch=3)
+    assert same_weights(tmp_path / "run", tmp_path / "without")
+    policy, reference = Qwen2.from_pretrained(tmp_path / "run"), Qwen2.from_pretrained(micro_run)
+    margins = []
+    for row in rows:
+        prompt, *sides, _ = tokenize_pair(row, tokenizer)
+        good, bad = [brute_force(policy, prompt, side) - brute_force(reference, prompt, side)
+                     for side in sides]
+        margins.append(0.1 * (good - bad))
+    loss = sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
+    assert result["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result["val_accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
+    found = {row["step"]: row["val_loss"] for row in log(tmp_path / "run") if "val_loss" in row}
+    assert list(found) == [1, 5, 6] and found[6] < found[1] < math.log(2)
+
+
 def test_toy_set_reaches_accuracy_1(micro_run, tmp_path, monkeypatch):
     """R10.4: ten pairs, fifteen epochs."""
     no_samples(monkeypatch, dpo)
@@ -537,7 +562,7 @@ def test_reference_is_the_policy_before_its_first_step(micro_run, tmp_path, monk
             for r in rows]
     autocast = torch.autocast("cpu", enabled=False)
     for micro_batch in (1, 4, 32):
-        got = dpo.reference_logprobs(model, rows, micro_batch, autocast)
+        got = dpo.all_logprobs(model, rows, micro_batch, autocast)
         torch.testing.assert_close(got, torch.tensor(want), rtol=1e-6, atol=1e-6)
 
 

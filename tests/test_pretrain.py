@@ -20,7 +20,7 @@ from lib.upcycle import upcycle
 from lib.args import InputError
 from lib.files import read_jsonl
 from lib.optim import rng
-from data.mixture import is_held_out
+from data.mixture import Tokens, is_held_out
 from helpers import tiny_model, wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
@@ -481,7 +481,7 @@ def test_one_document_is_held_out_by_its_end(args, tmp_path, chosen):
     rows, _ = pretrain.pack(train, {"book": 1.0}, replace(args, tokens=2 * cut))
     trained = rows[range(len(rows))][0]
     assert set(trained.flatten().tolist()) <= set(ids[:cut])
-    val_ids, _ = pretrain.held_out_rows(held_out, SEQ)
+    val_ids, _ = pretrain.held_out_rows(held_out, SEQ, args.tokens)
     assert val_ids.flatten().tolist() == ids[cut:][:val_ids.numel()] and len(val_ids) >= 1
     pretrain.main(replace(args, tokenizer="", vocab_size=300, tokens=2 * ROWS * (SEQ + 1)))
     assert log_of(args)[-1]["val_loss"] > 0
@@ -498,7 +498,18 @@ def test_a_few_short_documents_fill_one_held_out_row(args, tmp_path):
     first, last = pretrain.hold_out_ends(train, held_out, SEQ)
     assert SEQ < sum(docs.sizes.sum() for docs in last.values()) <= SEQ + 3
     assert sum(docs.sizes.sum() for part in (first, last) for docs in part.values()) == total
-    assert len(pretrain.held_out_rows(last, SEQ)[0]) == 1
+    assert len(pretrain.held_out_rows(last, SEQ, args.tokens)[0]) == 1
+
+
+@pytest.mark.parametrize("tokens,rows", [(SEQ, 1), (59 * SEQ, 5), (60 * SEQ, 6), (10**9, 40)])
+def test_held_out_rows_are_at_most_a_tenth_of_the_training_tokens(tokens, rows):
+    """Of 41 rows of documents, 40 whole ones with their next token; one row at least; the rows of
+    a short run are the first of a long one's."""
+    ids = np.arange(41 * (SEQ + 1) - 1)
+    held_out = {"a": Tokens.from_ends(ids, np.array([len(ids)]))}
+    found, _ = pretrain.held_out_rows(held_out, SEQ, tokens)
+    assert len(found) == rows
+    assert found.flatten().tolist() == ids[:rows * (SEQ + 1)].tolist()
 
 
 def test_enough_held_out_documents_stay_as_they_are(args):

@@ -33,6 +33,21 @@ def recipe(name):
 L, P, R = recipe("long_context"), recipe("preferences"), recipe("real_data")
 
 
+def test_the_curves_of_a_log(tmp_path):
+    """What a step logged that is a number, of whole lines after the last one seen; a run that was
+    resumed at step 1 has written step 2 anew, which is not shown twice."""
+    file = tmp_path / "log.jsonl"
+    first = '{"step": 1, "loss": 2.5, "targets": 7, "expert_max": [1.5], "completions": ["a"]}\n'
+    file.write_text(first + '{"step": 2, "loss": null, "lr": 0.001}\n{"step": 3, "lo')
+    new_rows = recipe("to_tensorboard").new_rows
+    assert new_rows(file, 0) == [(1, {"loss": 2.5, "targets": 7}), (2, {"lr": 0.001})]
+    assert new_rows(file, 1) == [(2, {"lr": 0.001})] and new_rows(file, 2) == []
+    file.write_text(first + '{"step": 2, "loss": 2.0}\n')
+    assert new_rows(file, 2) == []
+    file.write_text(first + '{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.5}\n')
+    assert new_rows(file, 2) == [(3, {"loss": 1.5})]
+
+
 def test_loss_by_position_is_the_mean_over_rows():
     model, rows = tiny_model(), torch.randint(97, (6, 21))
     want = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(),

@@ -14,6 +14,7 @@ import reward
 from model import PRESETS, Qwen2
 from data.pairs import PairIds, pair_responses, soft_label, tokenize_pairs
 from reward import RewardModel, accuracies, pair_rewards, preference_loss
+from lib.args import parse_args
 from sample import Rollout
 
 PROMPTS = ["Hi?", "What is the sum of two and three, please?", "Hi?", "Go", "A longer one " * 6]
@@ -214,8 +215,9 @@ def test_trivial_rules_by_hand(tokenizer):
             return torch.tensor([float(len(row)) for row in rows])
     rows = [([1] * 5, [1] * 3), ([1] * 2, [1] * 7), ([1] * 9, [1] * 4), ([1] * 6, [1] * 6)]
     got = accuracies(Length(), [PairIds([], chosen, rejected) for chosen, rejected in rows])
-    assert got == pytest.approx({"accuracy": 0.5, "longer_wins": 0.5, "shorter_wins": 0.25,
-                                 "score_length_correlation": 1.0}, abs=1e-6)
+    loss = sum(math.log1p(math.exp(-d)) for d in (2, -5, 5, 0)) / 4
+    assert got == pytest.approx({"loss": loss, "accuracy": 0.5, "longer_wins": 0.5,
+                                 "shorter_wins": 0.25, "score_length_correlation": 1.0}, abs=1e-6)
 
 
 def test_pairs_join_policies_by_query():
@@ -271,7 +273,7 @@ def test_weights_decide_what_is_learned(micro_run, tmp_path):
     gaps = {}
     for chosen in ("truthfulness=2", "conciseness=1", all_equal):
         result = run(micro_run, tmp_path, chosen, epochs=6, lr=3e-3, pairs=learned,
-                     held_out=measured, weights=chosen)
+                     eval_data=measured, weights=chosen)
         model = RewardModel.from_pretrained(tmp_path / chosen)
         yes, no = model.score(["Is 3 even?"] * 2, ["yes, it is", "no"])
         gaps[chosen] = yes - no
@@ -281,6 +283,10 @@ def test_weights_decide_what_is_learned(micro_run, tmp_path):
     assert log(tmp_path / all_equal)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_the_old_name_is_refused():
+    refuses(lambda: parse_args(reward.Args, ["--held_out", "x"]), "now called --eval_data")
+
+
 def test_held_out_files(micro_run, tmp_path):
     """Pairs that are only measured: learned from 24 pairs, right on 8 others; nothing is
     sampled."""
@@ -288,13 +294,16 @@ def test_held_out_files(micro_run, tmp_path):
         return [{"prompt": f"Is {i} even?", "chosen": c, "rejected": r} for i in numbers
                 for c, r in (("yes", "never, never"), ("yes, yes, yes", "no"))]
     measured = write_rows(tmp_path / "held.jsonl", rows(range(12, 16)))
-    result = run(micro_run, tmp_path, "run", epochs=8, lr=3e-3,
-                 pairs=write_rows(tmp_path / "p2.jsonl", rows(range(12))), held_out=measured)
+    result = run(micro_run, tmp_path, "run", epochs=8, lr=3e-3, eval_every=20,
+                 pairs=write_rows(tmp_path / "p2.jsonl", rows(range(12))), eval_data=measured)
     first, last = log(tmp_path / "run")[0], log(tmp_path / "run")[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and last["accuracy"] == 1
     assert len(log(tmp_path / "run")) == 48
     assert result == {measured: result[measured]} and result[measured]["pairs"] == 8
     assert result[measured]["accuracy"] == 1 and result[measured]["longer_wins"] == 0.5
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=0.1) and last["val_accuracy"] == 1
+    assert last["val_loss"] == pytest.approx(result[measured]["loss"], rel=1e-6)
+    assert sum("val_loss" in row for row in log(tmp_path / "run")) == 4  # steps 1, 21, 41, 48
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert record["result"]["by_source"] == result
 

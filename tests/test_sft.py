@@ -464,6 +464,29 @@ def test_resume_is_bit_exact(micro_run, tmp_path, monkeypatch):
     assert not (tmp_path / "halves" / "state").exists()
 
 
+def test_held_out_conversations_are_measured_and_asked(micro_run, tokenizer, tmp_path):
+    """The last val_loss is the saved model's mean over all targets, one by one; the questions of
+    the samples are those of --eval_data; what is learned does not change."""
+    talks = conversations(17)[10:]
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{"messages": talk} for talk in talks])
+    result = run(micro_run, tmp_path, "run", eval_data=held_out, eval_every=4, micro_batch=3,
+                 max_new_tokens=4)
+    run(micro_run, tmp_path, "without", micro_batch=3, max_new_tokens=4)
+    assert same_weights(tmp_path / "run", tmp_path / "without")
+    model, losses = Qwen2.from_pretrained(tmp_path / "run"), []
+    for talk in talks:
+        ids, mask = tokenizer.render(talk)
+        logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+        losses += [-logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
+    assert result["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    found = {row["step"]: row["val_loss"] for row in log(tmp_path / "run") if "val_loss" in row}
+    assert list(found) == [1, 5, 6] and found[6] < found[1]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(row)["prompt"] for row in samples] == [talk[:1] for talk in talks]
+    silent = write_rows(tmp_path / "silent.jsonl", [{"prompt": "q", "completion": "a" * 999}])
+    refuses(lambda: run(micro_run, tmp_path, "x", eval_data=silent), silent, "--max_len")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_the_step_at_hand(number, micro_run, tmp_path, monkeypatch, capsys):
     """Ctrl-C or SIGTERM in step 3, between two states: step 3 is finished and saved, and --resume
