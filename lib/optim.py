@@ -119,7 +119,8 @@ def default_lr(stage: str, model, factor: float = 1.0) -> float:
     log-log through LEARNING_RATES, which is level outside of them."""
     known = LEARNING_RATES[stage]
     n_parameters = model.count_parameters()["total"]
-    sizes, rates = np.log(list(known)), np.log(list(known.values()))
+    sizes = np.log(list(known))
+    rates = np.log(list(known.values()))
     lr = factor * math.exp(np.interp(math.log(n_parameters), sizes, rates))
     points = ", ".join(f"{rate:.2g} at {size:.3g}" for size, rate in known.items())
     print(f"lr {lr:.2g} for {n_parameters:,} parameters (known: {points}); --lr sets another")
