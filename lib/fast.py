@@ -113,7 +113,7 @@ def set_cpu_matmul(rows, width, device, least=2**23):
 # --- PyTorch's attention kernel -------------------------------------------------------------------
 def sdpa(q, k, v, allowed, is_causal):
     """Return F.scaled_dot_product_attention of q (B,Hq,T,D) and k, v (B,Hkv,S,D), the same for all
-    of its backends. allowed: bool (B or 1,1,T,S) or None. is_causal: only if that is None, T == S.
+    of its backends. allowed: bool (B|1,1,T,S) or None. is_causal: only if that is None, T == S.
     """
     empty = None
     if allowed is not None:
@@ -178,7 +178,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, weight, twin):
-        """gate, up (...,F), weight (C,F); twin(gate, up, weight) computes the value (...,C)."""
+        """gate, up (...,I), weight (C,I); twin(gate, up, weight) computes the value (...,C)."""
         ctx.save_for_backward(gate, up, weight)
         return twin(gate, up, weight)
 
@@ -201,7 +201,7 @@ class Experts(torch.autograd.Function):
 
     The pairs (token, choice) are sorted by expert. index_select fetches the rows of one expert at a
     time. embedding_bag, a weighted sum of lookups, brings all results back to their tokens. For the
-    backward pass we keep gate and up of each expert, as h (2F,rows): a contiguous gate makes silu
+    backward pass we keep gate and up of each expert, as h (2I,rows): a contiguous gate makes silu
     twice as fast. Only one expert's weights at a time are cast to the dtype of x.
 
     A new number of rows is a new shape for oneDNN, which it would prepare in each of six products
@@ -231,7 +231,7 @@ class Experts(torch.autograd.Function):
         kept = []
         for rows, gate_up_e, down_e, y_e in zip(
                 token.split(sizes), gate_up, down, y.split(sizes), strict=True):
-            h = gate_up_e.to(x.dtype) @ x.index_select(0, rows).mT  # (2F,rows)
+            h = gate_up_e.to(x.dtype) @ x.index_select(0, rows).mT  # (2I,rows)
             gate, up = h.chunk(2)
             product = F.silu(gate).mul_(up)
             torch.mm(product.mT, down_e.to(x.dtype).mT, out=y_e)

@@ -733,6 +733,19 @@ def test_both_libraries_agree_in_fp32(precision):
         assert (a - b).abs().max() < 1e-5 * a.abs().max()
 
 
+@pytest.mark.parametrize("kernel", [lambda x: x.sin() * torch.nan,              # all is NaN
+                                    lambda x: x.sin() + (x - x).sqrt()])        # the gradient only
+def test_the_script_refuses_a_kernel_that_returns_nan(kernel):
+    with pytest.raises(SystemExit, match="a kernel differs from its reference"):
+        K.compare("a kernel", torch.sin, kernel, [torch.ones(3)])
+
+
+def test_the_script_leaves_its_inputs_as_they_are():
+    x = torch.ones(3)
+    K.compare("a kernel", torch.sin, lambda x: x.sin(), [x])
+    assert not x.requires_grad
+
+
 @pytest.mark.slow
 def test_the_script_checks_itself():
     out = subprocess.run([sys.executable, str(ROOT / "kernels.py")], capture_output=True, text=True,
