@@ -1,18 +1,18 @@
-"""Qwen2.5, dense and mixture of experts, in one file (report section 2; Qwen2 report for the MoE).
+"""Qwen2.5 in one file (Qwen2.5 technical report, section 2; for the MoE, the Qwen2 report).
 
 The model is a pre-norm decoder. Each block has grouped-query attention with rotary positions (RoPE)
-and a bias on Q, K and V only, then a SwiGLU; RMSNorm comes before both. In an MoE layer, many thin
-SwiGLUs ("fine-grained experts") replace the single one: a router picks the top k experts for each
-token, and one shared expert always runs.
+and a bias on Q, K and V only, then a SwiGLU; RMSNorm comes before both. In a mixture-of-experts
+(MoE) layer, many thin SwiGLUs ("fine-grained experts") replace the single one: a router picks the
+top k experts for each token, and one shared expert always runs.
 
-Modules and weights carry the names of the published checkpoints. `from_pretrained` therefore loads
-any Qwen2.5 or Qwen2-MoE directory with strict keys, and `save_pretrained` writes a directory that
-transformers and vLLM read.
+Modules and weights carry the names of the published checkpoints, except the stacked experts.
+`from_pretrained` therefore loads any Qwen2.5 or Qwen2-MoE directory with strict keys, and
+`save_pretrained` writes a directory that transformers and vLLM read.
 
-Letters in shape comments, here and in every stage:
+Letters in shapes, as in kernels.py (only k is A there, because k are the keys):
     B batch    T new positions    S positions seen (cache + new)    C hidden size    V vocabulary
-    H query heads    K key/value heads    D head size    F inner size of an MLP
-    E experts    N tokens (B*T flattened)    L layers
+    Hq query heads    Hkv key/value heads    D head size    I inner size of an MLP or expert
+    E experts    k experts per token    N tokens (B*T flattened)    L layers
 """
 import functools
 import math
@@ -51,7 +51,7 @@ class Config:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
-    norm_topk_prob: bool = False       # False: the chosen probabilities sum to less than 1
+    norm_topk_prob: bool = False       # True: rescale the chosen probabilities to sum to 1
     router_aux_loss_coef: float = 0.001
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
@@ -59,20 +59,20 @@ class Config:
     original_max_position_embeddings: int = 0  # the training length; 0: max_position_embeddings
     yarn_factor: float = 1.0           # YaRN; 1: off
     chunk_size: int = 0                # dual chunk attention: the largest distance + 1; 0: off
-    local_size: int = 0                # of chunk_size: tokens before a chunk at exact distances
-    torch_dtype: str = ""              # of the files, if the weights were loaded in another one
+    local_size: int = 0                # chunk_size's part for exact distances to the chunk before
+    torch_dtype: str = ""              # dtype of the files, when it differs from that in memory
 
     def __post_init__(self):
-        H = self.num_attention_heads
-        K = self.num_key_value_heads
+        Hq = self.num_attention_heads
+        Hkv = self.num_key_value_heads
         C = self.hidden_size
-        require(H % K == 0, f"{H} query heads cannot be shared by {K} key/value heads")
-        require(C % H == 0 and C // H % 2 == 0,
-                f"hidden size {C} over {H} heads must give an even head size (RoPE turns pairs)")
+        require(Hq % Hkv == 0, f"{Hq} query heads cannot be shared by {Hkv} key/value heads")
+        require(C % Hq == 0 and C // Hq % 2 == 0,
+                f"hidden size {C} over {Hq} heads must give an even head size (RoPE turns pairs)")
         require(self.num_experts_per_tok <= self.num_experts,
                 f"{self.num_experts_per_tok} experts per token, but only {self.num_experts} exist")
         require(0 <= self.local_size <= self.chunk_size // 2,
-                f"local_size {self.local_size} is over half of chunk_size {self.chunk_size}")
+                f"local_size {self.local_size} must be 0 to half of chunk_size {self.chunk_size}")
         require(self.yarn_factor >= 1, f"the YaRN factor must be >= 1, got {self.yarn_factor}")
         require(self.yarn_factor == 1 or not self.chunk_size,
                 "YaRN and dual chunk attention exclude each other: take one")
@@ -97,10 +97,10 @@ class Config:
 
     def extended(self, yarn: float = 1.0, dca: bool = False) -> "Config":
         """Return the config for longer texts: by the factor `yarn` with YaRN, or 4 times with dual
-        chunk attention, as in the report (a quarter of exact distances, typical of the DCA paper).
-
-        The training length comes from the checkpoint, never from the caller: YaRN over a wrong
-        length would be silently wrong. InputError if the checkpoint does not record it."""
+        chunk attention, as in the report. local_size is then a quarter of the training length, as
+        is typical in the DCA paper. The training length comes from the checkpoint, never from the
+        caller, because YaRN over a wrong length would be silently wrong. Raises InputError if
+        max_position_embeddings is over 32768 and the training length is not recorded."""
         if yarn == 1 and not dca:
             return self
         length = self.trained_length
@@ -114,10 +114,10 @@ class Config:
         return longer
 
 
-def _dense(C, F, L, H, K, V=151936, tied=False, eps=1e-6, positions=131072) -> Config:
+def _dense(C, inner, L, Hq, Hkv, V=151936, tied=False, eps=1e-6, positions=131072) -> Config:
     return Config(
-        vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=L,
-        num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=positions,
+        vocab_size=V, hidden_size=C, intermediate_size=inner, num_hidden_layers=L,
+        num_attention_heads=Hq, num_key_value_heads=Hkv, max_position_embeddings=positions,
         rms_norm_eps=eps, tie_word_embeddings=tied,
         original_max_position_embeddings=32768 if positions > 32768 else 0)
 
@@ -156,28 +156,29 @@ def rope_frequencies(config: Config):
     """Return the angle per position of each pair, (D/2,) float32, and a factor for cos and sin.
 
     Plain RoPE: theta^(-2i/D), factor 1. YaRN (Peng et al. 2023, sections 3.2-3.4): a pair that
-    turns more than 32 times within the training length keeps its frequency, one that turns less
-    than once is slowed down by s, and the blend between them is linear. The factor 0.1 ln(s) + 1
-    acts squared on the attention logits and sharpens attention over more keys."""
-    D, s = config.head_dim, config.yarn_factor
+    turns more than 32 times within the training length keeps its frequency; one that turns less
+    than once is slowed by yarn_factor; pairs between are blended linearly in i, as published code
+    does. 0.1 ln(yarn_factor) + 1 scales q and k; its square on the logits keeps attention sharp."""
+    D, yarn_factor = config.head_dim, config.yarn_factor
     # The CPU is named because the result is cached: it must not follow `torch.device("meta")`.
     i = torch.arange(D // 2, dtype=torch.float32, device="cpu")
     frequency = 1.0 / config.rope_theta ** (2 * i / D)
-    if s == 1:
+    if yarn_factor == 1:
         return frequency, 1.0
 
     def pair_that_turns(times):  # within the training length
-        wavelength = config.trained_length / times
+        wavelength = config.trained_length / times  # solve 2 pi theta^(2i/D) = wavelength for i
         return D * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_that_turns(32)), 0)
-    high = min(math.ceil(pair_that_turns(1)), D - 1)
-    slowed = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: kept, 1: slowed by s
-    return frequency / s * slowed + frequency * (1 - slowed), 0.1 * math.log(s) + 1
+    high = min(math.ceil(pair_that_turns(1)), D - 1)  # as published, not D/2 - 1
+    slowed = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: kept, 1: fully slowed
+    blended = frequency / yarn_factor * slowed + frequency * (1 - slowed)
+    return blended, 0.1 * math.log(yarn_factor) + 1
 
 
 def rope(positions, config: Config):
-    """Return cos and signed sin, (B or 1, 1, T, D) float32, of positions (B or 1, T).
+    """Return cos and signed sin, (B|1, 1, T, D) float32, of positions (B|1, T).
 
     Every forward pass computes them anew. A stored buffer would follow `model.bfloat16()`, and
     bfloat16 turns position 15,962 into 15,936."""
@@ -188,14 +189,14 @@ def rope(positions, config: Config):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, heads, T, D). A pair is numbers i and i + D/2, not neighbours: the first becomes
-    a cos - b sin, the second b cos + a sin. `sin` carries the minus already."""
+    """Rotate x (B, heads, T, D). A pair (a, b) is numbers i and i + D/2, not neighbours: a becomes
+    a cos - b sin, and b becomes b cos + a sin. `sin` carries the minus already."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return x * cos.to(x.dtype) + swapped * sin.to(x.dtype)
 
 
 def token_positions(start: int, end: int, pads, device):
-    """Return the positions (B or 1, T) of columns start .. end - 1. With left padding, a row counts
+    """Return the positions (B|1, T) of columns start .. end - 1. With left padding, a row counts
     from its first real token, and its padding gets position 0."""
     columns = torch.arange(start, end, device=device)[None]
     if pads is None:
@@ -211,20 +212,20 @@ def padding_mask(pads, end: int):
 
 class DualChunks(NamedTuple):
     """How dual chunk attention rotates queries (cos, sin), and where the chunks are."""
-    intra: tuple             # rotation for the keys of the query's own chunk
-    successive: tuple        # for those of the chunk before
-    inter: tuple             # for those of all older chunks
+    intra: tuple             # rotation for keys of the query's own chunk
+    successive: tuple        # rotation for keys of the chunk before
+    inter: tuple             # rotation for keys of all older chunks
     chunk: int               # tokens per chunk
     pads: list[int] | None   # left padding per row
 
 
 def dual_chunk_plan(positions, config: Config, pads=None) -> DualChunks:
-    """Return the rotations of queries at positions (B or 1, T) (An et al. 2024, equations 2-7).
+    """Return the rotations of queries at positions (B|1, T) (An et al. 2024, equations 2-7).
 
-    With c = chunk_size and chunks of s = c - local_size tokens, a key j is rotated by j mod s, and
-    a query i by i mod s for its own chunk (exact distances), by min(i mod s + s, c - 1) for the
-    chunk before (exact for the first local_size queries), by c - 1 for older chunks. So no distance
-    exceeds those of training. (The code that serves Qwen2.5-1M caps at c instead of c - 1.)
+    With n = chunk_length, a key j is rotated by j mod n. A query i is rotated by i mod n for its
+    own chunk (exact distances), by min(i mod n + n, chunk_size - 1) for the chunk before (exact for
+    the first local_size queries), and by chunk_size - 1 for older chunks. So no distance exceeds
+    the longest of training. We cap as the paper does; code serving Qwen2.5-1M caps at chunk_size.
 
     Beyond the training length, the attention logits are multiplied by the square of YaRN's
     m = 0.1 ln(length / training length) + 1 (Qwen2.5-1M report, length extrapolation). Our choice:
@@ -235,8 +236,8 @@ def dual_chunk_plan(positions, config: Config, pads=None) -> DualChunks:
     m = 0.1 * ((positions + 1) / config.trained_length).clamp(min=1).log() + 1
     logit_scale = (m * m)[:, None, :, None]
 
-    def rotation(positions):
-        cos, sin = rope(positions, config)
+    def rotation(query_positions):
+        cos, sin = rope(query_positions, config)
         return cos * logit_scale, sin * logit_scale
 
     return DualChunks(
@@ -260,7 +261,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D) + masks) v, where H / K query heads share one key/value head."""
+    """softmax(q k^T / sqrt(D) + masks) v, where Hq / Hkv query heads share one key/value head."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -272,20 +273,20 @@ class Attention(nn.Module):
         self.head_dim = D
 
     def forward(self, x, cos, sin, append=None, dual=None, **masks):
-        """x (B, T, C) -> (B, T, C). The other arguments are prepared by `Qwen2.hidden`."""
+        """x (B, T, C) -> (B, T, C). masks: segment_ids, mask, block_mask, built by `Qwen2.hidden`."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hq, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         k = apply_rope(k, cos, sin)
         if append is not None:
-            k, v = append(k, v)                                           # (B, K, S, D)
+            k, v = append(k, v)                                           # (B, Hkv, S, D)
         if dual is None:
             q = apply_rope(q, cos, sin)
             y = kernels.attention(q, k, v, **masks)
-        else:
+        else:  # without masks: `hidden` refuses packed rows here, and dual.pads has the padding
             rotations = (dual.intra, dual.successive, dual.inter)
-            queries = [apply_rope(q, cos, sin) for cos, sin in rotations]
+            queries = [apply_rope(q, q_cos, q_sin) for q_cos, q_sin in rotations]
             y = kernels.dual_chunk_attention(queries, k, v, dual.chunk, pads=dual.pads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -304,7 +305,7 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts as two stacked weights; on disk each expert has its own three."""
+    """All routed experts as two stacked weights; on disk each expert has its own three matrices."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -316,8 +317,8 @@ class Experts(nn.Module):
 
 
 class Routing:
-    """What one MoE layer decided. Not a list: FSDP would pass a copy of it, and compiled code would
-    depend on its length."""
+    """What one MoE layer decided. A list would not work: FSDP passes a copy, and compiled code
+    would specialise on its length."""
     probs = None   # (N, E)
     expert = None  # (N, k)
 
@@ -336,10 +337,10 @@ class MoE(nn.Module):
             self.shared_expert_gate = nn.Linear(C, 1, bias=False)
 
     def forward(self, x, routing=None):
-        """x (B, T, C) -> (B, T, C). routing, if given, takes the router's decisions."""
+        """x (B, T, C) -> (B, T, C). routing, if given, is filled with the decisions."""
         config, shape = self.config, x.shape
         x = x.reshape(-1, shape[-1])                                     # (N, C)
-        # On a CPU, softmax along rows as short as E took 10 times as long as along columns.
+        # On a CPU, softmax over the short last axis (E) is 10 times slower than over the first.
         probs = self.gate(x).mT.softmax(0, dtype=torch.float32).mT       # (N, E)
         weight, expert = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
         if config.norm_topk_prob:
@@ -372,7 +373,7 @@ def load_balancing_loss(router: list, valid=None, all_reduce=lambda x: x):
         N, E = probs.shape
         k = expert.shape[-1]
         chosen = expert.flatten()
-        # Not bincount, for which the host would wait for a GPU.
+        # bincount would make the host wait for the GPU.
         assignments = chosen.new_zeros(E).index_add(0, chosen, torch.ones_like(chosen))
         # Over all processes: the average of their losses is then the loss of all rows together.
         f = all_reduce(assignments) / all_reduce(N)
@@ -394,7 +395,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, routing=None, **attention):
+    def forward(self, x, routing=None, **attention):  # attention: arguments of Attention.forward
         x = x + self.self_attn(self.input_layernorm(x), **attention)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
@@ -419,7 +420,7 @@ class Qwen2(nn.Module):
     kernels.linear_cross_entropy, which never builds the (B, T, V) logits."""
 
     architecture = "ForCausalLM"      # what config.json calls this kind of head
-    on_disk: dict[str, str] = {}      # weights whose published name differs from ours
+    on_disk: dict[str, str] = {}      # published names that differ; subclasses override it
     gradient_checkpointing = False    # recompute a block's activations in the backward pass
 
     def __init__(self, config: Config):
@@ -432,12 +433,11 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices from Normal(0, 1/sqrt(fan in)) and embeddings from Normal(0, 0.02).
-
-        Biases start at 0, and so do the matrices that write to the residual stream: a new block is
-        the identity. Our choice; Qwen's initialiser is not disclosed. transformers uses 0.02, which
-        is 1/sqrt(fan in) at a width of 2,500. At a width of 192 it would leave attention nearly
-        uniform (docs/LOG.md, first entry)."""
+        """Draw matrices from Normal(0, 1/sqrt(fan in)), embeddings and an untied head from
+        Normal(0, 0.02). Biases start at 0, and so do the matrices that write to the residual
+        stream: a new block is the identity. This is our choice: Qwen does not disclose its
+        initialiser. transformers uses 0.02, which is 1/sqrt(fan in) at a width of 2,500. At a width
+        of 192 it would leave attention nearly uniform (docs/LOG.md, first entry)."""
         for name, p in self.named_parameters():
             if name.endswith(("bias", "o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 p.zero_()
@@ -459,7 +459,7 @@ class Qwen2(nn.Module):
         each other, and positions restart in each. router: a list to which every MoE layer appends
         its (probs, expert), for `load_balancing_loss`."""
         config = self.config
-        fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)
+        fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # oneDNN or MKL
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         pads = None if cache is None else cache.pads
@@ -473,7 +473,7 @@ class Qwen2(nn.Module):
         if 0 < config.chunk_length < end:  # else all is one chunk, which is plain attention
             require(segment_ids is None, "dual chunk attention is for inference, not packed rows")
             dual = dual_chunk_plan(positions, config, pads)
-            positions = positions % config.chunk_length  # of the keys
+            positions = positions % config.chunk_length  # from here on those of the keys
         cos, sin = rope(positions, config)
 
         x = self.model.embed_tokens(ids)
@@ -497,7 +497,7 @@ class Qwen2(nn.Module):
         return F.linear(self.hidden(ids, **kwargs), self.head_weight)
 
     def count_parameters(self) -> dict[str, int]:
-        """Return total, non_embedding (without the head), and active: those that a token meets."""
+        """Return total, non_embedding (without the head too), active (without unchosen experts)."""
         total = 0
         embedding = 0
         idle = 0  # experts that a token does not choose
@@ -513,10 +513,10 @@ class Qwen2(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=torch.float32, device="cpu") -> "Qwen2":
         """Load any Qwen2 or Qwen2-MoE directory: config.json and safetensors, whole or sharded.
-        InputError if it is no such model, or if weights are missing or do not belong to it."""
+        Raises InputError for another kind of model, and for missing or foreign weights."""
         return checkpoint.load_model(cls, Config, path, dtype, device)
 
     def save_pretrained(self, path: str | Path, dtype: str = "") -> None:
-        """Write such a directory, the weights first; a file is replaced only when complete.
+        """Write config.json and safetensors, weights first; a file is replaced only when complete.
         dtype: "float32", "bfloat16" or "float16"; empty: that of the weights in memory."""
         checkpoint.save_model(self, path, dtype)

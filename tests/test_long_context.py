@@ -264,6 +264,8 @@ def test_both_at_once_are_refused():
     for change in ({"yarn_factor": 0.5}, {"chunk_size": 8, "local_size": 5}, {"local_size": 1}):
         with pytest.raises(InputError):
             replace(PRESETS["0.5B"], **change)
+    with pytest.raises(InputError, match="local_size -1 must be 0 to half of chunk_size 8"):
+        replace(PRESETS["0.5B"], chunk_size=8, local_size=-1)
 
 
 # ---------------------------------------------------------------------------------------------
