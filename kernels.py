@@ -214,7 +214,7 @@ def block_forward(q_scaled, k_t, v, allowed):
 def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed):
     """Return the block's dq, dk and dv, the first two without the factor `scale`.
 
-    P is computed again. Then (FlashAttention, appendix B.2; S: the scores; dS by a private ATen op)
+    P is computed again. Then (FlashAttention, appendix B.2; S: scores; dS by a private ATen op):
         dP = dO v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k,   dk = dS^T q,   dv = P^T dO
     """
     probs = block_probabilities(q_scaled, k_t, allowed)
@@ -455,7 +455,7 @@ def compare(name, twin, kernel, inputs, **options):
 
 
 def main():
-    """Compare kernels with their twins (flex, grouped and masks only in tests/test_kernels.py)."""
+    """Compare kernels with their twins; tests/test_kernels.py also has flex, grouped and masks."""
     torch.manual_seed(0)
     print(f"{'kernel':28}{'error':>9}{'twin ms':>9}{'kernel ms':>11}{'speed-up':>10}")
     q = torch.randn(2, 8, 512, 32)

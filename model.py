@@ -273,7 +273,7 @@ class Attention(nn.Module):
         self.head_dim = D
 
     def forward(self, x, cos, sin, append=None, dual=None, **masks):
-        """x (B, T, C) -> (B, T, C). masks: segment_ids, mask, block_mask, built by `Qwen2.hidden`."""
+        """x (B, T, C) -> (B, T, C). masks: segment_ids, mask, block_mask, from `Qwen2.hidden`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hq, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
