@@ -9,7 +9,7 @@
 
 Read the twin `*_reference` first: it says what is computed. The tiles of the loss are in
 lib/chunked_loss.py, handwritten gradients in lib/fast.py, packed rows on a GPU in lib/flex.py. CUDA
-paths are not yet measured on a GPU. `python kernels.py` compares and times most pairs, in 20 s.
+paths are not yet measured on a GPU. `python kernels.py` checks and times most pairs in about 20 s.
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv;
 N rows (tokens), C hidden width, V vocabulary; E experts, A of them active per token; I inner width
@@ -382,7 +382,7 @@ def swiglu(gate, up, weight):
 
 
 def experts_reference(x, weight, gate_up, down, expert):
-    """For each expert, run its tokens through it and add the results, times the routing weight."""
+    """For each expert, run its tokens through it and add up the weighted results."""
     out = torch.zeros_like(x)
     # unbind, because the backward pass of gate_up[e] fills a zero (E,2I,C) for every expert: 14
     # times as slow at 60 experts.
