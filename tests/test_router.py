@@ -1,5 +1,5 @@
-"""lib/router.py: the balance loss of each post-training stage against that of its rows alone, one by
-one and without padding; and a dense model, which has none."""
+"""lib/router.py: the balance loss of each post-training stage against that of its rows alone, one
+by one and without padding. And gradient checkpointing of prompts that are read once."""
 import pytest
 import torch
 from helpers import gradients, tiny_model
