@@ -476,7 +476,11 @@ def policy_and_reference(model, args: Args, autocast):
     if args.lora:
         add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
     elif args.kl:
-        reference = apply_fsdp(copy.deepcopy(model), autocast)
+        reference = copy.deepcopy(model).requires_grad_(False)
+        for block in reference.model.layers:  # autocast computes both in this dtype anyway
+            block.self_attn.to(autocast.fast_dtype)
+            block.mlp.to(autocast.fast_dtype)
+        apply_fsdp(reference, autocast)
     model = apply_fsdp(model, autocast)
     if args.lora and args.kl:
         reference = model

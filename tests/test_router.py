@@ -2,8 +2,9 @@
 by one and without padding. And gradient checkpointing of prompts that are read once."""
 import pytest
 import torch
-from helpers import gradients, tiny_model
+from helpers import gradients, stage_args, tiny_model
 
+import grpo as grpo_stage
 from data.pairs import PairIds
 from dpo import sequence_logprobs
 from lib.optim import pad_rows
@@ -113,3 +114,19 @@ def test_recomputed_activations_of_prompts_and_answers_change_no_bit(make, answe
         model.zero_grad(set_to_none=True)
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     assert found[0][1].abs().max() > 0
+
+
+@pytest.mark.parametrize("make", [tiny_model, experts], ids=["dense", "moe"])
+def test_the_reference_in_bfloat16_changes_no_bit_under_autocast(make):
+    """Its attention and MLPs take half the memory of the policy's; norms and embeddings do not."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    model, reference = grpo_stage.policy_and_reference(make(), stage_args(grpo_stage, kl=0.1),
+                                                       autocast)
+    with torch.no_grad(), autocast:
+        a, _ = completion_logprobs(model, PROMPTS, ANSWERS)
+        b, _ = completion_logprobs(reference, PROMPTS, ANSWERS)
+    assert torch.equal(a, b) and a.abs().sum() > 1
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    blocks = reference.model.layers
+    assert {p.dtype for block in blocks for p in block.mlp.parameters()} == {torch.bfloat16}
+    assert blocks[0].input_layernorm.weight.dtype == torch.float32
