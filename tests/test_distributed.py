@@ -42,7 +42,10 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         again = [one | {"args": one["args"] | {"out": str(folder / f"recompute-{name}"),
                                                "gradient_checkpointing": True}}
                  for name, one in zip(names, runs, strict=True) if name in RECOMPUTED]
+        grpo = next(one for one in runs if one["stage"] == "grpo")
+        bf16_grpo = {"out": str(folder / "bf16-grpo"), "dtype": "bfloat16", "steps": 1}
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
+                 grpo | {"args": grpo["args"] | bf16_grpo},
                  sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
                  *again,
                  sft | {"args": sft["args"] | lora | {"lora": 2}}]
@@ -115,6 +118,8 @@ def test_bfloat16_is_autocast_on_several_processes_too(one, two):
         assert y["loss"] == pytest.approx(x["loss"], rel=2e-3)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=5e-2)
     assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
+    x, y = log(one / "bf16-grpo")[0], log(two / "bf16-grpo")[0]
+    assert 0 < x["kl"] < 1 and y["kl"] == pytest.approx(x["kl"], rel=0.1)  # after one inner step
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
