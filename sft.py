@@ -226,10 +226,9 @@ def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None, router=None)
     segment_ids (B, T) tells the conversations of a packed row apart. router: see Qwen2.hidden."""
     if segment_ids is not None:
         segment_ids = segment_ids[:, :-1]
-    mask = mask[:, 1:]  # of the targets
     hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids, router=router,
-                          counted=(mask >= 0).flatten())
-    targets = ids[:, 1:].masked_fill(mask < 1, -100)  # -100: no loss here
+                          counted=(mask[:, 1:] >= 0).flatten())
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] != 1, -100)  # -100: no loss here
     total = kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum")
     return total / count
 
