@@ -4,6 +4,7 @@
 #
 #   make demo                 sets up the environment, then runs this
 #   SEED=1 make demo          another seed, in runs/demo-seed1
+#   MOE=1 make demo           a mixture of experts of the same active size, in runs/demo-moe
 #   REAL=dir make demo        with GSM8K's, MATH's and MBPP's training files too, found below dir
 #   FRESH=1 make demo         starts anew; else finished stages are skipped, and a stopped one goes on
 set -euo pipefail
@@ -12,6 +13,7 @@ SEED=${SEED:-0}
 RUN=runs/demo
 [ "$SEED" = 0 ] || RUN=runs/demo-seed$SEED
 [ -z "${REAL:-}" ] || RUN=$RUN-real
+[ -z "${MOE:-}" ] || RUN=$RUN-moe
 [ -z "${FRESH:-}" ] || rm -rf "$RUN"
 mkdir -p "$RUN"
 say() { printf '\n== %s\n' "$*"; }
@@ -38,7 +40,8 @@ if [ ! -e "$RUN/tokenizer/tokenizer_config.json" ]; then
 fi
 
 say "3. pre-training"
-stage pretrain pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --tokens 3.4e6
+stage pretrain pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --tokens 3.4e6 \
+  ${MOE:+--model tiny-moe}
 evaluate pretrain --few_shot 1 --text "$RUN/data"
 
 BASE=pretrain

@@ -43,6 +43,7 @@ from lib.dist import (
 from lib.files import write_jsonl
 from lib.lora import add_lora
 from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, rng, setup
+from lib.router import RouterStats
 from lib.run import Run
 from lib.vllm_client import rollout_backend
 from model import Qwen2
@@ -74,6 +75,7 @@ class Args:
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
+    gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     beta: float = 0.1                # strength of the tie to the reference policy
@@ -220,12 +222,13 @@ def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocas
     return pairs
 
 
-def sequence_logprobs(model: Qwen2, rows: list[PairIds]):
+def sequence_logprobs(model: Qwen2, rows: list[PairIds], router=None):
     """Return the summed log-probabilities of chosen (B,) and of rejected (B,), and the lengths of
-    the chosen answers (B,). Both answers of a pair go through one forward pass."""
+    the chosen answers (B,). Both answers of a pair go through one forward pass. router: see
+    Qwen2.hidden."""
     prompts = [row.prompt for row in rows]
     answers = [row.chosen for row in rows] + [row.rejected for row in rows]
-    logprobs, mask = completion_logprobs(model, prompts * 2, answers)
+    logprobs, mask = completion_logprobs(model, prompts * 2, answers, router=router)
     chosen, rejected = logprobs.sum(-1).chunk(2)
     chosen_length, _ = mask.sum(-1).chunk(2)
     return chosen, rejected, chosen_length
@@ -272,6 +275,7 @@ def main(args: Args) -> dict:
 
     # model
     model, tokenizer = load_policy(args.init, device)
+    model.gradient_checkpointing = args.gradient_checkpointing
     scorer = None
     if args.reward_model:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
@@ -298,6 +302,7 @@ def main(args: Args) -> dict:
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
+    router = RouterStats(model.config)
     bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
@@ -307,12 +312,12 @@ def main(args: Args) -> dict:
         for micro in micro_batches(batch, args.micro_batch, model):
             ref_chosen, ref_rejected = reference[micro].to(device).unbind(1)
             with autocast:
-                chosen, rejected, length = sequence_logprobs(model, [ids[i] for i in micro])
+                chosen, rejected, length = sequence_logprobs(model, [ids[i] for i in micro], router)
             labels = torch.tensor([ids[i].label for i in micro], device=device)
             losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
                                                               ref_rejected, args.beta, labels)
             losses = losses - args.rpo_alpha * chosen / length
-            (losses.sum() / len(batch)).backward()
+            (losses.sum() / len(batch) + router.loss(len(micro) / len(batch))).backward()
             values = {
                 "loss": losses,
                 "accuracy": reward_chosen > reward_rejected,
@@ -327,7 +332,8 @@ def main(args: Args) -> dict:
         margin = sums["reward_chosen"] - sums["reward_rejected"]
         if held_out and (step % args.eval_every == 0 or step + 1 == steps):
             sums |= held_out_metrics(full_model(model), held_out, held_out_ref, args, autocast)
-        run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=grad_norm, margin=margin)
+        run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=grad_norm, margin=margin,
+                **router.end_step(step + 1))
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
 

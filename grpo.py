@@ -58,6 +58,7 @@ from lib.dist import (
 from lib.files import read_jsonl
 from lib.lora import adapters_off, add_lora
 from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
+from lib.router import RouterStats
 from lib.run import Run
 from lib.tables import prompt_text
 from lib.vllm_client import VLLMClient
@@ -87,7 +88,8 @@ class Args:
     allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps per episode: above 1 the clip is active
-    micro_batch: int = 32            # responses per forward pass: changes memory only
+    micro_batch: int = 32            # responses per forward pass: memory only (MoE aux apart)
+    gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
@@ -416,6 +418,7 @@ def main(args: Args) -> dict:
     start = run.start_or_resume(model, optimizer)
 
     # loop
+    router = RouterStats(model.config)
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
                disable=QUIET)
     for step in bar:
@@ -433,14 +436,16 @@ def main(args: Args) -> dict:
             logprob_gap = 0.0
             for micro in micro_batches(trained, args.micro_batch, model):
                 micro_loss, logs = micro_batch_loss(model, reference, episode, advantages, micro,
-                                                    count, tokenizer.n_vocab, args, autocast)
-                micro_loss.backward()
+                                                    count, tokenizer.n_vocab, args, autocast,
+                                                    router)
+                (micro_loss + router.loss(len(micro) / len(trained))).backward()
                 loss += micro_loss.item()
                 logprob_gap = max(logprob_gap, logs["logprob_gap"])
                 for name in sums:
                     sums[name] += logs[name]
             loss, sums = all_reduce_sum(loss), all_reduce_sum(sums)
             logprob_gap = max(all_gather(logprob_gap))
+            router_metrics = router.end_step(step + 1)
             lr = lr_at(step, args.steps, peak_lr, args.warmup, args.final_lr)
             grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
             if not math.isfinite(grad_norm):
@@ -449,7 +454,7 @@ def main(args: Args) -> dict:
         per_token = {name: value / tokens for name, value in sums.items()}
         prompts = [group[0].query["prompt"] for group in episode.groups()]
         run.log(step + 1, args.steps, bar, prompts, **episode.metrics(args), loss=loss, lr=lr,
-                grad_norm=grad_norm, **per_token, logprob_gap=logprob_gap)
+                grad_norm=grad_norm, **per_token, logprob_gap=logprob_gap, **router_metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save_state(step + 1, model, optimizer)
 
@@ -468,10 +473,15 @@ def policy_and_reference(model, args: Args, autocast):
     """Return the model to train and, for the KL term, the reference policy: a frozen copy or, with
     adapters, the same model, which micro_batch_loss uses with its adapters switched off."""
     reference = None
+    model.gradient_checkpointing = args.gradient_checkpointing
     if args.lora:
         add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
     elif args.kl:
-        reference = apply_fsdp(copy.deepcopy(model), autocast)
+        reference = copy.deepcopy(model).requires_grad_(False)
+        for block in reference.model.layers:  # autocast computes both in this dtype anyway
+            block.self_attn.to(autocast.fast_dtype)
+            block.mlp.to(autocast.fast_dtype)
+        apply_fsdp(reference, autocast)
     model = apply_fsdp(model, autocast)
     if args.lora and args.kl:
         reference = model
@@ -479,15 +489,16 @@ def policy_and_reference(model, args: Args, autocast):
 
 
 def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list[int],
-                     count: int, valid_vocab: int, args: Args, autocast):
-    """Return grpo_loss of some responses of an episode, with `count` the whole step's divisor."""
+                     count: int, valid_vocab: int, args: Args, autocast, router=None):
+    """Return grpo_loss of some responses of an episode, with `count` the whole step's divisor.
+    router: see Qwen2.hidden."""
     answers = [episode.answers[i] for i in micro]
     prompts = [answer.prompt_ids for answer in answers]
     completions = [answer.ids for answer in answers]
     ref_logprobs = None
     with autocast:
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
-                                             valid_vocab)
+                                             valid_vocab, router)
         if reference is not None:
             with torch.no_grad(), adapters_off(reference):
                 ref_logprobs, _ = completion_logprobs(reference, prompts, completions,

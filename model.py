@@ -354,33 +354,32 @@ class MoE(nn.Module):
         return out.view(shape)
 
 
-def load_balancing_loss(router: list, valid=None, all_reduce=lambda x: x):
+def load_balancing_loss(router: list, all_reduce=lambda x: x):
     """Return the Switch/Qwen auxiliary loss E * sum_e f_e P_e, and two statistics per layer.
 
-    router: one (probs (N, E), expert (N, k)) per MoE layer. valid: (N,) bool, False for padding.
-    f_e counts e's assignments per token and sums to k; P_e is e's mean probability. Perfect balance
-    gives k, the scale that the published coefficient 0.001 belongs to. Layers are averaged. If they
-    were pooled, two layers that collapse on different experts would look balanced.
+    router: one (probs (N, E), expert (N, k)) per MoE layer, of N tokens without padding. f_e counts
+    e's assignments per token and sums to k; P_e is e's mean probability. Perfect balance gives k,
+    the scale that the published coefficient 0.001 belongs to. Layers are averaged. If they were
+    pooled, two layers that collapse on different experts would look balanced.
     Returns the loss; the load (layers, E), where 1 is the fair share; the router's entropy
     (layers,) in nats: ln E for a uniform router, 0 for a certain one."""
     losses = []
     loads = []
     entropies = []
     for probs, expert in router:
-        if valid is not None:
-            probs = probs[valid.flatten()]
-            expert = expert[valid.flatten()]
         N, E = probs.shape
         k = expert.shape[-1]
         chosen = expert.flatten()
         # bincount would make the host wait for the GPU.
         assignments = chosen.new_zeros(E).index_add(0, chosen, torch.ones_like(chosen))
+        total = all_reduce(N)
+        f = all_reduce(assignments) / total
         # Over all processes: the average of their losses is then the loss of all rows together.
-        f = all_reduce(assignments) / all_reduce(N)
-        P = probs.mean(0)
+        mean_N = total / all_reduce(1)
+        P = probs.sum(0) / mean_N
         losses.append(E * (f * P).sum())
         loads.append(f * E / k)
-        entropies.append(torch.special.entr(probs.detach()).sum(-1).mean())
+        entropies.append(torch.special.entr(probs.detach()).sum() / mean_N)
     return torch.stack(losses).mean(), torch.stack(loads), torch.stack(entropies)
 
 
@@ -452,12 +451,14 @@ class Qwen2(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    def hidden(self, ids, *, cache: KVCache | GrowingKVCache = None, segment_ids=None, router=None):
+    def hidden(self, ids, *, cache: KVCache | GrowingKVCache = None, segment_ids=None, router=None,
+               counted=slice(None)):
         """Return the normalised hidden states (B, T, C) of ids (B, T) int64.
 
         cache: ids continue it. segment_ids (B, T): the documents of a packed row; they do not see
         each other, and positions restart in each. router: a list to which every MoE layer appends
-        its (probs, expert), for `load_balancing_loss`."""
+        its (probs, expert), for `load_balancing_loss`. counted: index of those of the B*T tokens
+        that it appends, which must not be padding."""
         config = self.config
         fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # oneDNN or MKL
         start = 0 if cache is None else cache.length
@@ -479,15 +480,16 @@ class Qwen2(nn.Module):
         x = self.model.embed_tokens(ids)
         append = None
         for layer, block in enumerate(self.model.layers):
-            if self.gradient_checkpointing:
-                block = functools.partial(recompute_in_backward, block, use_reentrant=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                block = functools.partial(recompute_in_backward, block, use_reentrant=False,
+                                          context_fn=fast.keep_cpu_matmul)
             if cache is not None:
-                append = functools.partial(cache.append, layer)
+                append = functools.partial(cache.append, layer, start)
             routing = Routing()
             x = block(x, routing, cos=cos, sin=sin, append=append, dual=dual,
                       segment_ids=segment_ids, mask=mask, block_mask=block_mask)
             if router is not None and routing.probs is not None:
-                router.append((routing.probs, routing.expert))
+                router.append((routing.probs[counted], routing.expert[counted]))
         if cache is not None:
             cache.length = end
         return self.model.norm(x)

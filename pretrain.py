@@ -38,9 +38,10 @@ from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
 from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, setup, throughput
+from lib.router import RouterStats
 from lib.run import Run, build_once
 from lib.upcycle import upcycle
-from model import PRESETS, Qwen2, load_balancing_loss
+from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
 
 
@@ -207,7 +208,7 @@ def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int, tokens: int
 # ---------------------------------------------------------------------------------------------
 # loss
 
-def lm_loss(model: Qwen2, ids, segment_ids, count: int, router: list | None = None):
+def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
     """Return the summed next-token loss of rows ids (B, T+1), divided by `count`.
 
     count is the number of targets of the whole step, so that micro-batches add up to its mean.
@@ -231,50 +232,6 @@ def held_out_loss(model: Qwen2, ids, segment_ids, micro_batch: int, device, auto
         with autocast:
             total += lm_loss(model, some_ids, some_segments, 1).item()
     return all_reduce_sum(total) / ids[:, 1:].numel()
-
-
-# ---------------------------------------------------------------------------------------------
-# mixture of experts
-
-class RouterStats:
-    """Sums over the micro-batches of a step, and which experts are starved of tokens."""
-
-    def __init__(self):
-        self.starved_steps = 0  # (MoE layers, experts): steps in a row below a tenth of fair load
-        self.reset()
-
-    def reset(self) -> None:
-        self.aux = 0.0
-        self.load = 0.0      # (MoE layers, experts), 1 is a fair share
-        self.entropy = 0.0   # (MoE layers,) nats per token
-
-    def loss(self, router: list, share: float):
-        """Return the balance loss of a micro-batch that is a `share` of the step."""
-        aux, load, entropy = load_balancing_loss(router, all_reduce=all_reduce_sum)
-        aux = aux * share
-        self.aux = self.aux + aux.detach()  # no item(): it would wait for a GPU
-        self.load = self.load + load * share
-        self.entropy = self.entropy + entropy * share
-        return aux
-
-    def end_step(self, step: int) -> dict:
-        """Return what the log shows of the step, warn of starved experts, and start anew."""
-        load, entropy = all_reduce_sum(self.load), all_reduce_sum(self.entropy)
-        starved = load < 0.1
-        metrics = {"aux": float(all_reduce_sum(self.aux)), "dead_experts": int(starved.sum()),
-                   "expert_max": rounded(load.amax(1)), "expert_min": rounded(load.amin(1)),
-                   "router_entropy": rounded(entropy)}
-        self.starved_steps = (self.starved_steps + 1) * starved
-        for layer, expert in (self.starved_steps == 100).nonzero().tolist():
-            tqdm.write(f"step {step}: expert {expert} of MoE layer {layer} got less than a tenth "
-                       "of its fair share for 100 steps: lower --lr, or raise "
-                       "router_aux_loss_coef in the config.json of --init")
-        self.reset()
-        return metrics
-
-
-def rounded(per_layer) -> list[float]:
-    return [round(value, 4) for value in per_layer.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,7 +312,7 @@ def main(args: Args) -> dict:
     start = run.start_or_resume(model, optimizer)
 
     # loop
-    router_stats = RouterStats()
+    router = RouterStats(model.config)
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.perf_counter()
@@ -365,23 +322,17 @@ def main(args: Args) -> dict:
             ids, segment_ids = packed[micro]
             ids = ids.to(device)
             segment_ids = segment_ids.to(device) if args.doc_mask else None
-            router = [] if model.config.num_experts else None
             with autocast:
-                token_loss = lm_loss(model, ids, segment_ids, count, router)
-            micro_loss = token_loss
-            if router:
-                aux = router_stats.loss(router, len(micro) / rows_per_step)
-                micro_loss = token_loss + model.config.router_aux_loss_coef * aux
-            micro_loss.backward()
-            loss += token_loss.item()
+                micro_loss = lm_loss(model, ids, segment_ids, count, router)
+            (micro_loss + router.loss(len(micro) / rows_per_step)).backward()
+            loss += micro_loss.item()
         loss = all_reduce_sum(loss)
-        router_metrics = router_stats.end_step(step + 1) if model.config.num_experts else {}
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         speed = throughput(model, [args.seq_len] * rows_per_step, time.perf_counter() - began,
                            args.peak_tflops)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": (step + 1) * count,
-                   **speed, **router_metrics}
+                   **speed, **router.end_step(step + 1)}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             metrics["val_loss"] = held_out_loss(full_model(model), val_ids, val_segments,
                                                 args.micro_batch, device, autocast)

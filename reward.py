@@ -36,6 +36,7 @@ from lib.args import cli, parse_value, positive, require
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl
 from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup
+from lib.router import RouterStats
 from lib.run import Run
 from lib.vllm_client import rollout_backend
 from model import Config, Qwen2
@@ -64,6 +65,7 @@ class Args:
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
+    gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
@@ -108,12 +110,14 @@ class RewardModel(Qwen2):
         reward_model.tokenizer = Tokenizer.from_pretrained(path)
         return reward_model
 
-    def forward(self, ids, lengths):
-        """Return the rewards (B,) float32 of rows ids (B, T), padded on the right.
+    def forward(self, ids, lengths, router=None):
+        """Return the rewards (B,) float32 of rows ids (B, T), padded on the right. router: see
+        Qwen2.hidden.
 
         A reward is read at the last real token of its row, found by lengths (B,) and not by looking
         for a padding id, which may also be a real token."""
-        hidden = self.hidden(ids)
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        hidden = self.hidden(ids, router=router, counted=real.flatten())
         rows = torch.arange(len(ids), device=ids.device)
         return self.read(hidden[rows, lengths - 1])
 
@@ -124,11 +128,11 @@ class RewardModel(Qwen2):
         rewards near 4 have steps of 0.03."""
         return (hidden.float() * self.head.weight).sum(1)
 
-    def rewards(self, rows: list[list[int]]):
+    def rewards(self, rows: list[list[int]], router=None):
         """Return the rewards (B,) of rows of ids of any lengths."""
         device = self.head_weight.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        return self(pad_rows(rows, 0).to(device), lengths)
+        return self(pad_rows(rows, 0).to(device), lengths, router)
 
     @torch.no_grad()
     def score(self, prompts: list, responses: list, batch_size: int = 64) -> list[float]:
@@ -176,11 +180,11 @@ def preference_loss(chosen, rejected, label=1.0):
     return -F.logsigmoid(difference) + (1 - label) * difference
 
 
-def pair_rewards(model: RewardModel, rows: list[PairIds]):
+def pair_rewards(model: RewardModel, rows: list[PairIds], router=None):
     """Return the rewards of the chosen (B,) and the rejected answers (B,), in one forward pass."""
     chosen = [row.prompt + row.chosen for row in rows]
     rejected = [row.prompt + row.rejected for row in rows]
-    return model.rewards(chosen + rejected).chunk(2)
+    return model.rewards(chosen + rejected, router).chunk(2)
 
 
 @torch.no_grad()
@@ -279,6 +283,7 @@ def main(args: Args) -> dict:
     # model
     model, tokenizer = load_policy(args.init, device)
     model = RewardModel.from_language_model(model, tokenizer)
+    model.gradient_checkpointing = args.gradient_checkpointing
 
     # data
     pairs, held_out = load_pairs(args, run, device, autocast)
@@ -297,6 +302,7 @@ def main(args: Args) -> dict:
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
+    router = RouterStats(model.config)
     bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
@@ -305,18 +311,19 @@ def main(args: Args) -> dict:
         loss = accuracy = 0.0
         for micro in micro_batches(batch, args.micro_batch, model):
             with autocast:
-                chosen, rejected = pair_rewards(model, [ids[i] for i in micro])
+                chosen, rejected = pair_rewards(model, [ids[i] for i in micro], router)
             labels = [ids[i].label for i in micro]
             labels = torch.tensor(labels, device=device)
             micro_loss = preference_loss(chosen, rejected, labels).sum() / len(batch)
-            micro_loss.backward()
+            (micro_loss + router.loss(len(micro) / len(batch))).backward()
             loss += micro_loss.item()
             accuracy += (chosen > rejected).sum().item() / len(batch)
         loss = all_reduce_sum(loss)
         accuracy = all_reduce_sum(accuracy)
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
-        metrics = {"loss": loss, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
+        metrics = {"loss": loss, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm,
+                   **router.end_step(step + 1)}
         if eval_rows and (step % args.eval_every == 0 or step + 1 == steps):
             with autocast:
                 measured = accuracies(full_model(model), eval_rows)

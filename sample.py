@@ -19,7 +19,7 @@ from lib.decode import Completion, DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
 from lib.lora import adapter_base, merge_adapter
 from lib.optim import pad_rows, rng, setup
-from model import GrowingKVCache, KVCache, Qwen2
+from model import GrowingKVCache, KVCache, Qwen2, padding_mask
 from tokenizer import Tokenizer
 
 
@@ -170,37 +170,42 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
 
 # --- log-probabilities of given answers -----------------------------------------------------------
 
-def read_prompts(model: Qwen2, prompts: list):
+def read_prompts(model: Qwen2, prompts: list, router=None):
     """Return the last hidden state of each prompt (B, 1, C) and a GrowingKVCache, one row each.
 
     A prompt that occurs several times, as in GRPO's groups and DPO's pairs, is read once. With a
-    prompt of 60 tokens and 8 answers of 20, that is 220 tokens per group instead of 640."""
+    prompt of 60 tokens and 8 answers of 20, that is 220 tokens per group instead of 640. For
+    `router` it counts once per row, whichever process reads it."""
     device = model.model.norm.weight.device
     unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     row_of = {prompt: row for row, prompt in enumerate(unique)}
     rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
     ids, pads = left_pad(unique, device)
     cache = GrowingKVCache(pads)
-    hidden = model.hidden(ids, cache=cache)[rows, -1:]
+    tokens = torch.arange(ids.numel(), device=device).view_as(ids)
+    real = padding_mask(pads, ids.shape[1])[:, 0, 0]
+    counted = tokens[rows][real[rows]]
+    hidden = model.hidden(ids, cache=cache, router=router, counted=counted)[rows, -1:]
     cache.select(rows)
     return hidden, cache
 
 
 def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
-                        temperature: float = 1.0, valid_vocab: int | None = None):
+                        temperature: float = 1.0, valid_vocab: int | None = None, router=None):
     """Return the sampler's log-probabilities again, with gradients: (B, R) of each completion's ids
     under softmax(logits / temperature), 0 beyond its end, and the (B, R) bool mask of its length.
+    router: see model.Qwen2.hidden.
 
     DPO, GRPO and their reference policies all call this function. DPO's first loss is therefore
     exactly ln 2, and GRPO's first ratio is 1."""
     device = model.head_weight.device
-    hidden, cache = read_prompts(model, prompts)  # predicts the first id
+    hidden, cache = read_prompts(model, prompts, router)  # predicts the first id
     ids = pad_rows(completions, 0).to(device)
-    if ids.shape[1] > 1:
-        rest = model.hidden(ids[:, :-1], cache=cache)
-        hidden = torch.cat((hidden, rest), dim=1)
     lengths = torch.tensor([[len(completion)] for completion in completions], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths  # by length: any id may be text
+    if ids.shape[1] > 1:
+        rest = model.hidden(ids[:, :-1], cache=cache, router=router, counted=mask[:, 1:].flatten())
+        hidden = torch.cat((hidden, rest), dim=1)
     logprobs = kernels.token_logprobs(hidden[mask], model.head_weight, ids[mask], temperature,
                                       valid_vocab=valid_vocab)
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask

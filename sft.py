@@ -48,6 +48,7 @@ from lib.files import MAX_LINE, open_lines
 from lib.lora import add_lora
 from lib.optim import (
     adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup, throughput)
+from lib.router import RouterStats
 from lib.run import Run, build_once
 from model import Qwen2
 from sample import load_policy, rollout
@@ -226,24 +227,25 @@ def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
         row.mask.extend(conversation.mask)
         row.segment_ids.extend([number] * len(conversation.ids))
     while len(packed) % WORLD:  # rows of nothing: every process needs the same number
-        packed.append(PackedRow([0, 0], [0, 0], [0, 0]))
+        packed.append(PackedRow([0, 0], [-1, -1], [0, 0]))
     return packed
 
 
 # ---------------------------------------------------------------------------------------------
 # loss
 
-def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None):
+def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None, router=None):
     """Return the summed loss of ids (B, T) where mask (B, T) is 1, divided by `count`.
 
     count is the number of supervised tokens of the whole step: the micro-batches of all processes
     then add up to its mean. Rows are padded on the right: causal attention keeps real tokens from
-    seeing the padding, whose mask is 0.
-    segment_ids (B, T) tells the conversations of a packed row apart."""
+    seeing the padding. Its mask is -1, so that the router's balance does not count it.
+    segment_ids (B, T) tells the conversations of a packed row apart. router: see Qwen2.hidden."""
     if segment_ids is not None:
         segment_ids = segment_ids[:, :-1]
-    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids)
-    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)  # -100: no loss here
+    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids, router=router,
+                          counted=(mask[:, 1:] >= 0).flatten())
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] != 1, -100)  # -100: no loss here
     total = kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum")
     return total / count
 
@@ -300,6 +302,7 @@ def main(args: Args) -> dict:
     start = run.start_or_resume(model, optimizer)
 
     # loop
+    router = RouterStats(model.config)
     bar = tqdm(range(start, steps), desc="sft", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.perf_counter()
@@ -312,13 +315,13 @@ def main(args: Args) -> dict:
         loss = 0.0
         for micro in micro_batches(rows, args.micro_batch, model):
             ids = pad_rows([row.ids for row in micro], tokenizer.pad_id).to(device)
-            mask = pad_rows([row.mask for row in micro], 0).to(device)
+            mask = pad_rows([row.mask for row in micro], -1).to(device)
             segment_ids = None
             if args.pack:
                 segment_ids = pad_rows([row.segment_ids for row in micro], -1).to(device)
             with autocast:
-                micro_loss = sft_loss(model, ids, mask, count, segment_ids)
-            micro_loss.backward()
+                micro_loss = sft_loss(model, ids, mask, count, segment_ids, router)
+            (micro_loss + router.loss(len(micro) / len(rows))).backward()
             loss += micro_loss.item()
         loss = all_reduce_sum(loss)
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
@@ -327,7 +330,7 @@ def main(args: Args) -> dict:
         speed = throughput(model, [len(row.ids) for row in rows], time.perf_counter() - began,
                            args.peak_tflops)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "targets": count,
-                   "epoch": epoch, **speed}
+                   "epoch": epoch, **speed, **router.end_step(step + 1)}
         if held_out and (step % args.eval_every == 0 or step + 1 == steps):
             metrics["val_loss"] = held_out_loss(full_model(model), held_out, args, autocast)
         run.log(step + 1, steps, bar, batch, **metrics)

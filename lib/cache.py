@@ -1,7 +1,7 @@
 """Keys and values that attention has computed already: a cache for sampling and one for training.
 
 `model.hidden(ids, cache=cache)` continues a cache. Each attention layer calls `append`, the only
-writer, and gets all keys and values so far.
+writer, with the length of the cache before this pass, and gets all keys and values so far.
 """
 import torch
 
@@ -21,14 +21,14 @@ class KVCache:
         self.pads = none_if_zero(pads)
         self.length = 0
 
-    def append(self, layer: int, k, v):
-        """Store k, v (B, K, T, D) of new positions; return those of all positions (B, K, S, D).
-        The forward pass moves `length` after its last layer."""
+    def append(self, layer: int, start: int, k, v):
+        """Store k, v (B, K, T, D) of the positions from `start` on; return those of all positions
+        (B, K, S, D). The forward pass moves `length` after its last layer."""
         keys = self.layers[layer][0]
         values = self.layers[layer][1]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
+        end = start + k.shape[2]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def select(self, rows) -> None:
@@ -42,20 +42,22 @@ class KVCache:
 class GrowingKVCache(KVCache):
     """A KVCache for training: a prompt is read once, `select` repeats it for its answers, and
     gradients flow back through both. It grows by concatenation, since autograd forbids writing
-    into keys and values that a backward pass still needs."""
+    into keys and values that a backward pass still needs. Gradient checkpointing runs a block again
+    after its pass has ended: `append` then returns what it returned before, and stores nothing."""
 
     def __init__(self, pads=None):
         self.layers = []
         self.pads = none_if_zero(pads)
         self.length = 0
 
-    def append(self, layer: int, k, v):
-        new = torch.stack((k, v))
-        if layer == len(self.layers):
-            self.layers.append(new)
-        else:
-            self.layers[layer] = torch.cat((self.layers[layer], new), dim=3)
-        return self.layers[layer].unbind()
+    def append(self, layer: int, start: int, k, v):
+        both = torch.stack((k, v))
+        if start > 0:
+            past = self.layers[layer][:, :, :, :start]
+            both = torch.cat((past, both), dim=3)
+        if start == self.length:
+            self.layers[layer:layer + 1] = [both]  # a first pass adds the layer
+        return both.unbind()
 
 
 def none_if_zero(pads):

@@ -151,7 +151,7 @@ class DecodeStep:
         heads = F.linear(h, weights.qkv, weights.qkv_bias).view(len(x), H + 2 * K, 1, -1)
         qk, v = heads.split((H + K, K), dim=1)
         q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
-        keys, values = self.cache.append(layer, k, v)
+        keys, values = self.cache.append(layer, self.cache.length, k, v)
         y = decode_attention(q, keys, values, mask)  # (B, H, 1, D)
         return F.linear(y.flatten(1), weights.out)
 

@@ -5,6 +5,7 @@ the calls of PyTorch's attention kernel, and the handwritten backward passes of 
 experts. Their plain twins are in kernels.py, which also explains the letters in shapes. CUDA paths
 are not yet measured on a GPU.
 """
+import contextlib
 import functools
 
 import torch
@@ -108,6 +109,22 @@ def set_cpu_matmul(rows, width, device, least=2**23):
     if device.type == "cpu":
         large = rows * width * width >= least
         torch.set_float32_matmul_precision("medium" if large and medium_is_exact() else "highest")
+
+
+def keep_cpu_matmul():
+    """Return the contexts of a block's first run and of its second one, for gradient checkpointing.
+    The second keeps the library of the first, so that no bit changes."""
+    return contextlib.nullcontext(), matmul_precision(torch.get_float32_matmul_precision())
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:  # checkpointing leaves a block by an exception, as soon as it has what it needs
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- PyTorch's attention kernel -------------------------------------------------------------------

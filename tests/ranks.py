@@ -25,15 +25,21 @@ class Stopped(Exception):
 
 def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     """One stage. Samples are drawn a query at a time from a generator of its own, so that they do
-    not depend on the process."""
+    not depend on the process. Blocks are recomputed if and only if the arguments ask for it."""
     import lib.run
+    import model
     from lib import dist
     import sample
     from tasks import queries
     stage = importlib.import_module(stage)
     generate, builtin = sample.generate, queries.builtin
     begin, log, save_state = lib.run.Run.start_or_resume, lib.run.Run.log, lib.run.Run.save_state
-    last, clock = dist.RANK == dist.WORLD - 1, [1]
+    last, clock, recomputed = dist.RANK == dist.WORLD - 1, [1], []
+    recompute = model.recompute_in_backward
+
+    def count_recomputed(*args, **kwargs):
+        recomputed.append(1)
+        return recompute(*args, **kwargs)
 
     def alone(model, prompts, *args, seed=0, **kwargs):
         seeds = [seed % 1_000_000_007 + zlib.crc32(str(prompt).encode()) for prompt in prompts]
@@ -57,6 +63,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
         if step == stop:
             raise Stopped
     new = [(sample, "generate", alone), (lib.run.Run, "start_or_resume", begin_and_poison),
+           (model, "recompute_in_backward", count_recomputed),
            (lib.run.Run, "log", log_and_count), (lib.run.Run, "save_state", save_and_stop),
            (queries, "builtin", lambda split, n, seed=0: builtin(split, min(n, 3), seed))]
     old = [(where, name, getattr(where, name)) for where, name, _ in new]
@@ -69,6 +76,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     finally:
         for change in old:
             setattr(*change)
+    assert bool(recomputed) == args.get("gradient_checkpointing", False)
 
 
 def child(job: dict) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from helpers import log, weights
+from helpers import log, same_weights, weights
 from test_faults import MOE, STAGES, Evil, inputs  # noqa: F401  the same runs of six steps
 from safetensors.torch import load_file
 from test_vllm_client import Peer
@@ -18,6 +18,8 @@ from test_vllm_client import Peer
 from sample import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGES_ON_TWO = STAGES | {name: MOE[name] for name in ("sft-moe", "dpo-moe", "grpo-moe")}
+RECOMPUTED = ("sft", "dpo", "reward", "grpo-moe")
 
 
 def start(n: int, job: dict, folder: Path):
@@ -36,11 +38,16 @@ def run_stages(n: int, folder: Path, inputs, micro_batch, names=STAGES, **values
         "resume": (folder / name / "state").exists()}} | values for name in names]
     if not values:
         sft = next(one for one in runs if one["stage"] == "sft")
-        nan, bf16, again, lora = ({"out": str(folder / name)}
-                                  for name in ("nan", "bf16", "recompute", "lora"))
+        nan, bf16, lora = ({"out": str(folder / name)} for name in ("nan", "bf16", "lora"))
+        again = [one | {"args": one["args"] | {"out": str(folder / f"recompute-{name}"),
+                                               "gradient_checkpointing": True}}
+                 for name, one in zip(names, runs, strict=True) if name in RECOMPUTED]
+        grpo = next(one for one in runs if one["stage"] == "grpo")
+        bf16_grpo = {"out": str(folder / "bf16-grpo"), "dtype": "bfloat16", "steps": 1}
         runs += [sft | {"args": sft["args"] | nan, "nan": [2, 4, 5]},
+                 grpo | {"args": grpo["args"] | bf16_grpo},
                  sft | {"args": sft["args"] | bf16 | {"dtype": "bfloat16"}},
-                 sft | {"args": sft["args"] | again | {"gradient_checkpointing": True}},
+                 *again,
                  sft | {"args": sft["args"] | lora | {"lora": 2}}]
     if n > 1:
         codes, told = start(n, {"runs": runs}, folder)
@@ -83,15 +90,15 @@ def same(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(inputs, tmp_path_factory):  # noqa: F811
-    return run_stages(1, tmp_path_factory.mktemp("ranks") / "one", inputs, 2)
+    return run_stages(1, tmp_path_factory.mktemp("ranks") / "one", inputs, 2, STAGES_ON_TWO)
 
 
 @pytest.fixture(scope="module")
 def two(inputs, one):  # noqa: F811
-    return run_stages(2, one.parent / "two", inputs, 1)
+    return run_stages(2, one.parent / "two", inputs, 1, STAGES_ON_TWO)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", STAGES_ON_TWO)
 def test_two_processes_take_the_steps_of_one(name, one, two):
     """Losses, gradient norms, all that is logged, samples, files and weights; for the MoE too,
     whose balance loss is that of the rows that are computed together."""
@@ -111,12 +118,18 @@ def test_bfloat16_is_autocast_on_several_processes_too(one, two):
         assert y["loss"] == pytest.approx(x["loss"], rel=2e-3)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=5e-2)
     assert {w.dtype for w in weights(two / "bf16").values()} == {torch.float32}
+    x, y = log(one / "bf16-grpo")[0], log(two / "bf16-grpo")[0]
+    assert 0 < x["kl"] < 1 and y["kl"] == pytest.approx(x["kl"], rel=0.1)  # after one inner step
 
 
-def test_recomputed_activations_change_nothing(one, two):
-    """On one process bit for bit; on two, a block's weights are gathered for it once more."""
-    assert log(one / "sft") == log(one / "recompute")
-    same(one / "recompute", two / "recompute")
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed_activations_change_nothing(name, one, two):
+    """On one process bit for bit; on two, a block's weights are gathered for it once more. Prompts
+    that are read once, and an MoE, are among them."""
+    again = f"recompute-{name}"
+    assert log(one / name) == log(one / again)
+    assert same_weights(one / name, one / again)
+    same(one / again, two / again)
 
 
 def test_adapters_on_two_processes_are_those_of_one(one, two):

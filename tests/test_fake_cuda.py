@@ -13,7 +13,8 @@ from dpo import OnlineMerging, dpo_loss, sequence_logprobs
 from grpo import grpo_loss
 from lib.optim import throughput
 from model import PRESETS, Qwen2, load_balancing_loss
-from pretrain import RouterStats, lm_loss
+from lib.router import RouterStats
+from pretrain import lm_loss
 from reward import RewardModel, pair_rewards
 from sample import completion_logprobs, generate
 from sft import sft_loss
@@ -35,13 +36,12 @@ def test_pretraining_and_sft_wait_once_per_loss(config, packed):
         model = fake_model(Qwen2, config)
         ids = torch.zeros(2, 1537, dtype=torch.long, device="cuda")
         segment_ids = ids if packed else None
-        router = [] if config.num_experts else None
+        router = RouterStats(config)
         with bf16():
             loss = lm_loss(model, ids, segment_ids, 3, router)
-            if router:
-                loss = loss + RouterStats().loss(router, 0.5)
+            loss = loss + router.loss(0.5)
         assert gpu.syncs == LOSS_ONLY and "_assert_async" in gpu.calls
-        assert ("_grouped_mm" in gpu.calls) == (router is not None)
+        assert ("_grouped_mm" in gpu.calls) == (config.num_experts > 0)
         assert loss.is_cuda and loss.dtype == torch.float32 and loss.requires_grad
         gpu.syncs.clear()
         with bf16():

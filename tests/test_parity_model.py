@@ -322,6 +322,6 @@ def test_balance_loss_equals_transformers(E, k, compare):
         for logits in (layers[:1], layers):
             want = load_balancing_loss_func(tuple(logits), E, k, mask)
             probs = torch.cat(logits).softmax(-1)
-            keep = None if mask is None else mask.bool().repeat(len(logits), 1)
-            got, *_ = load_balancing_loss([(probs, probs.topk(k).indices)], keep)
+            keep = slice(None) if mask is None else mask.bool().repeat(len(logits), 1).flatten()
+            got, *_ = load_balancing_loss([(probs[keep], probs.topk(k).indices[keep])])
             compare("balance loss", got, want, 1e-5)

@@ -211,7 +211,7 @@ def test_starts_at_ln_2_and_overfits_32_pairs(tokenizer):
 def test_trivial_rules_by_hand(tokenizer):
     """R11.3: the accuracy stands beside "longer wins" and the correlation of score and length."""
     class Length(torch.nn.Module):
-        def rewards(self, rows):
+        def rewards(self, rows, router=None):
             return torch.tensor([float(len(row)) for row in rows])
     rows = [([1] * 5, [1] * 3), ([1] * 2, [1] * 7), ([1] * 9, [1] * 4), ([1] * 6, [1] * 6)]
     got = accuracies(Length(), [PairIds([], chosen, rejected) for chosen, rejected in rows])

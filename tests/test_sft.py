@@ -162,7 +162,7 @@ def test_packed_rows_are_shared_by_processes(monkeypatch):
     """As many for each of four, by rows of nothing; their loss is 0."""
     monkeypatch.setattr(sft, "WORLD", 4)
     packed = sft.pack(random_batch(), 20)
-    assert len(packed) == 4 and packed[3][1] == [0, 0]
+    assert len(packed) == 4 and packed[3].mask == [-1, -1]
     ids, mask, segments = (torch.tensor([part]) for part in packed[3])
     assert sft.sft_loss(tiny_model(), ids, mask, 1, segments).item() == 0
 
