@@ -355,14 +355,14 @@ class MoE(nn.Module):
 
 
 def load_balancing_loss(router: list, all_reduce=lambda x: x):
-    """Return the Switch/Qwen auxiliary loss E * sum_e f_e P_e, and two statistics per layer.
+    """Return the Switch/Qwen auxiliary loss E * sum_e f_e P_e; the load (layers, E), where 1 is the
+    fair share; and the router's entropy (layers,) in nats: ln E if it is uniform, 0 if certain.
 
-    router: one (probs (N, E), expert (N, k)) per MoE layer, of N tokens without padding. f_e counts
-    e's assignments per token and sums to k; P_e is e's mean probability. Perfect balance gives k,
-    the scale that the published coefficient 0.001 belongs to. Layers are averaged. If they were
-    pooled, two layers that collapse on different experts would look balanced.
-    Returns the loss; the load (layers, E), where 1 is the fair share; the router's entropy
-    (layers,) in nats: ln E for a uniform router, 0 for a certain one."""
+    router: a list of decisions, one (probs (N, E), expert (N, k)) per MoE layer, of N tokens
+    without padding. f_e counts e's assignments per token and sums to k; P_e is e's mean
+    probability. Perfect balance gives k, the scale that the published coefficient 0.001 belongs to.
+    The loss is computed per layer, then averaged. If layers were pooled, two that collapse on
+    different experts would look balanced."""
     losses = []
     loads = []
     entropies = []
@@ -374,7 +374,7 @@ def load_balancing_loss(router: list, all_reduce=lambda x: x):
         assignments = chosen.new_zeros(E).index_add(0, chosen, torch.ones_like(chosen))
         total = all_reduce(N)
         f = all_reduce(assignments) / total
-        # Over all processes: the average of their losses is then the loss of all rows together.
+        # Counts of all processes: the mean of their losses is then the loss of the whole batch.
         mean_N = total / all_reduce(1)
         P = probs.sum(0) / mean_N
         losses.append(E * (f * P).sum())
@@ -455,10 +455,10 @@ class Qwen2(nn.Module):
                counted=slice(None)):
         """Return the normalised hidden states (B, T, C) of ids (B, T) int64.
 
-        cache: ids continue it. segment_ids (B, T): the documents of a packed row; they do not see
-        each other, and positions restart in each. router: a list to which every MoE layer appends
-        its (probs, expert), for `load_balancing_loss`. counted: index of those of the B*T tokens
-        that it appends, which must not be padding."""
+        cache: the tokens before ids; ids are added to it. segment_ids (B, T): the documents of a
+        packed row; they do not see each other, and positions restart in each. router: a list to
+        which every MoE layer appends its decisions (probs, expert), for `load_balancing_loss`.
+        counted: index of those of the B*T tokens that it appends, which must not be padding."""
         config = self.config
         fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # oneDNN or MKL
         start = 0 if cache is None else cache.length

@@ -9,7 +9,7 @@ import torch
 class KVCache:
     """Keys and values of the positions seen so far, allocated once for max_len positions.
 
-    layers: one tensor (2, B, K, max_len, D) per layer, keys first. pads (B,): how much *left*
+    layers: one tensor (2, B, Hkv, max_len, D) per layer, keys first. pads (B,): how much *left*
     padding each row has, which nothing attends to; None if there is none."""
 
     def __init__(self, config, B: int, max_len: int, device, dtype, pads=None):
@@ -22,8 +22,8 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, start: int, k, v):
-        """Store k, v (B, K, T, D) of the positions from `start` on; return those of all positions
-        (B, K, S, D). The forward pass moves `length` after its last layer."""
+        """Store k, v (B, Hkv, T, D) of the positions from `start` on; return those of all positions
+        (B, Hkv, S, D). The forward pass moves `length` after its last layer."""
         keys = self.layers[layer][0]
         values = self.layers[layer][1]
         end = start + k.shape[2]

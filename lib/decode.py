@@ -91,7 +91,7 @@ class DecodeStep:
     def __init__(self, model: Qwen2, cache: KVCache):
         self.model = model
         self.cache = cache
-        keys = cache.layers[0][0]  # (B, K, max_len, D)
+        keys = cache.layers[0][0]  # (B, Hkv, max_len, D)
         self.dtype = keys.dtype
         positions = torch.arange(keys.shape[2], device=keys.device)[None]
         cos, sin = rope(positions, model.config)
@@ -145,14 +145,14 @@ class DecodeStep:
         return cos, sin, padding_mask(pads, now + 1)
 
     def attention(self, layer: int, weights: DecodeBlock, x, cos, sin, mask):
-        H = self.model.config.num_attention_heads
-        K = self.model.config.num_key_value_heads
+        Hq = self.model.config.num_attention_heads
+        Hkv = self.model.config.num_key_value_heads
         h = weights.block.input_layernorm(x).to(self.dtype)
-        heads = F.linear(h, weights.qkv, weights.qkv_bias).view(len(x), H + 2 * K, 1, -1)
-        qk, v = heads.split((H + K, K), dim=1)
-        q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
+        heads = F.linear(h, weights.qkv, weights.qkv_bias).view(len(x), Hq + 2 * Hkv, 1, -1)
+        qk, v = heads.split((Hq + Hkv, Hkv), dim=1)
+        q, k = apply_rope(qk, cos, sin).split((Hq, Hkv), dim=1)
         keys, values = self.cache.append(layer, self.cache.length, k, v)
-        y = decode_attention(q, keys, values, mask)  # (B, H, 1, D)
+        y = decode_attention(q, keys, values, mask)  # (B, Hq, 1, D)
         return F.linear(y.flatten(1), weights.out)
 
     def mlp(self, weights: DecodeBlock, x):
@@ -172,7 +172,7 @@ def decode_attention(q, k, v, mask=None):
     """
     precision = torch.get_float32_matmul_precision()
     set_cpu_matmul(1, 1, q.device)  # MKL, because oneDNN would cost 10 us per row and kv head
-    grouped = q.reshape(len(q), k.shape[1], -1, k.shape[-1])  # (B, K, G, D)
+    grouped = q.reshape(len(q), k.shape[1], -1, k.shape[-1])  # (B, Hkv, G, D)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     torch.set_float32_matmul_precision(precision)
     return out.reshape(q.shape)  # the strides of CUDA's kernels do not allow a view
