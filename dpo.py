@@ -41,7 +41,7 @@ from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
     shard_like)
 from lib.files import write_jsonl
-from lib.lora import add_lora
+from lib.lora import add_lora, base_dtype
 from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, rng, setup
 from lib.router import RouterStats
 from lib.run import Run
@@ -274,11 +274,10 @@ def main(args: Args) -> dict:
     tasks.queries.require_isolation(shown, args.allow_unsafe_code)
 
     # model
-    model, tokenizer = load_policy(args.init, device)
+    model, tokenizer = load_policy(args.init, device, base_dtype(args.lora, autocast))
     model.gradient_checkpointing = args.gradient_checkpointing
-    scorer = None
-    if args.reward_model:
-        scorer = RewardModel.from_pretrained(args.reward_model, device=device)
+    scorer = (RewardModel.from_pretrained(args.reward_model, device=device)
+              if args.reward_model else None)
 
     # data
     pairs = load_pairs(args, run, model, tokenizer, autocast)
@@ -294,8 +293,7 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("dpo", model, 10.0 if args.lora else 1.0)
-    if args.lora:
-        add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
+    add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
     optimizer = make_optimizer(model, args, peak_lr, device)
     start = run.start_or_resume(model, optimizer)

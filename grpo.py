@@ -56,7 +56,7 @@ from lib.dist import (
     QUIET, WORLD, all_gather, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches,
     rank_slice)
 from lib.files import read_jsonl
-from lib.lora import adapters_off, add_lora
+from lib.lora import adapters_off, add_lora, base_dtype
 from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
 from lib.router import RouterStats
 from lib.run import Run
@@ -393,12 +393,8 @@ def main(args: Args) -> dict:
     check_args(args)
 
     # model
-    model, tokenizer = load_policy(args.init, device)
-    reward_model = None
-    if args.reward_model:
-        reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
-        require(reward_model.tokenizer.special == tokenizer.special,
-                f"--reward_model {args.reward_model} has another tokenizer than --init")
+    model, tokenizer = load_policy(args.init, device, base_dtype(args.lora, autocast))
+    reward_model = load_reward_model(args, tokenizer, device) if args.reward_model else None
     server = VLLMClient(args.rollout_url, tokenizer) if args.rollout_url else None
 
     # data
@@ -469,14 +465,21 @@ def main(args: Args) -> dict:
     return result
 
 
+def load_reward_model(args: Args, tokenizer, device) -> RewardModel:
+    """Return the reward model. It reads token ids, so both models must share a tokenizer."""
+    reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
+    require(reward_model.tokenizer.special == tokenizer.special,
+            f"--reward_model {args.reward_model} has another tokenizer than --init")
+    return reward_model
+
+
 def policy_and_reference(model, args: Args, autocast):
     """Return the model to train and, for the KL term, the reference policy: a frozen copy or, with
     adapters, the same model, which micro_batch_loss uses with its adapters switched off."""
     reference = None
     model.gradient_checkpointing = args.gradient_checkpointing
-    if args.lora:
-        add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
-    elif args.kl:
+    add_lora(model, args.lora, args.lora_alpha)
+    if args.kl and not args.lora:
         reference = copy.deepcopy(model).requires_grad_(False)
         for block in reference.model.layers:  # autocast computes both in this dtype anyway
             block.self_attn.to(autocast.fast_dtype)

@@ -312,8 +312,7 @@ def main(args: Args) -> dict:
         for micro in micro_batches(batch, args.micro_batch, model):
             with autocast:
                 chosen, rejected = pair_rewards(model, [ids[i] for i in micro], router)
-            labels = [ids[i].label for i in micro]
-            labels = torch.tensor(labels, device=device)
+            labels = torch.tensor([ids[i].label for i in micro], device=device)
             micro_loss = preference_loss(chosen, rejected, labels).sum() / len(batch)
             (micro_loss + router.loss(len(micro) / len(batch))).backward()
             loss += micro_loss.item()
@@ -336,11 +335,14 @@ def main(args: Args) -> dict:
     run.save(model, tokenizer)
     scorer, by_source = full_model(model), {}
     for source, some in held_out.items():
-        some_rows = tokenize_pairs(some, tokenizer, args.max_len, weights)
-        some_rows = [row for row in some_rows if row.label > 0.5]  # a tie has no right order
+        some_rows = []
+        for row in tokenize_pairs(some, tokenizer, args.max_len, weights):
+            if row.label > 0.5:  # a tie has no right order
+                some_rows.append(row)
         if some_rows:
             with autocast:
-                by_source[source] = {"pairs": len(some_rows)} | accuracies(scorer, some_rows)
+                measured = accuracies(scorer, some_rows)
+            by_source[source] = {"pairs": len(some_rows), **measured}
             numbers = ", ".join(f"{k} {v:.4g}" for k, v in by_source[source].items())
             print(f"held out, {source}: {numbers}")
     overall = by_source.get("all") or by_source.get(args.eval_data, {})

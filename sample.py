@@ -23,12 +23,12 @@ from model import GrowingKVCache, KVCache, Qwen2, padding_mask
 from tokenizer import Tokenizer
 
 
-def load_policy(path, device) -> tuple[Qwen2, Tokenizer]:
+def load_policy(path, device, dtype=torch.float32) -> tuple[Qwen2, Tokenizer]:
     """Load model and tokenizer of a directory; InputError if the two do not belong together. A
     directory with a LoRA adapter alone gives its base model with the adapter merged."""
     base = adapter_base(path)
     require(base != "", f"{path}: adapter_config.json does not name the model that it belongs to")
-    model = Qwen2.from_pretrained(base or path, device=device)
+    model = Qwen2.from_pretrained(base or path, dtype, device)
     tokenizer = Tokenizer.from_pretrained(base or path)
     if base:
         merge_adapter(model, path)

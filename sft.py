@@ -45,7 +45,7 @@ from lib.args import InputError, cli, positive, require
 from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
 from lib.files import MAX_LINE, open_lines
-from lib.lora import add_lora
+from lib.lora import add_lora, base_dtype
 from lib.optim import (
     adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup, throughput)
 from lib.router import RouterStats
@@ -277,7 +277,7 @@ def main(args: Args) -> dict:
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
 
     # model
-    model, tokenizer = load_policy(args.init, device)
+    model, tokenizer = load_policy(args.init, device, base_dtype(args.lora, autocast))
     longest = model.config.max_position_embeddings
     require(args.max_len <= longest, f"--max_len {args.max_len}: {args.init} has only {longest} "
             "positions")
@@ -295,8 +295,7 @@ def main(args: Args) -> dict:
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("sft", model, 10.0 if args.lora else 1.0)
-    if args.lora:
-        add_lora(model, args.lora, args.lora_alpha, autocast.fast_dtype)
+    add_lora(model, args.lora, args.lora_alpha)
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, peak_lr, args.weight_decay)
     start = run.start_or_resume(model, optimizer)

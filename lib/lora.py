@@ -47,11 +47,19 @@ class LowRank(nn.Module):
         return (weight + self.alpha / self.rank * (self.B @ self.A)).to(weight.dtype)
 
 
-def add_lora(model, rank: int, alpha: float, dtype=torch.float32) -> None:
-    """Cast the model to dtype, freeze it, and give every projection an adapter of rank * (in + out)
-    parameters. In bfloat16, frozen weights take half of the memory that they take in float32."""
+def base_dtype(rank: int, autocast) -> torch.dtype:
+    """Return the dtype to load a model in: autocast's if adapters will freeze it, which halves its
+    memory in bfloat16, else float32, in which small updates are not rounded away."""
+    return autocast.fast_dtype if rank else torch.float32
+
+
+def add_lora(model, rank: int, alpha: float) -> None:
+    """Freeze the model, and give every projection an adapter of rank * (in + out) parameters. Rank
+    0 does nothing."""
+    if rank == 0:
+        return
     require(rank > 0 and alpha > 0, f"--lora {rank} and --lora_alpha {alpha} must be above 0")
-    model.requires_grad_(False).to(dtype)
+    model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(ATTENTION + FEED_FORWARD):
             low_rank = LowRank(module.weight, rank, alpha)
