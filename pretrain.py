@@ -1,14 +1,14 @@
-"""Stage 1: pre-training on next-token prediction (report section 3.1).
+"""Stage 1: pre-training on next-token prediction (Qwen2.5 report, section 3.1).
 
-The loss of a step is the mean over all N_step tokens that have a next token, whatever the
-micro-batches:
+The loss of a step is the mean over all N_step tokens that have a next token, however the step is
+split into micro-batches:
 
     L = - 1/N_step * sum_t log p(x_t | x_<t)   [+ router_aux_loss_coef * L_aux for an MoE]
 
 From the report: the architecture, documents that end in <|endoftext|>, a mixture of domains by
 token share, synthetic data, and RoPE base 10,000 in the first phase. The report does not disclose
-optimizer, learning rate, batch size, warm-up or mixture ratios, so these are our choice; AdamW with
-betas 0.9/0.95 and a cosine to 10% of the peak are Qwen1's. scaling.py is the report's way to choose
+optimizer, learning rate, batch size, warm-up or mixture ratios. We chose these; AdamW with betas
+0.9/0.95 and a cosine to 10% of the peak follow Qwen1. scaling.py is the report's way to choose
 the learning rate and the batch size.
 
     python pretrain.py                                             # a minute on a CPU
@@ -16,9 +16,9 @@ the learning rate and the batch size.
     python pretrain.py --data runs/demo/data --tokenizer runs/demo/tokenizer --tokens 3e6 --out ...
     python pretrain.py --data my.jsonl,more.txt --weights my=0.7,more=0.3 --model 0.5B ...
 
-Expect: the loss at step 0 is ln(vocab_size) = 7.6 for 2,048 tokens. It falls below 4 within the
-first tenth of the run, and slowly after that. A loss that stays near 7 means that the learning rate
-is too low or that the targets are shuffled.
+Expect: the loss at step 0 is ln(vocab_size), 7.6 for a vocabulary of 2,048. It falls below 4 in
+the first tenth of the run, and then slowly. A loss that stays near 7 means that the learning rate
+is too low or that the targets do not match the inputs.
 """
 import math
 import random
@@ -50,7 +50,7 @@ class Args:
     init: str = ""                   # continue from this model directory; empty: from scratch
     out: str = "runs/pretrain"       # run directory
     data: str = ""                   # directory or files, comma-separated; empty: built-in corpus
-    weights: str = ""                # token shares "name=0.5,other=0.5"; empty: ours, or by size
+    weights: str = ""                # token shares "name=0.5,other=0.5"; empty: by size
     tokenizer: str = ""              # directory or qwen.tiktoken; empty: train one on the data
     vocab_size: int = 2048           # of the tokenizer trained here, control tokens included
     model: str = "tiny"              # preset of model.py
@@ -59,7 +59,7 @@ class Args:
     tokens: int = 600_000            # training tokens in all
     seq_len: int = 128               # positions per row
     doc_mask: bool = True            # packed documents do not see each other
-    long_share: float = 0.0          # share of rows with one long document each; 0: as they come
+    long_share: float = 0.0          # share of rows with one long document each; 0: mixed
     batch_tokens: int = 1024         # tokens per step: batch_tokens / seq_len rows
     micro_batch: int = 16            # rows per forward pass: changes memory only (MoE aux apart)
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
@@ -139,9 +139,10 @@ def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int)
 
 
 def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict]:
-    """Return both, {source: Tokens}, as they are if the held-out documents fill a row. Of a few
-    documents, one in fifty is none. Then we hold out the last 2% of each source, or what fills a
-    row, as well. (A tokenizer that is trained here has seen it.)"""
+    """Return both, {source: Tokens}, and see to it that the held-out documents fill a row. Usually
+    one document in fifty is held out. With few documents that may be none, so we also hold out the
+    last 2% of each source, or up to 20% if a row needs it. (A tokenizer that is trained here has
+    seen these ends.)"""
     if not any(len(documents.ids) for documents in train.values()):
         train, held_out = held_out, {}
     if sum(len(documents.ids) for documents in held_out.values()) > seq_len:
@@ -179,11 +180,11 @@ def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args
                 documents[name] = some
         require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
         some_weights = {name: weights[name] for name in documents}
-        stream, rows = mixture.mix(documents, some_weights, tokens, args.seed)
-        first_source = [len(sources), 0, 0]  # a stream's first column numbers its own sources
-        streams.append(stream + first_source)
+        stream, part_report = mixture.mix(documents, some_weights, tokens, args.seed)
+        offset = [len(sources), 0, 0]  # sources are numbered on from those of the other kind
+        streams.append(stream + offset)
         sources.extend(documents.values())
-        for name, row in rows.items():
+        for name, row in part_report.items():
             report[f"{name}, {kind}"] = row
     return mixture.PackedRows(sources, np.concatenate(streams), args.seq_len), report
 
@@ -299,7 +300,8 @@ def main(args: Args) -> dict:
     rows_per_step = max(1, args.batch_tokens // args.seq_len)
     count = rows_per_step * args.seq_len  # tokens with a target, per step
     steps = len(packed) // rows_per_step
-    require(steps > 0, f"--tokens {args.tokens} is less than one step of {count}")
+    require(steps > 0, f"--tokens {args.tokens} fills no step of {rows_per_step} rows of "
+            f"{args.seq_len + 1} tokens")
     print(f"{model.count_parameters()} parameters, {steps} steps of {count} tokens")
 
     # optimizer, resume

@@ -1,30 +1,30 @@
 """Stage 2: supervised fine-tuning on conversations (report section 4.1).
 
 This is the pre-training loss, counted on a subset of the positions. The loss mask m_t is 1 on what
-the assistant says and on the <|im_end|> that ends its turn; tokenizer.render alone decides this:
+the assistant says and on the <|im_end|> that ends its turn; only tokenizer.render sets it:
 
     L = - 1/M_step * sum_t m_t log p(x_t | x_<t),    M_step = sum of m_t over the whole step
 
 The report trains on over a million conversations for 2 epochs, with up to 32,768 tokens each, at a
 learning rate that falls from 7e-6 to 7e-7, with weight decay 0.1 and a gradient norm of at most
 1.0. It does not disclose batch size, warm-up, the shape of the decay or packing: these are our
-choice. The report has one learning rate for all model sizes; smaller models need more. --lr 0 is a
-line through rates that were measured or published (LEARNING_RATES in lib/optim.py).
+choice. The report has one learning rate for all model sizes; smaller models need more. --lr 0 picks
+one by the size of the model, between measured and published rates (lib/optim.py).
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
-        --epochs 2 --pack --batch_size 128 --micro_batch 1 --out ...     # the report's, where known
+        --epochs 2 --pack --batch_size 128 --micro_batch 1 --out ...    # the report's, as known
     python tokenizer.py show runs/demo/sft --chat chats.jsonl              # look at the loss mask
 
---data is JSONL of {"messages": [{"role", "content"}, ...]}, with "tools" and the assistant's
-"tool_calls" where there are some. docs/your-data.md has the other shapes that are read, such as
+--data is JSONL of {"messages": [{"role", "content"}, ...]}, optionally with "tools" and the
+assistant's "tool_calls". docs/your-data.md has the other shapes that are read, such as
 ShareGPT's and Alpaca's. Every assistant turn is trained on. Without --data, the stage trains on
 verified demonstrations (`python -m tasks demonstrations`). `python -m tasks rejection` makes a file
 for --data by rejection sampling.
 
-Expect: with the demonstrations, the loss starts far below pre-training's and drops at the end of
-each epoch. Afterwards more than 95% of the answers stop by themselves. A loss near 0 is a bad sign:
-the model has memorised the demonstrations and lost some of what the base model could do
+Expect: with the demonstrations, the loss starts far below pre-training's and drops from one epoch
+to the next. Then more than 95% of the answers stop by themselves. A loss near 0 is a bad sign: the
+model has memorised the demonstrations and lost some of what the base model could do
 (docs/LOG.md, "SFT above the base model, DPO above SFT").
 """
 import json
@@ -64,7 +64,7 @@ class Args:
     n_data: int = 0                  # read at most this many; 0: all of --data, or 1000 built-in
     system: str = ""                 # another default system prompt; empty: that of --init
     max_len: int = 512               # longer conversations are cut at the end
-    allow_cut: bool = False          # although more than 10% of the conversations are cut
+    allow_cut: bool = False          # train even if more than 10% of the conversations are cut
     pack: bool = False               # sequence packing: several conversations per row, less padding
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
@@ -110,40 +110,41 @@ class Conversations:
 
     Only the place where each line begins is kept in memory. The first n are tokenized once before
     training, so that a bad one is refused at the start. A conversation that is cut before the
-    assistant's first word has no target. It is dropped and counted: a step of nothing but such
-    conversations would divide 0 by 0."""
+    assistant's first word has no target. It is dropped and counted, since a step without targets
+    has no mean loss."""
 
     def __init__(self, file, tokenizer: Tokenizer, max_len: int, n: int = 0, name: str = ""):
-        """file: open for reading bytes; n: read at most so many, 0: all; name: for messages."""
+        """file: open for reading bytes; n: how many to read, 0: all; name: for messages."""
         self.file = file
         self.tokenizer = tokenizer
         self.max_len = max_len
         self.starts = array("q")
         self.dropped = 0
-        self.cut = 0                   # conversations that lose targets by max_len
-        self.lost = 0                  # so many, ...
-        self.targets = 0               # ... of all
-        number = start = 0
+        self.cut = 0           # conversations that lose targets by max_len
+        self.targets = 0       # of all conversations, whole
+        self.lost_targets = 0
+        line_number = start = 0
         try:
             for line in iter(partial(self.file.readline, MAX_LINE), b""):
-                number += 1
+                line_number += 1
                 require(len(line) < MAX_LINE, f"a line of {MAX_LINE:,} bytes or more")
-                wanted = n == 0 or len(self.starts) + self.dropped < n
-                if line.strip() and wanted:
+                if n > 0 and len(self.starts) + self.dropped == n:
+                    break
+                if line.strip():
                     mask = self.tokenize(line).mask
                     lost = sum(mask[max_len:])
                     self.cut += lost > 0
-                    self.lost += lost
+                    self.lost_targets += lost
                     self.targets += sum(mask)
-                    if any(mask[1:max_len]):
+                    if any(mask[1:max_len]):  # the first token is never a target
                         self.starts.append(start)
                     else:
                         self.dropped += 1
                 start += len(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{name}:{number}: not JSON ({error.msg})") from None
+            raise InputError(f"{name}:{line_number}: not JSON ({error.msg})") from None
         except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
-            raise InputError(f"{name}:{number}: {' '.join(str(error).split())}") from None
+            raise InputError(f"{name}:{line_number}: {' '.join(str(error).split())}") from None
 
     def tokenize(self, line: bytes) -> Row:
         """Return a whole conversation, not yet cut."""
@@ -163,7 +164,7 @@ class Conversations:
         return Row(row.ids[:self.max_len], row.mask[:self.max_len])
 
     def prompts(self, n: int) -> list[dict]:
-        """Return what was said before the assistant's first turn in n conversations."""
+        """Return the messages before the assistant's first turn, of at most n conversations."""
         prompts = []
         for i in range(min(n, len(self))):
             messages, tools = to_conversation(json.loads(self.read_line(i)))
@@ -175,7 +176,7 @@ class Conversations:
 
 
 def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
-    """Read --data, or make the built-in demonstrations first, and check what is cut."""
+    """Read --data, or generate the built-in demonstrations, and check what is cut."""
     path, n = args.data, args.n_data
     if not path:
         n = args.n_data or 1000
@@ -194,26 +195,26 @@ def load_held_out(args: Args, tokenizer: Tokenizer) -> Conversations | None:
 
 
 def check_cuts(conversations: Conversations, args: Args) -> None:
-    """Print what --max_len cuts. Refuse more than a tenth of the conversations: an answer without
-    its end teaches not to stop."""
+    """Print what --max_len cuts. Refuse to cut more than a tenth of the conversations: an answer
+    without its end teaches the model not to stop."""
     n = len(conversations) + conversations.dropped
     name = args.data or "demonstrations"
     require(len(conversations) > 0, f"{name}: none of {n} has an answer within --max_len "
             f"{args.max_len}")
     text = (f"{name}: --max_len {args.max_len} cuts {conversations.cut} of {n} conversations, "
-            f"which loses {conversations.lost} of {conversations.targets} targets; "
+            f"which loses {conversations.lost_targets} of {conversations.targets} targets; "
             f"{conversations.dropped} have no answer within it")
     require(args.allow_cut or conversations.cut <= n / 10,
-            f"{text}: raise it, or add --allow_cut")
+            f"{text}: raise --max_len, or add --allow_cut")
     print(text)
 
 
 def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
     """Pack conversations into fewer, longer rows (sequence packing).
 
-    The longest come first, and each goes into the first row with room for it. The loss does not
-    change: attention and positions stay inside a conversation (segment_ids). No conversation
-    predicts the next one's first token, <|im_start|>, because its mask is 0."""
+    Longest first, each conversation goes into the first row with room for it. The loss does not
+    change: attention and positions stay inside a conversation (segment_ids), and no conversation
+    predicts the next one's first token, since the mask of <|im_start|> is 0."""
     packed = []
     longest_first = sorted(rows, key=lambda row: -len(row.ids))
     for number, conversation in enumerate(longest_first):
@@ -226,7 +227,7 @@ def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
         row.ids.extend(conversation.ids)
         row.mask.extend(conversation.mask)
         row.segment_ids.extend([number] * len(conversation.ids))
-    while len(packed) % WORLD:  # rows of nothing: every process needs the same number
+    while len(packed) % WORLD:  # empty rows: every process needs as many
         packed.append(PackedRow([0, 0], [-1, -1], [0, 0]))
     return packed
 

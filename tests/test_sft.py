@@ -390,9 +390,9 @@ def test_what_is_cut_is_counted_and_refused_above_a_tenth(tokenizer, capsys):
     ids, _ = tokenizer.render(list(talk))
     for n, allow_cut in ((1, False), (2, False), (3, False), (3, True)):
         rows = read([list(talk)] * (20 - n) + [list(long)] * n, tokenizer, len(ids) - 1)
-        assert (rows.cut, rows.lost, rows.targets) == (n, 9 * n, 21 * 20 + 9 * n)
+        assert (rows.cut, rows.lost_targets, rows.targets) == (n, 9 * n, 21 * 20 + 9 * n)
         rows = read([list(talk)] * (20 - n) + [list(long)] * n, tokenizer, len(ids))
-        assert (rows.cut, rows.lost, rows.dropped) == (n, 8 * n, 0)
+        assert (rows.cut, rows.lost_targets, rows.dropped) == (n, 8 * n, 0)
         args = stage_args(sft, max_len=len(ids), allow_cut=allow_cut)
         says = f"cuts {n} of 20 conversations, which loses {8 * n} of {420 + 9 * n} targets"
         if n == 3 and not allow_cut:
