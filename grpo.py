@@ -1,4 +1,4 @@
-"""Stage 5, online reinforcement learning: GRPO (report section 4.3; DeepSeekMath, eq. 3).
+"""Stage 5, online reinforcement learning: GRPO (Qwen2.5 report, 4.3; DeepSeekMath, eq. 3).
 
 For each query the policy samples a group of G = 8 responses. The advantage of a response compares
 its reward with those of its own group, A_i = (r_i - mean(r)) / std(r), and is the same for all its
@@ -15,11 +15,11 @@ model r_m (its section 4):
     r = sigmoid(r_m / 2) + (r_v - 1):  right answers lie between 0 and 1, wrong ones below 0
 
 With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. Beside
-a graded reward of your own it can: --reward_model_weight w makes that r_v + w (sigmoid(r_m/2) - 1).
-With w = 0 the reward model only orders the queries. The factor rho of the KL term is ours (see
-grpo_loss). The report does not disclose learning rate, clip, KL coefficient, temperature, length or
-number of episodes, so these are our choice, as is measuring the variance once, with the initial
-policy, comparing it within each domain, and only where it is no noise (see order_within_domains).
+a graded --reward it can; --reward_model_weight w makes its part smaller: r_v + w (sigmoid(r_m/2) -
+1). With w = 0 it only orders the queries. The report does not disclose learning rate, clip, KL
+coefficient, temperature, length or number of episodes. These are our choice, as is the factor rho
+of the KL term (see grpo_loss). So is the order: we measure variances once, with the initial policy,
+compare them within each domain, and ignore them where they are noise (see order_by_domain).
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -32,11 +32,10 @@ there are --loss_type dapo and --clip_high 0.28.
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
     python grpo.py inspect --out runs/demo/grpo        # queries, their answers, rewards, advantages
 
-Expect: with the default loss, the printed value is about 0 at every step, since advantages are
-centred; its gradient is not 0. Watch pass_rate instead, beside first_pass_rate: what the initial
-policy passed of the same queries. frac_zero_std, the share of groups with equal rewards, grows as
-queries are solved, hardly with a reward model. The entropy falls. If it nears 0 while pass_rate
-stalls, lower --lr.
+Expect: without --kl, the loss is about 0 at every step, since advantages are centred; its gradient
+is not 0. Watch pass_rate instead, beside first_pass_rate, the initial policy's on the same queries.
+frac_zero_std, the share of groups with equal rewards, grows as queries are solved, unless a reward
+model tells the answers apart. The entropy falls. If it nears 0 while pass_rate stalls, lower --lr.
 """
 import copy
 import math
@@ -170,8 +169,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
 
     logprobs, old_logprobs, ref_logprobs (or None) and mask are (B, R), advantages (B,).
     loss_type: "grpo" averages the tokens of a response, then the responses (the paper: tokens of
-    long responses weigh less); "dapo" averages over all tokens; "dr_grpo" divides by responses x R.
-    count: for a micro-batch, the divisor of the whole step, see `loss_divisor`."""
+    long responses weigh less); "dapo" averages over all tokens; "dr_grpo" divides by responses x
+    longest length. count: for a micro-batch, the divisor of the whole step, see `loss_divisor`."""
     ratio = (logprobs - old_logprobs).exp()
     low, high = 1 - clip_eps, 1 + (clip_high or clip_eps)
     advantages = advantages[:, None]
@@ -179,10 +178,10 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
     k3 = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         # The value of k3 is an unbiased estimate of KL(pi || pi_ref), but its gradient is not that
-        # of the KL: the samples come from pi, so the true gradient also has k3 d log pi. The factor
-        # `ratio`, whose value is 1 on-policy, adds this term.
+        # of the KL: the samples come from pi, so the true gradient has the further term k3 * grad
+        # log pi. The factor `ratio`, whose value is 1 on-policy, supplies it.
         log_ratio = ref_logprobs - logprobs
-        k3 = ratio * (log_ratio.expm1() - log_ratio)  # never below 0, as exp(d) - d - 1 can be
+        k3 = ratio * (log_ratio.expm1() - log_ratio)  # exp(d) - d - 1 can round below 0
     per_token = (kl * k3 - objective) * mask
     if loss_type == "grpo":
         per_response = per_token.sum(1) / mask.sum(1)
@@ -276,8 +275,8 @@ def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: i
 def responses_to_train(episode: Episode, advantages, args: Args) -> list[int]:
     """Return the indices of the responses with a gradient, groups sorted by their longest response.
 
-    Without a KL term, a response with advantage 0 has none and is skipped. A few such responses may
-    be added, so that all processes get the same number."""
+    The sorting saves padding. Without a KL term, a response with advantage 0 has no gradient and is
+    skipped; a few of them are put back, so that all processes get the same number."""
     everything = range(len(episode.answers))
     trained = [i for i in everything if args.kl or advantages[i] != 0]
     others = sorted(set(everything) - set(trained))
@@ -301,11 +300,11 @@ def loss_divisor(episode: Episode, args: Args) -> int:
 # before training
 
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
-    """Sample each query once with the initial policy and put those of high variance first. The
-    random order samples only what two steps need, to find out whether there is anything to learn.
+    """Sample each query once with the initial policy and put those of high variance first. With the
+    random order only two batches are sampled, to check that there is something to learn.
 
-    The domains take turns: scores spread more in one domain than in another, so that one order for
-    all of them gave whole stretches of one domain (docs/LOG.md)."""
+    The domains take turns: scores spread more in one domain than in another, so that a single order
+    would put whole stretches of one domain together (docs/LOG.md)."""
     asked = queries
     if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
@@ -319,21 +318,21 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
         query["first_pass_rate"] = rate
     if args.query_order == "random":
         return queries
-    return [queries[i] for i in order_within_domains(queries, episode, args.seed)]
+    return [queries[i] for i in order_by_domain(queries, episode, args.seed)]
 
 
-def order_within_domains(queries: list[dict], episode: Episode, seed: int) -> list[int]:
+def order_by_domain(queries: list[dict], episode: Episode, seed: int) -> list[int]:
     """Return the order of the queries: the domains in turn, within each by variance.
 
-    The variance of a few responses may be noise. Where its split-half correlation is below
-    MIN_CORRELATION, the verdicts' variance takes the place of the scores', then chance."""
+    The variance of a few responses may be noise. We use the reward model's scores if their
+    split-half correlation reaches MIN_CORRELATION, else the verdicts, else chance."""
     by_domain = defaultdict(list)
     for i, query in enumerate(queries):
         by_domain[query["domain"]].append(i)
     place = {}  # of a query within its own domain
     for domain, members in by_domain.items():
         order = random.Random(seed).sample(members, len(members))
-        found = "chance"
+        found = "chance"  # a later, better order replaces it
         for name, values in (("the verdicts' variance", episode.verified),
                              ("the scores' variance", episode.scores)):
             if values is None:
@@ -345,6 +344,7 @@ def order_within_domains(queries: list[dict], episode: Episode, seed: int) -> li
                 found = name
         print(f"{domain}: queries ordered by {found}")
         place.update(zip(order, range(len(order)), strict=True))
+    # All first places, then all second ones, ...; among equal places, by variance of the rewards.
     return sorted(query_order(episode.rewards).tolist(), key=place.get)
 
 
@@ -380,7 +380,7 @@ def check_args(args: Args) -> None:
         require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
     require(not args.rollout_url or args.temperature == 1, "--rollout_url needs --temperature 1: "
             "a server's log-probabilities are those of temperature 1")
-    require(args.reward_model_weight >= 0, "--reward_model_weight must not be negative")
+    require(0 <= args.reward_model_weight <= 1, "--reward_model_weight must be from 0 to 1")
     require(args.num_generations > 1, "--num_generations must be 2 or more, for a baseline")
 
 
@@ -481,7 +481,7 @@ def policy_and_reference(model, args: Args, autocast):
     add_lora(model, args.lora, args.lora_alpha)
     if args.kl and not args.lora:
         reference = copy.deepcopy(model).requires_grad_(False)
-        for block in reference.model.layers:  # autocast computes both in this dtype anyway
+        for block in reference.model.layers:  # autocast computes attention and MLP in this dtype
             block.self_attn.to(autocast.fast_dtype)
             block.mlp.to(autocast.fast_dtype)
         apply_fsdp(reference, autocast)

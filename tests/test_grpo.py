@@ -633,7 +633,7 @@ def test_order_where_variances_are_noise(capsys):
     scores = torch.cat([pair[0] for pair in domains.values()])
     verified = torch.cat([pair[1] for pair in domains.values()])
     episode = grpo.Episode([], verified, scores, scores)
-    order = grpo.order_within_domains(queries, episode, seed=0)
+    order = grpo.order_by_domain(queries, episode, seed=0)
     assert sorted(order) == list(range(3 * n))
     ordered = [queries[i] for i in order]
     assert {query["domain"] for query in ordered[:3]} == set("abc")
