@@ -67,6 +67,7 @@ def test_table_names_the_target_beside_the_ratio_of_the_first_system(harness):
         assert f"| 1.5 | {aim} {word} |" in ours and "| 1 |  |" in peer
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_at_toy_sizes_on_a_cpu():
     """Every measurement gives its line, but for what a CPU or a machine without peers lacks."""
     out = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--tiny"], text=True,

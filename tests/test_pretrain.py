@@ -443,7 +443,7 @@ def test_the_tokenizer_is_trained_here_without_one(args):
         ({"eval_every": 0}, "--eval_every must be"),
         ({"save_every": 0}, "--save_every must be"),
         ({"tokens": -5}, "--tokens must be"),
-        ({"tokens": 40}, "--tokens 40 is less than one step of 128"),
+        ({"tokens": 40}, "--tokens 40 fills no step of 4 rows of 33 tokens"),
         ({"upcycle": True}, "--upcycle expects a dense --init"),
         ({"data": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
         ({"tokenizer": "/no/such"}, "/no/such"),

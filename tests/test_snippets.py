@@ -114,6 +114,7 @@ def test_command(tmp_path, capsys):
     refuses(lambda: program.snippets(stage_args(program, dir="nowhere", out="x")), "nowhere")
 
 
+@pytest.mark.slow
 def test_standard_library_is_the_built_in_source():
     names = {task["prompt"].split("`")[1].split("(")[0] for task in snippet_tasks("") if task}
     assert {"median_low", "get_close_matches", "merge"} <= names
