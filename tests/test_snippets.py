@@ -1,4 +1,5 @@
 """tasks/snippets.py: functions with doctests become tasks, if their tests decide something."""
+import pytest
 import json
 
 from helpers import refuses, stage_args
