@@ -1,7 +1,7 @@
 """tasks/snippets.py: functions with doctests become tasks, if their tests decide something."""
-import pytest
 import json
 
+import pytest
 from helpers import refuses, stage_args
 
 import tasks.queries
