@@ -123,7 +123,11 @@ def default_lr(stage: str, model, factor: float = 1.0) -> float:
     rates = np.log(list(known.values()))
     lr = factor * math.exp(np.interp(math.log(n_parameters), sizes, rates))
     points = ", ".join(f"{rate:.2g} at {size:.3g}" for size, rate in known.items())
-    print(f"lr {lr:.2g} for {n_parameters:,} parameters (known: {points}); --lr sets another")
+    times = ""
+    if factor != 1:
+        times = f"{factor:.2g} x the rate "
+    print(f"lr {lr:.2g}, {times}for {n_parameters:,} parameters (known: {points}); --lr sets "
+          "another")
     return lr
 
 

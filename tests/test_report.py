@@ -99,7 +99,7 @@ def test_html_stands_alone_and_escapes(tmp_path):
     assert not any("http" in str(attrs) for _, attrs in page.tags)
     assert "grpo <b>" in page.words and "<math>" in page.words
     assert "Learned from sft to grpo: 1 queries" in page.words
-    assert "Still wrong after grpo: 1 queries" in page.words
+    assert "Below the full score after grpo: 1 queries" in page.words
 
 
 def test_a_strangers_text_is_no_html(tmp_path):
