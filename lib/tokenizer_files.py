@@ -109,7 +109,11 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     files = {}
     for name in (*MADE, *KEPT):
         if (path / name).is_file():
-            files[name] = (path / name).read_bytes().decode("utf-8-sig")
+            content = (path / name).read_bytes()
+            try:
+                files[name] = content.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path / name}: not UTF-8 text ({error.reason})") from None
     config = {}
     if "tokenizer_config.json" in files:
         config = read_json(path / "tokenizer_config.json")
