@@ -166,7 +166,8 @@ def tune(inputs, tmp_path, monkeypatch):
     no_samples(monkeypatch, sft)
 
     def tune(name, **values):
-        return sft.main(stage_args(sft, **inputs["sft"] | {"out": str(tmp_path / name)} | values))
+        args = inputs["sft"] | {"out": str(tmp_path / name), "lr": 5e-4} | values
+        return sft.main(stage_args(sft, **args))
     return tune
 
 
