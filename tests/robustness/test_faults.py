@@ -593,7 +593,9 @@ def test_a_compiled_run_compiles_nothing_after_its_first_steps(inputs, short, mo
         short("pretrain", compile=True, attention="fused")
     finally:
         pretrain.kernels.set_default_impl()
-    assert len(graphs) == 6 and 0 < graphs[1] == dynamo.counters["stats"]["unique_graphs"]
+    # The held-out losses after step 3 are of a single row here, a size that compiles once more.
+    assert len(graphs) == 6 and 0 < graphs[1] == graphs[2]
+    assert graphs[3] == dynamo.counters["stats"]["unique_graphs"] <= graphs[2] + 1
 
 
 # ---------------------------------------------------------------------------------------------
