@@ -107,8 +107,9 @@ def reinforcement(demo: Path) -> tuple[str, str, Run]:
     command = ["grpo.py", "--init", demo / "sft", "--n_queries", 1200, "--query_order", "random",
                "--batch_queries", 24, "--lr", 3e-4]
     done = run_for(command, "--steps", 3, BUDGET_SECONDS, threads=1)
-    run(["evaluate.py", "--init", out_of(command)], threads=1)
-    record = json.loads((out_of(command) / "eval.json").read_text())
+    evaluation = ROOT / "runs" / "record-evaluation"
+    run(["evaluate.py", "--init", out_of(command), "--out", evaluation], threads=1)
+    record = json.loads((evaluation / "eval.json").read_text())
     total = record["metrics"]["pass@1"]["total"]
     return "GRPO from the demo's SFT model, pass@1", f"{100 * total['mean']:.1f}", done
 
