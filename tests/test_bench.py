@@ -1,4 +1,5 @@
 """The benchmark harness's pure functions; its numbers are nobody's assertion."""
+import importlib
 import json
 import os
 import re
@@ -19,12 +20,16 @@ from model import PRESETS
 from scaling import fit_cells
 
 
+def from_bench(monkeypatch, name):
+    """Import a module of bench/ for one test."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+
+
 @pytest.fixture()
 def harness(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
-    import harness
-    yield harness
-    sys.modules.pop("harness")
+    yield from from_bench(monkeypatch, "harness")
 
 
 def test_spread_is_the_median_and_the_range_in_significant_digits(harness):
@@ -175,10 +180,7 @@ def test_plots_of_the_laws(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture()
 def records(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
-    import records
-    yield records
-    sys.modules.pop("records")
+    yield from from_bench(monkeypatch, "records")
 
 
 def test_records_group_whole_speeches_and_lose_no_character(records):
