@@ -38,7 +38,7 @@ import tasks.queries
 from data.pairs import PairIds, pair_responses, read_held_out, read_pairs, review
 from lib.args import cli, positive, require
 from lib.dist import (
-    QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
+    QUIET, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
     shard_like)
 from lib.files import write_jsonl
 from lib.lora import add_lora, base_dtype
@@ -47,7 +47,6 @@ from lib.router import RouterStats
 from lib.run import Run
 from lib.vllm_client import rollout_backend
 from model import Qwen2
-from reward import RewardModel
 from sample import completion_logprobs, load_policy, rollout
 from tokenizer import Tokenizer
 
@@ -68,10 +67,7 @@ class Args:
     rollout_url: str = ""            # sample from --init on a server, http://HOST:PORT/v1
     max_new_tokens: int = 128        # longest sampled answer
     max_len: int = 1024              # drop pairs with a longer prompt + answer
-    max_ratio: float = 0.0           # drop pairs with one answer so many times as long; 0: none
-    check_format: bool = False       # drop pairs whose chosen answer is ill-formed
-    reward_model: str = ""           # drop pairs that this reward model scores ...
-    min_margin: float = 0.0          # ... chosen - rejected below this
+    check_format: bool = False       # drop ill-formed chosen answers and false equations
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
@@ -83,9 +79,8 @@ class Args:
     lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
     final_lr: float = 0.1            # last learning rate / peak
-    merge: str = "dare"              # OnDARE keeps random entries, "ties" (OnTIES) the largest
-    merge_alpha: float = 1e-7        # share of the SFT direction in each update
-    reserve: float = 0.5             # share of the entries that are kept
+    merge_alpha: float = 1e-7        # online merging: share of the SFT direction in each update
+    reserve: float = 0.5             # online merging: share of the entries that are kept
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
     eval_every: int = 200            # steps between measures of --eval_data, from first to last
     save_every: int = 200            # steps between resumable states
@@ -113,52 +108,34 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: flo
 
 
 class OnlineMerging(torch.optim.Optimizer):
-    """Online Merging Optimizer (Lu et al. 2024, algorithm 1):
+    """Online Merging Optimizer (Lu et al. 2024, algorithm 1; their OnDARE variant):
 
-        theta += (1 - alpha) F(delta) (+) alpha F(tau)
+        theta += (1 - alpha) F(delta) + alpha F(tau)
 
-    delta is Adam's update. tau = theta_SFT - theta_base is fixed and sparsified once. F keeps a
-    share p of a tensor's entries. OnDARE keeps random ones and (+) adds. As in the authors' code,
-    and unlike eq. 4, the survivors are divided by p, so that their mean is right. Every mask is a
-    pure function of (seed, step, tensor). OnTIES keeps the largest entries, and where delta and tau
-    differ in sign, (+) drops the smaller one. We compare them with their weights, as eq. 7 does;
-    the authors' code compares them without, and then tau, much larger than one step, nearly always
-    wins."""
+    delta is Adam's update. tau = theta_SFT - theta_base is fixed and sparsified once. F keeps each
+    entry with probability p and sets the others to 0. As in the authors' code, and unlike eq. 4,
+    the kept entries are divided by p, so that their mean is right. Every mask is a pure function of
+    (seed, step, tensor)."""
 
     def __init__(self, params, taus, lr: float, alpha: float, reserve: float, seed: int = 0,
-                 merge: str = "dare", betas=(0.9, 0.95), eps: float = 1e-8):
+                 betas=(0.9, 0.95), eps: float = 1e-8):
         require(0 < reserve <= 1, f"--reserve must be a share in (0, 1], got {reserve}")
         require(0 <= alpha < 1, f"--merge_alpha must be a share in [0, 1), got {alpha}")
-        require(merge in ("dare", "ties"), f"--merge must be dare or ties, got {merge!r}")
         super().__init__(list(params), {"lr": lr})
         self.alpha = alpha
         self.reserve = reserve
         self.seed = seed
-        self.ties = merge == "ties"
         self.betas = betas
         self.eps = eps
         self.taus = [self.sparsify(tau, -1, i) for i, tau in enumerate(taus)]
 
     def sparsify(self, x, step: int, index: int):
-        """F: keep a share `reserve` of the entries of tensor number `index`."""
+        """F: keep a random share `reserve` of the entries of tensor number `index`."""
         if self.reserve == 1:
             return x
-        if self.ties:
-            kept = max(1, round(self.reserve * x.numel()))
-            whole = x if WORLD == 1 else x.full_tensor()
-            threshold = whole.abs().flatten().kthvalue(x.numel() - kept + 1).values
-            return x * (x.abs() >= threshold)
         generator = rng(self.seed, step + 1, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
         return x * shard_like(keep, x) / self.reserve
-
-    def merge(self, delta, tau):
-        delta, tau = (1 - self.alpha) * delta, self.alpha * tau
-        if not self.ties:
-            return delta + tau
-        larger = torch.where(delta.abs() >= tau.abs(), delta, tau)
-        opposed = delta.sign() * tau.sign() < 0
-        return torch.where(opposed, larger, delta + tau)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -179,7 +156,7 @@ class OnlineMerging(torch.optim.Optimizer):
             m = state["m"] / (1 - beta1**t)
             v = state["v"] / (1 - beta2**t)
             delta = -group["lr"] * m / (v.sqrt() + self.eps)
-            p += self.merge(self.sparsify(delta, t, i), tau)
+            p += (1 - self.alpha) * self.sparsify(delta, t, i) + self.alpha * tau
 
 
 def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
@@ -194,8 +171,8 @@ def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
     require(shapes == base_shapes,
             f"--base {args.base} and --init {args.init} differ in size or architecture")
     taus = [(p - shard_like(base[name], p)).detach() for name, p in params.items()]
-    return OnlineMerging(params.values(), taus, peak_lr, args.merge_alpha, args.reserve, args.seed,
-                         args.merge)
+    return OnlineMerging(params.values(), taus, peak_lr, args.merge_alpha, args.reserve,
+                         args.seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,13 +253,10 @@ def main(args: Args) -> dict:
     # model
     model, tokenizer = load_policy(args.init, device, base_dtype(args.lora, autocast))
     model.gradient_checkpointing = args.gradient_checkpointing
-    scorer = (RewardModel.from_pretrained(args.reward_model, device=device)
-              if args.reward_model else None)
 
     # data
     pairs = load_pairs(args, run, model, tokenizer, autocast)
-    pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.max_ratio,
-                                  args.check_format, scorer, args.min_margin)
+    pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.check_format)
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
     require(len(pairs) > 0, f"no pair is left after the review: {why}")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))

@@ -251,22 +251,18 @@ class Review(NamedTuple):
     dropped: dict[str, int]    # reason -> how many
 
 
-def review(pairs, tokenizer: Tokenizer, max_len: int, max_ratio: float = 0.0,
-           check_format: bool = False, scorer=None, min_margin: float = 0.0) -> Review:
+def review(pairs, tokenizer: Tokenizer, max_len: int, check_format: bool = False) -> Review:
     """Drop the pairs from which nothing should be learned, and count why.
 
     The report's pairs are reviewed automatically (section 4.2); it does not disclose how, so the
-    reasons are our choice. max_ratio > 0 drops pairs in which one answer is so many times as long
-    as the other. check_format drops chosen answers that are ill-formed or hold a false equation.
-    scorer, a RewardModel, drops pairs whose chosen answer does not beat the rejected one by
-    min_margin."""
+    reasons are our choice. check_format drops chosen answers that are ill-formed or hold a false
+    equation."""
     kept = array("q")          # places of the pairs
     dropped = Counter()
     seen = set()
     for i, pair in enumerate(pairs):
         row = tokenize_pair(pair, tokenizer)
         chosen = tokenizer.decode(row.chosen[:-1])
-        rejected = tokenizer.decode(row.rejected[:-1])
         answers = frozenset((tuple(row.chosen), tuple(row.rejected)))  # also of the opposite pair
         both = hash((tuple(row.prompt), answers))  # 8 bytes, where the ids would take thousands
         if longest(row) > max_len:
@@ -277,14 +273,10 @@ def review(pairs, tokenizer: Tokenizer, max_len: int, max_ratio: float = 0.0,
             reason = "equal answers"
         elif both in seen:
             reason = "seen before, or its opposite"
-        elif max_ratio > 0 and length_ratio(row) > max_ratio:
-            reason = "one answer much longer"
         elif check_format and is_torn(chosen):
             reason = "ill-formed chosen answer"
         elif check_format and not steps_hold(chosen):
             reason = "false equation or open box in the chosen answer"
-        elif scorer and margin(scorer, row.prompt, chosen, rejected) < min_margin:
-            reason = "reward model's margin"
         else:
             reason = ""
             kept.append(i)
@@ -295,16 +287,6 @@ def review(pairs, tokenizer: Tokenizer, max_len: int, max_ratio: float = 0.0,
     return Review(pairs, TokenizedPairs(pairs, tokenizer), dict(dropped))
 
 
-def length_ratio(row: PairIds) -> float:
-    short, long = sorted((len(row.chosen), len(row.rejected)))
-    return long / short
-
-
 def is_torn(text: str) -> bool:
     """Does it end inside a character or inside a code block?"""
     return "\ufffd" in text or text.count("```") % 2 == 1
-
-
-def margin(scorer, prompt: list[int], chosen: str, rejected: str) -> float:
-    chosen_score, rejected_score = scorer.score([prompt] * 2, [chosen, rejected])
-    return chosen_score - rejected_score

@@ -247,30 +247,8 @@ def test_masks_are_a_function_of_seed_step_and_tensor():
     assert torch.equal(a.taus[0], before)
 
 
-def test_onties_by_hand():
-    """Half of the entries of each, the largest; where both are there and differ in sign, the larger
-    of 0.75 delta and 0.25 tau, else their sum. Adam's first update is -lr sign(g), here of one size
-    but for two entries without gradient."""
-    tau = torch.tensor([8.0, -8.0, 1.0, 0.5, 1.0, -2.4, 0.1, -1.0])  # 0.5 and 0.1 are dropped
-    theta, grad = torch.zeros(8, requires_grad=True), torch.tensor([1.0, 1, 1, 0, -1, -1, 1, 0])
-    optimizer = OnlineMerging([theta], [tau], 1.0, alpha=0.25, reserve=0.75, merge="ties")
-    assert optimizer.taus[0].tolist() == [8, -8, 1, 0, 1, pytest.approx(-2.4), 0, -1]
-    theta.grad = grad
-    optimizer.step()  # 0.75 delta = -0.75, -0.75, -0.75, 0, 0.75, 0.75, -0.75, 0
-    want = [2.0, -2.75, -0.75, 0.0, 1.0, 0.75, -0.75, -0.25]
-    assert theta.tolist() == pytest.approx(want, abs=1e-6)
-
-
-def test_onties_without_sparsity_or_tau_is_adam():
-    """reserve 1 and alpha 0: no entry is dropped and tau loses every comparison."""
-    ties = quadratic(lambda params: OnlineMerging(
-        params, [-torch.ones_like(p) for p in params], 0.05, alpha=0, reserve=1, merge="ties"))
-    adam = quadratic(lambda params: torch.optim.Adam(params, 0.05, (0.9, 0.95), 1e-8))
-    torch.testing.assert_close(ties, adam, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("values", [{"reserve": 0.0}, {"reserve": 1.5}, {"alpha": 1.0},
-                                    {"alpha": -0.1}, {"merge": "dar"}])
+                                    {"alpha": -0.1}])
 def test_impossible_merging_is_refused(values):
     """Shares outside (0, 1] and [0, 1) are one line each."""
     refuses(lambda: OnlineMerging([torch.zeros(1, requires_grad=True)], [torch.zeros(1)], 0.1,
@@ -536,11 +514,11 @@ def base_run(micro_run, tokenizer, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("merging", ["", "dare", "ties"])
+@pytest.mark.parametrize("merging", [False, True])
 def test_resume_is_bit_exact(micro_run, base_run, tmp_path, monkeypatch, merging):
     """R4.4 for AdamW and for online merging, whose masks depend on the step: 6 == 3 + 3 steps."""
     no_samples(monkeypatch, dpo)
-    more = {"base": str(base_run), "merge": merging, "merge_alpha": 1e-3} if merging else {}
+    more = {"base": str(base_run), "merge_alpha": 1e-3} if merging else {}
     run(micro_run, tmp_path, "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, dpo, 4)

@@ -100,8 +100,8 @@ def test_neither_the_balance_loss_nor_online_merging_waits():
         probs = torch.empty(64, 8, device="cuda")
         load_balancing_loss([(probs, probs.topk(2).indices)])
         weight = torch.empty(8, 8, device="cuda", requires_grad=True)
-        merging = OnlineMerging([weight], [weight.detach()], 1e-3, 0.1, 0.5, merge="ties")
-        merging.merge(merging.sparsify(weight.detach(), 1, 0), merging.taus[0])
+        merging = OnlineMerging([weight], [weight.detach()], 1e-3, 0.1, 0.5)
+        merging.sparsify(weight.detach(), 1, 0)
         assert gpu.syncs == []
 
 

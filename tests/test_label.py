@@ -22,12 +22,6 @@ PAIRS = [{"prompt": f"Is {i} even?", "chosen": f"yes, {i}", "rejected": f"no, {i
 # ---------------------------------------------------------------------------------------------
 # by programs
 
-class Scorer:
-    """Likes answers by their length."""
-    def score(self, prompts, responses):
-        return [float(len(text)) for text in responses]
-
-
 def test_each_reason_drops_its_pair(tokenizer):
     """One pair for each reason, between good ones; the reasons that were not asked for drop none.
     """
@@ -35,21 +29,20 @@ def test_each_reason_drops_its_pair(tokenizer):
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     pairs = [pair("good one", "bad"), pair("word " * 200, "w"), pair(" ", "b"), pair("c", "c"),
              pair("bad", "good one"), pair("good one", "bad"), pair("good one", "bad", "other p"),
-             pair("tell " * 9, "no"), pair("half \ufffd", "whole"), pair("```\nx = 1", "x = 1"),
-             pair("```\nx = 1\n```", "y = 1"), pair("c", "longer")]
+             pair("half \ufffd", "whole"), pair("```\nx = 1", "x = 1"),
+             pair("```\nx = 1\n```", "y = 1")]
     kept, rows, dropped = review(pairs, tokenizer, 120)
-    assert list(kept) == [pairs[i] for i in (0, 6, 7, 8, 9, 10, 11)]
+    assert list(kept) == [pairs[i] for i in (0, 6, 7, 8, 9)]
     assert dropped == {"too long": 1, "empty chosen answer": 1, "equal answers": 1,
                        "seen before, or its opposite": 2}
     _, chosen, rejected, label = rows[0]
     assert label == 1
     assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == (
         "good one<|im_end|>", "bad<|im_end|>")
-    kept, _, dropped = review(pairs, tokenizer, 120, max_ratio=4, check_format=True,
-                              scorer=Scorer(), min_margin=0.0)
-    assert list(kept) == [pairs[i] for i in (0, 6, 10)]
+    kept, _, dropped = review(pairs, tokenizer, 120, check_format=True)
+    assert list(kept) == [pairs[i] for i in (0, 6, 9)]
     assert {reason: dropped[reason] for reason in list(dropped)[4:]} == {
-        "one answer much longer": 1, "ill-formed chosen answer": 2, "reward model's margin": 1}
+        "ill-formed chosen answer": 2}
 
 
 # ---------------------------------------------------------------------------------------------
