@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 import kernels
 from lib.args import cli, positive, require
@@ -193,19 +194,20 @@ def read_prompts(model: Qwen2, prompts: list, router=None):
 def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
                         temperature: float = 1.0, valid_vocab: int | None = None, router=None):
     """Return the sampler's log-probabilities again, with gradients: (B, R) of each completion's ids
-    under softmax(logits / temperature), 0 beyond its end, and the (B, R) bool mask of its length.
-    router: see model.Qwen2.hidden.
+    under softmax(logits / temperature), 0 beyond its end, and the (B, R) bool mask of its length,
+    where R is the longest length, but at least 2. router: see model.Qwen2.hidden.
 
     DPO, GRPO and their reference policies all call this function. DPO's first loss is therefore
     exactly ln 2, and GRPO's first ratio is 1."""
     device = model.head_weight.device
     hidden, cache = read_prompts(model, prompts, router)  # predicts the first id
     ids = pad_rows(completions, 0).to(device)
+    if ids.shape[1] == 1:  # or this process would skip a pass that the others need it for
+        ids = F.pad(ids, (0, 1))
     lengths = torch.tensor([[len(completion)] for completion in completions], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths  # by length: any id may be text
-    if ids.shape[1] > 1:
-        rest = model.hidden(ids[:, :-1], cache=cache, router=router, counted=mask[:, 1:].flatten())
-        hidden = torch.cat((hidden, rest), dim=1)
+    rest = model.hidden(ids[:, :-1], cache=cache, router=router, counted=mask[:, 1:].flatten())
+    hidden = torch.cat((hidden, rest), dim=1)
     logprobs = kernels.token_logprobs(hidden[mask], model.head_weight, ids[mask], temperature,
                                       valid_vocab=valid_vocab)
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask

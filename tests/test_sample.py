@@ -155,7 +155,21 @@ def test_scores_do_not_depend_on_batch_mates_and_carry_gradients(model):
         assert mask[i].sum() == len(c)
         if c:
             alone, _ = completion_logprobs(model, [p], [c])
-            torch.testing.assert_close(together[i, :len(c)], alone[0])
+            torch.testing.assert_close(together[i, :len(c)], alone[0, :len(c)])
+
+
+def test_short_answers_take_as_many_forward_passes(model, monkeypatch):
+    """Under FSDP every process must make every pass, whatever the lengths of its own answers."""
+    passes = []
+    hidden = Qwen2.hidden
+    monkeypatch.setattr(Qwen2, "hidden", lambda *a, **k: passes.append(1) or hidden(*a, **k))
+    counts = []
+    for lengths in ((1, 1), (1, 4)):
+        passes.clear()
+        logprobs, mask = completion_logprobs(model, PROMPTS[:2], prompts_of(*lengths, seed=1))
+        assert mask.sum(1).tolist() == list(lengths) and (logprobs[~mask] == 0).all()
+        counts.append(len(passes))
+    assert counts == [2, 2]
 
 
 @pytest.mark.parametrize("config", [CONFIG, MOE], ids=["dense", "moe"])
