@@ -195,7 +195,7 @@ def load_held_out(args: Args, tokenizer: Tokenizer) -> Conversations | None:
 
 
 def check_cuts(conversations: Conversations, args: Args) -> None:
-    """Print what --max_len cuts. Refuse to cut more than a tenth of the conversations: an answer
+    """Print what --max_len cuts, if anything. Refuse to cut more than a tenth of the conversations: an answer
     without its end teaches the model not to stop."""
     n = len(conversations) + conversations.dropped
     name = args.data or "demonstrations"
@@ -206,7 +206,8 @@ def check_cuts(conversations: Conversations, args: Args) -> None:
             f"{conversations.dropped} have no answer within it")
     require(args.allow_cut or conversations.cut <= n / 10,
             f"{text}: raise --max_len, or add --allow_cut")
-    print(text)
+    if conversations.cut or conversations.dropped:
+        print(text)
 
 
 def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
@@ -291,7 +292,7 @@ def main(args: Args) -> dict:
     # data
     conversations = load_conversations(args, tokenizer)
     steps = max(1, int(args.epochs * len(conversations) / args.batch_size))
-    print(f"{len(conversations)} conversations, {steps} steps")
+    print(f"{len(conversations)} conversations, {steps} steps of {args.batch_size}")
     held_out = load_held_out(args, tokenizer)
 
     # optimizer, resume
