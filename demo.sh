@@ -87,12 +87,12 @@ evaluate long --few_shot 1 --samples 1 --text "$RUN/data"
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
 stage dpo dpo.py --init "$RUN/sft" --base "$RUN/$BASE" $RL_QUERIES --n_queries $N_QUERIES \
-  --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3
+  --check_format --pairs_per_query 4 --epochs 2 --batch_size 32 --lr 2e-4 --beta 0.05 --rpo_alpha 3
 evaluate dpo
 
 say "6. a first short RL run with the verifier alone, so that the reward model sees RL's answers too"
 stage rl_first grpo.py --init "$RUN/dpo" $RL_QUERIES --n_queries 200 --steps 8 --batch_queries 24 \
-  --lr 3e-4
+  --check_steps --lr 3e-4
 
 say "7. reward model on answers of the SFT, DPO and RL checkpoints"
 stage reward reward.py --init "$RUN/sft" --policies "$RUN/sft,$RUN/dpo,$RUN/rl_first" \
@@ -105,10 +105,11 @@ fi
 
 # As a part of the reward, a reward model of a million parameters costs a little (docs/findings.md,
 # "Does the reward model help GRPO?"): it orders the queries, and the verifier alone rewards.
+# --check_steps: "3 + 3 = 7. 3 * 7 = 12" earns nothing, although 12 is right.
 say "8. GRPO: queries by variance of the reward model's scores, reward from the verifier"
 stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --reward_model_weight 0 \
-  $RL_QUERIES --n_queries $N_QUERIES --steps 200 --batch_queries 24 --lr 3e-4 --kl 0.03 \
-  --scale_rewards none
+  $RL_QUERIES --n_queries $N_QUERIES --steps 200 --batch_queries 24 --check_steps --lr 3e-4 \
+  --kl 0.03 --scale_rewards none
 evaluate grpo
 
 wait
