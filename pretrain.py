@@ -143,16 +143,20 @@ def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict
     one document in fifty is held out. With few documents that may be none, so we also hold out the
     last 2% of each source, or up to 20% if a row needs it. (A tokenizer that is trained here has
     seen these ends.)"""
-    if not any(len(documents.ids) for documents in train.values()):
+    if count_tokens(train) == 0:
         train, held_out = held_out, {}
-    if sum(len(documents.ids) for documents in held_out.values()) > seq_len:
+    if count_tokens(held_out) > seq_len:
         return train, held_out
-    tokens = sum(len(documents.ids) for documents in train.values())
-    share = max(1 / 50, (seq_len + 1) / max(1, tokens))
+    row = (seq_len + 1) / max(1, count_tokens(train))
+    share = min(max(1 / 50, row), 1 / 5)
     starts, ends = {}, {}
     for name, documents in train.items():
-        starts[name], ends[f"{name}, end"] = documents.split_end(min(share, 1 / 5))
+        starts[name], ends[f"{name}, end"] = documents.split_end(share)
     return starts, held_out | ends
+
+
+def count_tokens(sources: dict[str, mixture.Tokens]) -> int:
+    return sum(len(documents.ids) for documents in sources.values())
 
 
 def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):

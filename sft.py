@@ -195,8 +195,8 @@ def load_held_out(args: Args, tokenizer: Tokenizer) -> Conversations | None:
 
 
 def check_cuts(conversations: Conversations, args: Args) -> None:
-    """Print what --max_len cuts, if anything. Refuse to cut more than a tenth of the conversations: an answer
-    without its end teaches the model not to stop."""
+    """Print what --max_len cuts, if anything. Refuse to cut more than a tenth of the conversations:
+    an answer without its end teaches the model not to stop."""
     n = len(conversations) + conversations.dropped
     name = args.data or "demonstrations"
     require(len(conversations) > 0, f"{name}: none of {n} has an answer within --max_len "
