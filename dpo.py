@@ -1,9 +1,9 @@
 """Stage 3, offline reinforcement learning: DPO with online merging (report section 4.2).
 
 The SFT model answers new queries several times. Answers that pass their check are "chosen", answers
-that fail are "rejected". With log-probabilities summed over the response's tokens, h is how much
-more the policy prefers the chosen answer than the frozen SFT policy, the reference, does (DPO
-paper, eq. 7):
+that fail are "rejected". With log-probabilities summed over the response's tokens, h is the
+policy's preference for the chosen answer minus that of the reference policy, which is the frozen
+SFT policy (DPO paper, eq. 7):
 
     h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]
     L = - log sigmoid(beta * h)
@@ -17,7 +17,7 @@ nothing should be learned and says why; people's verdicts (data/label.py) come b
 merging. It does not disclose beta, the batch size, the schedule or what a review drops; these, and
 the OnDARE variant with its alpha and share p, are our choice.
 
-    python dpo.py --init runs/demo/sft --base runs/demo/pretrain --out runs/demo/dpo
+    python dpo.py --init runs/demo/sft --base runs/demo/pretrain --out runs/dpo
     python dpo.py --init Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 7e-7 --out ...
 
 --data is JSONL of {"prompt": str or messages, "chosen": str or messages, "rejected": ...}.
@@ -70,7 +70,7 @@ class Args:
     check_format: bool = False       # drop ill-formed chosen answers and false equations
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
-    micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
+    micro_batch: int = 32            # pairs per forward pass (gradient accumulation): memory only
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
@@ -99,7 +99,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: flo
     """Return losses (B,) and the implicit rewards of chosen and rejected (B,) (DPO paper, eq. 7).
 
     The first four are summed log-probabilities (B,). The implicit reward of an answer is
-    beta * log(pi / pi_ref). label is as for reward.preference_loss, which this equals."""
+    beta * log(pi / pi_ref). The losses are reward.preference_loss of these rewards. label (B,) is
+    the probability that the chosen answer is better."""
     reward_chosen = beta * (policy_chosen - ref_chosen)
     reward_rejected = beta * (policy_rejected - ref_rejected)
     losses = -F.logsigmoid(reward_chosen - reward_rejected)
@@ -274,18 +275,20 @@ def main(args: Args) -> dict:
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
-    router = RouterStats(model.config)
+    router = RouterStats(model.config)  # of an MoE; a dense model has none
     bar = tqdm(range(start, steps), desc="dpo", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        ids = {i: rows[i] for i in batch}
-        batch.sort(key=lambda i: len(ids[i].prompt) + len(ids[i].chosen))  # little padding
+        row_of = {i: rows[i] for i in batch}
+        # Rows of similar lengths share a micro-batch: little padding.
+        batch.sort(key=lambda i: len(row_of[i].prompt) + len(row_of[i].chosen))
         sums = {"loss": 0.0, "accuracy": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
         for micro in micro_batches(batch, args.micro_batch, model):
+            some = [row_of[i] for i in micro]
+            labels = torch.tensor([row.label for row in some], device=device)
             ref_chosen, ref_rejected = reference[micro].to(device).unbind(1)
             with autocast:
-                chosen, rejected, length = sequence_logprobs(model, [ids[i] for i in micro], router)
-            labels = torch.tensor([ids[i].label for i in micro], device=device)
+                chosen, rejected, length = sequence_logprobs(model, some, router)
             losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen,
                                                               ref_rejected, args.beta, labels)
             losses = losses - args.rpo_alpha * chosen / length

@@ -414,7 +414,7 @@ def main(args: Args) -> dict:
     start = run.start_or_resume(model, optimizer)
 
     # loop
-    router = RouterStats(model.config)
+    router = RouterStats(model.config)  # of an MoE; a dense model has none
     bar = tqdm(range(start, args.steps), desc="grpo", initial=start, total=args.steps,
                disable=QUIET)
     for step in bar:

@@ -318,7 +318,7 @@ def main(args: Args) -> dict:
     start = run.start_or_resume(model, optimizer)
 
     # loop
-    router = RouterStats(model.config)
+    router = RouterStats(model.config)  # of an MoE; a dense model has none
     bar = tqdm(range(start, steps), desc="pretrain", initial=start, total=steps, disable=QUIET)
     for step in bar:
         began = time.perf_counter()

@@ -64,7 +64,7 @@ class Args:
     max_len: int = 1024              # drop pairs with a longer prompt + response
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
-    micro_batch: int = 32            # pairs per forward pass, gradient accumulation: memory only
+    micro_batch: int = 32            # pairs per forward pass (gradient accumulation): memory only
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
     warmup: int = 5                  # steps of linear warm-up, at most half of all
@@ -216,6 +216,21 @@ def share(condition) -> float:
     return condition.float().mean().item()
 
 
+def accuracies_by_source(model: RewardModel, held_out: dict, tokenizer: Tokenizer, args: Args,
+                         weights, autocast) -> dict[str, dict]:
+    """Print and return the `accuracies` of the held-out pairs of each source."""
+    by_source = {}
+    for source, pairs in held_out.items():
+        rows = tokenize_pairs(pairs, tokenizer, args.max_len, weights)
+        rows = [row for row in rows if row.label > 0.5]  # a tie has no right order
+        if rows:
+            with autocast:
+                by_source[source] = {"pairs": len(rows), **accuracies(model, rows)}
+            numbers = ", ".join(f"{k} {v:.4g}" for k, v in by_source[source].items())
+            print(f"held out, {source}: {numbers}")
+    return by_source
+
+
 # ---------------------------------------------------------------------------------------------
 # data
 
@@ -302,17 +317,19 @@ def main(args: Args) -> dict:
     write_jsonl(run.path / "pairs.jsonl", pairs)
 
     # loop
-    router = RouterStats(model.config)
+    router = RouterStats(model.config)  # of an MoE; a dense model has none
     bar = tqdm(range(start, steps), desc="reward", initial=start, total=steps, disable=QUIET)
     for step in bar:
         batch = epoch_order(step, args.batch_size, len(rows), args.seed)
-        ids = {i: rows[i] for i in batch}
-        batch.sort(key=lambda i: len(ids[i].prompt) + len(ids[i].chosen))  # little padding
+        row_of = {i: rows[i] for i in batch}
+        # Rows of similar lengths share a micro-batch: little padding.
+        batch.sort(key=lambda i: len(row_of[i].prompt) + len(row_of[i].chosen))
         loss = accuracy = 0.0
         for micro in micro_batches(batch, args.micro_batch, model):
+            some = [row_of[i] for i in micro]
+            labels = torch.tensor([row.label for row in some], device=device)
             with autocast:
-                chosen, rejected = pair_rewards(model, [ids[i] for i in micro], router)
-            labels = torch.tensor([ids[i].label for i in micro], device=device)
+                chosen, rejected = pair_rewards(model, some, router)
             micro_loss = preference_loss(chosen, rejected, labels).sum() / len(batch)
             (micro_loss + router.loss(len(micro) / len(batch))).backward()
             loss += micro_loss.item()
@@ -333,18 +350,8 @@ def main(args: Args) -> dict:
 
     # save, then look at how well the model tells other pairs apart
     run.save(model, tokenizer)
-    scorer, by_source = full_model(model), {}
-    for source, some in held_out.items():
-        some_rows = []
-        for row in tokenize_pairs(some, tokenizer, args.max_len, weights):
-            if row.label > 0.5:  # a tie has no right order
-                some_rows.append(row)
-        if some_rows:
-            with autocast:
-                measured = accuracies(scorer, some_rows)
-            by_source[source] = {"pairs": len(some_rows), **measured}
-            numbers = ", ".join(f"{k} {v:.4g}" for k, v in by_source[source].items())
-            print(f"held out, {source}: {numbers}")
+    by_source = accuracies_by_source(full_model(model), held_out, tokenizer, args, weights,
+                                     autocast)
     overall = by_source.get("all") or by_source.get(args.eval_data, {})
     result = overall | {"pairs": len(rows), "held_out_pairs": overall.get("pairs", 0)}
     run.finish(**result, by_source=by_source)

@@ -193,16 +193,16 @@ def read_prompts(model: Qwen2, prompts: list, router=None):
 
 def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: list[list[int]],
                         temperature: float = 1.0, valid_vocab: int | None = None, router=None):
-    """Return the sampler's log-probabilities again, with gradients: (B, R) of each completion's ids
-    under softmax(logits / temperature), 0 beyond its end, and the (B, R) bool mask of its length,
-    where R is the longest length, but at least 2. router: see model.Qwen2.hidden.
+    """Return the log-probabilities of given completions, with gradients: (B, R) of each id under
+    softmax(logits / temperature), 0 beyond a completion's end, and the (B, R) bool mask of its
+    length. R is the longest length, but at least 2. router: see model.Qwen2.hidden.
 
     DPO, GRPO and their reference policies all call this function. DPO's first loss is therefore
     exactly ln 2, and GRPO's first ratio is 1."""
     device = model.head_weight.device
     hidden, cache = read_prompts(model, prompts, router)  # predicts the first id
     ids = pad_rows(completions, 0).to(device)
-    if ids.shape[1] == 1:  # or this process would skip a pass that the others need it for
+    if ids.shape[1] == 1:  # under FSDP all processes must make as many passes
         ids = F.pad(ids, (0, 1))
     lengths = torch.tensor([[len(completion)] for completion in completions], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths  # by length: any id may be text
