@@ -8,18 +8,18 @@ first one stopped. A judge (data/judge.py) scores both answers by the report's s
     python -m data.label --pairs runs/dpo/pairs.jsonl --out judge.jsonl --judge runs/demo/grpo
     python -m data.label --pairs runs/dpo/pairs.jsonl --report ada.jsonl,bob.jsonl --write out.jsonl
 
-The last command reports how often people agree with the automatic labels and, by Cohen's kappa,
-with each other. --write adds their labels to the pairs, for `dpo.py --data` and `reward.py --pairs`
-(--weights). The report does not disclose how its people weighed the six criteria: here a person
-gives a verdict, "overall", and may note criteria beside it.
+The last command reports how often people agree with the automatic labels and with each other.
+--write adds their labels to the pairs, for `dpo.py --data` and `reward.py --pairs` (--weights). The
+report does not disclose how its people weighed the six criteria: here a person gives a verdict,
+"overall", and may note criteria beside it.
 """
 import hashlib
 import json
 import os
 import sys
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 from tqdm import tqdm
@@ -78,15 +78,9 @@ def text_of(side) -> str:
                      for message in side)
 
 
-def letters():
-    """Yield the letters of each line that is typed: `ha` notes a criterion, then judges."""
-    for line in sys.stdin:
-        yield from line.strip()
-
-
 def judge(keys, a: str, b: str) -> dict:
-    """Read letters up to a verdict. `a` and `b` say which of the pair, "chosen" or "rejected", is A
-    and B; the verdict and the noted criteria are in these terms."""
+    """Read letters up to a verdict: `ha` notes a criterion, then judges. `a` and `b` say which of
+    the pair, "chosen" or "rejected", is A and B; the label is in these terms."""
     verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "q": "quit"}
     noted = {}
     for key in keys:
@@ -119,12 +113,12 @@ def label(args: Args) -> None:
     seed = f"{args.seed} {path.name}"
     todo = sorted(pairs.keys() - labelled_pairs(path), key=lambda name: draw(seed, name))
     print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs are labelled in {path}\n{HELP}")
-    keys = letters()
-    n_done = 0
-    for name in todo:
+    keys = chain.from_iterable(sys.stdin)
+    while todo:
+        name = todo[0]
         pair = pairs[name]
         a, b = ("chosen", "rejected") if draw(seed, name) % 2 else ("rejected", "chosen")
-        print(f"\n---- question {n_done + 1} of {len(todo)} ----\n{text_of(pair['prompt'])}")
+        print(f"\n---- question, {len(todo)} left ----\n{text_of(pair['prompt'])}")
         print(f"\n---- A ----\n{text_of(pair[a])}")
         print(f"\n---- B ----\n{text_of(pair[b])}")
         print("\na b = x q, then Enter > ", end="", flush=True)
@@ -132,8 +126,8 @@ def label(args: Args) -> None:
         if row["verdict"] == "quit":
             break
         append_label(path, {"pair": name, "a": a} | row)
-        n_done += 1
-    print(f"pairs left: {len(todo) - n_done}; labels are in {path}")
+        todo.pop(0)
+    print(f"pairs left: {len(todo)}; labels are in {path}")
 
 
 def label_by_judge(args: Args) -> None:
@@ -166,21 +160,6 @@ def compare(chosen: dict[str, float], rejected: dict[str, float]) -> dict:
 # ---------------------------------------------------------------------------------------------
 # the report
 
-def kappa(first: list, second: list) -> float:
-    """Return Cohen's kappa: agreement beyond chance, (p_o - p_e) / (1 - p_e). Here p_e is how often
-    two people would agree who answer at random, but each answer as often as these two."""
-    n = len(first)
-    observed = sum(x == y for x, y in zip(first, second, strict=True)) / n
-    a = Counter(first)
-    b = Counter(second)
-    expected = sum(a[answer] * b[answer] for answer in a) / n**2
-    return (observed - expected) / (1 - expected) if expected < 1 else 1.0
-
-
-def share(hits, n: int) -> str:
-    return f"{100 * hits / n:.1f}% of {n}" if n else "none"
-
-
 def report(args: Args) -> None:
     """Print how people agree with the label and with each other; --write their labels."""
     pairs = by_id(args.pairs)
@@ -192,53 +171,30 @@ def report(args: Args) -> None:
                 labels[row["pair"]] = row  # the last line on a pair counts
         require(len(labels) > 0, f"{path}: no label of a pair in {args.pairs}")
         people[path] = labels
-    for path, labels in people.items():
         report_person(path, list(labels.values()))
     for one, two in combinations(people, 2):
-        both = sorted(people[one].keys() & people[two].keys())
-        first = [people[one][name]["verdict"] for name in both]
-        second = [people[two][name]["verdict"] for name in both]
-        same = sum(x == y for x, y in zip(first, second, strict=True))
-        first += turned_round(first)
-        second += turned_round(second)
-        beyond_chance = f", Cohen's kappa {kappa(first, second):.3f}" if both else ""
-        print(f"{one} and {two}: agree in {share(same, len(both))}{beyond_chance}")
+        same = [people[one][name]["verdict"] == people[two][name]["verdict"]
+                for name in people[one] if name in people[two]]
+        print(f"{one} and {two}: agree in {share(same)}")
     if args.write:
         write_labels(args.write, pairs, list(people.values()))
 
 
+def share(hits: list[bool]) -> str:
+    return f"{100 * sum(hits) / len(hits):.1f}% of {len(hits)}" if hits else "none"
+
+
 def report_person(path: str, labels: list[dict]) -> None:
     decided = [row for row in labels if row["verdict"] in ("chosen", "rejected")]
-    agree = sum(row["verdict"] == "chosen" for row in decided)
-    seen = [row for row in decided if "a" in row]  # a judge sees no sides
-    chose_a = sum(row["verdict"] == row["a"] for row in seen)
-    print(f"{path}: agrees with the automatic label in {share(agree, len(decided))}; "
-          f"{len(labels) - len(decided)} ties or skipped; "
-          f"A preferred in {share(chose_a, len(seen))}")
+    agree = [row["verdict"] == "chosen" for row in decided]
+    chose_a = [row["verdict"] == row["a"] for row in decided if "a" in row]  # a judge sees no sides
+    print(f"{path}: agrees with the automatic label in {share(agree)}; "
+          f"{len(labels) - len(decided)} ties or skipped; A preferred in {share(chose_a)}")
     for name in CRITERIA:
-        noted = Counter(row["criteria"].get(name) for row in labels)
-        n = noted["chosen"] + noted["rejected"]
-        if n:
-            print(f"  by {name}: with the label in {share(noted['chosen'], n)}")
-
-
-def turned_round(verdicts: list[str]) -> list[str]:
-    """Return the verdicts if every pair stood the other way round. Kappa counts both: else a good
-    automatic label, which nobody sees, would make most verdicts "chosen" and so raise p_e."""
-    turned = {"chosen": "rejected", "rejected": "chosen"}
-    return [turned.get(verdict, verdict) for verdict in verdicts]
-
-
-def mean_votes(labels: list[dict]) -> dict[str, float]:
-    """Return, for "overall" and each noted criterion, the share of labels that prefer the chosen
-    answer. A tie counts half."""
-    votes = {}
-    for row in labels:
-        verdicts = row["criteria"] | {"overall": row["verdict"]}
-        for name, verdict in verdicts.items():
-            if verdict in VOTES:
-                votes.setdefault(name, []).append(VOTES[verdict])
-    return {name: sum(some) / len(some) for name, some in votes.items()}
+        noted = [row["criteria"].get(name) for row in labels]
+        agree = [verdict == "chosen" for verdict in noted if verdict in ("chosen", "rejected")]
+        if agree:
+            print(f"  by {name}: with the label in {share(agree)}")
 
 
 def write_labels(path: str, pairs: dict[str, dict], people: list[dict]) -> None:
@@ -253,16 +209,25 @@ def write_labels(path: str, pairs: dict[str, dict], people: list[dict]) -> None:
         if not labels:
             out.append(pair)
         elif 2 * skips < len(labels):
-            out.append(with_votes(pair, mean_votes(labels)))
+            votes = mean_votes(labels)
+            if votes["overall"] < 0.5:
+                pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+                votes = {criterion: 1 - vote for criterion, vote in votes.items()}
+            out.append(pair | {"criteria": votes})
     write_jsonl(path, out)
     print(f"{path}: {len(out)} of {len(pairs)} pairs")
 
 
-def with_votes(pair: dict, votes: dict[str, float]) -> dict:
-    if votes["overall"] < 0.5:
-        pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-        votes = {name: 1 - vote for name, vote in votes.items()}
-    return pair | {"criteria": votes}
+def mean_votes(labels: list[dict]) -> dict[str, float]:
+    """Return, for "overall" and each noted criterion, the share of labels that prefer the chosen
+    answer. A tie counts half."""
+    votes = defaultdict(list)
+    for row in labels:
+        verdicts = row["criteria"] | {"overall": row["verdict"]}
+        for name, verdict in verdicts.items():
+            if verdict in VOTES:
+                votes[name].append(VOTES[verdict])
+    return {name: sum(some) / len(some) for name, some in votes.items()}
 
 
 def main(args: Args) -> None:

@@ -1,5 +1,5 @@
 """label.py: each reason of the review, a session at a real terminal, what a crash leaves, agreement
-and kappa by hand."""
+by hand."""
 import io
 import json
 import os
@@ -12,7 +12,7 @@ from helpers import ROOT
 from helpers import refuses, write_rows
 
 from data import label
-from data.label import Args, by_id, draw, judge, kappa, text_of
+from data.label import Args, by_id, draw, judge, text_of
 from data.pairs import review
 
 PAIRS = [{"prompt": f"Is {i} even?", "chosen": f"yes, {i}", "rejected": f"no, {i}"}
@@ -145,18 +145,6 @@ def test_an_answer_cannot_write_on_the_terminal(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # report
 
-def test_kappa_by_hand():
-    """Cohen's 1960 measure: the usual 2 x 2 example, three kinds, full agreement, none but chance.
-    """
-    one = ["yes"] * 25 + ["no"] * 25
-    two = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    assert kappa(one, two) == pytest.approx(0.4)  # p_o = 0.7, p_e = 0.5
-    assert kappa(["a", "b", "c"], ["a", "b", "a"]) == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
-    assert kappa(["a", "b"], ["a", "b"]) == 1 and kappa(["a", "a"], ["a", "a"]) == 1
-    assert kappa(["a", "a", "b", "b"], ["a", "b", "a", "b"]) == 0
-    assert kappa([*"aaab"], [*"abbb"]) == pytest.approx(0.2)  # p_o = 0.5, p_e = 6 / 16
-
-
 def labels(tmp_path, name, verdicts):
     """A label file: a verdict for each of PAIRS, None for none; A was always the chosen one."""
     ids = list(by_id(write_rows(tmp_path / "pairs.jsonl", PAIRS)))
@@ -177,7 +165,7 @@ def test_report_and_majority(tmp_path, capsys):
     assert told[0] == (f"{files[0]}: agrees with the automatic label in 66.7% of 3; 2 ties or "
                        "skipped; A preferred in 66.7% of 3")
     assert told[1] == "  by helpfulness: with the label in 100.0% of 5"
-    assert told[6].startswith(f"{files[0]} and {files[1]}: agree in 80.0% of 5, Cohen's kappa 0.7")
+    assert told[6].startswith(f"{files[0]} and {files[1]}: agree in 80.0% of 5")
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
     assert out[1] == {"prompt": "Is 1 even?", "chosen": "no, 1", "rejected": "yes, 1",
                       "criteria": {"overall": 1.0, "helpfulness": 0.0}}
