@@ -6,7 +6,6 @@ messages, the answers are texts; `read_pairs` takes the shapes of other projects
 reward.py learn from `PairIds`.
 """
 import json
-import math
 import random
 import re
 from array import array
@@ -24,8 +23,6 @@ from tasks.steps import steps_hold
 from tokenizer import Tokenizer
 
 WANTED = 'expected "prompt", "chosen" and "rejected", each a text or messages: docs/your-data.md'
-
-
 CRITERIA = ("truthfulness", "helpfulness", "conciseness", "relevance", "harmlessness", "debiasing")
 
 
@@ -58,12 +55,10 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
         n = min(per_query, len(passed), len(failed))
         some_passed = generator.sample(passed, n)
         some_failed = generator.sample(failed, n)
+        rest = {key: query[key] for key in ("domain", "tools") if query.get(key)}
         for chosen, rejected in zip(some_passed, some_failed, strict=True):
-            pair = {"prompt": query["prompt"], "chosen": chosen, "rejected": rejected,
-                    "domain": query["domain"]}
-            if query.get("tools"):
-                pair["tools"] = query["tools"]
-            pairs.append(pair)
+            pair = {"prompt": query["prompt"], "chosen": chosen, "rejected": rejected}
+            pairs.append(pair | rest)
     return pairs
 
 
@@ -177,9 +172,9 @@ def is_transcript(side) -> bool:
 def parse_criteria(text: str) -> dict[str, float]:
     """Return the weights of --weights, such as "overall=1,helpfulness=2", by name."""
     weights = parse_weights(text, {})
-    for name, weight in weights.items():
-        require(name in ("overall", *CRITERIA) and 0 <= weight < math.inf,
-                f"--weights must be numbers >= 0 of overall, {', '.join(CRITERIA)}")
+    known = ("overall", *CRITERIA)
+    for name in weights:
+        require(name in known, f"--weights: {name} is none of {', '.join(known)}")
     return weights
 
 
@@ -192,11 +187,13 @@ def soft_label(pair: dict, weights: dict[str, float] | None) -> float:
     valid = isinstance(shares, dict) and all(
         isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares.values())
     require(valid, '"criteria" must be {name: share of judges who prefer chosen, 0 to 1}')
-    weights = weights or dict.fromkeys(shares, 1.0)
-    total = sum(weights.get(name, 0.0) for name in shares)
-    if total == 0:
-        return 1.0
-    return sum(weights.get(name, 0.0) * share for name, share in shares.items()) / total
+    total = 0.0
+    votes = 0.0
+    for name, share in shares.items():
+        weight = weights.get(name, 0.0) if weights else 1.0
+        total += weight
+        votes += weight * share
+    return votes / total if total else 1.0
 
 
 def tokenize_pair(pair: dict, tokenizer: Tokenizer, weights=None) -> PairIds:
@@ -247,7 +244,7 @@ def longest(row: PairIds) -> int:
 
 class Review(NamedTuple):
     pairs: Subset
-    rows: TokenizedPairs       # of the pairs, in the same order
+    rows: Subset               # PairIds of the pairs, in the same order
     dropped: dict[str, int]    # reason -> how many
 
 
@@ -257,11 +254,11 @@ def review(pairs, tokenizer: Tokenizer, max_len: int, check_format: bool = False
     The report's pairs are reviewed automatically (section 4.2); it does not disclose how, so the
     reasons are our choice. check_format drops chosen answers that are ill-formed or hold a false
     equation."""
+    rows = TokenizedPairs(pairs, tokenizer)
     kept = array("q")          # places of the pairs
     dropped = Counter()
     seen = set()
-    for i, pair in enumerate(pairs):
-        row = tokenize_pair(pair, tokenizer)
+    for i, row in enumerate(rows):
         chosen = tokenizer.decode(row.chosen[:-1])
         answers = frozenset((tuple(row.chosen), tuple(row.rejected)))  # also of the opposite pair
         both = hash((tuple(row.prompt), answers))  # 8 bytes, where the ids would take thousands
@@ -283,8 +280,7 @@ def review(pairs, tokenizer: Tokenizer, max_len: int, check_format: bool = False
         seen.add(both)
         if reason:
             dropped[reason] += 1
-    pairs = Subset(pairs, kept)
-    return Review(pairs, TokenizedPairs(pairs, tokenizer), dict(dropped))
+    return Review(Subset(pairs, kept), Subset(rows, kept), dict(dropped))
 
 
 def is_torn(text: str) -> bool:
