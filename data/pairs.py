@@ -23,6 +23,8 @@ from tasks.steps import steps_hold
 from tokenizer import Tokenizer
 
 WANTED = 'expected "prompt", "chosen" and "rejected", each a text or messages: docs/your-data.md'
+ROLES = {"Human": "user", "Assistant": "assistant"}
+TURN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)
 CRITERIA = ("truthfulness", "helpfulness", "conciseness", "relevance", "harmlessness", "debiasing")
 
 
@@ -138,30 +140,26 @@ def whole_conversation(prompt: list[dict], side) -> list[dict]:
         return side
     if side[0]["role"] in ("assistant", "tool"):
         return prompt + side
-    asked_system, asked = split_system(prompt)
-    system, turns = split_system(side)
-    same_system = asked_system == system or not asked_system or not system
-    require(turns[:len(asked)] == asked and same_system,
+    # A system message may stand in front of one of the two only.
+    if prompt[0]["role"] == "system" and side[0]["role"] != "system":
+        side = prompt[:1] + side
+    if side[0]["role"] == "system" and prompt[0]["role"] != "system":
+        prompt = side[:1] + prompt
+    require(side[:len(prompt)] == prompt,
             "the messages of chosen and rejected must begin with the prompt or go on from it")
-    return (system or asked_system) + turns
-
-
-def split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
-    n = int(messages[0]["role"] == "system")
-    return messages[:n], messages[n:]
+    return side
 
 
 def turns_of(side) -> list[dict]:
     """Return messages, given as messages, as one of them, as a question or as a transcript."""
     if not is_transcript(side):
         return to_messages(side)
-    _, *parts = re.split(r"\n\n(Human|Assistant):", side)
-    speakers = parts[::2]
-    require(set(speakers[::2]) == {"Human"} and set(speakers[1::2]) <= {"Assistant"},
-            'the turns after "\\n\\nHuman:" and "\\n\\nAssistant:" must alternate')
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[speaker], "content": text.strip()}
-            for speaker, text in zip(speakers, parts[1::2], strict=True)]
+    messages = []
+    for speaker, text in TURN.findall(side):
+        require(not messages or ROLES[speaker] != messages[-1]["role"],
+                'the turns after "\\n\\nHuman:" and "\\n\\nAssistant:" must alternate')
+        messages.append({"role": ROLES[speaker], "content": text.strip()})
+    return messages
 
 
 def is_transcript(side) -> bool:
