@@ -10,10 +10,7 @@ share of *tokens*: by documents, a source of long ones would take far more.
     ids, segment_ids = rows[[3, 8]]  # two rows of 129 tokens each
 """
 import hashlib
-import math
-import re
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -23,9 +20,6 @@ import torch
 
 from lib.args import parse_value, require
 from lib.files import atomic_path
-
-PIECE = 2**16                               # characters that are encoded at once, or some more
-LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 def is_held_out(text: str) -> bool:
@@ -47,22 +41,17 @@ class Tokens:
     starts: np.ndarray  # (documents,) int64
     ends: np.ndarray    # (documents,) int64
 
-    @classmethod
-    def from_ends(cls, ids: np.ndarray, ends: np.ndarray) -> "Tokens":
-        """Documents one after another, without gaps."""
-        return cls(ids, np.append(0, ends)[:-1], ends)
-
     @property
     def sizes(self) -> np.ndarray:
         return self.ends - self.starts
 
     def long_pieces(self, length: int) -> "Tokens":
         """Cut the documents into pieces of exactly `length`, and leave out their rests."""
-        counts = self.sizes // length                          # pieces per document
-        document = np.repeat(np.arange(len(counts)), counts)   # of each piece
-        first = counts.cumsum() - counts                       # number of a document's first piece
-        number = np.arange(len(document)) - first[document]    # of a piece within its document
-        starts = self.starts[document] + length * number
+        long = self.sizes >= length
+        starts = [self.starts[:0]]
+        for start, end in zip(self.starts[long], self.ends[long], strict=True):
+            starts.append(np.arange(start, end - length + 1, length))
+        starts = np.concatenate(starts)
         return Tokens(self.ids, starts, starts + length)
 
     def short_documents(self, length: int) -> "Tokens":
@@ -73,12 +62,13 @@ class Tokens:
     def split_end(self, share: float) -> tuple["Tokens", "Tokens"]:
         """Part the last `share` of all tokens, which must have no gaps, from those before."""
         cut = int(len(self.ids) * (1 - share))
-        first = self.starts < cut
-        last = self.ends > cut
-        first_ends = self.ends[first].clip(max=cut)
-        last_starts = self.starts[last].clip(min=cut)
-        return (Tokens(self.ids, self.starts[first], first_ends),
-                Tokens(self.ids, last_starts, self.ends[last]))
+        before = self.starts < cut
+        ends = self.ends[before].clip(max=cut)
+        after = self.ends > cut
+        starts = self.starts[after].clip(min=cut)
+        first = Tokens(self.ids, self.starts[before], ends)
+        last = Tokens(self.ids, starts, self.ends[after])
+        return first, last
 
 
 def id_type(tokenizer):
@@ -87,47 +77,33 @@ def id_type(tokenizer):
     return np.uint16 if n_ids <= 2**16 else np.uint32
 
 
-def pieces(texts):
-    """Yield (piece, whether it ends its text). A text is cut about every PIECE characters, at a
-    line end between two visible characters: no token crosses it."""
-    for text in texts:
-        start = 0
-        while cut := LINE_END.search(text, start + PIECE):
-            yield text[start:cut.end()], False
-            start = cut.end()
-        yield text[start:], True
-
-
-def write_ids(ids_file, ends_file, texts, tokenizer) -> None:
-    """Write the ids of all texts to one open file and the places where they end, int64, to another.
-    <|endoftext|> ends each text, as in Qwen's pre-training."""
-    size = 0
-    waiting = pieces(texts)
-    while batch := list(islice(waiting, 100)):
-        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
-        for ids, (_, is_end) in zip(encoded, batch, strict=True):
-            if is_end:
-                ids.append(tokenizer.eos_id)
-            size += len(ids)
-            ids_file.write(np.array(ids, id_type(tokenizer)))
-            if is_end:
-                ends_file.write(np.int64(size))
+def encode_documents(texts, tokenizer):
+    """Yield the ids of each text, with <|endoftext|> at its end, as in Qwen's pre-training."""
+    texts = iter(texts)
+    while batch := list(islice(texts, 100)):
+        for ids in tokenizer.encode_batch(batch):
+            ids.append(tokenizer.eos_id)
+            yield np.array(ids, id_type(tokenizer))
 
 
 def tokenize(texts, tokenizer) -> Tokens:
     """Tokenize texts in memory."""
-    ids_file, ends_file = BytesIO(), BytesIO()
-    write_ids(ids_file, ends_file, texts, tokenizer)
-    ids = np.frombuffer(ids_file.getbuffer(), id_type(tokenizer))
-    ends = np.frombuffer(ends_file.getbuffer(), np.int64)
-    return Tokens.from_ends(ids, ends)
+    documents = [np.empty(0, id_type(tokenizer))]
+    documents.extend(encode_documents(texts, tokenizer))
+    ids = np.concatenate(documents)
+    bounds = np.cumsum([len(document) for document in documents])
+    return Tokens(ids, bounds[:-1], bounds[1:])
 
 
 def write_tokens(stem: Path, texts, tokenizer) -> None:
-    """Write {stem}.bin (ids) and {stem}.ends: what `read_tokens` maps into memory."""
+    """Write {stem}.bin (ids) and {stem}.ends (where documents end, int64) for `read_tokens`."""
+    size = 0
     with atomic_path(f"{stem}.bin") as ids_path, atomic_path(f"{stem}.ends") as ends_path:
         with open(ids_path, "wb") as ids_file, open(ends_path, "wb") as ends_file:
-            write_ids(ids_file, ends_file, texts, tokenizer)
+            for ids in encode_documents(texts, tokenizer):
+                size += len(ids)
+                ids_file.write(ids)
+                ends_file.write(np.int64(size))
 
 
 def read_tokens(stem: Path, tokenizer) -> Tokens:
@@ -136,10 +112,11 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
     ids = np.empty(0, id_type(tokenizer))
     if path.stat().st_size > 0:  # an empty file cannot be mapped
         ids = np.memmap(path, id_type(tokenizer), "r")
-    tokens = Tokens.from_ends(ids, np.fromfile(f"{stem}.ends", np.int64))
-    require(len(ids) == tokens.sizes.sum(),
+    ends = np.fromfile(f"{stem}.ends", np.int64)
+    bounds = np.append(0, ends)
+    require(len(ids) == bounds[-1],
             f"{stem}.bin and {stem}.ends are not of one piece: run python -m data again")
-    return tokens
+    return Tokens(ids, bounds[:-1], bounds[1:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,26 +147,31 @@ def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
     require(not unknown, f"weights for {unknown}, but the sources are {sorted(sources)}")
     total = sum(weights.values())
     require(total > 0 and min(weights.values()) >= 0, f"weights must be >= 0, got {weights}")
-    items = []
-    places = []
+    rows = []    # (source, document, size), by source
+    places = []  # of the rows in the stream, from 0 to 1
     report = {}
     for name, weight in weights.items():
         wanted = round(tokens * weight / total)
         sizes = sources[name].sizes
         available = int(sizes.sum())
         require(available > 0 or wanted == 0, f"source {name} is empty, but its weight is {weight}")
-        documents, taken, place = choose(name, sizes, wanted, seed)
+        documents, taken, some_places = choose(name, sizes, wanted, seed)
         number = np.full_like(documents, list(sources).index(name))
-        items.append(np.column_stack((number, documents, taken)))
-        places.append(place)
+        rows.append(np.column_stack((number, documents, taken)))
+        places.append(some_places)
         epochs = wanted / max(1, available)
-        # Up to 4 epochs are nearly as good as new text (Muennighoff et al. 2023).
-        warning = "read more than 4 times" if epochs > 4 else ""
-        report[name] = {"share": wanted / tokens, "tokens": wanted, "available": available,
-                        "epochs": round(epochs, 2), "warning": warning}
-    order = np.argsort(np.concatenate(places), kind="stable")
-    stream = np.concatenate(items)[order]
-    return stream.astype(np.int32), report
+        report[name] = {
+            "share": wanted / tokens,
+            "tokens": wanted,
+            "available": available,
+            "epochs": round(epochs, 2),
+            # Up to 4 epochs are nearly as good as new text (Muennighoff et al. 2023).
+            "warning": "read more than 4 times" if epochs > 4 else "",
+        }
+    places = np.concatenate(places)
+    rows = np.concatenate(rows).astype(np.int32)
+    order = np.argsort(places, kind="stable")
+    return rows[order], report
 
 
 def choose(name: str, sizes: np.ndarray, wanted: int, seed: int):
@@ -197,10 +179,10 @@ def choose(name: str, sizes: np.ndarray, wanted: int, seed: int):
 
     Returns three arrays (n,): the chosen documents, how many tokens are taken of each, and their
     places in the stream, from 0 to 1. Every epoch has all documents in an order of its own."""
-    epochs = math.ceil(wanted / max(1, sizes.sum()))
+    n_epochs = wanted // max(1, sizes.sum()) + 1
     documents = []
     offsets = []
-    for epoch in range(max(1, epochs)):
+    for epoch in range(n_epochs):
         # Keyed by the name, so that adding a source keeps the order within the others.
         random = np.random.default_rng([seed, crc32(name.encode()), epoch])
         documents.append(random.permutation(len(sizes)))
@@ -250,7 +232,7 @@ class PackedRows:
             here = self.source[place] == number
             document = self.document[place[here]]
             index = tokens.starts[document] + offset[here]
-            end_token = tokens.ends[document] - 1
-            index = np.where(to_end[here] == 1, end_token, index)  # also of a cut document
+            is_end = to_end[here] == 1
+            index[is_end] = tokens.ends[document[is_end]] - 1  # also of a cut document
             ids[here] = tokens.ids[index]
         return torch.from_numpy(ids), torch.from_numpy(place)

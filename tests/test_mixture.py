@@ -1,6 +1,5 @@
 """data/mixture.py: token shares, tokens and their files, packing as a concatenation. R2.5 and R2.6
 are numbers of docs/requirements.md."""
-import random
 import types
 
 import numpy as np
@@ -122,24 +121,7 @@ def test_tokenize_ends_every_document():
     assert len(mixture.tokenize([], Letters()).starts) == 0
 
 
-def test_a_long_text_is_encoded_in_pieces(tokenizer, monkeypatch):
-    """To the ids of the whole text, whatever spaces, marks and line ends it has; each piece ends
-    where it may, and one without such a place stays whole."""
-    monkeypatch.setattr(mixture, "PIECE", 20)
-    r = random.Random(0)
-    parts = ["\n", "\n", "\n\n", " ", "  ", "\t", "a", "word", "don't", "7", "!!", "é", "e\u0301",
-             "\u0301", "\u3000", "\u00a0", "\x1c", "\x85", "\u2028", "世界", "\r", "\ud83d"]
-    texts = ["".join(r.choices(parts, k=r.randrange(400))) for _ in range(200)] + ["x y" * 1000]
-    cut = list(mixture.pieces(texts))
-    assert sum(is_end for _, is_end in cut) == 201 < len(cut) / 2
-    assert "".join(piece for piece, _ in cut) == "".join(texts) and cut[-1] == (texts[-1], True)
-    docs = mixture.tokenize(texts, tokenizer)
-    got = [docs.ids[i:j].tolist() for i, j in zip(docs.starts, docs.ends, strict=True)]
-    assert got == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-
-
-def test_token_files_are_the_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(mixture, "PIECE", 3)
+def test_token_files_are_the_tokens(tmp_path):
     for i, texts in enumerate((["abc", "", "zz", "abcd\nef\ngh"], [])):
         mixture.write_tokens(tmp_path / f"{i}.train", texts, Letters())
         want, got = mixture.tokenize(texts, Letters()), mixture.read_tokens(tmp_path / f"{i}.train",

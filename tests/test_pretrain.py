@@ -506,7 +506,7 @@ def test_held_out_rows_are_at_most_a_tenth_of_the_training_tokens(tokens, rows):
     """Of 41 rows of documents, 40 whole ones with their next token; one row at least; the rows of
     a short run are the first of a long one's."""
     ids = np.arange(41 * (SEQ + 1) - 1)
-    held_out = {"a": Tokens.from_ends(ids, np.array([len(ids)]))}
+    held_out = {"a": Tokens(ids, np.array([0]), np.array([len(ids)]))}
     found, _ = pretrain.held_out_rows(held_out, SEQ, tokens)
     assert len(found) == rows
     assert found.flatten().tolist() == ids[:rows * (SEQ + 1)].tolist()
