@@ -11,8 +11,7 @@ contamination.py). data/quality.py scores by models. Personal data and licences 
     python -m data --input web/ --tokenizer runs/demo/tokenizer --out runs/web    # and tokens
 
 --out gets one {source}.jsonl per source, report.json, and with --tokenizer the token files that
-pretrain.py maps into memory. The memory does not grow with the input (docs/LOG.md, "pre-training
-data, scored, streamed, staged").
+pretrain.py maps into memory. The memory does not grow with the input.
 """
 import json
 import time
@@ -72,43 +71,38 @@ def load_tests(names: str) -> list[str]:
     return items
 
 
-class Tally:
-    """Counts per source and per stage, with samples: what report.json says."""
-
-    def __init__(self):
-        self.sources = {}
-        self.dropped = Counter()          # documents per stage
-        self.samples = defaultdict(list)  # per stage
-
-    def kept(self, verdicts):
-        """Count all verdicts, and yield the documents that are kept."""
-        for document, stage, reason in verdicts:
-            mb = len(document["text"].encode("utf-8", "replace")) / 1e6
-            row = self.sources.setdefault(
-                document["source"], {"documents": 0, "mb": 0, "kept": 0, "kept_mb": 0})
-            row["documents"] += 1
-            row["mb"] += mb
-            if len(self.samples[stage]) < 20 or stage == "contaminated":  # these are listed in full
-                self.samples[stage].append({"text": document["text"][:200], "reason": reason})
-            if reason:
-                self.dropped[stage] += 1
-                continue
+def tally(verdicts, sources: dict, dropped: Counter, samples: dict):
+    """Yield the documents that are kept. Count all documents per source, the dropped ones per
+    stage, and keep samples: what report.json says."""
+    for document, stage, reason in verdicts:
+        text = document["text"]
+        mb = len(text.encode("utf-8", "replace")) / 1e6
+        row = sources.setdefault(
+            document["source"], {"documents": 0, "mb": 0, "kept": 0, "kept_mb": 0})
+        row["documents"] += 1
+        row["mb"] += mb
+        if len(samples[stage]) < 20 or stage == "contaminated":  # these are listed in full
+            samples[stage].append({"text": text[:200], "reason": reason})
+        if reason:
+            dropped[stage] += 1
+        else:
             row["kept"] += 1
             row["kept_mb"] += mb
             yield document
 
-    def print(self, n_samples: int) -> None:
-        print(f"{'source':<20}{'documents':>10}{'MB':>8}{'kept':>8}{'MB':>8}")
-        for name, row in sorted(self.sources.items()):
-            print(f"{name:<20}{row['documents']:>10}{row['mb']:>8.2f}"
-                  f"{row['kept']:>8}{row['kept_mb']:>8.2f}")
-        documents = sum(row["documents"] for row in self.sources.values())
-        print(f"\ndropped {self.dropped.total()} of {documents} documents, for example:")
-        for stage, count in self.dropped.items():
-            print(f"{count:>8} {stage}")
-            for sample in self.samples[stage][:n_samples]:
-                start = " ".join(sample["text"].split())
-                print(f"{'':9}{sample['reason']}: {start!r}"[:120])
+
+def print_tally(sources: dict, dropped: Counter, samples: dict, n_samples: int) -> None:
+    documents = 0
+    print("source               documents      MB    kept      MB")
+    for name, row in sorted(sources.items()):
+        documents += row["documents"]
+        print("{:<20}{documents:>10}{mb:>8.2f}{kept:>8}{kept_mb:>8.2f}".format(name, **row))
+    print(f"\ndropped {dropped.total()} of {documents} documents, for example:")
+    for stage, count in dropped.items():
+        print(f"{count:>8} {stage}")
+        for sample in samples[stage][:n_samples]:
+            start = " ".join(sample["text"].split())
+            print(f"         {sample['reason']}: {start!r}"[:120])
 
 
 def write_token_files(out: Path, source: str, tokenizer: Tokenizer) -> None:
@@ -127,18 +121,21 @@ def main(args: Args) -> dict:
     stages = FILTERS | {"language": partial(other_language, wanted=wanted),
                         "duplicate": NearDuplicates(args.threshold, seed=args.seed),
                         "contaminated": Contamination(load_tests(args.evals))}
-    tally = Tally()
-    kept = write_sources(out, tally.kept(run_filters(load(args), stages)))
-    require(len(kept) > 0, f"no document is left; dropped were {dict(tally.dropped)}")
+    sources = {}
+    dropped = Counter()
+    samples = defaultdict(list)
+    kept = write_sources(out, tally(run_filters(load(args), stages), sources, dropped, samples))
+    require(len(kept) > 0, f"no document is left; dropped were {dict(dropped)}")
     if tokenizer:
         for source in kept:
             write_token_files(out, source, tokenizer)
         tokenizer.save_pretrained(out)
-    tally.print(args.show_dropped)
-    result = {"args": asdict(args), "seconds": round(time.time() - started, 1),
-              "sources": tally.sources, "dropped": dict(tally.dropped), "samples": tally.samples}
+    print_tally(sources, dropped, samples, args.show_dropped)
+    seconds = round(time.time() - started, 1)
+    result = {"args": asdict(args), "seconds": seconds, "sources": sources, "dropped": dropped,
+              "samples": samples}
     write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(f"data: {out} ready after {time.time() - started:.0f} s")
+    print(f"data: {out} ready after {seconds:.0f} s")
     return result
 
 

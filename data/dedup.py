@@ -106,8 +106,13 @@ class NearDuplicates:
         equal = self.seen.execute("select id from kept where digest = ?", (digest,)).fetchone()
         if equal:
             return Match(equal[0], 1.0)
-        signature = None if kind == "synthetic" else self.sign(text)
-        keys = [] if signature is None else self.band_keys(signature)
+        signature = None
+        keys = []
+        ids = word_ids(text)
+        if kind != "synthetic" and len(ids) > 0:
+            signature = minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
+            # Each band is hashed into one key. SQLite has signed integers only.
+            keys = ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
         match = self.find_near(signature, keys)
         if match == NO_MATCH:
             row = (index, digest, text[:60], signature)
@@ -116,30 +121,20 @@ class NearDuplicates:
             self.seen.executemany("insert into bands values (?, ?)", bands)
         return match
 
-    def sign(self, text: str) -> np.ndarray | None:
-        """Return the MinHash signature, (bands * rows,) uint64, or None if there are no words."""
-        ids = word_ids(text)
-        if len(ids) == 0:
-            return None
-        return minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
-
-    def band_keys(self, signature: np.ndarray) -> list[int]:
-        """Hash each band into one key. SQLite has signed integers only."""
-        return ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
-
     def find_near(self, signature: np.ndarray | None, keys: list[int]) -> Match:
         """Return the most similar kept document that shares a band, if it is similar enough; among
         equally similar ones the first."""
         marks = ",".join("?" * len(keys))
-        sharing = f"select id from bands where key in ({marks})"
         candidates = self.seen.execute(
-            f"select id, signature from kept where id in ({sharing}) order by id", keys)
-        matches = []
+            "select distinct id, signature from bands join kept using (id) "
+            f"where key in ({marks}) order by id", keys)
+        best = NO_MATCH
         for index, other in candidates:
             agree = np.frombuffer(other, np.uint64) == signature
-            matches.append(Match(index, float(agree.mean())))
-        best = max(matches, key=lambda match: match.similarity, default=NO_MATCH)
-        return best if best.similarity >= self.threshold else NO_MATCH
+            similarity = float(agree.mean())
+            if similarity >= self.threshold and similarity > best.similarity:
+                best = Match(index, similarity)
+        return best
 
     def __call__(self, text: str, kind: str = "prose") -> str:
         match = self.find(text, kind)

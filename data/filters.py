@@ -46,6 +46,7 @@ LIMITS = {
 
 # The joiners U+200C and U+200D carry meaning and stay. A lone surrogate has no UTF-8 form.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b\ufeff\ud800-\udfff]")
+DIGIT = re.compile(r"\d")
 SYMBOL = re.compile(r"[!-/:-@\[-`{-~\u2010-\u2bff]")  # \W would also match Indic vowel signs
 # U+FFFD, C1 controls, and UTF-8 that was read as Latin-1 or cp1252: e-acute becomes two characters.
 MOJIBAKE = re.compile("\ufffd|[\x80-\x9f]|[\xc2\xc3][\xa0-\xbf]|\xe2\u20ac")
@@ -97,20 +98,21 @@ def long_lines(text: str, kind: str = "prose") -> str:
     return f"{mean:.0f} characters a line, at most {longest}"
 
 
-def count_visible(text: str) -> int:
-    """Count the characters that are no spaces: indentation would dilute a share of all."""
-    return len("".join(text.split()))
+def visible_share(pattern: re.Pattern, text: str) -> float:
+    """Return the share of the characters that match, without spaces: indentation would dilute it.
+    """
+    return len(pattern.findall(text)) / max(1, len("".join(text.split())))
 
 
 def symbols(text: str, kind: str = "prose") -> str:
     """Drop rulers, ASCII art and markup."""
-    share = len(SYMBOL.findall(text)) / max(1, count_visible(text))
+    share = visible_share(SYMBOL, text)
     return f"{share:.0%} symbols" if share > LIMITS[kind].symbols else ""
 
 
 def digits(text: str, kind: str = "prose") -> str:
     """Drop tables, logs and character maps: they teach nothing but the numbers themselves."""
-    share = len(re.findall(r"\d", text)) / max(1, count_visible(text))
+    share = visible_share(DIGIT, text)
     return f"{share:.0%} digits" if share > LIMITS[kind].digits else ""
 
 
@@ -119,8 +121,7 @@ def repetition(text: str, kind: str = "prose") -> str:
     four words (Gopher). A phrase counts from its fourth use: in a short text two already cover 16%.
     """
     lines = [line.strip() for line in text.split("\n")]
-    distinct = sum(len(line) for line in set(lines))
-    repeated = 1 - distinct / max(1, sum(len(line) for line in lines))
+    repeated = 1 - len("".join(set(lines))) / max(1, len("".join(lines)))
     if repeated > LIMITS[kind].repeated:
         return f"{repeated:.0%} in repeated lines"
     words = text.split()
@@ -128,8 +129,7 @@ def repetition(text: str, kind: str = "prose") -> str:
     if not phrases:
         return ""
     phrase, uses = phrases.most_common(1)[0]
-    covered = uses * sum(len(word) for word in phrase)
-    share = covered / sum(len(word) for word in words)
+    share = uses * len("".join(phrase)) / len("".join(words))
     if uses >= 4 and share > LIMITS[kind].top_4gram:
         return f"{share:.0%} is {' '.join(phrase)[:40]!r}"
     return ""
@@ -156,7 +156,7 @@ def sentences(text: str, kind: str = "prose") -> str:
     C4 keeps lines that end in a mark of a sentence and pages with three sentences, Gopher drops
     pages of lines that end in "...". We ask for one sentence in 200 words. Two more rules are ours:
     of shuffled text, most sentences begin with a small letter; gibberish lacks vowels."""
-    if kind != "prose" or len(CASED.findall(text)) < 0.7 * count_visible(text):
+    if kind != "prose" or visible_share(CASED, text) < 0.7:
         return ""
     words = text.split()
     starts = SENTENCE.findall(text)
@@ -199,10 +199,10 @@ def run_filters(documents, stages: dict):
     add up and later stages never see a dropped document."""
     for document in documents:
         document = document | {"text": normalise(document["text"])}
-        verdict = Verdict(document, "kept", "")
         for name, stage in stages.items():
             reason = stage(document["text"], document.get("kind", "prose"))
             if reason:
-                verdict = Verdict(document, name, reason)
+                yield Verdict(document, name, reason)
                 break
-        yield verdict
+        else:
+            yield Verdict(document, "kept", "")
