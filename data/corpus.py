@@ -34,8 +34,7 @@ def stdlib_files(root: str) -> list[str]:
         for name in files:
             unwanted = name.startswith(("test_", "_sysconfigdata"))  # the latter has local paths
             if name.endswith(".py") and not unwanted:
-                path = os.path.relpath(os.path.join(folder, name), root)
-                found.append(path.replace(os.sep, "/"))
+                found.append(Path(folder, name).relative_to(root).as_posix())
     return sorted(found)
 
 

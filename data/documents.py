@@ -28,11 +28,11 @@ def read_documents(path: str | Path, source: str = ""):
     path = Path(path)
     kind = file_kind(path)
     if kind == "txt":
-        rows = ((str(path), {"text": text}) for text in read_texts(path) if text.strip())
+        rows = ((path, {"text": text}) for text in read_texts(path) if text.strip())
     elif kind in ("jsonl", "json"):
         rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
     elif kind == "parquet":
-        rows = read_parquet(path)
+        rows = ((f"{path}: row {number}", row) for number, row in enumerate(read_parquet(path), 1))
     else:
         raise InputError(f"{path}: no directory, .txt, .jsonl, .json (.gz) or .parquet")
     default_source = source or path.name[:path.name.lower().rindex(f".{kind}")]
@@ -46,27 +46,23 @@ def file_kind(path: Path) -> str:
 
 
 def to_document(row: dict, where: str, default_source: str) -> dict:
-    text = row.get("text")
-    kind = row.get("kind")
-    require(isinstance(text, str), f'{where}: "text" must be a string')
-    require(kind is None or kind in list(LIMITS), f'{where}: "kind" must be one of {list(LIMITS)}')
+    kind = row.get("kind") or "prose"
+    require(isinstance(row.get("text"), str), f'{where}: "text" must be a string')
+    require(kind in list(LIMITS), f'{where}: "kind" must be one of {list(LIMITS)}')
     source = str(row.get("source") or default_source)
     source = re.sub(r"[^\w-]", "_", source)  # it becomes a file name: no slashes, no dots
-    return {"text": text, "source": source, "kind": kind or "prose"}
+    return {"text": row["text"], "source": source, "kind": kind}
 
 
 def read_parquet(path: Path):
-    """Yield (where, row) for the rows of a Parquet file."""
+    """Yield the rows of a Parquet file."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
+            yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a parquet file ({error})") from None
 
@@ -78,14 +74,14 @@ def read_all(paths: str):
     are left out."""
     for name in paths.split(","):
         path = Path(name)
-        if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.name != "merges.txt"
-                     and file_kind(file) in ("txt", "jsonl", "parquet")]
-            require(len(files) > 0, f"{path}: no .jsonl, .txt or .parquet files in it")
-            for file in files:
-                yield from read_documents(file, path.name)
-        else:
+        if not path.is_dir():
             yield from read_documents(path)
+            continue
+        files = [file for file in sorted(path.iterdir()) if file.name != "merges.txt"
+                 and file_kind(file) in ("txt", "jsonl", "parquet")]
+        require(len(files) > 0, f"{path}: no .jsonl, .txt or .parquet files in it")
+        for file in files:
+            yield from read_documents(file, path.name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -95,11 +91,9 @@ def new_directory(path: str, overwrite: bool) -> Path:
     """Return --out as a Path, without what a former run left there. A finished run has a
     report.json, which is written last; only --overwrite removes such a run."""
     out = Path(path)
-    report = out / "report.json"
-    if report.exists():
+    if (out / "report.json").exists():
         require(overwrite, f"{out} holds a finished run: pass --overwrite or another --out")
-        report.unlink()
-        for pattern in ("*.jsonl", "*.bin", "*.ends"):
+        for pattern in ("report.json", "*.jsonl", "*.bin", "*.ends"):
             for file in out.glob(pattern):
                 file.unlink()
     return out

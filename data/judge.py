@@ -46,7 +46,7 @@ class Judge:
 
     def __init__(self, name: str, url: str = "", device="cpu", max_chars: int = 4000):
         self.max_chars = max_chars  # of a text; the rest is not read
-        self.prefixes = {}          # criterion -> its rubric's ids and KV cache
+        self.caches = {}            # question of a criterion -> keys and values of its rubric
         self.server = VLLMClient(url, None, "--judge_url") if url else None
         if url:
             self.name = name or self.server.name
@@ -64,6 +64,11 @@ class Judge:
             scores = pool.map(lambda criterion: self.ask_server(criterion, text), criteria.values())
             return dict(zip(criteria, scores, strict=True))
 
+    def score_document(self, text: str) -> dict[str, float]:
+        """Return the scores of a document by the four criteria, and their mean."""
+        scores = self.score("documents", text)
+        return scores | {"mean": sum(scores.values()) / len(scores)}
+
     def score_answer(self, question: str, answer: str) -> dict[str, float]:
         """Return the scores of an answer by the six criteria; of a long question only the end."""
         return self.score("answers", f"{question[-1000:]}\nAnswer: {answer}")
@@ -75,27 +80,26 @@ class Judge:
 
     @torch.no_grad()
     def ask_model(self, criterion: dict, text: str) -> float:
-        ids, rubric_cache = self.read_rubric(criterion)
+        rubric_cache = self.read_rubric(criterion)
         prompt = self.tokenizer.render_prompt(chat(criterion, text))
         cache = copy.copy(rubric_cache)
         cache.layers = list(rubric_cache.layers)  # the cache grows by new tensors
-        last = self.read(prompt[len(ids):], cache)[0, -1].float()
+        last = self.read(prompt[cache.length:], cache)[0, -1].float()
         digits = [self.tokenizer.encode(digit)[0] for digit in SCORES]
         # No matrix products: autocast would round them to bfloat16, and scores must rank finely.
         logits = (last * self.model.head_weight[digits]).sum(-1)
         probs = logits.softmax(-1).cpu()
         return (probs * torch.arange(1.0, 6.0)).sum().item()
 
-    def read_rubric(self, criterion: dict):
-        """Return the ids in front of every text, and their keys and values: read once."""
+    def read_rubric(self, criterion: dict) -> GrowingKVCache:
+        """Return the keys and values of what stands in front of every text: read once."""
         question = criterion["question"]
-        if question not in self.prefixes:
+        if question not in self.caches:
             prompts = [self.tokenizer.render_prompt(chat(criterion, text)) for text in ("a", "1")]
-            ids = commonprefix(prompts)  # ends in "Text:", before the space
             cache = GrowingKVCache()
-            self.read(ids, cache)
-            self.prefixes[question] = ids, cache
-        return self.prefixes[question]
+            self.read(commonprefix(prompts), cache)  # ends in "Text:", before the space
+            self.caches[question] = cache
+        return self.caches[question]
 
     def read(self, ids: list[int], cache: GrowingKVCache):
         device = self.model.head_weight.device

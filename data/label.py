@@ -70,12 +70,12 @@ def by_id(path: str) -> dict[str, dict]:
 # ---------------------------------------------------------------------------------------------
 # a session
 
-def text_of(side) -> str:
+def text_of(prompt) -> str:
     """Return a text, or messages as one text. `cli` makes control characters visible."""
-    if isinstance(side, str):
-        return side
+    if isinstance(prompt, str):
+        return prompt
     return "\n".join(f"{message['role']}: {message['content'] or message['tool_calls']}"
-                     for message in side)
+                     for message in prompt)
 
 
 def judge(keys, a: str, b: str) -> dict:
@@ -119,8 +119,7 @@ def label(args: Args) -> None:
         pair = pairs[name]
         a, b = ("chosen", "rejected") if draw(seed, name) % 2 else ("rejected", "chosen")
         print(f"\n---- question, {len(todo)} left ----\n{text_of(pair['prompt'])}")
-        print(f"\n---- A ----\n{text_of(pair[a])}")
-        print(f"\n---- B ----\n{text_of(pair[b])}")
+        print(f"\n---- A ----\n{pair[a]}\n\n---- B ----\n{pair[b]}")
         print("\na b = x q, then Enter > ", end="", flush=True)
         row = judge(keys, a, b)
         if row["verdict"] == "quit":

@@ -38,7 +38,8 @@ from lib.args import cli, positive, require
 from lib.files import read_jsonl, write_atomic
 from lib.optim import rng, setup
 from reward import RewardModel
-from sample import load_policy, rollout
+from sample import load_policy
+from tasks.__main__ import rejection_sample
 
 
 @dataclass
@@ -84,15 +85,15 @@ def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[st
                 f'{path}:{number}: must have a "text" and a number or a name under "{field}"')
         texts.append(text)
         labels.append(label)
-    types = {isinstance(label, str) for label in labels}
-    require(len(types) == 1 and len(set(labels)) > 1,
+    names = [label for label in labels if isinstance(label, str)]
+    require(len(names) in (0, len(labels)) and len(set(labels)) > 1,
             f'{path}: "{field}" must hold numbers only or names only, and more than one of them')
-    if isinstance(labels[0], str):
-        classes = sorted(set(labels))
-        numbers = [classes.index(label) for label in labels]
+    if names:
+        classes = sorted(set(names))
+        numbers = [classes.index(name) for name in names]
         return texts, torch.eye(len(classes))[numbers], classes
-    least, greatest = min(labels), max(labels)
-    high = (torch.tensor(labels).float() - least) / (greatest - least)
+    high = torch.tensor(labels).float()
+    high = (high - high.min()) / (high.max() - high.min())
     return texts, torch.stack((1 - high, high), 1), ["low", QUALITY]
 
 
@@ -115,11 +116,11 @@ class Classifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, bags: list[torch.Tensor]):
-        sizes = torch.tensor([len(bag) for bag in bags])
-        starts = sizes.cumsum(0) - sizes
-        scale = sizes.clamp_min(1).rsqrt().repeat_interleave(sizes)
-        return self.bias + F.embedding_bag(torch.cat(bags), self.weight, starts, mode="sum",
-                                           per_sample_weights=scale)
+        rows = F.embedding(torch.cat(bags), self.weight)
+        sums = []
+        for some in rows.split([len(bag) for bag in bags]):
+            sums.append(some.sum(0) / max(1, len(some)) ** 0.5)
+        return self.bias + torch.stack(sums)
 
 
 def train(bags: list, targets: torch.Tensor, seed: int) -> Classifier:
@@ -197,18 +198,19 @@ def best(scores, sizes, keep: float) -> np.ndarray:
     return kept
 
 
-def best_documents(args: Args, scorers: list, classes: list[str]):
+def best_documents(args: Args, scorers: list, classes: list[str], autocast):
     """Yield the documents of --data to keep, with their scores. If the classes are domains, the
     most probable one becomes the source. What is kept depends on all scores, and documents need
     not fit in memory, so --data is read twice."""
     rows = []
     sizes = []
-    for document in tqdm(documents.read_all(args.data), "scores", disable=None):
-        scores = {}
-        for scorer in scorers:
-            scores |= scorer(document["text"])
-        rows.append(scores)
-        sizes.append(len(document["text"]))
+    with autocast:
+        for document in tqdm(documents.read_all(args.data), "scores", disable=None):
+            scores = {}
+            for scorer in scorers:
+                scores |= scorer(document["text"])
+            rows.append(scores)
+            sizes.append(len(document["text"]))
     ranks = [scores.get(QUALITY, scores.get("mean", 0.0)) for scores in rows]
     kept = best(ranks, sizes, args.keep)
     for document, scores, good in zip(documents.read_all(args.data), rows, kept, strict=True):
@@ -221,44 +223,35 @@ def best_documents(args: Args, scorers: list, classes: list[str]):
 # ---------------------------------------------------------------------------------------------
 # synthetic data
 
-def passing_answers(args: Args, device, autocast) -> list:
-    """Let --policy answer questions of the split that pre-training documents are made of, and
-    return the distinct answers that pass their check (report sections 3.1 and 4.1)."""
+def generated(args: Args, device, autocast):
+    """Yield documents made of what --policy answers to questions of the split that pre-training
+    documents are made of, if it passes its check (report sections 3.1 and 4.1). With
+    --reward_model, only the best answer to each question stays, and of these the share --keep."""
     policy, tokenizer = load_policy(args.policy, device)
     queries = tasks.queries.builtin("sft", args.generate, args.seed)
     tasks.queries.require_isolation(queries, args.allow_unsafe_code)
+    domains = {query["prompt"]: query["domain"] for query in queries}
     with autocast:
-        groups = rollout(policy, tokenizer, queries, args.responses, 128, seed=args.seed,
-                         score=tasks.queries.score_steps)
-    passed = []
-    for group in groups:
-        distinct = {answer.text: answer for answer in group if answer.score == 1}
-        passed.extend(distinct.values())
-    n_answers = args.generate * args.responses
-    print(f"  {len(passed)} different answers of {n_answers} pass their check")
-    return passed
-
-
-def generated(args: Args, device, autocast):
-    """Yield documents made of the answers that pass their check. With --reward_model, only the
-    best answer to each question stays, and of these the share --keep of highest reward."""
-    passed = passing_answers(args, device, autocast)
-    chosen = [(0.0, answer) for answer in passed]
-    if args.reward_model and passed:
+        rows = rejection_sample(policy, tokenizer, queries, args.responses, 128, args.seed)
+    print(f"  {len(rows)} different answers of {len(queries)} x {args.responses} pass their check")
+    chosen = [(0.0, row) for row in rows]
+    if args.reward_model and rows:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
-        prompts = [answer.query["prompt"] for answer in passed]
+        prompts = [row["messages"][0]["content"] for row in rows]
+        answers = [row["messages"][1]["content"] for row in rows]
         with autocast:
-            rewards = scorer.score(prompts, [answer.text for answer in passed])
+            rewards = scorer.score(prompts, answers)
         best = {}
-        for reward, answer in sorted(zip(rewards, passed, strict=True), key=itemgetter(0)):
-            best[answer.query["prompt"]] = (reward, answer)  # the later one has the higher reward
-        chosen = sorted(best.values(), key=lambda pair: -pair[0])
+        for prompt, reward, row in sorted(zip(prompts, rewards, rows, strict=True),
+                                          key=itemgetter(1)):
+            best[prompt] = (reward, row)  # the later one has the higher reward
+        chosen = sorted(best.values(), key=itemgetter(0), reverse=True)
         chosen = chosen[:round(args.keep * len(chosen))]
-    for i, (reward, answer) in enumerate(chosen):
+    for i, (reward, row) in enumerate(chosen):
+        prompt, answer = [message["content"] for message in row["messages"]]
         form = tasks.queries.FORMS[i % len(tasks.queries.FORMS)]
-        yield {"text": form.format(answer.query["prompt"], answer.text),
-               "source": f"generated_{answer.query['domain']}", "kind": "synthetic",
-               "scores": {"reward": reward}}
+        yield {"text": form.format(prompt, answer), "source": f"generated_{domains[prompt]}",
+               "kind": "synthetic", "scores": {"reward": reward}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,12 +269,7 @@ def main(args: Args) -> dict:
         report["sources"] = documents.write_sources(out, generated(args, device, autocast))
     if judged:
         judge = Judge(args.judge, args.judge_url, device, args.judge_chars)
-
-        def by_judge(text):
-            with autocast:
-                scores = judge.score("documents", text)
-            return scores | {"mean": sum(scores.values()) / len(scores)}
-        scorers.append(by_judge)
+        scorers.append(judge.score_document)
     if args.labels:
         texts, targets, classes = read_labels(args.labels, args.label)
         bags = [features(text) for text in texts]
@@ -291,14 +279,14 @@ def main(args: Args) -> dict:
         classifier = train(bags, targets, args.seed)
         scorers.append(lambda text: classify(classifier, classes, text))
     if judged and QUALITY in classes:
-        rows = [by_judge(text) for text in tqdm(texts, "judge", disable=None)]
+        with autocast:
+            rows = [judge.score_document(text) for text in tqdm(texts, "judge", disable=None)]
         good = targets[:, 1] > 0.5
-        report["judge"] = {}
-        for name in rows[0]:
-            report["judge"][name] = auc([row[name] for row in rows], good)
+        report["judge"] = {name: auc([row[name] for row in rows], good) for name in rows[0]}
         print(f"judge, AUC: {report['judge']}")
     if args.data:
-        report["sources"] = documents.write_sources(out, best_documents(args, scorers, classes))
+        kept = best_documents(args, scorers, classes, autocast)
+        report["sources"] = documents.write_sources(out, kept)
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"quality: {out} ready: {report.get('sources', {})}")
     return report
