@@ -10,17 +10,14 @@ criteria of the report's reward labels (section 4.3). A criterion has a question
 
 A server must speak OpenAI's chat protocol, with log-probabilities; its key is OPENAI_API_KEY.
 """
-import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from math import exp
-from os.path import commonprefix
 from pathlib import Path
 
 import torch
 
 from lib.args import require
-from lib.cache import GrowingKVCache
 from lib.vllm_client import VLLMClient
 from model import Qwen2
 from tokenizer import Tokenizer
@@ -32,12 +29,13 @@ SCORES = ("1", "2", "3", "4", "5")
 def chat(criterion: dict, text: str) -> list[dict]:
     """Return the messages that ask for a score: the examples are earlier turns of the chat."""
     anchors = [f"{score}: {meaning}" for score, meaning in criterion["anchors"].items()]
-    task = "\n".join([criterion["question"], *anchors, "Reply with a number from 1 to 5."])
-    messages = [{"role": "system", "content": task}]
+    task = [criterion["question"], *anchors, "Reply with a number from 1 to 5."]
+    messages = [{"role": "system", "content": "\n".join(task)}]
     for example, score in criterion["examples"]:
         messages.append({"role": "user", "content": f"Text: {example}"})
         messages.append({"role": "assistant", "content": score})
-    return [*messages, {"role": "user", "content": f"Text: {text.strip()}"}]
+    messages.append({"role": "user", "content": f"Text: {text.strip()}"})
+    return messages
 
 
 class Judge:
@@ -46,9 +44,9 @@ class Judge:
 
     def __init__(self, name: str, url: str = "", device="cpu", max_chars: int = 4000):
         self.max_chars = max_chars  # of a text; the rest is not read
-        self.caches = {}            # question of a criterion -> keys and values of its rubric
-        self.server = VLLMClient(url, None, "--judge_url") if url else None
+        self.server = None
         if url:
+            self.server = VLLMClient(url, None, "--judge_url")
             self.name = name or self.server.name
         else:
             self.model = Qwen2.from_pretrained(name, device=device)
@@ -57,12 +55,13 @@ class Judge:
     def score(self, rubric: str, text: str) -> dict[str, float]:
         """Return {criterion: score from 1 to 5} of a text."""
         criteria = RUBRICS[rubric]
-        text = text[:self.max_chars]
+        chats = [chat(criterion, text[:self.max_chars]) for criterion in criteria.values()]
         if self.server is None:
-            return {name: self.ask_model(criteria[name], text) for name in criteria}
-        with ThreadPoolExecutor(len(criteria)) as pool:
-            scores = pool.map(lambda criterion: self.ask_server(criterion, text), criteria.values())
-            return dict(zip(criteria, scores, strict=True))
+            scores = [self.ask_model(messages) for messages in chats]
+        else:
+            with ThreadPoolExecutor(len(chats)) as pool:
+                scores = list(pool.map(self.ask_server, chats))
+        return dict(zip(criteria, scores, strict=True))
 
     def score_document(self, text: str) -> dict[str, float]:
         """Return the scores of a document by the four criteria, and their mean."""
@@ -76,48 +75,32 @@ class Judge:
     def approves(self, messages: list[dict]) -> bool:
         """Say whether the last message scores at least 3 by every criterion (our choice)."""
         question = "\n".join(message["content"] or "" for message in messages[:-1])
-        return min(self.score_answer(question, messages[-1]["content"]).values()) >= 3
+        scores = self.score_answer(question, messages[-1]["content"])
+        return min(scores.values()) >= 3
 
     @torch.no_grad()
-    def ask_model(self, criterion: dict, text: str) -> float:
-        rubric_cache = self.read_rubric(criterion)
-        prompt = self.tokenizer.render_prompt(chat(criterion, text))
-        cache = copy.copy(rubric_cache)
-        cache.layers = list(rubric_cache.layers)  # the cache grows by new tensors
-        last = self.read(prompt[cache.length:], cache)[0, -1].float()
+    def ask_model(self, messages: list[dict]) -> float:
+        prompt = self.tokenizer.render_prompt(messages)
+        ids = torch.tensor([prompt], device=self.model.head_weight.device)
+        last = self.model.hidden(ids)[0, -1].float()
         digits = [self.tokenizer.encode(digit)[0] for digit in SCORES]
         # No matrix products: autocast would round them to bfloat16, and scores must rank finely.
         logits = (last * self.model.head_weight[digits]).sum(-1)
         probs = logits.softmax(-1).cpu()
         return (probs * torch.arange(1.0, 6.0)).sum().item()
 
-    def read_rubric(self, criterion: dict) -> GrowingKVCache:
-        """Return the keys and values of what stands in front of every text: read once."""
-        question = criterion["question"]
-        if question not in self.caches:
-            prompts = [self.tokenizer.render_prompt(chat(criterion, text)) for text in ("a", "1")]
-            cache = GrowingKVCache()
-            self.read(commonprefix(prompts), cache)  # ends in "Text:", before the space
-            self.caches[question] = cache
-        return self.caches[question]
-
-    def read(self, ids: list[int], cache: GrowingKVCache):
-        device = self.model.head_weight.device
-        return self.model.hidden(torch.tensor([ids], device=device), cache=cache)
-
-    def ask_server(self, criterion: dict, text: str) -> float:
-        body = {"model": self.name, "messages": chat(criterion, text), "max_tokens": 1,
-                "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    def ask_server(self, messages: list[dict]) -> float:
+        body = {"model": self.name, "messages": messages, "max_tokens": 1, "temperature": 0,
+                "logprobs": True, "top_logprobs": 20}
         return self.server.ask("v1/chat/completions", body, expected_score)
 
 
 def expected_score(reply: dict) -> float:
     """Return the expectation over the digits among the likeliest first tokens of a chat reply."""
     choice = reply["choices"][0]
-    first = choice["logprobs"]["content"][0]
     total = 0.0
     weighted = 0.0
-    for token in first["top_logprobs"]:
+    for token in choice["logprobs"]["content"][0]["top_logprobs"]:
         digit = token["token"].strip()
         if digit in SCORES:
             prob = exp(token["logprob"])

@@ -36,7 +36,7 @@ def test_the_rubric_file_is_complete():
 
 
 def test_the_score_is_the_expectation_over_the_score_tokens(micro_run):
-    """A prompt per criterion, read whole and without a cache; the rubric in front is shared."""
+    """A prompt per criterion, against the probabilities of the whole vocabulary."""
     model, tokenizer = load_policy(micro_run, "cpu")
     scorer = Judge(str(micro_run), max_chars=80)
     for text in TEXTS:
