@@ -16,8 +16,6 @@ A test item with fewer than 13 tokens cannot be found by this rule.
 from collections import defaultdict
 from typing import NamedTuple
 
-import numpy as np
-
 from data.dedup import ngram_hashes, word_ids
 
 MIN_COMMON = 13  # tokens
@@ -54,35 +52,28 @@ class Contamination:
         for item, ids in enumerate(self.ids):
             for position, gram in enumerate(ngram_hashes(ids, MIN_COMMON).tolist()):
                 self.places[gram].append((item, position))
-        self.grams = np.array(sorted(self.places), dtype=np.uint64)
-
-    def shared_grams(self, ids: np.ndarray):
-        """Yield (position in ids, test item, position in the item) for each shared 13-gram."""
-        if len(self.grams) == 0:
-            return
-        grams = ngram_hashes(ids, MIN_COMMON)
-        nearest = np.searchsorted(self.grams[:-1], grams)  # the first that is not smaller
-        for position in np.flatnonzero(self.grams[nearest] == grams).tolist():
-            for item, offset in self.places[int(grams[position])]:
-                yield position, item, offset
 
     def find(self, text: str, kind: str = "prose") -> Hit:
         """Return the first test item that the document holds, or Hit(-1, 0)."""
         ids = word_ids(text)
+        grams = ngram_hashes(ids, MIN_COMMON).tolist()
+        if self.places.keys().isdisjoint(grams):  # as most documents are
+            return Hit(-1, 0)
         min_share = 1.0 if kind == "synthetic" else MIN_SHARE
         tried = set()
-        for position, item, offset in self.shared_grams(ids):
-            size = len(self.ids[item])
-            start = position - offset - size // 2
-            # The 13-grams of one passage give nearly the same stretch: one of them is enough.
-            passage = (item, start // (size // 4 + 1))
-            if passage in tried:
-                continue
-            tried.add(passage)
-            stretch = ids[max(0, start):start + 2 * size]
-            common = lcs_length(self.ids[item].tolist(), stretch.tolist())
-            if common >= max(MIN_COMMON, min_share * min(size, len(ids))):
-                return Hit(item, common)
+        for position, gram in enumerate(grams):
+            for item, offset in self.places.get(gram, []):
+                size = len(self.ids[item])
+                start = position - offset - size // 2
+                # The 13-grams of one passage give nearly the same stretch: one of them is enough.
+                passage = (item, start // (size // 4 + 1))
+                if passage in tried:
+                    continue
+                tried.add(passage)
+                stretch = ids[max(0, start):start + 2 * size]
+                common = lcs_length(self.ids[item].tolist(), stretch.tolist())
+                if common >= max(MIN_COMMON, min_share * min(size, len(ids))):
+                    return Hit(item, common)
         return Hit(-1, 0)
 
     def __call__(self, text: str, kind: str = "prose") -> str:

@@ -48,7 +48,9 @@ def to_message(turn) -> dict:
     require(isinstance(turn, dict), WANTED)
     if "from" not in turn:
         message = {"role": turn.get("role"), "content": join_parts(turn.get("content"))}
-        return message | {key: turn[key] for key in turn if key == "tool_calls"}
+        if "tool_calls" in turn:
+            message["tool_calls"] = turn["tool_calls"]
+        return message
     role = str(turn["from"])
     content = turn.get("value")
     if role != "function_call":

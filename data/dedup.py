@@ -73,14 +73,13 @@ class NearDuplicates:
     """A stage that drops documents which repeat an earlier kept one.
 
     A pair of Jaccard similarity s has one band of `rows` hashes in common with probability
-    1 - (1 - s^rows)^bands: 5% at s = 0.5, 77% at 0.75, 99.96% at 0.9. Among the half million pairs
-    of 1000 pages from one template, 5% is too many. So a pair must also agree in a share
-    `threshold` of all hashes, which estimates s to within 0.04; threshold=0 gives the bare curve.
+    1 - (1 - s^rows)^bands: 5% at s = 0.5, 77% at 0.75, 99.96% at 0.9. Of half a million pairs of
+    pages from one template 5% are too many, so a pair must also agree in a share `threshold` of all
+    hashes, which estimates s to within 0.04; threshold=0 gives the bare curve.
 
     Only kept documents are matched, so a chain A~B~C does not drop C. Generated documents (kind
     "synthetic") are only dropped if they are equal: questions that differ in one number are alike
-    on purpose. The memory stays flat: what was seen, 1.5 KB per document, lies in a temporary file
-    of SQLite."""
+    on purpose. What was seen, 1.5 KB per document, lies in a temporary file of SQLite."""
 
     def __init__(self, threshold: float = 0.75, *, bands: int = 14, rows: int = 8, seed: int = 0):
         random = np.random.default_rng(seed)

@@ -1,16 +1,15 @@
 """Rules that drop bad documents, each with a stated reason (report section 3.1, filtering).
 
-The report filters with Qwen2-Instruct models that score each document; data/quality.py does that.
-The rules here come before: they are cheap, and each one says why it drops a document. The report
-discloses no rules. These follow Gopher (Rae et al. 2021, table A1) and StarCoder (Li et al. 2023,
-section 3). Where a limit differs from theirs, it is our choice, made by reading what the built-in
-corpus lost.
+The report filters with Qwen2-Instruct models that score each document (data/quality.py). It
+discloses no rules. These come before and are cheap; they follow Gopher (Rae et al. 2021, table A1)
+and StarCoder (Li et al. 2023, section 3). Where a limit differs from theirs, it is our choice, made
+by reading what the built-in corpus lost.
 
     for verdict in run_filters(documents, FILTERS):
         print(verdict.stage, verdict.reason)
 
-A stage is any function (text, kind) -> reason, where "" means keep. `NearDuplicates` and
-`Contamination` are stages too. `python -m data` runs them all.
+A stage is any function (text, kind) -> reason, where "" means keep. `python -m data` runs these,
+`NearDuplicates` and `Contamination`.
 """
 import re
 import unicodedata
@@ -99,8 +98,7 @@ def long_lines(text: str, kind: str = "prose") -> str:
 
 
 def visible_share(pattern: re.Pattern, text: str) -> float:
-    """Return the share of the characters that match, without spaces: indentation would dilute it.
-    """
+    """Return the share of the characters that match; spaces (indentation) do not count."""
     return len(pattern.findall(text)) / max(1, len("".join(text.split())))
 
 
@@ -117,9 +115,8 @@ def digits(text: str, kind: str = "prose") -> str:
 
 
 def repetition(text: str, kind: str = "prose") -> str:
-    """Drop text in which too many of the characters stand in lines seen before, or in one phrase of
-    four words (Gopher). A phrase counts from its fourth use: in a short text two already cover 16%.
-    """
+    """Drop text of which too much stands in lines seen before, or in one phrase of four words
+    (Gopher). A phrase counts from its fourth use: in a short text two already cover 16%."""
     lines = [line.strip() for line in text.split("\n")]
     repeated = 1 - len("".join(set(lines))) / max(1, len("".join(lines)))
     if repeated > LIMITS[kind].repeated:

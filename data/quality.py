@@ -7,8 +7,8 @@ dimensions and thresholds are not disclosed; ours are our choice. There are two 
 
   judge       A chat model scores each document from 1 to 5 by four criteria (data/judge.py).
   classifier  Softmax regression on hashed word 1- and 2-grams, trained in seconds: the cheap
-              stand-in where a judge cannot read everything. From numbers (people's verdicts, or a
-              judge's scores of a sample) it learns what is good, from names which domain is which.
+              stand-in. From numbers (people's verdicts, or a judge's scores of a sample) it learns
+              what is good, from names which domain is which.
 
     python -m data.quality --labels web_labels.jsonl                    # cross-validated AUC
     python -m data.quality --labels web_labels.jsonl --data runs/data --keep 0.5 --out runs/good
