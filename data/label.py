@@ -147,13 +147,15 @@ def label_by_judge(args: Args) -> None:
 def compare(chosen: dict[str, float], rejected: dict[str, float]) -> dict:
     """Return a judge's label: the better answer by each criterion and, as its verdict, by the mean
     of the six scores (our choice). Gaps below TIE are ties."""
-    gaps = {name: chosen[name] - rejected[name] for name in CRITERIA}
-    gaps["overall"] = sum(gaps.values()) / len(gaps)
-    verdicts = {}
-    for name, gap in gaps.items():
-        winner = "chosen" if gap > 0 else "rejected"
-        verdicts[name] = "tie" if abs(gap) < TIE else winner
-    return {"verdict": verdicts.pop("overall"), "criteria": verdicts}
+    criteria = {name: verdict(chosen[name] - rejected[name]) for name in CRITERIA}
+    gap = (sum(chosen.values()) - sum(rejected.values())) / len(CRITERIA)
+    return {"verdict": verdict(gap), "criteria": criteria}
+
+
+def verdict(gap: float) -> str:
+    if abs(gap) < TIE:
+        return "tie"
+    return "chosen" if gap > 0 else "rejected"
 
 
 # ---------------------------------------------------------------------------------------------
