@@ -145,16 +145,10 @@ def classify(model: Classifier, classes: list[str], text: str) -> dict[str, floa
     return {QUALITY: scores[QUALITY]} if QUALITY in scores else scores
 
 
-def cross_validate(texts: list[str], bags: list, targets: torch.Tensor, folds: int, seed: int):
-    """Return (n, classes) probabilities, each by a model that saw neither the text nor a
-    near-duplicate of it: near-duplicates fall into one fold together."""
-    near = dedup.NearDuplicates()
-    groups = []
-    for i, text in enumerate(texts):
-        match = near.find(text)
-        groups.append(i if match.index < 0 else match.index)
-    shuffled = torch.randperm(len(texts), generator=rng(seed, 1))
-    fold = shuffled[groups] % folds
+def cross_validate(bags: list, targets: torch.Tensor, folds: int, seed: int) -> torch.Tensor:
+    """Return (n, classes) probabilities, each by a model that has not seen the text. The texts
+    should be without near-duplicates, as those that `python -m data` writes are."""
+    fold = torch.randperm(len(bags), generator=rng(seed, 1)) % folds
     probs = torch.zeros_like(targets)
     for k in range(folds):
         seen = (fold != k).nonzero().flatten()
@@ -273,7 +267,7 @@ def main(args: Args) -> dict:
     if args.labels:
         texts, targets, classes = read_labels(args.labels, args.label)
         bags = [features(text) for text in texts]
-        probs = cross_validate(texts, bags, targets, FOLDS, args.seed)
+        probs = cross_validate(bags, targets, FOLDS, args.seed)
         report["classifier"] = agreement(probs, targets, classes)
         print(f"classifier, {FOLDS} folds: {report['classifier']}")
         classifier = train(bags, targets, args.seed)

@@ -59,7 +59,7 @@ def web_pages(folder: Path) -> tuple[list[dict], list[float]]:
     labelled = folder / "dclm_quality_labels.jsonl"
     texts, targets, _ = quality.read_labels(str(labelled), "label")
     bags = [quality.features(text) for text in texts]
-    probs = quality.cross_validate(texts, bags, targets, folds=5, seed=0)
+    probs = quality.cross_validate(bags, targets, folds=5, seed=0)
     known = {
         filters.normalise(text): p for text, p in zip(texts, probs[:, 1].tolist(), strict=True)
     }
