@@ -91,37 +91,31 @@ class NearDuplicates:
         self.seen = sqlite3.connect("")  # without a name: it goes with the process
         self.seen.executescript("""
             pragma journal_mode = off; pragma cache_size = -32768;
-            create table kept (id integer primary key, digest blob unique, start text,
-                               signature blob);
+            create table kept (id integer primary key, start text, signature blob);
             create table bands (key integer, id integer, primary key (key, id)) without rowid""")
 
     def find(self, text: str, kind: str = "prose") -> Match:
         """Return the Match of this document, and remember it as kept if there is none. Documents
-        are numbered by calls."""
+        are numbered by calls. Its keys are a hash of the whole text and one of each band."""
         index = self.count
         self.count += 1
-        content = " ".join(text.split()).encode("utf-8", "replace")
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        equal = self.seen.execute("select id from kept where digest = ?", (digest,)).fetchone()
-        if equal:
-            return Match(equal[0], 1.0)
-        signature = None
-        keys = []
         ids = word_ids(text)
+        signature = minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
+        content = " ".join(text.split()).encode("utf-8", "replace")
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        keys = [int.from_bytes(digest, "big", signed=True)]  # SQLite has signed integers only
         if kind != "synthetic" and len(ids) > 0:
-            signature = minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
-            # Each band is hashed into one key. SQLite has signed integers only.
-            keys = ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
+            keys += ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
         match = self.find_near(signature, keys)
         if match == NO_MATCH:
-            row = (index, digest, text[:60], signature)
-            self.seen.execute("insert into kept values (?, ?, ?, ?)", row)
+            row = (index, text[:60], signature)
+            self.seen.execute("insert into kept values (?, ?, ?)", row)
             bands = [(key, index) for key in keys]
             self.seen.executemany("insert into bands values (?, ?)", bands)
         return match
 
-    def find_near(self, signature: np.ndarray | None, keys: list[int]) -> Match:
-        """Return the most similar kept document that shares a band, if it is similar enough; among
+    def find_near(self, signature: np.ndarray, keys: list[int]) -> Match:
+        """Return the most similar kept document that shares a key, if it is similar enough; among
         equally similar ones the first."""
         marks = ",".join("?" * len(keys))
         candidates = self.seen.execute(
