@@ -22,7 +22,7 @@ as labels it gets one .jsonl per domain, and the weights of pretrain.py sample d
 """
 import json
 from dataclasses import asdict, dataclass
-from operator import itemgetter
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -228,24 +228,22 @@ def generated(args: Args, device, autocast):
     with autocast:
         rows = rejection_sample(policy, tokenizer, queries, args.responses, 128, args.seed)
     print(f"  {len(rows)} different answers of {len(queries)} x {args.responses} pass their check")
-    chosen = [(0.0, row) for row in rows]
+    prompts = [row["messages"][0]["content"] for row in rows]
+    answers = [row["messages"][1]["content"] for row in rows]
+    rewards = [0.0] * len(rows)
+    chosen = range(len(rows))
     if args.reward_model and rows:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
-        prompts = [row["messages"][0]["content"] for row in rows]
-        answers = [row["messages"][1]["content"] for row in rows]
         with autocast:
             rewards = scorer.score(prompts, answers)
         best = {}
-        for prompt, reward, row in sorted(zip(prompts, rewards, rows, strict=True),
-                                          key=itemgetter(1)):
-            best[prompt] = (reward, row)  # the later one has the higher reward
-        chosen = sorted(best.values(), key=itemgetter(0), reverse=True)
+        for i in sorted(chosen, key=rewards.__getitem__):
+            best[prompts[i]] = i  # the later one has the higher reward
+        chosen = sorted(best.values(), key=rewards.__getitem__, reverse=True)
         chosen = chosen[:round(args.keep * len(chosen))]
-    for i, (reward, row) in enumerate(chosen):
-        prompt, answer = [message["content"] for message in row["messages"]]
-        form = tasks.queries.FORMS[i % len(tasks.queries.FORMS)]
-        yield {"text": form.format(prompt, answer), "source": f"generated_{domains[prompt]}",
-               "kind": "synthetic", "scores": {"reward": reward}}
+    for i, form in zip(chosen, cycle(tasks.queries.FORMS), strict=False):
+        yield {"text": form.format(prompts[i], answers[i]), "kind": "synthetic",
+               "source": f"generated_{domains[prompts[i]]}", "scores": {"reward": rewards[i]}}
 
 
 # ---------------------------------------------------------------------------------------------
