@@ -166,10 +166,8 @@ def report(args: Args) -> None:
     pairs = by_id(args.pairs)
     people = {}  # label file -> {pair: label}
     for path in args.report.split(","):
-        labels = {}
-        for _, row in read_jsonl(path):
-            if row.get("pair") in pairs:
-                labels[row["pair"]] = row  # the last line on a pair counts
+        # The last line on a pair counts.
+        labels = {row["pair"]: row for _, row in read_jsonl(path) if row.get("pair") in pairs}
         require(len(labels) > 0, f"{path}: no label of a pair in {args.pairs}")
         people[path] = labels
         report_person(path, list(labels.values()))
