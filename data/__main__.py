@@ -7,7 +7,7 @@ rules (filters.py), near-duplicates (dedup.py), and the report's own decontamina
 contamination.py). data/quality.py scores by models. Personal data and licences are not covered.
 
     python -m data                              # on text found on any machine, under a minute
-    python -m data --input web.jsonl.gz,books.parquet --languages en,zh --out runs/mine
+    python -m data --input web.jsonl.gz,books.parquet --out runs/mine
     python -m data --input web/ --tokenizer runs/demo/tokenizer --out runs/web    # and tokens
 
 --out gets one {source}.jsonl per source, report.json, and with --tokenizer the token files that
@@ -17,7 +17,6 @@ import json
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import tasks.queries
@@ -25,7 +24,7 @@ from data.contamination import Contamination
 from data.corpus import builtin_corpus, synthetic
 from data.dedup import NearDuplicates
 from data.documents import new_directory, read_all, read_documents, write_sources
-from data.filters import FILTERS, other_language, run_filters
+from data.filters import FILTERS, run_filters
 from data.mixture import is_held_out, write_tokens
 from lib.args import cli, require
 from lib.files import write_atomic
@@ -38,7 +37,6 @@ class Args:
     out: str = "runs/data"         # directory for {source}.jsonl and report.json
     input: str = ""                # files or directories, comma-separated; empty: built-in corpus
     evals: str = "test"            # test sets to keep out: names or files, comma-separated
-    languages: str = ""            # of prose to keep, as en,zh,unknown (language.py); empty: all
     tokenizer: str = ""            # directory: write token files too, for pretrain.py to map
     max_mb: float = 6.0            # of standard library files in the built-in corpus
     synthetic_mb: float = 2.0      # of generated documents in the built-in corpus
@@ -117,9 +115,7 @@ def main(args: Args) -> dict:
     started = time.time()
     out = new_directory(args.out, args.overwrite)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
-    wanted = tuple(filter(None, args.languages.split(",")))
-    stages = FILTERS | {"language": partial(other_language, wanted=wanted),
-                        "duplicate": NearDuplicates(args.threshold, seed=args.seed),
+    stages = FILTERS | {"duplicate": NearDuplicates(args.threshold, seed=args.seed),
                         "contaminated": Contamination(load_tests(args.evals))}
     sources = {}
     dropped = Counter()

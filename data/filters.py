@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from data.language import language
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -164,17 +162,6 @@ def sentences(text: str, kind: str = "prose") -> str:
         return f"{small} of {len(starts)} sentences begin with a small letter"
     voiceless = len(VOICELESS.findall(text))
     return f"{voiceless} words without a vowel" if voiceless > len(words) / 5 else ""
-
-
-def other_language(text: str, kind: str = "prose", wanted=()) -> str:
-    """Drop prose in a language that is not in `wanted`; with nothing wanted, keep all. A page is
-    "unknown" if not even one word in twenty is a frequent word of its language."""
-    if not wanted or kind != "prose":
-        return ""
-    found, share = language(text)
-    if share <= 0.05:
-        found = "unknown"
-    return "" if found in wanted else f"language {found}"
 
 
 # We leave out Gopher's stop-word test: it drops every language but English.

@@ -1,9 +1,8 @@
 """Guess the language of a text, without a model.
 
 The script of the letters decides first: a text in Hangul is Korean. Languages that share a script
-are told apart by their most frequent words. Thirty languages are known (tests/test_filters.py).
-data/filters.py keeps the prose of wanted languages with it, and tasks/ifeval.py checks the
-instruction to answer in a given language.
+are told apart by their most frequent words. Thirty languages are known. tasks/ifeval.py checks with
+it the instruction to answer in a given language.
 """
 import unicodedata
 from collections import Counter
