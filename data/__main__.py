@@ -7,7 +7,7 @@ rules (filters.py), near-duplicates (dedup.py), and the report's own decontamina
 contamination.py). data/quality.py scores by models. Personal data and licences are not covered.
 
     python -m data                              # on text found on any machine, under a minute
-    python -m data --input web.jsonl.gz,books.parquet --out runs/mine
+    python -m data --input web.jsonl.gz,books.txt --out runs/mine
     python -m data --input web/ --tokenizer runs/demo/tokenizer --out runs/web    # and tokens
 
 --out gets one {source}.jsonl per source, report.json, and with --tokenizer the token files that

@@ -1,10 +1,10 @@
-"""Documents in and out: .txt, .jsonl, .json and .parquet files become one stream of dicts.
+"""Documents in and out: .txt, .jsonl and .json files become one stream of dicts.
 
 A document is {"text", "source", "kind"}. The source names the file that it is written to, and the
 weight that a mixture gives it. The kind is prose, code or synthetic, and sets the limits of the
 filters. Everything reads and writes one document at a time, so the input need not fit in memory.
 
-    for document in read_all("web/,books.parquet,notes.txt.gz"):
+    for document in read_all("web/,books.jsonl,notes.txt.gz"):
         print(document["source"], document["text"][:60])
 """
 import json
@@ -21,23 +21,21 @@ from lib.files import atomic_path, read_jsonl, read_texts
 # reading
 
 def read_documents(path: str | Path, source: str = ""):
-    """Yield the documents of one .txt, .jsonl, .json (each may end in .gz) or .parquet file.
+    """Yield the documents of one .txt, .jsonl or .json file, which may end in .gz.
 
     A row has a "text", and optionally a "source" and a "kind". Without one, the source is `source`
     or else the file's name, and the kind is prose. Raises InputError with the file and the line."""
     path = Path(path)
     kind = file_kind(path)
     if kind == "txt":
-        rows = ((path, {"text": text}) for text in read_texts(path) if text.strip())
+        rows = enumerate({"text": text} for text in read_texts(path) if text.strip())
     elif kind in ("jsonl", "json"):
-        rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-    elif kind == "parquet":
-        rows = ((f"{path}: row {number}", row) for number, row in enumerate(read_parquet(path), 1))
+        rows = read_jsonl(path)
     else:
-        raise InputError(f"{path}: no directory, .txt, .jsonl, .json (.gz) or .parquet")
+        raise InputError(f"{path}: no directory, .txt, .jsonl or .json (.gz)")
     default_source = source or path.name[:path.name.lower().rindex(f".{kind}")]
-    for where, row in rows:
-        yield to_document(row, where, default_source)
+    for number, row in rows:
+        yield to_document(row, f"{path}:{number}", default_source)
 
 
 def file_kind(path: Path) -> str:
@@ -54,32 +52,19 @@ def to_document(row: dict, where: str, default_source: str) -> dict:
     return {"text": row["text"], "source": source, "kind": kind}
 
 
-def read_parquet(path: Path):
-    """Yield the rows of a Parquet file."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a parquet file ({error})") from None
-
-
 def read_all(paths: str):
     """Yield the documents of files and directories, whose names are separated by commas. In a
-    directory, all .jsonl, .txt and .parquet files are read; they are one source unless their rows
-    name others. Its .json files are reports and settings, and merges.txt is a tokenizer's: these
-    are left out."""
+    directory, all .jsonl and .txt files are read; they are one source unless their rows name
+    others. Its .json files are reports and settings, and merges.txt is a tokenizer's: these are
+    left out."""
     for name in paths.split(","):
         path = Path(name)
         if not path.is_dir():
             yield from read_documents(path)
             continue
         files = [file for file in sorted(path.iterdir()) if file.name != "merges.txt"
-                 and file_kind(file) in ("txt", "jsonl", "parquet")]
-        require(len(files) > 0, f"{path}: no .jsonl, .txt or .parquet files in it")
+                 and file_kind(file) in ("txt", "jsonl")]
+        require(len(files) > 0, f"{path}: no .jsonl or .txt files in it")
         for file in files:
             yield from read_documents(file, path.name)
 

@@ -1,8 +1,6 @@
 """data/documents.py: every format that is read, and broken files named with their line."""
 import gzip
-import importlib.util
 import json
-import sys
 
 import pytest
 
@@ -75,26 +73,3 @@ def test_broken_input_is_named(tmp_path, name, content, match):
         list(data.documents.read_documents(tmp_path / name))
     with pytest.raises(InputError, match="no such file"):
         list(data.documents.read_documents(tmp_path / "absent.jsonl"))
-
-
-def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="pyarrow"):
-        list(data.documents.read_documents(tmp_path / "a.parquet"))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
-def test_reads_parquet(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-    table = pyarrow.table({"text": ["a", "b"], "n": [1, 2]})
-    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    documents = list(data.documents.read_documents(tmp_path / "t.parquet"))
-    assert [(d["text"], d["source"]) for d in documents] == [("a", "t"), ("b", "t")]
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match='row 1: "text" must be a string'):
-        list(data.documents.read_documents(tmp_path / "t.parquet"))
-    (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    with pytest.raises(InputError, match="not a parquet file"):
-        list(data.documents.read_documents(tmp_path / "t.parquet"))

@@ -525,5 +525,5 @@ def test_too_little_data_is_explained(args, tmp_path):
     with pytest.raises(InputError, match="no document to train on"):
         pretrain.main(replace(args, data=str(tmp_path / "nothing.txt")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no .jsonl, .txt or .parquet files"):
+    with pytest.raises(InputError, match="no .jsonl or .txt files"):
         pretrain.main(replace(args, data=str(tmp_path / "empty")))

@@ -240,7 +240,7 @@ def world(micro_run, tmp_path_factory):
     (world / "long-pairs.jsonl").write_text(json.dumps(
         {"prompt": "x " * 5000, "chosen": "a", "rejected": "b"}) + "\n")
     (world / "file").write_text("precious")
-    (world / "not.parquet").write_text("no parquet")
+    (world / "web.parquet").write_text("PAR1")
     (world / "odd.pdf").write_text("%PDF")
     (world / "latin1.txt").write_bytes("café".encode("latin-1"))
     for name, record in (("finished", {"finished": True, "args": {}}), ("args", {
@@ -418,7 +418,7 @@ def table():
     for flags, *words in (
             ("--no_such_flag", "--no_such_flag"), ("--input @gone.txt", "gone"),
             ("--input @latin1.txt", "UTF-8"), ("--input @odd.pdf", "odd.pdf"),
-            ("--input @not.parquet", "parquet"), ("--input @cwd", "cwd"),
+            ("--input @web.parquet", "parquet"), ("--input @cwd", "cwd"),
             ("--input @docs-empty.jsonl", "no document"), ("--max_mb x", "--max_mb"),
             ("--max_mb -1", "--max_mb"), ("--threshold nan", "--threshold"),
             ("--input ,", "no .jsonl"),
