@@ -47,17 +47,13 @@ def main_script(text: str) -> str:
     return max(counts, key=counts.get, default="")
 
 
-def language(text: str) -> tuple[str, float]:
-    """Return the ISO code of the text's main language, or "" if we do not know it, and a confidence
-    in [0, 1]: 1 if the script alone decides, else the share of words that are frequent ones."""
+def language(text: str) -> str:
+    """Return the ISO code of the text's main language, or "" if we do not know it."""
     text = unicodedata.normalize("NFC", text)
     candidates = SCRIPTS.get(main_script(text), "").split()
-    if not candidates:
-        return "", 0.0
-    if len(candidates) == 1:
-        return candidates[0], 1.0
+    if len(candidates) < 2:
+        return "".join(candidates)
     words = [word.strip(".,;:!?\"'()*।،؟«»“”") for word in text.lower().split()]
     known = {name: sum(word in WORDS[name] for word in words) for name in candidates}
     # Without a known word this is the first candidate: English for "<<emerald isle>>".
-    best = max(candidates, key=known.get)
-    return best, known[best] / len(words)
+    return max(candidates, key=known.get)

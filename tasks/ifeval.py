@@ -229,9 +229,9 @@ CHECKS = {  # kind: the check of a text, whose arguments have IFEval's names
     "keywords:letter_frequency": lambda text, letter, let_relation, let_frequency:
         related(occurrences(text, letter), let_relation, let_frequency),
     "punctuation:no_comma": lambda text: "," not in text,
-    "language:response_language": lambda text, language: language_of(text)[0] == language,
-    "change_case:english_capital": lambda text: text.isupper() and language_of(text)[0] == "en",
-    "change_case:english_lowercase": lambda text: text.islower() and language_of(text)[0] == "en",
+    "language:response_language": lambda text, language: language_of(text) == language,
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text) == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
     "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency:
         related(capital_words(text), capital_relation, capital_frequency),
     "length_constraints:number_words": lambda text, relation, num_words:
