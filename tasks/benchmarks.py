@@ -10,7 +10,7 @@ from data.conversations import join_parts
 from lib.args import InputError, require
 from lib.chat import parse_tools
 from lib.files import read_jsonl
-from tasks import ifeval
+from tasks import ifeval, sandbox
 from tasks.math_answers import extract_answer
 
 
@@ -167,6 +167,9 @@ def refuse_bad_check(query: dict) -> None:
         program = check.get("prefix", "") + check["tests"]
         program += query.get("solution") or ""
         program.encode()  # refuses half a surrogate pair, which no file can hold
+        lack = sandbox.languages().get(check["language"], "is unknown")
+        if lack:
+            raise ValueError(f"a check in {check['language']}: {lack}")
     if kind == "ifeval":
         if not check["instruction_id_list"]:
             raise ValueError("no constraint: every response would earn 1.0")

@@ -53,7 +53,7 @@ def own_reward(name: str) -> OwnReward:
                  if (ROOT / file.name).exists() or (ROOT / file.stem).is_dir()}
     ours = {}
     if folder != ROOT:
-        ours = {module: sys.modules.pop(module) for module in same_name if module in sys.modules}
+        ours = {module: sys.modules.pop(module) for module in same_name & sys.modules.keys()}
     try:
         with own_code(f"--reward {name}", path):
             found = runpy.run_path(path).get(function)
@@ -77,23 +77,21 @@ def own_score(query: dict, response: str, rollout=None) -> float:
     InputError if it fails, returns no numbers, or takes more than the check's "timeout" seconds."""
     name = query["check"]["function"]
     path = name.rpartition(":")[0]
-    shown = f"for the response {response[:200]!r}"
+    about = f", for the response {response[:200]!r} to {str(query['prompt'])[:200]!r}"
     own = own_reward(name)
     arguments = [copy.deepcopy(query), response]
     if own.takes_sample and rollout is None:
         arguments.append(Sample([], truncated=False))
     elif own.takes_sample:
         arguments.append(Sample(list(rollout.ids), not rollout.finished))
-    about = f", {shown} to {str(query['prompt'])[:200]!r}"
     with own_code(name, path, about, query["check"]["timeout"]):
         value = own.function(*arguments)
-    with own_code(name, path, f", {shown}"):
         values = value if isinstance(value, dict) else {"reward": value}
         parts = {part: as_number(number) for part, number in values.items()}
     score = parts.pop("reward", math.nan)
     require(0 <= score <= 1 and all(map(math.isfinite, parts.values())), f"{name} gave "
             f"{value!r:.300}, not a number from 0 to 1 (or a dict of numbers with it as "
-            f'"reward"), {shown}')
+            f'"reward"){about}')
     if rollout is not None:
         rollout.parts = parts
     return score
