@@ -136,7 +136,8 @@ def sentences(text: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 # checks
 
-OPTIONS = [f"My answer is {word}." for word in ("yes", "no", "maybe")]
+OPTIONS = ["My answer is yes.", "My answer is no.", "My answer is maybe."]
+POSTSCRIPTS = {"P.S.": r"(?<!\w)p\.\s?s\.", "P.P.S": r"(?<!\w)p\.\s?p\.\s?s(?!\w)"}
 
 
 def follows(text: str, kind: str, kw: dict) -> bool:
@@ -188,10 +189,8 @@ def paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_w
 
 def has_postscript(text: str, postscript_marker: str) -> bool:
     """Return whether the marker is a word of the text. IFEval's own two may hold blanks."""
-    if postscript_marker == "P.S.":
-        return bool(re.search(r"(?<!\w)p\.\s?s\.", text.lower()))
-    if postscript_marker == "P.P.S":
-        return bool(re.search(r"(?<!\w)p\.\s?p\.\s?s(?!\w)", text.lower()))
+    if postscript_marker in POSTSCRIPTS:
+        return bool(re.search(POSTSCRIPTS[postscript_marker], text.lower()))
     return has_word(text, postscript_marker)
 
 

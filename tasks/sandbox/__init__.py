@@ -61,8 +61,8 @@ from tasks.sandbox.isolation import (
 )
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
-__all__ = ["LANGUAGES", "SAMPLES", "Result", "is_isolated", "isolation_gaps", "languages", "run",
-           "run_many"]
+__all__ = ["LANGUAGES", "SAMPLES", "Result", "count_cores", "is_isolated", "isolation_gaps",
+           "languages", "run", "run_many"]
 
 # Per process, except NPROC, which counts the processes of the user (or of its namespace).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
@@ -309,15 +309,19 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     return Result(passed, stage, reason[:500], stdout, stderr, seconds, answer.layers)
 
 
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS lacks it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_many(jobs: list[dict], workers: int | None = None) -> list[Result]:
     """Return `run(**job)` of each job, in order, on `workers` threads (default: one per core).
 
     Identical jobs run once: a policy that converges repeats itself.
     """
-    if not workers:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     keys = [tuple(sorted(job.items())) for job in jobs]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or count_cores()) as pool:
         futures = {key: pool.submit(run, **dict(key)) for key in dict.fromkeys(keys)}
         return [futures[key].result() for key in keys]
