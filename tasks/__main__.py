@@ -119,10 +119,10 @@ def rejection(args: Args) -> None:
 def check(args: Args) -> None:
     """Name the rows of a file whose tests decide nothing; write the others: --queries, --out"""
     pairs = list(read_queries(args.queries))
-    queries.require_isolation([query for _, query in pairs], args.allow_unsafe_code)
-    problems = find_problems([query for _, query in pairs])
+    asked = [query for _, query in pairs]
+    queries.require_isolation(asked, args.allow_unsafe_code)
     usable = []
-    for (line, query), problem in zip(pairs, problems, strict=True):
+    for (line, query), problem in zip(pairs, find_problems(asked), strict=True):
         if problem:
             print(f"{args.queries}:{line}: {problem}")
         else:

@@ -4,6 +4,7 @@ A reader turns a row into a query {"prompt", "domain", "check"}. Where we add wo
 a key "item" holds the question alone, so that contamination is measured on that. The words are our
 choice. A key "solution" holds a right program, which must pass the tests (check_tests.py).
 """
+import json
 from collections.abc import Iterator
 
 from data.conversations import join_parts
@@ -99,8 +100,7 @@ def mbpp(row: dict) -> dict:
     asserts = row["test_list"]
     prompt = (f"{text}\nReply with one ```python code block. Your code should pass this test:\n\n"
               f"```python\n{asserts[0]}\n```")
-    lines = row.get("test_imports", []) + [row.get("test_setup_code")] + asserts
-    lines.append(row.get("test"))
+    lines = row.get("test_imports", []) + [row.get("test_setup_code"), *asserts, row.get("test")]
     tests = "\n".join(line for line in lines if line) + "\n"
     return query(prompt, "code", kind="code", language="python", tests=tests) | {
         "item": f"{text}\n{asserts[0]}", "solution": row["code"]}
@@ -164,9 +164,7 @@ def refuse_bad_check(query: dict) -> None:
         if not text.strip():
             raise ValueError(f"the {name} must not be empty")
     if kind == "code":
-        program = check.get("prefix", "") + check["tests"]
-        program += query.get("solution") or ""
-        program.encode()  # refuses half a surrogate pair, which no file can hold
+        json.dumps(query, ensure_ascii=False).encode()  # refuses half a surrogate pair
         lack = sandbox.languages().get(check["language"], "is unknown")
         if lack:
             raise ValueError(f"a check in {check['language']}: {lack}")

@@ -129,8 +129,7 @@ def own_code(name: str, path: str, about: str = "", timeout: float = 60.0):
         where = f", line {lines[-1]}" if lines else ""
         if isinstance(error, TypeError) and not lines:
             where = " as score(query, response)"
-        reason = " ".join(traceback.format_exception_only(error)[-1].split())[:300]
-        reason = reason.removeprefix(f"{type(error).__module__}.")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(f"{name}{where}: {reason}{about}") from None
     finally:
         if has_alarm:

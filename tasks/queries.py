@@ -6,8 +6,8 @@ The report checks answers in the same way for rejection sampling, DPO's pairs an
 (variants.py), from prompts with IFEval's kinds of constraints (ifeval.py), and from the public
 benchmark files (benchmarks.py).
 
-The built-in queries are our choice, so that the whole pipeline runs without a download. A prompt
-belongs to exactly one split, by a hash of its text, so no two splits share a query:
+A built-in prompt belongs to exactly one split, by a hash of its text, so no two splits share a
+query:
 
     sft  40%  demonstrations for SFT, and the worked examples inside pre-training text
     rl   40%  queries without answers for DPO, the reward model and GRPO ("a new query set", 4.2)

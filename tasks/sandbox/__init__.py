@@ -8,27 +8,15 @@ process behind, and passes only with a proof that the tests reached their end:
     Python  The child reads key B after the last test, and sends key A + key B.
     others  The program prints key A + key B in its last statement (languages.py).
 
-Held:
-- early ends: `sys.exit(0)`, `os._exit(0)`, a killed process or a printed "ok" send no keys;
-- patches: the tests have builtins of their own, macros and builtin commands are put back;
-- objects whose `__eq__` is always true, in Python: the tests compare plain values only with plain
-  values, any other type with its like. The price: an honest class, even a namedtuple, does too;
-- copies that each try an answer: only bash programs may fork, and Python's that import
-  multiprocessing, concurrent or subprocess, where a copy can still spy for the original.
+The tests have builtins of their own. In Python they compare plain values only with plain values,
+any other type with its like. The price: an honest class, even a namedtuple, does too. Only bash
+programs may fork, and Python's that import multiprocessing, concurrent or subprocess: a copy of the
+program could try an answer.
 
 THIS IS A RESOURCE LIMITER, NOT A SECURITY BOUNDARY: run hostile code in a container or a VM.
-Left (docs/trust.md has the whole table):
-- holes in the kernel, all of which is in reach; reading /usr and the toolchains;
-- code that studies this package and forges a pass: in Python, frames hold key A, the tests and
-  their answers, and the socket holds key B; in other languages the program's text holds both keys;
-- in Python, comparisons outside of `==`, `<`, `in` ...: `match`, `list.count`, `operator.eq`,
-  unittest, an `__sub__` that returns 0; a slice; patched library modules (`math.isclose = ...`);
-- elsewhere, overloaded comparisons, source filters in Perl, assembly in C, library functions;
-- memory summed over processes: each of 64 processes may use the limit;
-- runs in progress when this process gets SIGKILL: only their CPU limit ends them, so a sleeping
-  process stays, and so does an empty folder;
-- what a layer that `isolation_gaps` names would stop. The stages refuse to run code without
-  "files" and "pids", unless they get --allow_unsafe_code.
+docs/trust.md has the table of what was tried, what held and what is left. Besides, memory is not
+summed over processes: each of 64 may use the limit. The stages refuse to run code without the
+layers "files" and "pids", unless they get --allow_unsafe_code.
 
 `python -m tasks.sandbox` tries every language. `run` needs POSIX; C and C++ need a linker with
 --wrap, which macOS lacks.
@@ -80,8 +68,6 @@ HARM = {
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 GUARD_MARK = b"\0the guard of child.py"
-# Python programs may only start processes if they say so: few need any, and a copy of the program
-# could try an answer (see fork_filter).
 STARTS_PROCESSES = re.compile(r"^\s*(?:import|from)\s+(?:multiprocessing|concurrent|subprocess)\b",
                               re.MULTILINE)
 COMPILE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that compile() raises
