@@ -26,26 +26,23 @@ NEVER_PASSES = re.compile(
     r"package \S+ does not exist|can't find crate")
 SYNTAX_ERROR = re.compile(r"SyntaxError|syntax error")
 
-# Two answers per language that do no work, however often a test calls NAME. In the first it returns
-# nothing, which `assert not f(4)` rightly accepts; in the second something, as for `assert f(2)`.
+# Answers that do no work, however often a test calls NAME. The first returns nothing, which
+# `assert not f(4)` rightly accepts, so a second returns something, as for `assert f(2)`.
 IDLE = {
-    "python": ("def NAME(*given, **named): pass", "def NAME(*given, **named): return 'text'"),
-    "javascript": ("globalThis.NAME ??= function () {};",
-                   "globalThis.NAME ??= function () { return {}; };"),
-    "bash": ("command_not_found_handle() { true; }", "command_not_found_handle() { echo text; }"),
-    "perl": ("#", "#"), "ruby": ("#", "#"), "lua": ("--", "--"), "php": ("<?php", "<?php"),
-    "go": ("package main", "package main"),
+    "python": ["def NAME(*given, **named): pass", "def NAME(*given, **named): return 'text'"],
+    "javascript": ["globalThis.NAME ??= function () {};",
+                   "globalThis.NAME ??= function () { return {}; };"],
+    "bash": ["command_not_found_handle() { true; }", "command_not_found_handle() { echo text; }"],
+    "perl": ["#"], "ruby": ["#"], "lua": ["--"], "php": ["<?php"], "go": ["package main"],
 }
 
 
-def idle_program(check: dict, which: int) -> str:
-    """Return one of the programs that do no work. Where IDLE names no function, it is empty."""
-    template = IDLE.get(check["language"], ("//", "//"))[which]
+def idle_program(check: dict, template: str) -> str:
+    """Return a program that defines what the tests name, but does no work. Where the template names
+    no function, it is empty."""
     taken = {*keyword.kwlist, *dir(builtins)} if check["language"] == "python" else set()
-    lines = {template.replace("NAME", "unasked")}
-    for name in asked_names(check["tests"]) - taken:
-        if name.isidentifier():
-            lines.add(template.replace("NAME", name))
+    names = {name for name in asked_names(check["tests"]) - taken if name.isidentifier()}
+    lines = {template.replace("NAME", name) for name in names | {"unasked"}}
     return check.get("prefix", "") + "\n" + "\n".join(sorted(lines))
 
 
@@ -64,9 +61,10 @@ def problem_of(query: dict) -> str:
         return "its tests must hold main()"
     if check["language"] == "bash" and re.search(r"\bset\s+\+\w*e", check["tests"]):
         return "its tests turn off `set -e`, and no answer passes without it"
-    idle = run(check, idle_program(check, 0))
-    if idle.passed:
-        idle = run(check, idle_program(check, 1))
+    for template in IDLE.get(check["language"], ["//"]):
+        idle = run(check, idle_program(check, template))
+        if not idle.passed:
+            break
     if idle.passed:
         return "its tests let an answer pass that does nothing"
     is_broken = "prefix" not in check and SYNTAX_ERROR.search(idle.reason)
