@@ -36,6 +36,7 @@ class Sample(NamedTuple):
 
 class OwnReward(NamedTuple):
     function: Callable
+    path: str  # of its file
     takes_sample: bool
 
 
@@ -63,7 +64,7 @@ def own_reward(name: str) -> OwnReward:
     with own_code(f"--reward {name}", path):
         parameters = inspect.signature(found).parameters.values()
     required = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    return OwnReward(found, takes_sample=len(required) == 3)
+    return OwnReward(found, path, takes_sample=len(required) == 3)
 
 
 def sees_truncated(query: dict) -> bool:
@@ -76,7 +77,6 @@ def own_score(query: dict, response: str, rollout=None) -> float:
     """Return what the query's function says of a response, and add its other values to the rollout.
     InputError if it fails, returns no numbers, or takes more than the check's "timeout" seconds."""
     name = query["check"]["function"]
-    path = name.rpartition(":")[0]
     about = f", for the response {response[:200]!r} to {str(query['prompt'])[:200]!r}"
     own = own_reward(name)
     arguments = [copy.deepcopy(query), response]
@@ -84,7 +84,7 @@ def own_score(query: dict, response: str, rollout=None) -> float:
         arguments.append(Sample([], truncated=False))
     elif own.takes_sample:
         arguments.append(Sample(list(rollout.ids), not rollout.finished))
-    with own_code(name, path, about, query["check"]["timeout"]):
+    with own_code(name, own.path, about, query["check"]["timeout"]):
         value = own.function(*arguments)
         values = value if isinstance(value, dict) else {"reward": value}
         parts = {part: as_number(number) for part, number in values.items()}
@@ -109,8 +109,8 @@ def own_code(name: str, path: str, about: str = "", timeout: float = 60.0):
 
     The working directory is restored, or a relative --out would lie elsewhere. The alarm that ends
     code which takes too long exists on Unix only, in the main thread."""
-    has_alarm = hasattr(signal, "setitimer")
-    has_alarm = has_alarm and threading.current_thread() is threading.main_thread()
+    is_main = threading.current_thread() is threading.main_thread()
+    has_alarm = is_main and hasattr(signal, "setitimer")
     directory = os.getcwd()
 
     def stop(*_):
