@@ -469,7 +469,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text)
 
 
-def lists_items(text: str, words: list[str], category: str, n: int) -> bool:
+def lists_items(text: str, category: str, n: int) -> bool:
     """Return whether the text lists n different things of a category, by commas or by lines."""
     allowed = {thing.lower() for thing in CATEGORIES[category]}
     parts = [part.strip(" *-.") for part in re.split(r",|\n", text.strip('".').lower())]
@@ -477,24 +477,24 @@ def lists_items(text: str, words: list[str], category: str, n: int) -> bool:
     return len(items) == len(set(items)) == n and set(items) <= allowed
 
 
-RULES = {  # rule: the check of a text and its words in small letters, with the rule's arguments
-    "keywords:existence": lambda text, words, keywords:
-        all(word.lower() in words for word in keywords),
-    "keywords:forbidden_words": lambda text, words, forbidden_words:
-        not any(word.lower() in words for word in forbidden_words),
-    "ours:exact_words": lambda text, words, n: len(words) == n,
-    "ours:start_word": lambda text, words, word: words[:1] == [word.lower()],
-    "startend:end_checker": lambda text, words, end_phrase:
-        text.strip('"').lower().endswith(end_phrase.lower()),
-    "startend:quotation": lambda text, words: len(text) > 1 and text[0] == text[-1] == '"',
-    "change_case:english_capital": lambda text, words: text.isupper(),
-    "change_case:english_lowercase": lambda text, words: text.islower(),
-    "detectable_format:number_bullet_lists": lambda text, words, num_bullets:
-        len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == num_bullets,
-    "ours:items": lists_items}
+RULES = {  # rule: the check of a text, its words in small letters, and the rule's arguments
+    "keywords:existence": lambda text, words, kw:
+        all(word.lower() in words for word in kw["keywords"]),
+    "keywords:forbidden_words": lambda text, words, kw:
+        not any(word.lower() in words for word in kw["forbidden_words"]),
+    "ours:exact_words": lambda text, words, kw: len(words) == kw["n"],
+    "ours:start_word": lambda text, words, kw: words[:1] == [kw["word"].lower()],
+    "startend:end_checker": lambda text, words, kw:
+        text.strip('"').lower().endswith(kw["end_phrase"].lower()),
+    "startend:quotation": lambda text, words, kw: len(text) > 1 and text[0] == text[-1] == '"',
+    "change_case:english_capital": lambda text, words, kw: text.isupper(),
+    "change_case:english_lowercase": lambda text, words, kw: text.islower(),
+    "detectable_format:number_bullet_lists": lambda text, words, kw:
+        len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"],
+    "ours:items": lambda text, words, kw: lists_items(text, kw["category"], kw["n"])}
 
 
-def follows(response: str, rule: str, arguments: dict) -> bool:
+def follows(response: str, rule: str, kw: dict) -> bool:
     """Return whether the response follows one constraint. An unknown rule is never followed."""
     words = [word.lower() for word in words_of(response)]
-    return rule in RULES and RULES[rule](response.strip(), words, **arguments)
+    return rule in RULES and RULES[rule](response.strip(), words, kw)
