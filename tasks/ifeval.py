@@ -152,10 +152,6 @@ def follows(text: str, kind: str, kw: dict) -> bool:
     return CHECKS[kind](text, **{name: clean_argument(name, kw[name]) for name in kw})
 
 
-def argument_names(kind: str) -> list[str]:
-    return list(signature(CHECKS[kind]).parameters)[1:]  # without the text
-
-
 def related(count: int, relation: str, bound: int) -> bool:
     return count < bound if relation == "less than" else count >= bound
 
@@ -362,6 +358,7 @@ def queries(r: Random) -> Iterator[dict]:
             values = draw_values(r, request)
             texts.append(sentence.format(**values))
             kinds.append(kind)
-            kwargs.append({name: values[name] for name in argument_names(kind)})
+            names = list(signature(CHECKS[kind]).parameters)[1:]  # without the text
+            kwargs.append({name: values[name] for name in names})
         yield {"prompt": " ".join(texts), "domain": "instruction",
                "check": {"kind": "ifeval", "instruction_id_list": kinds, "kwargs": kwargs}}

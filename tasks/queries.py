@@ -116,12 +116,6 @@ def hold_code(queries: list[dict]) -> bool:
     return any(query["check"].get("kind") == "code" for query in queries)
 
 
-def answers_rightly(check: dict, response: str) -> bool:
-    """Return whether the response states a final answer that equals the annotated one."""
-    answer = extract_answer(response, strict=True)
-    return answer is not None and math_equal(answer, check["answer"])
-
-
 def follows_all(query: dict, response: str) -> bool:
     """Return whether the response follows every constraint of the query."""
     # The prompt names the topic and the words to use, so an echo of it must earn nothing.
@@ -156,7 +150,8 @@ def score_many(queries: list[dict], responses: list[str], rollouts=None) -> list
             code = whole_program(response, check)
             programs[i] = Program(code, check["language"], check["tests"])
         elif check["kind"] == "math":
-            scores[i] = float(answers_rightly(check, response))
+            answer = extract_answer(response, strict=True)  # None equals nothing
+            scores[i] = float(math_equal(answer, check["answer"]))
         elif check["kind"] == "own":
             scores[i] = own_score(query, response, rollout)
         else:
