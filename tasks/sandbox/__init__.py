@@ -180,7 +180,7 @@ def _converse(link, message: bytes, timeout: float, check_seconds: float) -> _An
     verdict = said.lstrip(".")
     line, newline, _ = verdict.partition("\n")
     dots = len(said) - len(verdict)
-    return _Answer(tuple(layers.split(",")) if layers else (), dots, line if newline else end)
+    return _Answer(tuple(filter(None, layers.split(","))), dots, line if newline else end)
 
 
 def _run_child(command, job: dict, key_b: str, timeout: float, check_seconds: float) -> tuple:
@@ -280,10 +280,9 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     answer, out, err = _run_child(command, job, key_b, timeout, row.check_seconds)
     seconds = time.monotonic() - start
     _require_start(answer, err)
-    proof = f"{key_a}{key_b}".encode()
-    proof_line = proof + b"\n"
+    proof_line = f"{key_a}{key_b}\n".encode()
     if is_python:
-        passed = secrets.compare_digest(answer.verdict.encode(), proof)
+        passed = answer.verdict == key_a + key_b
     else:
         passed = answer.verdict == "exit status 0" and (proof_line in out or proof_line in err)
     stdout = out.replace(proof_line, b"")[:SHOWN].decode("utf-8", "replace")
