@@ -4,7 +4,6 @@ A reader turns a row into a query {"prompt", "domain", "check"}. Where we add wo
 a key "item" holds the question alone, so that contamination is measured on that. The words are our
 choice. A key "solution" holds a right program, which must pass the tests (check_tests.py).
 """
-import json
 from collections.abc import Iterator
 
 from data.conversations import join_parts
@@ -160,7 +159,9 @@ def refuse_bad_check(query: dict) -> None:
         require(isinstance(text, str), f"{name} must be a text, got {type(text).__name__}")
         require(text.strip(), f"the {name} must not be empty")
     if kind == "code":
-        json.dumps(query, ensure_ascii=False).encode()  # refuses half a surrogate pair
+        program = check.get("prefix", "") + check["tests"]
+        program += query.get("solution") or ""
+        program.encode()  # refuses half a surrogate pair, which no file can hold
         lack = sandbox.languages().get(check["language"], "is unknown")
         require(not lack, f"a check in {check['language']}: {lack}")
     if kind == "ifeval":
@@ -189,8 +190,8 @@ def read_queries(path) -> Iterator[tuple[int, dict]]:
                 query["tools"] = row["tools"]
             refuse_bad_check(query)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"{here}: cannot read this row of columns {', '.join(row)} "
-                             f"({type(error).__name__}: {error})") from None
+            raise InputError(f"{here}: cannot read this row of columns {', '.join(row)}: "
+                             f"{type(error).__name__}: {error}") from None
         yield line, query
     require(line > 0, f"{path}: the file holds no rows")
 
