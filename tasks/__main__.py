@@ -101,12 +101,12 @@ def rejection(args: Args) -> None:
     queries.require_isolation(asked, args.allow_unsafe_code)
     model, tokenizer = load_policy(args.init, device)
     names = args.critics.split(",") if args.critics or args.judge_url else []
-    critics = [Judge(name, args.judge_url, device) for name in names]
+    critics = {name: Judge(name, args.judge_url, device) for name in names}
     with autocast:
         policy = rollout_backend(args.rollout_url, model, tokenizer)
         rows = rejection_sample(policy, tokenizer, asked, args.responses, args.max_new_tokens,
                                 args.seed)
-        for name, critic in zip(names, critics, strict=True):
+        for name, critic in critics.items():
             rows = [row for row in rows if critic.approves(row["messages"])]
             print(f"critic {name} approves of {len(rows)}")
     require(len(rows) > 0, f"--init {args.init}: no response to {args.queries} passes its check "
