@@ -83,7 +83,7 @@ def main(args: Args) -> None:
 def demonstrations(args: Args) -> None:
     """Write verified demonstrations of the sft split: --n, --seed, --also, --out FILE.jsonl"""
     require(args.out != "", "--out must name the JSONL file to write")
-    also = queries.runnable(list(filter(None, args.also.split(","))))
+    also = queries.runnable(args.also)
     unknown = set(also) - queries.VARIANTS.keys()
     require(not unknown and len(also) < 10,
             f"--also takes {', '.join(queries.VARIANTS)}, got {args.also}")
@@ -101,12 +101,12 @@ def rejection(args: Args) -> None:
     queries.require_isolation(asked, args.allow_unsafe_code)
     model, tokenizer = load_policy(args.init, device)
     names = args.critics.split(",") if args.critics or args.judge_url else []
-    critics = [Judge(name, args.judge_url, device) for name in names]
+    critics = {name: Judge(name, args.judge_url, device) for name in names}
     with autocast:
         policy = rollout_backend(args.rollout_url, model, tokenizer)
         rows = rejection_sample(policy, tokenizer, asked, args.responses, args.max_new_tokens,
                                 args.seed)
-        for name, critic in zip(names, critics, strict=True):
+        for name, critic in critics.items():
             rows = [row for row in rows if critic.approves(row["messages"])]
             print(f"critic {name} approves of {len(rows)}")
     require(len(rows) > 0, f"--init {args.init}: no response to {args.queries} passes its check "
@@ -119,12 +119,10 @@ def rejection(args: Args) -> None:
 def check(args: Args) -> None:
     """Name the rows of a file whose tests decide nothing; write the others: --queries, --out"""
     pairs = list(read_queries(args.queries))
-    queries.require_isolation([query for _, query in pairs], args.allow_unsafe_code)
-    for line, query in pairs:
-        queries.refuse_foreign(query, f"{args.queries}:{line}")
-    problems = find_problems([query for _, query in pairs])
+    asked = [query for _, query in pairs]
+    queries.require_isolation(asked, args.allow_unsafe_code)
     usable = []
-    for (line, query), problem in zip(pairs, problems, strict=True):
+    for (line, query), problem in zip(pairs, find_problems(asked), strict=True):
         if problem:
             print(f"{args.queries}:{line}: {problem}")
         else:

@@ -160,7 +160,8 @@ class Box(NamedTuple):
 
 def boxes(text: str) -> list[Box]:
     r"""Return each closed \boxed{...} in the order of closing: outer boxes after inner ones."""
-    opened, found = [], []
+    opened = []
+    found = []
     for match in BOX.finditer(text):
         if match[1] or match[2] == "{":
             opened.append(match)
@@ -170,7 +171,3 @@ def boxes(text: str) -> list[Box]:
                 content = text[start.end():match.start()]
                 found.append(Box(start.start(), match.end(), content))
     return found
-
-
-def opened_boxes(text: str) -> int:
-    return sum(match[1] is not None for match in BOX.finditer(text))

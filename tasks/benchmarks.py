@@ -10,7 +10,7 @@ from data.conversations import join_parts
 from lib.args import InputError, require
 from lib.chat import parse_tools
 from lib.files import read_jsonl
-from tasks import ifeval
+from tasks import ifeval, sandbox
 from tasks.math_answers import extract_answer
 
 
@@ -30,8 +30,8 @@ def gold_text(answer) -> str:
         answer = answer[0]
     if isinstance(answer, float) and answer == int(answer):
         answer = int(answer)  # SVAMP has 145.0
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise TypeError(f"the answer must be a text or a number, got {type(answer).__name__}")
+    require(isinstance(answer, str | int | float) and not isinstance(answer, bool),
+            f"the answer must be a text or a number, got {type(answer).__name__}")
     return str(answer).strip()
 
 
@@ -42,8 +42,8 @@ def final_answer(text) -> str:
     if "####" in text:
         return text.split("####")[1]
     found = extract_answer(text, strict=True)
-    if found is None and (len(text) > 100 or "\n" in text):
-        raise ValueError("a long answer needs ####, or a box, before the final answer")
+    is_short = len(text) <= 100 and "\n" not in text
+    require(found or is_short, "a long answer needs ####, or a box, before the final answer")
     return found or text
 
 
@@ -58,8 +58,8 @@ def svamp(row: dict) -> dict:
 
 def mgsm(row: dict) -> dict:
     question, blank = row["messages"]
-    if question["role"] != "user" or blank["content"] != "":
-        raise ValueError("messages must be one question and an empty answer")
+    require(question["role"] == "user" and blank["content"] == "",
+            "messages must be one question and an empty answer")
     return math_query(question["content"], row["answer"])
 
 
@@ -76,8 +76,8 @@ def prompt_and_answer(row: dict) -> dict:
 
 def verl(row: dict) -> dict:
     """The same rows hold code for other checkers, whose tests are no answer."""
-    if "math" not in str(row.get("ability")).lower():
-        raise ValueError('of verl\'s rows, only those of "ability": "math" can be read')
+    require("math" in str(row.get("ability")).lower(),
+            'of verl\'s rows, only those of "ability": "math" can be read')
     return math_query(row["prompt"], row["reward_model"]["ground_truth"])
 
 
@@ -99,8 +99,7 @@ def mbpp(row: dict) -> dict:
     asserts = row["test_list"]
     prompt = (f"{text}\nReply with one ```python code block. Your code should pass this test:\n\n"
               f"```python\n{asserts[0]}\n```")
-    lines = row.get("test_imports", []) + [row.get("test_setup_code")] + asserts
-    lines.append(row.get("test"))
+    lines = row.get("test_imports", []) + [row.get("test_setup_code"), *asserts, row.get("test")]
     tests = "\n".join(line for line in lines if line) + "\n"
     return query(prompt, "code", kind="code", language="python", tests=tests) | {
         "item": f"{text}\n{asserts[0]}", "solution": row["code"]}
@@ -137,9 +136,8 @@ def text_message(message: dict) -> dict:
     """Return a message whose content is a text, also where it was a list of parts."""
     content = join_parts(message["content"])
     has_text = isinstance(content, str) or content is None and message.get("tool_calls")
-    if not has_text or not isinstance(message["role"], str):
-        raise TypeError("each message must have a role and a text as its content, not "
-                        f"{str(message)[:100]}")
+    require(has_text and isinstance(message["role"], str),
+            f"each message must have a role and a text as its content, not {str(message)[:100]}")
     return message | {"content": content}
 
 
@@ -154,22 +152,20 @@ def refuse_bad_check(query: dict) -> None:
     """Raise an error now for what could not be scored later, in training."""
     check = query["check"]
     kind = check["kind"]
-    if kind not in TEXTS:
-        raise ValueError(f"check.kind must be one of {', '.join(TEXTS)}")
+    require(kind in TEXTS, f"check.kind must be one of {', '.join(TEXTS)}")
     texts = {"domain": query["domain"], "prompt": "".join(contents(query["prompt"]))}
     texts |= {name: check[name] for name in TEXTS[kind]}
     for name, text in texts.items():
-        if not isinstance(text, str):
-            raise TypeError(f"{name} must be a text, got {type(text).__name__}")
-        if not text.strip():
-            raise ValueError(f"the {name} must not be empty")
+        require(isinstance(text, str), f"{name} must be a text, got {type(text).__name__}")
+        require(text.strip(), f"the {name} must not be empty")
     if kind == "code":
         program = check.get("prefix", "") + check["tests"]
         program += query.get("solution") or ""
         program.encode()  # refuses half a surrogate pair, which no file can hold
+        lack = sandbox.languages().get(check["language"], "is unknown")
+        require(not lack, f"a check in {check['language']}: {lack}")
     if kind == "ifeval":
-        if not check["instruction_id_list"]:
-            raise ValueError("no constraint: every response would earn 1.0")
+        require(check["instruction_id_list"], "no constraint: every response would earn 1.0")
         for rule, arguments in zip(check["instruction_id_list"], check["kwargs"], strict=True):
             ifeval.follows("text", rule, arguments)
 
@@ -194,8 +190,8 @@ def read_queries(path) -> Iterator[tuple[int, dict]]:
                 query["tools"] = row["tools"]
             refuse_bad_check(query)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"{here}: cannot read this row of columns {', '.join(row)} "
-                             f"({type(error).__name__}: {error})") from None
+            raise InputError(f"{here}: cannot read this row of columns {', '.join(row)}: "
+                             f"{type(error).__name__}: {error}") from None
         yield line, query
     require(line > 0, f"{path}: the file holds no rows")
 

@@ -7,6 +7,7 @@ nothing must fail, and the query's own "solution", where it has one, must pass.
 import builtins
 import keyword
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from tasks import sandbox
 from tasks.code_blocks import asked_names, whole_program
@@ -25,69 +26,59 @@ NEVER_PASSES = re.compile(
     r"package \S+ does not exist|can't find crate")
 SYNTAX_ERROR = re.compile(r"SyntaxError|syntax error")
 
-# Two answers per language that do no work, however often a test calls NAME. In the first it returns
-# nothing, which `assert not f(4)` rightly accepts; in the second something, as for `assert f(2)`.
+# Answers that do no work, however often a test calls NAME. The first returns nothing, which
+# `assert not f(4)` rightly accepts, so a second returns something, as for `assert f(2)`.
 IDLE = {
-    "python": ("def NAME(*given, **named): pass", "def NAME(*given, **named): return 'text'"),
-    "javascript": ("globalThis.NAME ??= function () {};",
-                   "globalThis.NAME ??= function () { return {}; };"),
-    "bash": ("command_not_found_handle() { true; }", "command_not_found_handle() { echo text; }"),
-    "perl": ("#", "#"), "ruby": ("#", "#"), "lua": ("--", "--"), "php": ("<?php", "<?php"),
-    "go": ("package main", "package main"),
+    "python": ["def NAME(*given, **named): pass", "def NAME(*given, **named): return 'text'"],
+    "javascript": ["globalThis.NAME ??= function () {};",
+                   "globalThis.NAME ??= function () { return {}; };"],
+    "bash": ["command_not_found_handle() { true; }", "command_not_found_handle() { echo text; }"],
+    "perl": ["#"], "ruby": ["#"], "lua": ["--"], "php": ["<?php"], "go": ["package main"],
 }
 
 
-def idle_program(check: dict, which: int) -> str:
-    """Return one of the programs that do no work. Where IDLE names no function, it is empty."""
-    template = IDLE.get(check["language"], ("//", "//"))[which]
+def idle_program(check: dict, template: str) -> str:
+    """Return a program that defines what the tests name, but does no work. Where the template names
+    no function, it is empty."""
     taken = {*keyword.kwlist, *dir(builtins)} if check["language"] == "python" else set()
-    lines = {template.replace("NAME", "unasked")}
-    for name in asked_names(check["tests"]) - taken:
-        if name.isidentifier():
-            lines.add(template.replace("NAME", name))
+    names = {name for name in asked_names(check["tests"]) - taken if name.isidentifier()}
+    lines = {template.replace("NAME", name) for name in names | {"unasked"}}
     return check.get("prefix", "") + "\n" + "\n".join(sorted(lines))
 
 
-def job_of(check: dict, program: str) -> dict:
-    return {"code": program, "language": check["language"], "tests": check["tests"],
-            "timeout": 20.0}
+def run(check: dict, program: str) -> sandbox.Result:
+    return sandbox.run(program, check["language"], check["tests"], timeout=20.0)
 
 
-def problem_of(check: dict, idle: sandbox.Result, solved: sandbox.Result | None) -> str:
-    """Return why tests decide nothing, or "".
-
-    idle, solved: how the answer that does no work ran, and the query's own solution, if any."""
+def problem_of(query: dict) -> str:
+    """Return why the tests of a query decide nothing, or "". Only queries of code can have one."""
+    check = query["check"]
+    if check["kind"] != "code":
+        return ""
     if EXIT.search(check["tests"]):
         return "its tests end the program, but must reach their last line; an assert can decide"
     if check["language"] in COMPILED and not re.search(r"\bmain\s*\(", check["tests"]):
         return "its tests must hold main()"
     if check["language"] == "bash" and re.search(r"\bset\s+\+\w*e", check["tests"]):
         return "its tests turn off `set -e`, and no answer passes without it"
+    for template in IDLE.get(check["language"], ["//"]):
+        idle = run(check, idle_program(check, template))
+        if not idle.passed:
+            break
     if idle.passed:
         return "its tests let an answer pass that does nothing"
     is_broken = "prefix" not in check and SYNTAX_ERROR.search(idle.reason)
     if is_broken or NEVER_PASSES.search(idle.reason):
         return f"its tests let no answer pass: {idle.reason}"
-    # A run that is late proves nothing, because this machine may be busy.
-    if solved and not solved.passed and "time limit" not in solved.reason:
-        return f"its own solution fails: {solved.reason}"
+    if query.get("solution"):
+        solved = run(check, whole_program(query["solution"], check))
+        # A run that is late proves nothing, because this machine may be busy.
+        if not solved.passed and "time limit" not in solved.reason:
+            return f"its own solution fails: {solved.reason}"
     return ""
 
 
 def find_problems(queries: list[dict]) -> list[str]:
-    """Return per query why its tests decide nothing, or "". Only queries of code can have one."""
-    coded = {i: query["check"] for i, query in enumerate(queries)
-             if query["check"]["kind"] == "code"}
-    solutions = {i: queries[i]["solution"] for i in coded if queries[i].get("solution")}
-    idle_jobs = [job_of(check, idle_program(check, 0)) for check in coded.values()]
-    solution_jobs = [job_of(coded[i], whole_program(solution, coded[i]))
-                     for i, solution in solutions.items()]
-    idle = dict(zip(coded, sandbox.run_many(idle_jobs), strict=True))
-    solved = dict(zip(solutions, sandbox.run_many(solution_jobs), strict=True))
-    passing = [i for i, result in idle.items() if result.passed]
-    jobs = [job_of(coded[i], idle_program(coded[i], 1)) for i in passing]
-    idle.update(zip(passing, sandbox.run_many(jobs), strict=True))
-    problems = [""] * len(queries)
-    for i, check in coded.items():
-        problems[i] = problem_of(check, idle[i], solved.get(i))
-    return problems
+    """Return `problem_of` each query, several at a time."""
+    with ThreadPoolExecutor(sandbox.count_cores()) as pool:
+        return list(pool.map(problem_of, queries))

@@ -39,6 +39,7 @@ class Fence(NamedTuple):
     indentation: int
     marks: str  # "```", or more of them, or "~~~"
     language: str  # "" if it names none
+    lines: list[str]  # of its block
 
 
 class Block(NamedTuple):
@@ -56,7 +57,7 @@ def opening_fence(line: str) -> Fence | None:
         if found and (is_alone or not is_span):
             marks = line[len(before):len(line) - len(info)]
             name = re.match(r"[\s{.]*([\w+#-]*)", info)[1].lower().rstrip("0123456789")
-            return Fence(len(before) if is_alone else 0, marks, ALIASES.get(name, name))
+            return Fence(len(before) if is_alone else 0, marks, ALIASES.get(name, name), [])
     return None
 
 
@@ -68,8 +69,7 @@ def closes(fence: Fence, line: str) -> bool:
 
 def fenced_blocks(text: str) -> list[Block]:
     """Return all fenced blocks. The last one may lack its closing fence."""
-    languages = []
-    contents = []  # of each block its lines
+    fences = []
     fence = None
     for line in text.replace("\r\n", "\n").split("\n"):
         if fence is None or closes(fence, line):
@@ -79,17 +79,16 @@ def fenced_blocks(text: str) -> list[Block]:
                 line = line if rest[:1].isalnum() else rest
             fence = opening_fence(line)
             if fence:
-                languages.append(fence.language)
-                contents.append([])
+                fences.append(fence)
             continue
         if not line[:fence.indentation].strip(" \t>"):
             line = line[fence.indentation:]
         code, marks, rest = line.partition(fence.marks)
         is_last = marks and code.strip() and not rest.strip()  # "return x```"
-        contents[-1].append((code if is_last else line) + "\n")
+        fence.lines.append((code if is_last else line) + "\n")
         if is_last:
             fence = None
-    return [Block(*block) for block in zip(languages, map("".join, contents), strict=True)]
+    return [Block(fence.language, "".join(fence.lines)) for fence in fences]
 
 
 def functions(code: str) -> set[str]:

@@ -36,6 +36,7 @@ class Sample(NamedTuple):
 
 class OwnReward(NamedTuple):
     function: Callable
+    path: str  # of its file
     takes_sample: bool
 
 
@@ -53,7 +54,7 @@ def own_reward(name: str) -> OwnReward:
                  if (ROOT / file.name).exists() or (ROOT / file.stem).is_dir()}
     ours = {}
     if folder != ROOT:
-        ours = {module: sys.modules.pop(module) for module in same_name if module in sys.modules}
+        ours = {module: sys.modules.pop(module) for module in same_name & sys.modules.keys()}
     try:
         with own_code(f"--reward {name}", path):
             found = runpy.run_path(path).get(function)
@@ -63,7 +64,7 @@ def own_reward(name: str) -> OwnReward:
     with own_code(f"--reward {name}", path):
         parameters = inspect.signature(found).parameters.values()
     required = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    return OwnReward(found, takes_sample=len(required) == 3)
+    return OwnReward(found, path, takes_sample=len(required) == 3)
 
 
 def sees_truncated(query: dict) -> bool:
@@ -76,24 +77,21 @@ def own_score(query: dict, response: str, rollout=None) -> float:
     """Return what the query's function says of a response, and add its other values to the rollout.
     InputError if it fails, returns no numbers, or takes more than the check's "timeout" seconds."""
     name = query["check"]["function"]
-    path = name.rpartition(":")[0]
-    shown = f"for the response {response[:200]!r}"
+    about = f", for the response {response[:200]!r} to {str(query['prompt'])[:200]!r}"
     own = own_reward(name)
     arguments = [copy.deepcopy(query), response]
     if own.takes_sample and rollout is None:
         arguments.append(Sample([], truncated=False))
     elif own.takes_sample:
         arguments.append(Sample(list(rollout.ids), not rollout.finished))
-    about = f", {shown} to {str(query['prompt'])[:200]!r}"
-    with own_code(name, path, about, query["check"]["timeout"]):
+    with own_code(name, own.path, about, query["check"]["timeout"]):
         value = own.function(*arguments)
-    with own_code(name, path, f", {shown}"):
         values = value if isinstance(value, dict) else {"reward": value}
         parts = {part: as_number(number) for part, number in values.items()}
     score = parts.pop("reward", math.nan)
     require(0 <= score <= 1 and all(map(math.isfinite, parts.values())), f"{name} gave "
             f"{value!r:.300}, not a number from 0 to 1 (or a dict of numbers with it as "
-            f'"reward"), {shown}')
+            f'"reward"){about}')
     if rollout is not None:
         rollout.parts = parts
     return score
@@ -111,8 +109,8 @@ def own_code(name: str, path: str, about: str = "", timeout: float = 60.0):
 
     The working directory is restored, or a relative --out would lie elsewhere. The alarm that ends
     code which takes too long exists on Unix only, in the main thread."""
-    has_alarm = hasattr(signal, "setitimer")
-    has_alarm = has_alarm and threading.current_thread() is threading.main_thread()
+    is_main = threading.current_thread() is threading.main_thread()
+    has_alarm = is_main and hasattr(signal, "setitimer")
     directory = os.getcwd()
 
     def stop(*_):
@@ -131,8 +129,7 @@ def own_code(name: str, path: str, about: str = "", timeout: float = 60.0):
         where = f", line {lines[-1]}" if lines else ""
         if isinstance(error, TypeError) and not lines:
             where = " as score(query, response)"
-        reason = " ".join(traceback.format_exception_only(error)[-1].split())[:300]
-        reason = reason.removeprefix(f"{type(error).__module__}.")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(f"{name}{where}: {reason}{about}") from None
     finally:
         if has_alarm:

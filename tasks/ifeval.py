@@ -28,6 +28,7 @@ from random import Random
 
 from data.language import SCRIPTS
 from data.language import language as language_of
+from lib.args import require
 
 # ---------------------------------------------------------------------------------------------
 # arguments
@@ -44,20 +45,19 @@ LISTS = ["keywords", "forbidden_words"]
 def clean_argument(name: str, value):
     """Return the value without blanks around it, and 2.0 as 2. ValueError for a wrong value."""
     if name in LISTS:
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"{name} must be a list of words, not {value!r}")
+        require(isinstance(value, list) and value, f"{name} must be a list of words, not {value!r}")
         return [clean_argument("a word", word) for word in value]
     if name in NUMBERS:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # pandas writes the integers of a column with gaps as floats
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name} must be a whole number, not {value!r}")
+        require(type(value) is int and value >= 0,
+                f"{name} must be a whole number, not {value!r}")
         return value
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text, not {value!r}")
+    require(isinstance(value, str) and value.strip(), f"{name} must be a text, not {value!r}")
     value = value.strip()
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+    if name in CHOICES:
+        require(value in CHOICES[name],
+                f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     return value
 
 
@@ -136,7 +136,8 @@ def sentences(text: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 # checks
 
-OPTIONS = [f"My answer is {word}." for word in ("yes", "no", "maybe")]
+OPTIONS = ["My answer is yes.", "My answer is no.", "My answer is maybe."]
+POSTSCRIPTS = {"P.S.": r"(?<!\w)p\.\s?s\.", "P.P.S": r"(?<!\w)p\.\s?p\.\s?s(?!\w)"}
 
 
 def follows(text: str, kind: str, kw: dict) -> bool:
@@ -149,10 +150,6 @@ def follows(text: str, kind: str, kw: dict) -> bool:
     if kind not in CHECKS:
         raise LookupError(f"unknown constraint {kind}")
     return CHECKS[kind](text, **{name: clean_argument(name, kw[name]) for name in kw})
-
-
-def argument_names(kind: str) -> list[str]:
-    return list(signature(CHECKS[kind]).parameters)[1:]  # without the text
 
 
 def related(count: int, relation: str, bound: int) -> bool:
@@ -177,8 +174,8 @@ def has_paragraphs(text: str, num_paragraphs: int) -> bool:
 
 
 def paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    if not 1 <= nth_paragraph <= num_paragraphs:
-        raise ValueError(f"nth_paragraph must be from 1 to {num_paragraphs}, not {nth_paragraph}")
+    require(1 <= nth_paragraph <= num_paragraphs,
+            f"nth_paragraph must be from 1 to {num_paragraphs}, not {nth_paragraph}")
     parts = [part.strip() for part in text.split("\n\n")]
     if sum(part != "" for part in parts) != num_paragraphs:
         return False
@@ -188,10 +185,8 @@ def paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_w
 
 def has_postscript(text: str, postscript_marker: str) -> bool:
     """Return whether the marker is a word of the text. IFEval's own two may hold blanks."""
-    if postscript_marker == "P.S.":
-        return bool(re.search(r"(?<!\w)p\.\s?s\.", text.lower()))
-    if postscript_marker == "P.P.S":
-        return bool(re.search(r"(?<!\w)p\.\s?p\.\s?s(?!\w)", text.lower()))
+    if postscript_marker in POSTSCRIPTS:
+        return bool(re.search(POSTSCRIPTS[postscript_marker], text.lower()))
     return has_word(text, postscript_marker)
 
 
@@ -363,6 +358,7 @@ def queries(r: Random) -> Iterator[dict]:
             values = draw_values(r, request)
             texts.append(sentence.format(**values))
             kinds.append(kind)
-            kwargs.append({name: values[name] for name in argument_names(kind)})
+            names = list(signature(CHECKS[kind]).parameters)[1:]  # without the text
+            kwargs.append({name: values[name] for name in names})
         yield {"prompt": " ".join(texts), "domain": "instruction",
                "check": {"kind": "ifeval", "instruction_id_list": kinds, "kwargs": kwargs}}

@@ -230,7 +230,7 @@ MIRROR = str.maketrans("<>≤≥", "><≥≤")
 
 class Node(NamedTuple):
     kind: str    # a pair of brackets like "(]"; or what separates a list without brackets; or "="
-    parts: list  # of "=": the Values of left - right at two points
+    parts: list  # of "=": one Value, see `equation`
     names: list = []  # of "x=1,y=2": x and y
 
 
@@ -341,13 +341,14 @@ def leaf(text: str):
 
 
 def equation(left: str, right: str) -> Node:
-    """Return left - right at two points. If two equations have the same ratio at both, one is a
-    multiple of the other (with the probability above)."""
-    first = Value(f"({left})-({right})")
+    """Return the ratio of left - right at two points. If two equations have the same, one is a
+    multiple of the other (with the probability of class Value)."""
+    value = Value(f"({left})-({right})")
     second = Value(f"({left})-({right})", point="'")
-    if not first.symbols or first.number == 0 or second.number == 0:
+    if not value.symbols or value.number == 0 or second.number == 0:
         raise ValueError("it says nothing")
-    return Node("=", [first, second])
+    value.number /= second.number
+    return Node("=", [value])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -364,10 +365,6 @@ def same(a, b) -> bool:
     if isinstance(b, Value):
         b = Node("{}", [b])
     kinds = {a.kind, b.kind}
-    if kinds == {"="}:
-        left, right = a.parts, b.parts
-        ratios_agree = close(left[0].number * right[1].number, left[1].number * right[0].number)
-        return left[0].symbols == right[0].symbols and ratios_agree
     if len(a.parts) != len(b.parts) or not (len(kinds) == 1 or may_be_alike(kinds, a, b)):
         return False
     if a.names and b.names:

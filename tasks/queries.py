@@ -6,8 +6,8 @@ The report checks answers in the same way for rejection sampling, DPO's pairs an
 (variants.py), from prompts with IFEval's kinds of constraints (ifeval.py), and from the public
 benchmark files (benchmarks.py).
 
-The built-in queries are our choice, so that the whole pipeline runs without a download. A prompt
-belongs to exactly one split, by a hash of its text, so no two splits share a query:
+A built-in prompt belongs to exactly one split, by a hash of its text, so no two splits share a
+query:
 
     sft  40%  demonstrations for SFT, and the worked examples inside pre-training text
     rl   40%  queries without answers for DPO, the reward model and GRPO ("a new query set", 4.2)
@@ -81,7 +81,7 @@ MAX_VERDICTS = 20_000  # some 20 MB of text
 CHECKED = 200  # rows of a file whose tests are tried when it is loaded
 
 
-def run_programs(programs: list[Program]) -> dict[Program, bool]:
+def run_programs(programs: list[Program]) -> list[bool]:
     """Return whether each program passes its tests. Those without a verdict run in the sandbox."""
     new = [program for program in dict.fromkeys(programs) if program not in VERDICTS]
     try:
@@ -90,7 +90,7 @@ def run_programs(programs: list[Program]) -> dict[Program, bool]:
         raise InputError(f"code cannot be judged: {error}") from None
     for program, result in zip(new, results, strict=True):
         VERDICTS[program] = result.passed
-    passed = {program: VERDICTS[program] for program in programs}
+    passed = [VERDICTS[program] for program in programs]
     for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
         del VERDICTS[oldest]
     return passed
@@ -116,12 +116,6 @@ def hold_code(queries: list[dict]) -> bool:
     return any(query["check"].get("kind") == "code" for query in queries)
 
 
-def answers_rightly(check: dict, response: str) -> bool:
-    """Return whether the response states a final answer that equals the annotated one."""
-    answer = extract_answer(response, strict=True)
-    return answer is not None and math_equal(answer, check["answer"])
-
-
 def follows_all(query: dict, response: str) -> bool:
     """Return whether the response follows every constraint of the query."""
     # The prompt names the topic and the words to use, so an echo of it must earn nothing.
@@ -143,26 +137,36 @@ def score_many(queries: list[dict], responses: list[str], rollouts=None) -> list
     to 1, and `parts` to the rollout. Code runs in the sandbox, several programs at a time."""
     scores = [0.0] * len(queries)
     programs = {}
-    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
+    rollouts = rollouts or [None] * len(queries)
+    for i, (query, response, rollout) in enumerate(zip(queries, responses, rollouts, strict=True)):
         check = query["check"]
-        rollout = rollouts[i] if rollouts else None
-        if rollout is not None and not rollout.finished and not sees_truncated(query):
+        was_cut = rollout is not None and not rollout.finished
+        if was_cut and not sees_truncated(query):
+            continue
+        rule = check.get("system_rule")
+        if rule and not toy.follows(response, *rule):
             continue
         if check["kind"] == "code":
             code = whole_program(response, check)
             programs[i] = Program(code, check["language"], check["tests"])
         elif check["kind"] == "math":
-            scores[i] = float(answers_rightly(check, response))
+            answer = extract_answer(response, strict=True)  # None equals nothing
+            scores[i] = float(math_equal(answer, check["answer"]))
         elif check["kind"] == "own":
             scores[i] = own_score(query, response, rollout)
         else:
             scores[i] = float(follows_all(query, response))
-    passed = run_programs(list(programs.values()))
-    for i, program in programs.items():
-        scores[i] = float(passed[program])
+    for i, passed in zip(programs, run_programs(list(programs.values())), strict=True):
+        scores[i] = float(passed)
+    return scores
+
+
+def score_steps(queries: list[dict], responses: list[str], rollouts=None) -> list[float]:
+    """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
+    states a false equation (tasks/steps.py)."""
+    scores = score_many(queries, responses, rollouts)
     for i, query in enumerate(queries):
-        rule = query["check"].get("system_rule")
-        if rule and not toy.follows(responses[i], *rule):
+        if query["check"]["kind"] == "math" and not steps_hold(responses[i]):
             scores[i] = 0.0
     return scores
 
@@ -193,17 +197,16 @@ def items(split: str, domain: str, seed: int, worked: float = 0.6) -> Iterator[E
 def distinct(split: str, n: int, seed: int, domains: Sequence[str] = DOMAINS) -> list[Example]:
     """Return n examples with n different prompts, the domains in turn."""
     streams = [items(split, domain, seed) for domain in domains]
-    seen = set()
-    examples = []
+    examples = {}
     while len(examples) < n:
         stream = streams[len(examples) % len(domains)]
-        new = (example for example in islice(stream, 100_000)
-               if repr(example.query["prompt"]) not in seen)
-        example = next(new, None)
-        require(example is not None, f"the built-in {split} split has no {n} different queries")
-        seen.add(repr(example.query["prompt"]))
-        examples.append(example)
-    return examples
+        for example in islice(stream, 100_000):
+            prompt = repr(example.query["prompt"])
+            if prompt not in examples:
+                break
+        require(prompt not in examples, f"the built-in {split} split has no {n} different queries")
+        examples[prompt] = example
+    return list(examples.values())
 
 
 def builtin(split: str, n: int, seed: int = 0) -> list[dict]:
@@ -226,14 +229,10 @@ def demonstrations(n: int, seed: int = 0, also: Sequence[str] = ()) -> list[dict
     examples = distinct("sft", n - tenth * len(also), seed)
     for variant in also:
         examples += distinct("sft", tenth, seed, [variant])
-    queries = [example.query for example in examples]
-    scores = score_many(queries, [example.answer for example in examples])
-    rows = []
-    for example, passed in zip(examples, scores, strict=True):
-        if passed:
-            row = conversation(example.query["prompt"], example.answer)
-            rows.append(row | {"domain": example.query["domain"]})
-    return rows
+    queries = [query for query, _ in examples]
+    scores = score_many(queries, [answer for _, answer in examples])
+    return [conversation(query["prompt"], answer) | {"domain": query["domain"]}
+            for (query, answer), passed in zip(examples, scores, strict=True) if passed]
 
 
 def as_text(examples: list[Example], form: str) -> str:
@@ -265,16 +264,6 @@ def documents(domain: str, seed: int = 0) -> Iterator[str]:
         yield as_text(list(islice(stream, count)), form)
 
 
-def score_steps(queries: list[dict], responses: list[str], rollouts=None) -> list[float]:
-    """Return what `score_many` does, but 0.0 for right answers to mathematics and logic whose text
-    states a false equation (tasks/steps.py)."""
-    scores = score_many(queries, responses, rollouts)
-    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        if query["check"].get("kind") == "math" and not steps_hold(response):
-            scores[i] = 0.0
-    return scores
-
-
 # ---------------------------------------------------------------------------------------------
 # queries by name
 
@@ -290,20 +279,24 @@ def load(names: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int 
     "file.py:function", which takes the place of the checks; the rows of a file then need nothing
     but a "prompt". It may take `reward_timeout` seconds per response. domain_key: the column of a
     file that names the domain of each row."""
-    sources = runnable(list(filter(None, names.split(","))))
+    sources = runnable(names)
     require(len(sources) > 0, f"--queries {names!r} names no source of queries")
     if reward:
-        check = {"kind": "own", "function": reward, "timeout": reward_timeout}
         own_reward(reward)  # refuse now a file or function that is not there
     queries = []
     for name in sources:
-        if reward:
-            found = load_for_own_reward(name, n, seed, check, built_in)
+        if is_split(name):
+            found = load_split(name, n or built_in, seed)
+        elif reward:
+            found = load_prompts(name, n)
         else:
-            found = load_source(name, n, seed, built_in)
+            found = load_runnable_file(name, n)
         if domain_key:
             set_domains(found, name, domain_key)
         queries += found
+    if reward:
+        check = {"kind": "own", "function": reward, "timeout": reward_timeout}
+        queries = [query | {"check": check} for query in queries]
     return queries
 
 
@@ -316,10 +309,11 @@ def set_domains(queries: list[dict], path: str, key: str) -> None:
         query["domain"] = str(row[key])
 
 
-def runnable(names: list[str]) -> list[str]:
-    """Return the names without the languages that this machine cannot run, and name those."""
+def runnable(names: str) -> list[str]:
+    """Return the names, which commas join, without the languages that this machine cannot run, and
+    print those."""
     kept = []
-    for name in names:
+    for name in filter(None, names.split(",")):
         variant = name.partition(":")[0]
         problem = sandbox.languages().get(variant) if variant in VARIANTS else ""
         if problem:
@@ -329,28 +323,21 @@ def runnable(names: list[str]) -> list[str]:
     return kept
 
 
-def load_source(name: str, n: int, seed: int, built_in: int) -> list[dict]:
-    if not is_split(name):
-        return load_runnable_file(name, n)
-    kind, _, split = name.rpartition(":")
-    if kind == "ifeval":
-        return ifeval_queries(name, n or built_in, seed)
-    domains = [kind] if kind else DOMAINS
-    return [example.query for example in distinct(split, n or built_in, seed, domains)]
-
-
 def is_split(name: str) -> bool:
     kind, _, split = name.rpartition(":")
     return split in SPLITS and kind in ("", "ifeval", *VARIANTS)
 
 
-def ifeval_queries(name: str, n: int, seed: int) -> list[dict]:
-    """Return n different queries of "ifeval:SPLIT"."""
-    split = name.removeprefix("ifeval:")
+def load_split(name: str, n: int, seed: int) -> list[dict]:
+    """Return n different queries of "SPLIT", of "VARIANT:SPLIT", or of "ifeval:SPLIT"."""
+    kind, _, split = name.rpartition(":")
+    if kind != "ifeval":
+        domains = [kind] if kind else DOMAINS
+        return [example.query for example in distinct(split, n, seed, domains)]
     queries = {}
-    for query in ifeval.queries(random.Random(f"{name} {seed}")):
-        if len(queries) == n:
-            break
+    stream = ifeval.queries(random.Random(f"{name} {seed}"))
+    while len(queries) < n:
+        query = next(stream)
         if split_of(query["prompt"]) == split:
             queries[query["prompt"]] = query
     return list(queries.values())
@@ -361,39 +348,23 @@ def load_runnable_file(path: str, n: int) -> list[dict]:
 
     The tests of the first CHECKED rows are tried, in Python by two runs of 15 ms per row, if code
     is isolated here: a file's code is a stranger's. `python -m tasks check` tries all rows."""
-    lines = []
-    queries = []
-    for line, query in islice(read_queries(path), n or None):
-        refuse_foreign(query, f"{path}:{line}")
-        lines.append(line)
-        queries.append(query)
+    pairs = list(islice(read_queries(path), n or None))
+    queries = [query for _, query in pairs]
     problems = []
     if hold_code(queries) and sandbox.is_isolated():
         problems = find_problems(queries[:CHECKED])
-    for line, problem in zip(lines, problems, strict=False):
+    for (line, _), problem in zip(pairs, problems, strict=False):
         require(not problem, f"{path}:{line}: {problem} (`python -m tasks check` finds all)")
     return queries
 
 
-def refuse_foreign(query: dict, where: str) -> None:
-    """Raise InputError for a check in a language that this machine cannot run."""
-    check = query["check"]
-    if check["kind"] == "code":
-        problem = sandbox.languages().get(check["language"], "is unknown")
-        require(not problem, f"{where}: a check in {check['language']}: {problem}")
-
-
-def load_for_own_reward(name: str, n: int, seed: int, check: dict, built_in: int) -> list[dict]:
-    """Return queries whose check is the user's own function."""
-    if is_split(name):
-        rows = enumerate(load_source(name, n, seed, built_in), 1)
-    else:
-        rows = read_jsonl(name)
+def load_prompts(path: str, n: int) -> list[dict]:
+    """Return the rows of a file whose check will be the user's own function."""
     queries = []
-    for line, row in islice(rows, n or None):
+    for line, row in islice(read_jsonl(path), n or None):
         require(row.get("prompt"),
-                f'{name}:{line}: a row must have a "prompt", got {", ".join(row)}')
+                f'{path}:{line}: a row must have a "prompt", got {", ".join(row)}')
         parse_tools(row.get("tools"))  # refuse bad ones now
-        queries.append({"domain": "own", **row, "check": check})
-    require(len(queries) > 0, f"{name}: the file holds no queries")
+        queries.append({"domain": "own"} | row)
+    require(len(queries) > 0, f"{path}: the file holds no queries")
     return queries

@@ -7,7 +7,7 @@ What cannot be read (letters, powers, units within an expression) is not judged.
 import re
 from fractions import Fraction
 
-from tasks.answer_spelling import boxes, opened_boxes
+from tasks.answer_spelling import boxes
 from tasks.answer_values import Value
 
 PLAIN = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-",
@@ -94,5 +94,6 @@ def equal(left: str, right: str) -> bool:
 
 
 def boxes_are_whole(text: str) -> bool:
-    closed = boxes(text)
-    return len(closed) == opened_boxes(text) and all(box.content.strip() for box in closed)
+    opened = re.findall(r"\\f?box(?:ed)?\s*\{", text)
+    filled = [box for box in boxes(text) if box.content.strip()]
+    return len(filled) == len(opened)

@@ -5,7 +5,9 @@ our choice: they make problems that a model of a million parameters can learn in
 often gets wrong, so that the whole pipeline runs without a download. Published numbers depend on
 them: another draw, or another order of draws, changes every query.
 """
+import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from textwrap import indent
@@ -40,6 +42,18 @@ def answer_task(problem: Problem) -> Task:
 # ---------------------------------------------------------------------------------------------
 # mathematics: word problems of two steps with small numbers
 
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
+def word_problem(prompt: str, *steps: tuple[int, str, int]) -> Problem:
+    """Return the problem of these steps, such as (3, "+", 4). The last one gives the answer."""
+    texts = []
+    for left, sign, right in steps:
+        answer = OPERATIONS[sign](left, right)
+        texts.append(f"{left} {sign} {right} = {answer}")
+    return Problem(prompt, answer, texts)
+
+
 def gain_and_loss(r: Random) -> Problem:
     name, other = r.sample(NAMES, 2)
     item = r.choice(ITEMS)
@@ -47,11 +61,10 @@ def gain_and_loss(r: Random) -> Problem:
     total = had + gained
     given = r.randint(1, min(9, total - 1))
     verb = r.choice(["buys", "finds", "gets"])
-    return Problem(
+    return word_problem(
         f"{name} has {had} {item}. {name} {verb} {gained} more and gives {given} to {other}. "
         f"How many {item} does {name} have now?",
-        total - given,
-        [f"{had} + {gained} = {total}", f"{total} - {given} = {total - given}"])
+        (had, "+", gained), (total, "-", given))
 
 
 def boxes(r: Random) -> Problem:
@@ -60,29 +73,24 @@ def boxes(r: Random) -> Problem:
     size, count = r.randint(2, 6), r.randint(2, 6)
     left = r.randint(1, 9)
     plural = "boxes" if box == "box" else box + "s"
-    packed = count * size
-    return Problem(
+    return word_problem(
         f"Each {box} holds {size} {item}. {name} fills {count} {plural} and has {left} {item} "
         f"left. How many {item} are there in all?",
-        packed + left,
-        [f"{count} * {size} = {packed}", f"{packed} + {left} = {packed + left}"])
+        (count, "*", size), (count * size, "+", left))
 
 
 def together(r: Random) -> Problem:
     first, second = r.sample(NAMES, 2)
     item = r.choice(ITEMS)
     count, difference = r.randint(2, 9), r.randint(1, 9)
+    word, sign = "fewer", "-"
     if count - difference < 1 or r.random() < 0.5:
-        word, other = "more", count + difference
-        step = f"{count} + {difference} = {other}"
-    else:
-        word, other = "fewer", count - difference
-        step = f"{count} - {difference} = {other}"
-    return Problem(
+        word, sign = "more", "+"
+    other = OPERATIONS[sign](count, difference)
+    return word_problem(
         f"{first} has {count} {item}. {second} has {difference} {word} than {first}. "
         f"How many {item} do they have together?",
-        count + other,
-        [step, f"{count} + {other} = {count + other}"])
+        (count, sign, difference), (count, "+", other))
 
 
 def change(r: Random) -> Problem:
@@ -91,11 +99,10 @@ def change(r: Random) -> Problem:
     price, count = r.randint(2, 6), r.randint(2, 6)
     cost = count * price
     paid = r.choice([note for note in (10, 20, 50) if note > cost])
-    return Problem(
+    return word_problem(
         f"One {item} costs {price} dollars. {name} buys {count} of them and pays with {paid} "
         f"dollars. How many dollars does {name} get back?",
-        paid - cost,
-        [f"{count} * {price} = {cost}", f"{paid} - {cost} = {paid - cost}"])
+        (count, "*", price), (paid, "-", cost))
 
 
 def share(r: Random) -> Problem:
@@ -103,22 +110,20 @@ def share(r: Random) -> Problem:
     friends, each = r.randint(2, 5), r.randint(2, 5)
     kept = r.randint(1, 9)
     shared = friends * each
-    return Problem(
-        f"{name} has {shared + kept} {item}, keeps {kept} and shares the rest equally among "
+    total = shared + kept
+    return word_problem(
+        f"{name} has {total} {item}, keeps {kept} and shares the rest equally among "
         f"{friends} friends. How many {item} does each friend get?",
-        each,
-        [f"{shared + kept} - {kept} = {shared}", f"{shared} / {friends} = {each}"])
+        (total, "-", kept), (shared, "/", friends))
 
 
 def perimeter(r: Random) -> Problem:
     place = r.choice(["garden", "room", "field", "yard"])
     length, width = r.randint(2, 9), r.randint(2, 9)
-    half = length + width
-    return Problem(
+    return word_problem(
         f"A {place} is {length} metres long and {width} metres wide. "
         "What is its perimeter in metres?",
-        2 * half,
-        [f"{length} + {width} = {half}", f"2 * {half} = {2 * half}"])
+        (length, "+", width), (2, "*", length + width))
 
 
 def mathematics(r: Random) -> Task:
@@ -132,6 +137,13 @@ def mathematics(r: Random) -> Task:
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 JOBS = "baker singer doctor painter pilot teacher writer gardener runner farmer".split()
 THINGS_TO_SWAP = "book ball key hat cup".split()
+SYLLOGISMS = {  # answer: the second rule, the fact and the question, the reasoning
+    "yes": ("Every {b} is a {c}.", "{name} is a {a}. Is {name} a {c}?",
+            "{name} is a {a}, so a {b}, so a {c}"),
+    "no": ("No {b} is a {c}.", "{name} is a {a}. Is {name} a {c}?",
+           "{name} is a {a}, so a {b}, so not a {c}"),
+    "unknown": ("Every {b} is a {c}.", "{name} is a {c}. Is {name} a {a}?",
+                "A {c} need not be a {a}")}
 
 
 def swap(r: Random) -> Problem:
@@ -164,21 +176,13 @@ def syllogism(r: Random) -> Problem:
     the answer is "unknown"."""
     name = r.choice(NAMES)
     a, b, c = r.sample(JOBS, 3)
-    answer = r.choice(["yes", "no", "unknown"])
-    rules = [f"Every {a} is a {b}.", f"Every {b} is a {c}."]
-    fact = f"{name} is a {a}."
-    asked = c
-    step = f"{name} is a {a}, so a {b}, so a {c}"
-    if answer == "no":
-        rules[1] = f"No {b} is a {c}."
-        step = f"{name} is a {a}, so a {b}, so not a {c}"
-    elif answer == "unknown":
-        fact = f"{name} is a {c}."
-        asked = a
-        step = f"A {c} need not be a {a}"
+    answer = r.choice(list(SYLLOGISMS))
+    rule, question, step = SYLLOGISMS[answer]
+    rules = ["Every {a} is a {b}.", rule]
     r.shuffle(rules)
-    prompt = f"{' '.join(rules)} {fact} Is {name} a {asked}? Answer yes, no or unknown."
-    return Problem(prompt, answer, [step])
+    prompt = " ".join([*rules, question, "Answer yes, no or unknown."])
+    values = {"name": name, "a": a, "b": b, "c": c}
+    return Problem(prompt.format(**values), answer, [step.format(**values)])
 
 
 def logic(r: Random) -> Task:
@@ -195,6 +199,10 @@ class Exercise(NamedTuple):
     signature: str
     solutions: list[str]  # bodies of the function
     inputs: list          # arguments of the hidden tests
+
+    @property
+    def name(self) -> str:
+        return self.signature.partition("(")[0]
 
 
 LIST_FILTERS = {  # words for some numbers of a list: the condition on x
@@ -220,18 +228,16 @@ def branch(condition: str, yes: str, no: str) -> str:
     return f"if {condition}:\n    return {yes}\nreturn {no}"
 
 
-def decision(words: str, condition: str) -> tuple[str, str, str]:
-    task = f"returns True if n is {words}, else False"
-    short = f"return {condition}"
-    return task, short, branch(condition, "True", "False")
-
-
-def either(words: str, condition: str, yes: str, no: str) -> tuple[str, str, str]:
-    short = f"return {yes} if {condition} else {no}"
-    long = branch(condition, yes, no)
-    return words, short, long
-
-
+LIST_TASKS = {  # how: the task, its solution in one line; what starts, updates and ends the loop
+    "sum": ("returns the sum of {values} {numbers} in xs", "return sum({value} {each})",
+            "total = 0", "total += {value}", "total"),
+    "count": ("returns how many {numbers} are in the list xs", "return sum(1 {each})",
+              "n = 0", "n += 1", "n"),
+    "list": ("returns a list of {values} {numbers} in xs", "return [{value} {each}]",
+             "out = []", "out.append({value})", "out"),
+    "largest": ("returns the largest of {values} {numbers} in xs, or 0 if there are none",
+                "return max([{value} {each}], default=0)",
+                "values = [{value} {each}]\nif not values:\n    return 0", "", "max(values)")}
 # A task, its solution in one line, and its solution in several lines.
 STRING_TASKS = [
     ("returns how many words in the string s have more than {k} letters",
@@ -255,20 +261,27 @@ STRING_TASKS = [
     ("returns the string s repeated {k} times", "return s * {k}", "return s * {k}"),
     ("returns the last {k} letters of the string s", "return s[-{k}:]", "return s[-{k}:]")]
 NUMBER_TASKS = [
-    decision("divisible by {a} and not by {b}", "n % {a} == 0 and n % {b} != 0"),
-    decision("greater than {a} or divisible by {b}", "n > {a} or n % {b} == 0"),
+    ("returns True if n is divisible by {a} and not by {b}, else False",
+     "return n % {a} == 0 and n % {b} != 0",
+     branch("n % {a} == 0 and n % {b} != 0", "True", "False")),
+    ("returns True if n is greater than {a} or divisible by {b}, else False",
+     "return n > {a} or n % {b} == 0",
+     branch("n > {a} or n % {b} == 0", "True", "False")),
     ("returns n times {a} plus {b}",
      "return n * {a} + {b}",
      "product = n * {a}\nreturn product + {b}"),
-    either("returns {a} if n is even, else {b}", "n % 2 == 0", "{a}", "{b}"),
-    either("returns n minus {a} if n is greater than {b}, else n times {c}",
-           "n > {b}", "n - {a}", "n * {c}"),
+    ("returns {a} if n is even, else {b}",
+     "return {a} if n % 2 == 0 else {b}",
+     branch("n % 2 == 0", "{a}", "{b}")),
+    ("returns n minus {a} if n is greater than {b}, else n times {c}",
+     "return n - {a} if n > {b} else n * {c}",
+     branch("n > {b}", "n - {a}", "n * {c}")),
     ("returns the sum of the numbers from 1 to n that are divisible by {a}",
      "return sum(i for i in range(1, n + 1) if i % {a} == 0)",
      loop("total = 0", "i in range(1, n + 1)", "i % {a} == 0", "total += i", "total"))]
 
 
-def make_exercise(texts: tuple[str, str, str], signature: str, inputs: list, **values) -> Exercise:
+def make_exercise(texts: Sequence[str], signature: str, inputs: list, **values) -> Exercise:
     """Return the exercise of a task and its two solutions, with the values put in."""
     task, *solutions = [text.format(**values) for text in texts]
     return Exercise(task, signature, [indent(body, "    ") for body in solutions], inputs)
@@ -280,30 +293,22 @@ def list_function(r: Random) -> Exercise:
     m = r.randint(2, 5)
     values, value = r.choice(list(LIST_VALUES.items()))
     name = r.choice(["solve", "compute", "f", "process"])
+    how = r.choice(list(LIST_TASKS))
+    task, short, start, update, result = LIST_TASKS[how]
+    long = f"{start}\nreturn {result}"
+    if update:
+        long = loop(start, "x in xs", condition, update, result)
     each = f"for x in xs if {condition}" if condition else "for x in xs"
-    how = r.choice(["sum", "count", "list", "largest"])
-    if how == "count":
-        task = f"returns how many {numbers} are in the list xs"
-        short = f"return sum(1 {each})" if condition else "return len(xs)"
-        body = loop("n = 0", "x in xs", condition, "n += 1", "n")
-    elif how == "sum":
-        task = f"returns the sum of {values} {numbers} in xs"
-        short = f"return sum({value} {each})"
-        body = loop("total = 0", "x in xs", condition, f"total += {value}", "total")
-    elif how == "list":
-        task = f"returns a list of {values} {numbers} in xs"
-        short = f"return [{value} {each}]"
-        body = loop("out = []", "x in xs", condition, f"out.append({value})", "out")
-    else:
-        task = f"returns the largest of {values} {numbers} in xs, or 0 if there are none"
-        short = f"return max([{value} {each}], default=0)"
-        body = f"values = [{value} {each}]\n" + branch("not values", "0", "max(values)")
+    if how == "count" and not condition:
+        short = "return len(xs)"
+    words = {"numbers": numbers, "values": values, "value": value, "each": each, "k": k, "m": m}
+    texts = [text.format(**words) for text in (task, short, long)]  # they may still hold {k}, {m}
     inputs = []
     for _ in range(4):
         length = r.randint(3, 7)
         inputs.append([r.randint(-9, 20) for _ in range(length)])
     inputs.append([])
-    return make_exercise((task, short, body), f"{name}(xs)", inputs, k=k, m=m)
+    return make_exercise(texts, f"{name}(xs)", inputs, **words)
 
 
 def string_function(r: Random) -> Exercise:
@@ -324,22 +329,20 @@ def number_function(r: Random) -> Exercise:
     return make_exercise(texts, f"{name}(n)", inputs, a=a, b=b, c=c)
 
 
-def outputs(exercise: Exercise) -> list:
-    """Return what the reference solution makes of the inputs. It stands above, so it is executed
-    here; the code of a model runs in the sandbox only."""
+def examples(exercise: Exercise) -> list[tuple]:
+    """Return each input with what the reference solution makes of it. That stands above, so it is
+    executed here; the code of a model runs in the sandbox only."""
     namespace = {}
     exec(f"def {exercise.signature}:\n{exercise.solutions[0]}", namespace)
-    function = namespace[exercise.signature.partition("(")[0]]
-    return [function(x) for x in exercise.inputs]
+    function = namespace[exercise.name]
+    return [(given, function(given)) for given in exercise.inputs]
 
 
 def code(r: Random) -> Task:
     make = r.choice([list_function, list_function, string_function, number_function])
     exercise = make(r)
-    name = exercise.signature.partition("(")[0]
-    tests = []
-    for x, output in zip(exercise.inputs, outputs(exercise), strict=True):
-        tests.append(f"assert {name}({x!r}) == {output!r}")
+    tests = [f"assert {exercise.name}({given!r}) == {output!r}"
+             for given, output in examples(exercise)]
     check = {"kind": "code", "language": "python", "tests": "\n".join(tests)}
     solution = r.choice(exercise.solutions)
     return Task(f"Write a Python function `{exercise.signature}` that {exercise.task}.", check,
@@ -380,14 +383,12 @@ class Draft:
     """An instruction that constraints are added to, and a text that follows all of them."""
     prompt: str
     text: str
-    names: list[str]
-    arguments: list[dict]
+    rules: dict[str, dict]  # the arguments of each constraint
 
-    def add(self, words: str, name: str, **arguments) -> None:
+    def add(self, words: str, rule: str, **arguments) -> None:
         """Add a constraint; `words` say it in the prompt."""
         self.prompt += words
-        self.names.append(name)
-        self.arguments.append(arguments)
+        self.rules[rule] = arguments
 
 
 def list_draft(r: Random) -> Draft:
@@ -395,7 +396,7 @@ def list_draft(r: Random) -> Draft:
     category = r.choice(list(CATEGORIES))
     n = r.randint(2, 6)
     things = r.sample(CATEGORIES[category], n)
-    draft = Draft(f"List {n} {category}", ", ".join(things), [], [])
+    draft = Draft(f"List {n} {category}", ", ".join(things), {})
     draft.add("", "ours:items", category=category, n=n)
     if r.random() < 0.3:
         draft.text = "\n".join(f"* {thing}" for thing in things)
@@ -424,7 +425,7 @@ def sentence_draft(r: Random) -> Draft:
     topic = r.choice(list(THINGS))
     words = sentence(r, topic)
     keywords = [topic]
-    draft = Draft(f"Write a sentence about the {topic}", " ".join(words) + ".", [], [])
+    draft = Draft(f"Write a sentence about the {topic}", " ".join(words) + ".", {})
     draft.add("", "keywords:existence", keywords=keywords)
     kind = r.choice(["words", "words", "keyword", "start", "end", "without", "plain"])
     if kind == "words":
@@ -459,7 +460,8 @@ def instruction(r: Random) -> Task:
     elif style < 0.5 and "\n" not in draft.text:
         draft.text = f'"{draft.text}"'
         draft.add(", in double quotes", "startend:quotation")
-    check = {"kind": "rules", "instruction_id_list": draft.names, "kwargs": draft.arguments}
+    check = {"kind": "rules", "instruction_id_list": list(draft.rules),
+             "kwargs": list(draft.rules.values())}
     return Task(draft.prompt + ".", check, [draft.text])
 
 
@@ -467,31 +469,32 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text)
 
 
+def lists_items(text: str, category: str, n: int) -> bool:
+    """Return whether the text lists n different things of a category, by commas or by lines."""
+    allowed = {thing.lower() for thing in CATEGORIES[category]}
+    parts = [part.strip(" *-.") for part in re.split(r",|\n", text.strip('".').lower())]
+    items = [part for part in parts if part]
+    return len(items) == len(set(items)) == n and set(items) <= allowed
+
+
+RULES = {  # rule: the check of a text, its words in small letters, and the rule's arguments
+    "keywords:existence": lambda text, words, kw:
+        all(word.lower() in words for word in kw["keywords"]),
+    "keywords:forbidden_words": lambda text, words, kw:
+        not any(word.lower() in words for word in kw["forbidden_words"]),
+    "ours:exact_words": lambda text, words, kw: len(words) == kw["n"],
+    "ours:start_word": lambda text, words, kw: words[:1] == [kw["word"].lower()],
+    "startend:end_checker": lambda text, words, kw:
+        text.strip('"').lower().endswith(kw["end_phrase"].lower()),
+    "startend:quotation": lambda text, words, kw: len(text) > 1 and text[0] == text[-1] == '"',
+    "change_case:english_capital": lambda text, words, kw: text.isupper(),
+    "change_case:english_lowercase": lambda text, words, kw: text.islower(),
+    "detectable_format:number_bullet_lists": lambda text, words, kw:
+        len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"],
+    "ours:items": lambda text, words, kw: lists_items(text, kw["category"], kw["n"])}
+
+
 def follows(response: str, rule: str, kw: dict) -> bool:
     """Return whether the response follows one constraint. An unknown rule is never followed."""
-    text = response.strip()
     words = [word.lower() for word in words_of(response)]
-    if rule == "keywords:existence":
-        return all(word.lower() in words for word in kw["keywords"])
-    if rule == "keywords:forbidden_words":
-        return not any(word.lower() in words for word in kw["forbidden_words"])
-    if rule == "ours:exact_words":
-        return len(words) == kw["n"]
-    if rule == "ours:start_word":
-        return words[:1] == [kw["word"].lower()]
-    if rule == "startend:end_checker":
-        return text.strip('"').lower().endswith(kw["end_phrase"].lower())
-    if rule == "startend:quotation":
-        return len(text) > 1 and text[0] == text[-1] == '"'
-    if rule == "change_case:english_capital":
-        return text.isupper()
-    if rule == "change_case:english_lowercase":
-        return text.islower()
-    if rule == "detectable_format:number_bullet_lists":
-        return len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"]
-    if rule == "ours:items":  # n different things of a category, by commas or by lines
-        allowed = {thing.lower() for thing in CATEGORIES[kw["category"]]}
-        parts = re.split(r",|\n", text.strip('".').lower())
-        items = [part.strip(" *-.") for part in parts if part.strip(" *-.")]
-        return len(items) == len(set(items)) == kw["n"] and set(items) <= allowed
-    return False
+    return rule in RULES and RULES[rule](response.strip(), words, kw)

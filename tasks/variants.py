@@ -11,7 +11,7 @@ from random import Random
 from textwrap import dedent, indent
 
 from tasks import toy
-from tasks.toy import Exercise, Problem, Task
+from tasks.toy import Exercise, Task
 
 # ---------------------------------------------------------------------------------------------
 # other languages: the long Python solutions of tasks/toy.py, translated line by line
@@ -26,6 +26,7 @@ LINES = [  # a line of Python, of JavaScript, of C++
      "for (int i = 1; i <= n; i++) {"),
     (r"if (.+):", r"if (\1) {", r"if (\1) {"),
     (r"(return .+|\w+ \+= .+)", r"\1;", r"\1;")]
+COLUMNS = {"javascript": 1, "c++": 2}  # of LINES
 WORDS = {" and ": " && ", " or ": " || ", "True": "true", "False": "false",
          "% 2 == 1": "% 2 != 0"}  # there, -3 % 2 is -1
 
@@ -42,9 +43,8 @@ def translate(body: str, language: str) -> str:
         while depth > (len(line) - len(statement)) // 4:
             depth -= 1
             lines.append("    " * depth + "}")
-        pattern, *forms = next(row for row in LINES if re.fullmatch(row[0], statement))
-        form = forms[0] if language == "javascript" else forms[1]
-        translated = re.sub(pattern, form, statement)
+        row = next(row for row in LINES if re.fullmatch(row[0], statement))
+        translated = re.sub(row[0], row[COLUMNS[language]], statement)
         lines.append("    " * depth + translated)
         depth += translated.endswith("{")
     return indent("\n".join(lines), "    ")
@@ -69,19 +69,17 @@ def translatable(r: Random) -> Exercise:
     be called process, which is an object of Node.js."""
     while True:
         exercise = r.choice([toy.list_function, toy.number_function])(r)
-        name = exercise.signature.partition("(")[0]
-        if "max(" not in exercise.solutions[1] and name != "process":
+        if "max(" not in exercise.solutions[1] and exercise.name != "process":
             return exercise
 
 
 def brace_code(r: Random, language: str) -> Task:
     """Return a function to write in JavaScript or C++. The Python solution makes the tests."""
     exercise = translatable(r)
-    name = exercise.signature.partition("(")[0]
-    outputs = toy.outputs(exercise)
+    examples = toy.examples(exercise)
     tests = []
-    for given, output in zip(exercise.inputs, outputs, strict=True):
-        call = f"{name}({literal(given, language)})"
+    for given, output in examples:
+        call = f"{exercise.name}({literal(given, language)})"
         wanted = literal(output, language)
         if language == "javascript":
             tests.append(f"console.assert(JSON.stringify({call}) === JSON.stringify({wanted}));")
@@ -91,7 +89,7 @@ def brace_code(r: Random, language: str) -> Task:
         signature = exercise.signature
         head = f"function {signature}"
     else:
-        signature = cpp_signature(exercise.signature, exercise.inputs[0], outputs[0])
+        signature = cpp_signature(exercise.signature, *examples[0])
         head = f"#include <cstdlib>\n#include <vector>\n\n{signature}"
         tests = ["int main() {", *tests, "}"]
     task = exercise.task.replace("True", "true").replace("False", "false")
@@ -132,11 +130,9 @@ def turns(r: Random) -> Task:
     number = int(first.check["answer"])
     k = r.randint(2, 9)
     if r.random() < 0.5:
-        total = number + k
-        problem = Problem(f"Add {k} to that.", total, [f"{number} + {k} = {total}"])
+        problem = toy.word_problem(f"Add {k} to that.", (number, "+", k))
     else:
-        product = k * number
-        problem = Problem(f"What is {k} times that?", product, [f"{k} * {number} = {product}"])
+        problem = toy.word_problem(f"What is {k} times that?", (k, "*", number))
     second = toy.answer_task(problem)
     prompt = [{"role": "user", "content": first.prompt},
               {"role": "assistant", "content": r.choice(first.responses)},

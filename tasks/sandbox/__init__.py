@@ -8,27 +8,15 @@ process behind, and passes only with a proof that the tests reached their end:
     Python  The child reads key B after the last test, and sends key A + key B.
     others  The program prints key A + key B in its last statement (languages.py).
 
-Held:
-- early ends: `sys.exit(0)`, `os._exit(0)`, a killed process or a printed "ok" send no keys;
-- patches: the tests have builtins of their own, macros and builtin commands are put back;
-- objects whose `__eq__` is always true, in Python: the tests compare plain values only with plain
-  values, any other type with its like. The price: an honest class, even a namedtuple, does too;
-- copies that each try an answer: only bash programs may fork, and Python's that import
-  multiprocessing, concurrent or subprocess, where a copy can still spy for the original.
+The tests have builtins of their own. In Python they compare plain values only with plain values,
+any other type with its like. The price: an honest class, even a namedtuple, does too. Only bash
+programs may fork, and Python's that import multiprocessing, concurrent or subprocess: a copy of the
+program could try an answer.
 
 THIS IS A RESOURCE LIMITER, NOT A SECURITY BOUNDARY: run hostile code in a container or a VM.
-Left (docs/trust.md has the whole table):
-- holes in the kernel, all of which is in reach; reading /usr and the toolchains;
-- code that studies this package and forges a pass: in Python, frames hold key A, the tests and
-  their answers, and the socket holds key B; in other languages the program's text holds both keys;
-- in Python, comparisons outside of `==`, `<`, `in` ...: `match`, `list.count`, `operator.eq`,
-  unittest, an `__sub__` that returns 0; a slice; patched library modules (`math.isclose = ...`);
-- elsewhere, overloaded comparisons, source filters in Perl, assembly in C, library functions;
-- memory summed over processes: each of 64 processes may use the limit;
-- runs in progress when this process gets SIGKILL: only their CPU limit ends them, so a sleeping
-  process stays, and so does an empty folder;
-- what a layer that `isolation_gaps` names would stop. The stages refuse to run code without
-  "files" and "pids", unless they get --allow_unsafe_code.
+docs/trust.md has the table of what was tried, what held and what is left. Besides, memory is not
+summed over processes: each of 64 may use the limit. The stages refuse to run code without the
+layers "files" and "pids", unless they get --allow_unsafe_code.
 
 `python -m tasks.sandbox` tries every language. `run` needs POSIX; C and C++ need a linker with
 --wrap, which macOS lacks.
@@ -61,8 +49,8 @@ from tasks.sandbox.isolation import (
 )
 from tasks.sandbox.languages import LANGUAGES, SAMPLES, Language, find_commands
 
-__all__ = ["LANGUAGES", "SAMPLES", "Result", "is_isolated", "isolation_gaps", "languages", "run",
-           "run_many"]
+__all__ = ["LANGUAGES", "SAMPLES", "Result", "count_cores", "is_isolated", "isolation_gaps",
+           "languages", "run", "run_many"]
 
 # Per process, except NPROC, which counts the processes of the user (or of its namespace).
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 64, "RLIMIT_NOFILE": 64}
@@ -80,8 +68,6 @@ HARM = {
 # A fixed hash seed makes the order of sets, and with it the verdict, repeatable.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 GUARD_MARK = b"\0the guard of child.py"
-# Python programs may only start processes if they say so: few need any, and a copy of the program
-# could try an answer (see fork_filter).
 STARTS_PROCESSES = re.compile(r"^\s*(?:import|from)\s+(?:multiprocessing|concurrent|subprocess)\b",
                               re.MULTILINE)
 COMPILE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that compile() raises
@@ -194,7 +180,7 @@ def _converse(link, message: bytes, timeout: float, check_seconds: float) -> _An
     verdict = said.lstrip(".")
     line, newline, _ = verdict.partition("\n")
     dots = len(said) - len(verdict)
-    return _Answer(tuple(layers.split(",")) if layers else (), dots, line if newline else end)
+    return _Answer(tuple(filter(None, layers.split(","))), dots, line if newline else end)
 
 
 def _run_child(command, job: dict, key_b: str, timeout: float, check_seconds: float) -> tuple:
@@ -294,10 +280,9 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     answer, out, err = _run_child(command, job, key_b, timeout, row.check_seconds)
     seconds = time.monotonic() - start
     _require_start(answer, err)
-    proof = f"{key_a}{key_b}".encode()
-    proof_line = proof + b"\n"
+    proof_line = f"{key_a}{key_b}\n".encode()
     if is_python:
-        passed = secrets.compare_digest(answer.verdict.encode(), proof)
+        passed = answer.verdict == key_a + key_b
     else:
         passed = answer.verdict == "exit status 0" and (proof_line in out or proof_line in err)
     stdout = out.replace(proof_line, b"")[:SHOWN].decode("utf-8", "replace")
@@ -309,15 +294,19 @@ def run(code: str, language: str = "python", tests: str = "", timeout: float = 5
     return Result(passed, stage, reason[:500], stdout, stderr, seconds, answer.layers)
 
 
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS lacks it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_many(jobs: list[dict], workers: int | None = None) -> list[Result]:
     """Return `run(**job)` of each job, in order, on `workers` threads (default: one per core).
 
     Identical jobs run once: a policy that converges repeats itself.
     """
-    if not workers:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     keys = [tuple(sorted(job.items())) for job in jobs]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or count_cores()) as pool:
         futures = {key: pool.submit(run, **dict(key)) for key in dict.fromkeys(keys)}
         return [futures[key].result() for key in keys]

@@ -27,7 +27,7 @@ def read_exactly(link, count):
     """Return the next `count` bytes. Unbuffered: what is not asked for stays in the kernel."""
     data = b""
     while len(data) < count:
-        chunk = posix.read(link, min(count - len(data), 1 << 20))
+        chunk = posix.read(link, count - len(data))
         if not chunk:
             posix._exit(3)  # isolation.NO_JOB
         data += chunk
