@@ -23,7 +23,6 @@ import kernels
 from lib.args import InputError, require
 from lib.decode import Completion
 from lib.dist import RANK, all_gather
-from lib.files import disk_errors
 from model import Qwen2
 from tokenizer import Tokenizer
 
@@ -90,9 +89,8 @@ class VLLMClient:
         tied = model.config.tie_word_embeddings
         if RANK == 0:
             self.forget()  # first: without the development mode nothing is written
-            with disk_errors(path):
-                path.mkdir(parents=True, exist_ok=True)
-                (untied(model) if tied else model).save_pretrained(path)
+            served = untied(model) if tied else model
+            served.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
             self.ask("collective_rpc", body, lambda reply: reply["results"])
