@@ -15,7 +15,6 @@ query are not independent.
 """
 import json
 import math
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,21 +72,18 @@ class Answer(NamedTuple):
 
 def by_domain(queries: list[dict], values: list[float]) -> dict[str, dict]:
     """Return the interval of the values over all queries ("total") and within each domain."""
-    groups = defaultdict(list)
-    for query, value in zip(queries, values, strict=True):
-        groups[query["domain"]].append(value)
+    domains = [query["domain"] for query in queries]
     out = {"total": interval(values)}
-    for domain in sorted(groups):
-        out[domain] = interval(groups[domain])
+    for domain in sorted(set(domains)):
+        some = [value for value, name in zip(values, domains, strict=True) if name == domain]
+        out[domain] = interval(some)
     return out
 
 
 @torch.no_grad()
 def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len: int = 512) -> dict:
-    """Return -log2 p(text) per UTF-8 byte, which compares models of any vocabulary.
-
-    Documents are cut into windows of max_len tokens; the first token of a window is given, not
-    predicted."""
+    """Return -log2 p(text) per UTF-8 byte, which compares models of any vocabulary. Documents are
+    cut into windows of max_len tokens, of which the first is given, not predicted."""
     nats = 0.0
     n_bytes = 0
     for text in texts:
@@ -143,16 +139,11 @@ def chosen_score(group: list[Answer], votes: list[float]) -> float:
 
 def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
                    temperature: float) -> list[list[Answer]]:
-    """Return n scored answers to each query."""
-    if args.few_shot:
-        return answer_few_shot(model, tokenizer, queries, args, n, temperature)
-    return rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
-                   tasks.queries.score_many)
-
-
-def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
-                    temperature: float) -> list[list[Answer]]:
-    """Return n scored answers to each query, asked as plain text behind worked examples."""
+    """Return n scored answers to each query, which is asked in a chat or, with args.few_shot, as
+    plain text behind worked examples."""
+    if not args.few_shot:
+        return rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
+                       tasks.queries.score_many)
     prompts = [tokenizer.encode(tasks.queries.few_shot(query, args.few_shot, args.seed))
                for query in queries]
     # A base model goes on with the next question after its answer: the blank line ends it.

@@ -2,9 +2,8 @@
 section 3.2).
 
 The report measures the best learning rate and batch size for models of size N on D tokens, dense
-and MoE, and at these settings compares the loss of both. It discloses neither the forms of its laws
-nor the coefficients nor the runs. We take the forms from open work, and fit them to open runs and
-to our own:
+and MoE, and at these settings compares the loss of both. It discloses neither laws nor runs. We
+take the forms from open work, and fit them to open runs and to our own:
 
     lr* = a N^b D^c,  batch* = a N^b D^c     Step Law (arXiv 2503.04715; its batch has no N)
     L(N, D) = E + A / N^alpha + B / D^beta   Chinchilla (2203.15556), as refitted by Epoch AI
@@ -133,8 +132,8 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
 
 
 def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
-    """Report which dense model an MoE equals. One loss law of both kinds of cells says R^g times
-    its activated N: with g = 1 an MoE is worth its total N, with g = 0 its activated N."""
+    """Report which dense model an MoE equals by one loss law of both kinds of cells: one of R^g
+    times its activated N. With g = 1 it is worth its total N, with g = 0 its activated N."""
     N, R, D, loss = np.array([(c.N, c.R, c.D, c.loss) for c in cells]).T
     print("\nparity: one loss law of dense and MoE cells")
     law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
@@ -176,9 +175,9 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
 
     Laws come from --data, or else from publications."""
     config = PRESETS.get(args.model)
+    is_moe = config is not None and config.num_experts > 0
     if laws is None and args.data:
-        kind = "moe" if config and config.num_experts else "dense"
-        laws = fit(args).get(kind)
+        laws = fit(args).get("moe" if is_moe else "dense")
     laws = laws or {}
     N = count(config)["N"] if config else parse_value("model", args.model or "0", float)
     D = parse_value("tokens", args.tokens or "0", float)
@@ -186,7 +185,7 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     positive(args, "gpus", "micro_batch", "mfu", "peak_tflops")
     require(args.lora >= 0, f"--lora must be a rank, or 0 to train all weights, got {args.lora}")
     out = plan_settings(N, D, laws)
-    if config and config.num_experts:
+    if is_moe:
         total = count(config)["non_embedding"]
         lr = PUBLISHED["lr"]["Step Law"].predict(N=total, D=D)
         print(f"  an MoE of {total:.4g}: at its total N, which fits Step Law's MoE runs better "

@@ -16,7 +16,6 @@ import numpy as np
 
 from lib import files
 from lib.args import InputError, require
-from lib.plan import flops
 
 
 @dataclass(kw_only=True)
@@ -51,7 +50,7 @@ class Cell:
 
     @property
     def C(self) -> float:
-        return flops(self.N, self.D)
+        return 6 * self.N * self.D
 
     def axes(self) -> dict[str, float]:
         """Return the arguments of a law's predict and interval."""

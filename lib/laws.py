@@ -23,7 +23,7 @@ class Law:
     axes: str                        # what y depends on: letters of N, D, C and R
     coef: np.ndarray                 # (k,)
     seen: np.ndarray = None          # (axes, 2): lowest and highest of the cells
-    # A fitted law also has its
+    # A fitted law also has:
     x: np.ndarray = None             # (n, axes): the cells
     y: np.ndarray = None             # (n,)
     draws: np.ndarray = None         # (resamples, k): coef of every bootstrap resample
@@ -107,7 +107,7 @@ class LossLaw(Law):
 
     @staticmethod
     def form(coef, logs):
-        log_n, log_d, log_r = [*logs, 0.0][:3]
+        log_n, log_d, log_r = [*logs, 0.0][:3]  # without an axis R, R is 1
         e, a, b, alpha, beta, g = coef.T
         model_term = a - alpha * (log_n + g * log_r)
         data_term = b - beta * log_d

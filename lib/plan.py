@@ -131,11 +131,8 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
         if gpus > 1:
             gathered = 4 * embedding_and_head + (2 * item + 4) * block
         elif bf16:
-            last_matrices = 0
-            for layer in range(layers):
-                inner, _ = ffn_widths(config, layer)
-                last_matrices += C * inner
-            gathered = 2 * (sizes["non_embedding"] + head - last_matrices)
+            inner = sum(ffn_widths(config, layer)[0] for layer in range(layers))
+            gathered = 2 * (sizes["non_embedding"] + head - C * inner)
         head_gradient = 4 * head
     return {
         "weights": weights / gpus,

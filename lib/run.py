@@ -47,13 +47,14 @@ def build_once(path: str | Path, *command) -> None:
     change it."""
     if RANK == 0 and not Path(path).exists():
         words = [str(word) for word in command]
-        print("$ python -m " + " ".join(words), flush=True)
+        line = "python -m " + " ".join(words)
+        print(f"$ {line}", flush=True)
         here = Path(__file__).resolve().parents[1]
         environment = os.environ | {"PYTHONPATH": str(here)}
         for name in ("RANK", "WORLD_SIZE"):  # torchrun's: the program must not join the group
             environment.pop(name, None)
         done = subprocess.run([sys.executable, "-m", *words], env=environment)
-        require(done.returncode == 0, f"`python -m {' '.join(words)}` failed, see above")
+        require(done.returncode == 0, f"`{line}` failed, see above")
     all_gather(None)
 
 
