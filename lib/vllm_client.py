@@ -51,8 +51,7 @@ class VLLMClient:
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)", url)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
         self.opener = urllib.request.build_opener(*handlers)
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        self.key_header = {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.tokenizer = tokenizer
         self.smallest_gap = math.inf  # of all checks
         self.logit_bias = {}
@@ -126,7 +125,8 @@ class VLLMClient:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
-        request.unredirected_hdrs |= self.key_header  # for this server alone
+        if self.key:  # for this server alone
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         deadline = time.monotonic() + self.timeout
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:
