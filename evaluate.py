@@ -15,7 +15,6 @@ query are not independent.
 """
 import json
 import math
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +27,8 @@ from data import documents
 from data.mixture import is_held_out
 from lib.args import cli, positive, require
 from lib.files import read_json, write_atomic, write_jsonl
-from lib.optim import pad_rows, setup
-from lib.run import peak_rss_mb, require_writable
+from lib.optim import setup
+from lib.run import require_writable
 from lib.tables import cell, interval, metric_tables
 from lib.vllm_client import rollout_backend
 from model import Qwen2
@@ -73,62 +72,38 @@ class Answer(NamedTuple):
 
 def by_domain(queries: list[dict], values: list[float]) -> dict[str, dict]:
     """Return the interval of the values over all queries ("total") and within each domain."""
-    groups = defaultdict(list)
-    for query, value in zip(queries, values, strict=True):
-        groups[query["domain"]].append(value)
+    domains = [query["domain"] for query in queries]
     out = {"total": interval(values)}
-    for domain in sorted(groups):
-        out[domain] = interval(groups[domain])
+    for domain in sorted(set(domains)):
+        some = [value for value, name in zip(values, domains, strict=True) if name == domain]
+        out[domain] = interval(some)
     return out
 
 
 @torch.no_grad()
 def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len: int = 512) -> dict:
-    """Return -log2 p(text) per UTF-8 byte, which compares models of any vocabulary. Also return it
-    by quarters of the window: a model that was trained on shorter rows gets worse in the last ones.
-
-    Documents are cut into windows of max_len tokens; the first token of a window is given, not
-    predicted."""
-    device = model.head_weight.device
-    windows = []
+    """Return -log2 p(text) per UTF-8 byte, which compares models of any vocabulary. Documents are
+    cut into windows of max_len tokens, of which the first is given, not predicted."""
+    nats = 0.0
+    n_bytes = 0
     for text in texts:
         ids = tokenizer.encode(text)
         for start in range(0, len(ids) - 1, max_len - 1):
-            windows.append(ids[start:start + max_len])
-    windows.sort(key=len)             # so that a batch needs little padding
-
-    nats = torch.zeros(4, dtype=torch.float64)      # per quarter
-    n_bytes = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(windows), 16):
-        batch = windows[start:start + 16]
-        ids = pad_rows(batch, 0).to(device)
-        lengths = torch.tensor([[len(window)] for window in batch], device=device)
-        positions = torch.arange(1, ids.shape[1], device=device)
-        predicted = positions < lengths             # (batch, longest - 1), False on padding
-        targets = ids[:, 1:][predicted]
-        hidden = model.hidden(ids[:, :-1])[predicted]
-        logprobs = kernels.token_logprobs(hidden, model.head_weight, targets)
-        quarters = (positions * 4 // max_len).expand_as(predicted)[predicted].cpu()
-        sizes = torch.tensor([len(tokenizer.token_bytes(t)) for t in targets.tolist()])
-        nats.index_add_(0, quarters, -logprobs.double().cpu())
-        n_bytes.index_add_(0, quarters, sizes.double())
-    bits = nats / math.log(2)
-    return {
-        "bits_per_byte": (bits.sum() / n_bytes.sum()).item(),
-        "bytes": int(n_bytes.sum()),
-        "by_quarter": (bits / n_bytes.clamp_min(1)).tolist(),
-    }
+            window = torch.tensor([ids[start:start + max_len]], device=model.head_weight.device)
+            targets = window[0, 1:]
+            hidden = model.hidden(window[:, :-1])[0]
+            logprobs = kernels.token_logprobs(hidden, model.head_weight, targets)
+            nats -= logprobs.sum().item()
+            n_bytes += sum(len(tokenizer.token_bytes(token)) for token in targets.tolist())
+    return {"bits_per_byte": nats / math.log(2) / max(1, n_bytes), "bytes": n_bytes}
 
 
 def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardModel) -> dict:
     """Return how good the answer to each query is that the majority or the reward model chooses,
     and the reward model's leads, query by query. The majority votes by equal final answers, or by
     equal texts where no answer is marked. (If chance chooses, the mean is pass@1.)"""
-    prompts = []
-    texts = []
-    for query, group in zip(queries, sampled, strict=True):
-        prompts += [query["prompt"]] * len(group)
-        texts += [answer.text for answer in group]
+    prompts = [query["prompt"] for query in queries for _ in sampled[0]]
+    texts = [answer.text for group in sampled for answer in group]
     rewards = iter(scorer.score(prompts, texts))
     by_majority = []
     by_reward = []
@@ -164,20 +139,13 @@ def chosen_score(group: list[Answer], votes: list[float]) -> float:
 
 def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
                    temperature: float) -> list[list[Answer]]:
-    """Return n scored answers to each query."""
-    if args.few_shot:
-        return answer_few_shot(model, tokenizer, queries, args, n, temperature)
-    groups = rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
-                     tasks.queries.score_many)
-    return [[Answer(a.text, a.score) for a in group] for group in groups]
-
-
-def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
-                    temperature: float) -> list[list[Answer]]:
-    """Return n scored answers to each query, asked as plain text behind worked examples."""
-    prompts = []
-    for query in queries:
-        prompts.append(tokenizer.encode(tasks.queries.few_shot(query, args.few_shot, args.seed)))
+    """Return n scored answers to each query, which is asked in a chat or, with args.few_shot, as
+    plain text behind worked examples."""
+    if not args.few_shot:
+        return rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
+                       tasks.queries.score_many)
+    prompts = [tokenizer.encode(tasks.queries.few_shot(query, args.few_shot, args.seed))
+               for query in queries]
     # A base model goes on with the next question after its answer: the blank line ends it.
     stop_ids = tokenizer.stop_ids
     blank_line = tokenizer.encode("\n\n")
@@ -185,10 +153,8 @@ def answer_few_shot(model, tokenizer: Tokenizer, queries: list[dict], args: Args
         stop_ids += (blank_line[0],)
     completions = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
                            stop_ids=stop_ids, valid_vocab=tokenizer.n_vocab)
-    texts = []
-    for completion in completions:
-        text = answer_text(tokenizer, completion)
-        texts.append(text.split("\n\n")[0].strip())
+    texts = [answer_text(tokenizer, completion).split("\n\n")[0].strip()
+             for completion in completions]
     asked = [query for query in queries for _ in range(n)]
     ended = [replace(completion, finished=True) for completion in completions]  # by a blank line
     scores = tasks.queries.score_many(asked, texts, ended)
@@ -269,20 +235,17 @@ def main(args: Args) -> dict:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
 
     # save
-    settings = asdict(args) | {"n": len(queries)}
     run = Path(args.init) / "run.json"
-    record = {"settings": settings, "metrics": metrics, "peak_rss_mb": round(peak_rss_mb()),
+    record = {"settings": asdict(args) | {"n": len(queries)}, "metrics": metrics,
               "run": read_json(run) if run.exists() else {}}
     write_jsonl(out / "eval_samples.jsonl", sample_rows(queries, greedy, sampled))
     write_atomic(out / "eval.json", json.dumps(record, indent=1))
     for name, value in metrics.get("best_of", {}).items():
         print(f"best of {args.samples}, {name}: {cell(value)}")
-    for table in metric_tables([(Path(args.init).name, metrics)]):
+    for table in metric_tables({Path(args.init).name: metrics}):
         print(table.markdown() + "\n")
     if texts:
         print(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text")
-        quarters = [round(bits, 3) for bits in metrics["by_quarter"]]
-        print(f"by quarters of its window: {quarters}")
     return metrics
 
 

@@ -1,29 +1,25 @@
 """Scaling laws: learning rate, batch size and loss as functions of model and data size (report
 section 3.2).
 
-The report measures the best learning rate and batch size for models of size N on D tokens: dense
-models of 44M to 14B and MoEs of 44M to 1B *activated* parameters, on 0.8B to 600B tokens. With
-these settings it then compares the loss of MoEs and dense models. It discloses neither the forms
-nor the coefficients nor the runs. We take the forms from open work, and fit them to open runs and
-to our own:
+The report measures the best learning rate and batch size for models of size N on D tokens, dense
+and MoE, and at these settings compares the loss of both. It discloses neither laws nor runs. We
+take the forms from open work, and fit them to open runs and to our own:
 
     lr* = a N^b D^c,  batch* = a N^b D^c     Step Law (arXiv 2503.04715; its batch has no N)
     L(N, D) = E + A / N^alpha + B / D^beta   Chinchilla (2203.15556), as refitted by Epoch AI
     N -> N R^g                               for an MoE, our choice: R = total / activated N
 
 N counts the parameters that a token meets, without embedding and head. D and batch are in tokens,
-C = 6 N D in FLOPs, the loss in nats per token. Other schedules, data or ways to count N give other
-coefficients, so every row of rows.csv records its settings.
+C = 6 N D in FLOPs, the loss in nats per token. Another schedule gives other coefficients, so every
+row of rows.csv records its settings.
 
     python scaling.py                            # sweep: 162 runs of micro models, then fit
     python scaling.py fit --data a.csv,b.csv     # fit again, from tables of runs
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
-    python scaling.py plan --budget 1e21 --data a.csv
 
-Expect: the method in small, and no law of the batch. On so few tokens the smallest batch of the
-grid is always best, and 16 to 64 tokens are equally good within the noise. An optimum on the edge
-of its grid is no measurement: it is marked, left out of the fit, and asks for a wider grid.
-recipes/scaling.md has a longer sweep with optima inside its grid, and the fits of published runs.
+Expect: the method in small, and no law of the batch, since on so few tokens the smallest batch of
+the grid is best. An optimum on the edge of its grid is no measurement: it is marked, and left out
+of the fit. recipes/scaling.md has a longer sweep, and the fits of published runs.
 """
 import contextlib
 import io
@@ -41,7 +37,7 @@ from data import corpus, mixture
 from lib import files, optim
 from lib.args import InputError, cli, parse_value, positive, require
 from lib.cells import Cell, Row, grid_rows, measure_cells, write_rows
-from lib.laws import PUBLISHED, Law, LossLaw, fit_loss, fit_power
+from lib.laws import PUBLISHED, Law, fit_loss, fit_power
 from lib.plan import count, plan_machines, plan_settings
 from lib.run import Diverged, Run
 from model import PRESETS
@@ -61,7 +57,6 @@ class Args:
     batches: str = "128,256,512"     # sweep: grid of batch sizes, in tokens
     seeds: int = 1                   # sweep: runs per setting; their mean loss counts
     model: str = ""                  # plan: a preset of model.py, or N as a number
-    budget: float = 0.0              # plan: FLOPs to spend on the best N and D, instead of these
     gpus: int = 8                    # plan: how many GPUs share the model (FSDP)
     micro_batch: int = 1             # plan: rows per GPU at a time
     gradient_checkpointing: bool = False  # plan: pretrain.py's --gradient_checkpointing
@@ -70,7 +65,6 @@ class Args:
     mfu: float = 0.4                 # plan: share of the peak FLOPS that is reached, an assumption
     peak_tflops: float = 989.0       # plan: peak of one GPU (H100, bf16, dense)
     gpu_gb: float = 80.0             # plan: memory of one GPU
-    gpu_hour: float = 2.5            # plan: price of a GPU hour, an assumption
     seed: int = 0                    # of corpus and bootstrap, and the first of --seeds
     device: str = "auto"             # sweep: auto, cpu, cuda[:N]
     dtype: str = "auto"              # sweep: auto, float32, bfloat16
@@ -86,7 +80,7 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
     laws = {}
     for name, axes in (("lr", "ND"), ("batch", "ND"), ("batch(D)", "D"), ("loss", "ND")):
         target = name.removesuffix("(D)")
-        inside = [c for c in cells if target not in c.edges and math.isfinite(c.loss)]
+        inside = [c for c in cells if target not in c.edges]
         x = [[getattr(c, axis) for axis in axes] for c in inside]
         y = [getattr(c, target) for c in inside]
         try:
@@ -109,31 +103,27 @@ def describe(name: str, law: Law) -> None:
 
 
 def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
-    """Print the best settings of each cell and their laws, which are returned. Then predict the
-    largest quarter of the cells from the others, and say which intervals held."""
+    """Print each cell's best settings and return their laws. Then predict the largest quarter of
+    the cells from the others, and say which intervals held."""
     print(f"\n{kind}: best settings of {len(cells)} cells")
+    print("  N         D         lr        batch     loss      settings, on an edge")
     for c in cells:
-        on_edge = ""
-        if c.edges:
-            on_edge = " and ".join(c.edges) + " on an edge: left out"
-        print(f"  N {c.N:<9.3g} D {c.D:<9.3g} lr {c.lr:<9.3g} batch {c.batch:<9.3g} "
-              f"loss {c.loss:.4f}  {len(c.losses)} settings  {on_edge}")
+        numbers = [f"{number:<9.4g}" for number in (c.N, c.D, c.lr, c.batch, c.loss)]
+        print(" ", *numbers, len(c.losses), *c.edges)
     laws = fit_cells(cells, args.bootstrap, args.seed)
     for name, law in laws.items():
         describe(name, law)
 
     by_size = sorted(cells, key=lambda cell: cell.C)
-    held_out = by_size[-math.ceil(len(cells) / 4):]
-    print(f"  the {len(held_out)} largest held out")
-    laws_of_others = fit_cells(by_size[:-len(held_out)], args.bootstrap, args.seed)
-    laws_of_others.pop("batch(D)", None)
-    for c, name in product(held_out, laws_of_others):
-        law = laws_of_others[name]
-        predicted = law.predict(**c.axes())
-        low, high = law.interval(**c.axes())
+    n_held_out = math.ceil(len(cells) / 4)
+    print(f"  the {n_held_out} largest held out")
+    others = fit_cells(by_size[:-n_held_out], args.bootstrap, args.seed)
+    others.pop("batch(D)", None)
+    for c, name in product(by_size[-n_held_out:], others):
+        predicted = others[name].predict(**c.axes())
+        low, high = others[name].interval(**c.axes())
         measured = getattr(c, name)
-        held = low <= measured <= high
-        verdict = "held" if held else "MISSED"
+        verdict = "held" if low <= measured <= high else "MISSED"
         if name in c.edges:
             verdict = "on an edge"
         print(f"    N {c.N:.3g} D {c.D:<8.3g} {name:<6} {predicted:.4g} "
@@ -142,8 +132,8 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
 
 
 def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
-    """Report which dense model an MoE equals. One loss law of both kinds of cells says R^g times
-    its activated N: with g = 1 an MoE is worth its total N, with g = 0 its activated N."""
+    """Report which dense model an MoE equals by one loss law of both kinds of cells: one of R^g
+    times its activated N. With g = 1 it is worth its total N, with g = 0 its activated N."""
     N, R, D, loss = np.array([(c.N, c.R, c.D, c.loss) for c in cells]).T
     print("\nparity: one loss law of dense and MoE cells")
     law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
@@ -161,16 +151,15 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
 
     Returns {"dense", "moe", "parity": {name: law}}, as far as the tables go."""
     require(args.bootstrap > 1, f"--bootstrap must be at least 2, got {args.bootstrap}")
-    paths = (args.data or f"{args.out}/rows.csv").split(",")
     rows = []
-    for path in paths:
+    for path in (args.data or f"{args.out}/rows.csv").split(","):
         rows += grid_rows(Path(path))
     laws = {}
     all_cells = []
     for kind in ("dense", "moe"):
         of_kind = [row for row in rows if row.kind == kind]
-        if of_kind:
-            cells = measure_cells(of_kind, args.degree, args.within)
+        cells = measure_cells(of_kind, args.degree, args.within)
+        if cells:
             laws[kind] = report_runs(kind, cells, args)
             all_cells += cells
     if len(laws) == 2 and len(all_cells) > 6:  # a loss law's coefficients
@@ -182,29 +171,21 @@ def fit(args: Args) -> dict[str, dict[str, Law]]:
 
 def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     """Print and return one run: N, D, FLOPs, lr, batch and loss with intervals, where it leaves the
-    fitted range and, for a preset, memory, days and cost.
+    fitted range and, for a preset, memory and days.
 
-    Laws come from --data, or else from publications. A --budget is spent compute-optimally."""
+    Laws come from --data, or else from publications."""
     config = PRESETS.get(args.model)
+    is_moe = config is not None and config.num_experts > 0
     if laws is None and args.data:
-        with contextlib.redirect_stdout(io.StringIO()):
-            tables = fit(args)
-        kind = "moe" if config and config.num_experts else "dense"
-        laws = tables.get(kind, {})
-        print(f"laws of {args.data}: {', '.join(laws)}")
+        laws = fit(args).get("moe" if is_moe else "dense")
     laws = laws or {}
     N = count(config)["N"] if config else parse_value("model", args.model or "0", float)
     D = parse_value("tokens", args.tokens or "0", float)
-    model_and_tokens = N > 0 and D > 0 and args.budget == 0
-    budget_alone = N == 0 and D == 0 and args.budget > 0
-    require(model_and_tokens or budget_alone,
-            "plan needs --model and --tokens, or --budget alone, as positive numbers")
-    positive(args, "gpus", "micro_batch", "mfu", "peak_tflops", "gpu_hour")
+    require(N > 0 and D > 0, "plan needs --model and --tokens")
+    positive(args, "gpus", "micro_batch", "mfu", "peak_tflops")
     require(args.lora >= 0, f"--lora must be a rank, or 0 to train all weights, got {args.lora}")
-    if budget_alone:
-        N, D = compute_optimal(args.budget, laws.get("loss", PUBLISHED["loss"]["Epoch AI"]))
     out = plan_settings(N, D, laws)
-    if config and config.num_experts:
+    if is_moe:
         total = count(config)["non_embedding"]
         lr = PUBLISHED["lr"]["Step Law"].predict(N=total, D=D)
         print(f"  an MoE of {total:.4g}: at its total N, which fits Step Law's MoE runs better "
@@ -212,17 +193,6 @@ def plan(args: Args, laws: dict[str, Law] | None = None) -> dict:
     if config:
         out |= plan_machines(args, config, D)
     return out
-
-
-def compute_optimal(budget: float, law: LossLaw) -> tuple[float, float]:
-    """Return the N and D of the lowest loss for 6 N D = budget, where its slopes balance:
-    alpha A / N^alpha = beta B / D^beta."""
-    alpha, beta = law["alpha"], law["beta"]
-    require(alpha > 0 and beta > 0, "the loss law does not fall with N and D, so no run is "
-            "compute-optimal: plan needs --model and --tokens")
-    ratio = alpha * law["A"] / (beta * law["B"])
-    N = (ratio * (budget / 6) ** beta) ** (1 / (alpha + beta))
-    return N, budget / 6 / N
 
 
 # --- sweep ----------------------------------------------------------------------------------------
@@ -267,45 +237,43 @@ def prepare(args: Args, tokens: float) -> None:
 def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int, device) -> Row:
     """Train one model with pretrain.py, in a directory that the next run overwrites. Warm-up is a
     tenth of the steps: a fixed number of steps would favour small batches."""
-    sizes = count(PRESETS[size])
-    row = Row(
-        kind="moe" if PRESETS[size].num_experts else "dense",
-        size=size,
-        N=sizes["N"],
-        total=sizes["non_embedding"],
-        D=D,
-        lr=lr,
-        batch_tokens=batch,
-        loss=math.inf,
-        warmup=int(D / batch / 10),
-        seed=seed,
-        schedule=f"cosine to {pretrain.Args.final_lr}",
-        seq_len=args.seq_len,
-        device=str(device),
-        dtype=args.dtype,
-    )
+    settings = {
+        "lr": lr,
+        "batch_tokens": int(batch),
+        "warmup": int(D / batch / 10),
+        "seq_len": args.seq_len,
+        "seed": seed,
+        "dtype": args.dtype,
+    }
     asked = pretrain.Args(
         out=f"{args.out}/last",
         data=f"{args.out}/data",
         tokenizer=f"{args.out}/tokenizer",
         model=size,
         tokens=int(D),
-        lr=lr,
-        batch_tokens=int(batch),
-        warmup=row.warmup,
-        seq_len=args.seq_len,
         micro_batch=64,
         eval_every=10**9,
         save_every=10**9,
-        seed=seed,
         device=args.device,
-        dtype=args.dtype,
         overwrite=True,
+        **settings,
     )
+    loss = math.inf  # of a rate that is too high, which is a result too
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.suppress(Diverged):  # a rate that is too high is a result: its loss is inf
-            row.loss = pretrain.main(asked)["val_loss"]
-    return row
+        with contextlib.suppress(Diverged):
+            loss = pretrain.main(asked)["val_loss"]
+    sizes = count(PRESETS[size])
+    return Row(
+        kind="moe" if PRESETS[size].num_experts else "dense",
+        size=size,
+        N=sizes["N"],
+        total=sizes["non_embedding"],
+        D=D,
+        loss=loss,
+        schedule=f"cosine to {asked.final_lr}",
+        device=str(device),
+        **settings,
+    )
 
 
 def parse_list(name: str, text: str) -> list[float]:
@@ -329,15 +297,12 @@ def main(args: Args) -> dict:
     for size in sizes:
         add_preset(size)
     path = Path(args.out) / "rows.csv"
-    rows = []
-    if args.resume and path.exists():
-        rows = grid_rows(path)
+    rows = grid_rows(path) if args.resume and path.exists() else []
     require(all(row.seq_len == args.seq_len for row in rows),
             f"--resume: {path} has rows of another --seq_len: take another --out")
 
     # rows.csv is all the state of a sweep, so Run must not look for a state of its own.
-    overwrite = args.overwrite or args.resume
-    run = Run(replace(args, resume=False, overwrite=overwrite), "scaling")
+    run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
     run.start_or_resume()
     prepare(args, tokens[-1])
     done = {(row.size, row.D, row.lr, row.batch_tokens, row.seed) for row in rows}
@@ -350,8 +315,7 @@ def main(args: Args) -> dict:
         write_rows(path, rows)
         run.log(number, len(missing), bar, N=row.N, D=row.D, lr=row.lr, batch=row.batch_tokens,
                 loss=row.loss)
-    result = {"runs": len(rows)}
-    run.write_record({"finished": True, "seconds": round(run.seconds(), 1), "result": result})
+    run.finish(runs=len(rows))
     return fit(args)
 
 

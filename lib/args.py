@@ -20,9 +20,7 @@ RENAMED = {"recompute": "gradient_checkpointing", "clip": "max_grad_norm",
            "aggregate": "loss_type", "normalise": "scale_rewards", "group": "num_generations",
            "order": "query_order", "nll": "rpo_alpha", "held_out": "eval_data"}
 # Control characters but tab and newline, and direction marks: they command a terminal.
-CONTROLS = {*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F),
-            *range(0x2066, 0x206A)}
-HARMLESS = {code: chr(code).encode("unicode_escape").decode() for code in CONTROLS}
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -44,9 +42,8 @@ def positive(args, *names: str) -> None:
         require(value > 0, f"--{name} must be positive, got {value}")
 
 
-def parse_args(Args, argv: list[str] | None = None):
+def parse_args(Args, argv: list[str]):
     """Return an Args made from `--field value`, `--field=value`, or `--field` alone for a bool."""
-    argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         print(usage(Args), flush=True)
         raise SystemExit(0)
@@ -134,7 +131,7 @@ def handle_stop_signals(handler=signal.default_int_handler) -> None:
 
 def printable(text: str) -> str:
     """Return text with its control characters written out, as \\x1b for ESC."""
-    return text.translate(HARMLESS)
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def filter_output() -> None:

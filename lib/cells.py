@@ -5,15 +5,17 @@ A cell is one model size N on D tokens; its runs differ in learning rate, batch 
 import csv
 import io
 import math
+import re
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from lib import files
 from lib.args import InputError, require
-from lib.plan import flops
 
 
 @dataclass(kw_only=True)
@@ -48,7 +50,7 @@ class Cell:
 
     @property
     def C(self) -> float:
-        return flops(self.N, self.D)
+        return 6 * self.N * self.D
 
     def axes(self) -> dict[str, float]:
         """Return the arguments of a law's predict and interval."""
@@ -61,14 +63,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV in UTF-8 as {column: text}, without the blanks that people put
     around commas. InputError if there is no row."""
     with files.open_text(path) as file:
-        try:
-            table = list(csv.reader(file, skipinitialspace=True))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    stripped = [[text.strip() for text in line] for line in table]
-    head, *rows = [line for line in stripped if any(line)] or [[]]
+        lines = [re.sub(r"\s*,\s*", ",", line.strip()) for line in file]
+    try:
+        rows = list(csv.DictReader(filter(None, lines)))
+    except csv.Error as error:
+        raise InputError(f"{path}: not a CSV ({error})") from None
     require(rows, f"{path}: no rows")
-    return [dict(zip(head, row, strict=False)) for row in rows]
+    return rows
 
 
 def grid_rows(path: Path) -> list[Row]:
@@ -109,12 +110,11 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def optimum(losses: dict, degree=3, within=0.01) -> tuple[list[float], tuple[str, ...]]:
     """Return a cell's best [lr, batch], and which of "lr" and "batch" is on the edge of the grid.
 
-    The valley is so flat that noise moves the lowest run by a step or two. We therefore fit a
-    polynomial in (log lr, log batch) to the runs within 1% of the lowest loss, or to the nine
-    lowest if these are few, and take its minimum. On Step Law's table, degree 3 within 1% predicts
-    left-out runs as well as any choice and better than a quadratic (docs/LOG.md, "scaling laws on
-    published runs"). The degree is lowered until there are 1.5 runs per coefficient. With fewer
-    than nine finite runs the lowest run is the optimum."""
+    The valley is so flat that noise moves the lowest run by a step or two. We therefore take the
+    minimum of a polynomial in (log lr, log batch), fitted to the runs within 1% of the lowest loss
+    or to the nine lowest. On Step Law's table, degree 3 within 1% predicts left-out runs as well as
+    any choice (docs/LOG.md, "scaling laws on published runs"). The degree is lowered until there
+    are 1.5 runs per coefficient. With fewer than nine finite runs the lowest run is the optimum."""
     xy = np.log(list(losses))
     loss = np.array(list(losses.values()))
     low = xy.min(0)
@@ -162,17 +162,18 @@ def surface_minimum(xy, loss, near, degree: int) -> np.ndarray:
 
 def measure_cells(rows: list[Row], degree=3, within=0.01) -> list[Cell]:
     """Group runs into cells of one (N, R, D). Repeats of a setting are averaged, since a minimum
-    would favour the setting tried most often; a diverged run has an infinite loss."""
-    cells = {}
+    would favour the setting tried most often. A diverged run has an infinite loss, and a cell where
+    all runs diverged is left out."""
+    cells = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        repeats = cells.setdefault((row.N, (row.total or row.N) / row.N, row.D), {})
+        R = (row.total or row.N) / row.N
         loss = row.loss if math.isfinite(row.loss) else math.inf
-        repeats.setdefault((row.lr, row.batch_tokens), []).append(loss)
+        cells[row.N, R, row.D][row.lr, row.batch_tokens].append(loss)
     measured = []
     for (N, R, D), repeats in sorted(cells.items()):
-        losses = {}
-        for setting in sorted(repeats):
-            losses[setting] = math.fsum(repeats[setting]) / len(repeats[setting])
-        (lr, batch), edges = optimum(losses, degree, within)
-        measured.append(Cell(N, R, D, losses, min(losses.values()), lr, batch, edges))
+        losses = {setting: fmean(repeats[setting]) for setting in sorted(repeats)}
+        lowest = min(losses.values())
+        if lowest < math.inf:
+            (lr, batch), edges = optimum(losses, degree, within)
+            measured.append(Cell(N, R, D, losses, lowest, lr, batch, edges))
     return measured

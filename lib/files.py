@@ -3,7 +3,6 @@ import contextlib
 import gzip
 import json
 import os
-import re
 import tempfile
 import zlib
 from functools import partial
@@ -15,22 +14,22 @@ from lib.args import InputError, require
 from lib.dist import RANK, is_peer_failure
 
 MAX_LINE = 2**26  # characters; a compressed file of a megabyte could hold a line of a gigabyte
-CHUNK = 2**16     # characters of an array that are read at once
-COMMA = re.compile(r"\s*[\[,]\s*")  # what stands before an item of an array
 
 # ---------------------------------------------------------------------------------------------
 # reading
 
+@contextlib.contextmanager
 def open_text(path: str | Path):
     """Open a UTF-8 text file, which may end in .gz and may begin with a byte-order mark. Raises
-    InputError."""
+    InputError if it cannot be read, here or in the `with` block."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such file")
     open_file = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        return open_file(path, "rt", encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        with open_file(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def read_jsonl(path: str | Path):
@@ -38,11 +37,11 @@ def read_jsonl(path: str | Path):
     that holds one JSON array gives (number of the item from 1, item).
 
     Raises InputError with file and line for anything but one JSON object per line, and for a line
-    of more than MAX_LINE characters."""
+    or an array of more than MAX_LINE characters."""
     number = 1
     with open_text(path) as file:
         try:
-            for number, line in enumerate(json_lines(file), start=1):
+            for number, line in enumerate(json_lines(file, path), start=1):
                 require(len(line) <= MAX_LINE,
                         f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
                 if line.strip():
@@ -50,52 +49,42 @@ def read_jsonl(path: str | Path):
                     require(isinstance(row, dict),
                             f"{path}:{number}: each line must be a JSON object")
                     yield number, row
-        except InputError:
+        except (InputError, UnicodeDecodeError):
             raise
         except json.JSONDecodeError as error:
-            where = f"{error.msg}, column {error.colno}"
-            raise InputError(f"{path}:{number}: not JSON ({where})") from None
-        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+            line = number + error.lineno - 1
+            raise InputError(f"{path}:{line}: not JSON ({error.msg}, column {error.colno})"
+                             ) from None
         except (ValueError, RecursionError) as error:  # endless digits, or endless nesting
             raise InputError(f"{path}:{number}: cannot be read ({error})") from None
 
 
-def json_lines(file):
-    """Yield the lines of an open file, or the text of each item of the JSON array in it, one in
-    memory at a time. Last comes what is no item, and read_jsonl says what is wrong with it."""
-    start = file.read(1000)
-    file.seek(0)
-    if not start.lstrip().startswith("["):
+def json_lines(file, path):
+    """Yield the lines of an open file. If it holds one JSON array, yield each item as a line."""
+    if not is_array(file.buffer):
         yield from iter(partial(file.readline, MAX_LINE + 1), "")
         return
-    decode = json.JSONDecoder().raw_decode
-    rest = ""
-    while chunk := file.read(max(CHUNK, len(rest))):  # so that long items take linear time
-        rest += chunk
-        while comma := COMMA.match(rest):
-            try:
-                _, end = decode(rest, comma.end())
-            except json.JSONDecodeError:  # perhaps there is more of this item to read
-                break
-            yield rest[comma.end():end]
-            rest = rest[end:]
-        if len(rest) > MAX_LINE:
-            break
-    if not re.fullmatch(r"\s*\[?\s*\]\s*", rest):
-        yield COMMA.sub("", rest, count=1) + "]"  # no JSON, even if the array just breaks off
+    text = file.read(MAX_LINE + 1)
+    require(len(text) <= MAX_LINE, f"{path}: an array of more than {MAX_LINE:,} characters; write "
+            "one object per line instead, as `jq -c .[]` does")
+    for item in json.loads(text):
+        yield json.dumps(item)
+
+
+def is_array(binary) -> bool:
+    """Return whether an open file holds a JSON array, and go back to its start."""
+    start = binary.read(1000)
+    binary.seek(0)
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def open_lines(path: str | Path):
     """Open a JSONL file for reading bytes, so that seek() quickly finds a line again. A .gz would
     be read from its start each time, and an array has no lines: both are copied to a temporary
     file. Raises InputError."""
-    binary = open_text(path).detach()
-    if Path(path).suffix.lower() != ".gz":
-        start = binary.read(1000)
-        binary.seek(0)
-        if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            return binary
+    with open_text(path) as file:
+        if Path(path).suffix.lower() != ".gz" and not is_array(file.buffer):
+            return open(path, "rb")
     line = 1
     with disk_errors(tempfile.gettempdir()):
         copy = tempfile.TemporaryFile()
@@ -112,15 +101,12 @@ def read_texts(*paths):
     for path in paths:
         lines = []
         with open_text(path) as file:
-            try:
-                for line in file:
-                    if line.rstrip() != "<|endoftext|>":
-                        lines.append(line)
-                        continue
-                    yield "".join(lines)
-                    lines = []
-            except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-                raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+            for line in file:
+                if line.rstrip() != "<|endoftext|>":
+                    lines.append(line)
+                    continue
+                yield "".join(lines)
+                lines = []
         yield "".join(lines)
 
 
@@ -129,7 +115,7 @@ def read_json(path: str | Path) -> dict:
     with open_text(path) as file:
         try:
             value = json.load(file)
-        except (ValueError, RecursionError, OSError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
     require(isinstance(value, dict), f"{path}: must be a JSON object")
     return value

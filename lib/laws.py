@@ -7,7 +7,7 @@ scaling.py says what N, D, C and R count, and fits these laws to cells of runs. 
 first: least squares on logarithms, then the same fit again for each resample of the cells.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -22,13 +22,23 @@ class Law:
     """A law on logarithms: log y = form(coef, log x), where x has one value per axis."""
     axes: str                        # what y depends on: letters of N, D, C and R
     coef: np.ndarray                 # (k,)
-    seen: list = None                # (low, high) per axis: the range of the cells
+    seen: np.ndarray = None          # (axes, 2): lowest and highest of the cells
     # A fitted law also has:
     x: np.ndarray = None             # (n, axes): the cells
     y: np.ndarray = None             # (n,)
     draws: np.ndarray = None         # (resamples, k): coef of every bootstrap resample
     spread: float = 0.0              # standard deviation of the residuals of log y
     edges: int = 0                   # cells that were left out: their optimum is on an edge
+
+    def __post_init__(self):
+        if self.x is None:
+            return
+        self.seen = np.column_stack([self.x.min(0), self.x.max(0)])
+        logs = np.log(self.x.T)
+        residuals = np.log(self.y) - self.form(self.coef, logs)
+        freedom = len(self.y) - len(self.names)
+        variance = (residuals ** 2).sum() / freedom
+        self.spread = math.sqrt(variance)
 
     def __getitem__(self, name: str) -> float:
         """Return a coefficient by its name; those that scale are kept as logarithms."""
@@ -40,25 +50,24 @@ class Law:
         logs = [np.log(x[axis]) for axis in self.axes]
         return np.exp(self.form(self.coef, logs))
 
-    def interval(self, **x) -> tuple[float, float]:
+    def interval(self, **x) -> np.ndarray:
         """Return a 95% interval for one new cell: the law's uncertainty and a cell's scatter."""
-        logs = [math.log(x[axis]) for axis in self.axes]
-        samples = self.form(self.draws, logs)
+        logs = [np.log(x[axis]) for axis in self.axes]
         rng = np.random.default_rng(0)
-        noise = rng.normal(0, self.spread, len(samples))
+        noise = rng.normal(0, self.spread, len(self.draws))
         centre = self.form(self.coef, logs)
-        low, high = self.percentiles(centre, samples, noise)
-        return math.exp(low), math.exp(high)
+        samples = self.form(self.draws, logs)
+        return np.exp(self.percentiles(centre, samples, noise))
 
-    def ci(self, name: str) -> tuple[float, float]:
+    def ci(self, name: str) -> np.ndarray:
         """Return a 95% interval for a coefficient."""
         column = self.names.index(name)
-        low, high = self.percentiles(self.coef[column], self.draws[:, column])
+        ends = self.percentiles(self.coef[column], self.draws[:, column])
         if name in self.scales:
-            return math.exp(low), math.exp(high)
-        return low, high
+            return np.exp(ends)
+        return ends
 
-    def percentiles(self, centre, samples, noise=0.0) -> tuple[float, float]:
+    def percentiles(self, centre, samples, noise=0.0) -> np.ndarray:
         """Return the 2.5% and 97.5% percentiles of widened samples.
 
         k fitted coefficients make n residuals, and so a bootstrap of them, too small by
@@ -68,23 +77,7 @@ class Law:
         freedom = n - len(self.names)
         deviation = (samples - centre) * math.sqrt(n / freedom)
         widened = centre + (deviation + noise) * student(freedom)
-        low, high = np.percentile(widened, [2.5, 97.5])
-        return float(low), float(high)
-
-    def fitted(self, log_x, log_y, draws) -> "Law":
-        """Return this law with the cells that it was fitted to and its bootstrap."""
-        residuals = log_y - self.form(self.coef, log_x.T)
-        freedom = len(log_y) - len(self.names)
-        variance = (residuals ** 2).sum() / freedom
-        x = np.exp(log_x)
-        return replace(
-            self,
-            seen=list(zip(x.min(0), x.max(0), strict=True)),
-            x=x,
-            y=np.exp(log_y),
-            draws=draws,
-            spread=math.sqrt(variance),
-        )
+        return np.percentile(widened, [2.5, 97.5])
 
 
 class PowerLaw(Law):
@@ -97,10 +90,8 @@ class PowerLaw(Law):
 
     @staticmethod
     def form(coef, logs):
-        log_y = coef[..., 0]
-        for column, log_x in enumerate(logs, 1):
-            log_y = log_y + coef[..., column] * log_x
-        return log_y
+        log_x = np.array(np.broadcast_arrays(*logs))
+        return coef[..., 0] + coef[..., 1:] @ log_x
 
 
 class LossLaw(Law):
@@ -116,38 +107,30 @@ class LossLaw(Law):
 
     @staticmethod
     def form(coef, logs):
-        terms = loss_terms(coef, *logs)
-        return np.logaddexp.reduce(np.broadcast_arrays(*terms))
-
-
-def loss_terms(coef, log_n, log_d, log_r=0.0):
-    """Return the logarithms of the three terms of a loss law. coef: (..., 6)"""
-    e, a, b, alpha, beta, g = np.moveaxis(coef, -1, 0)
-    model_term = a - alpha * (log_n + g * log_r)
-    data_term = b - beta * log_d
-    return e, model_term, data_term
+        log_n, log_d, log_r = [*logs, 0.0][:3]  # without an axis R, R is 1
+        e, a, b, alpha, beta, g = coef.T
+        model_term = a - alpha * (log_n + g * log_r)
+        data_term = b - beta * log_d
+        total = np.logaddexp(e, model_term)
+        return np.logaddexp(total, data_term)
 
 
 def student(freedom: int) -> float:
     """Return the 97.5% quantile of Student's t over the normal one, by its series (within 2% from
     4 degrees of freedom on)."""
-    z = 1.96
-    first = (z ** 2 + 1) / 4
-    second = (5 * z ** 4 + 16 * z ** 2 + 3) / 96
-    return 1 + first / freedom + second / freedom ** 2
+    # (z^2 + 1) / 4 and (5 z^4 + 16 z^2 + 3) / 96, where z = 1.96
+    return 1 + 1.2104 / freedom + 1.4402 / freedom ** 2
 
 
 # --- published laws -------------------------------------------------------------------------------
 
 def coefficients(scales: list[float], exponents: list[float]) -> np.ndarray:
-    return np.array([math.log(scale) for scale in scales] + exponents)
+    return np.concatenate([np.log(scales), exponents])
 
 
 STEP_LAW = [(2.1e8, 1.1e9), (4e9, 1e11)]        # ranges of N and D
 CHINCHILLA = [(5.7e7, 1.6e10), (8.2e8, 3.2e11)]
 DEEPSEEK = [(1e17, 2e19)]                       # range of C
-EPOCH_REFIT = coefficients([1.81686, 482.006, 2085.434], [0.34781, 0.36585, 0.0])
-HOFFMANN = coefficients([1.69, 406.4, 410.7], [0.34, 0.28, 0.0])
 PUBLISHED = {
     # Step Law counts N without the vocabulary; its last learning rate is 1e-5, not 10% of the peak.
     # DeepSeek LLM is arXiv 2401.02954; some copies print 0.3188.
@@ -161,8 +144,10 @@ PUBLISHED = {
     },
     # Chinchilla's points as refitted by Epoch AI (2404.10102), and as published
     "loss": {
-        "Epoch AI": LossLaw("ND", EPOCH_REFIT, CHINCHILLA),
-        "Chinchilla": LossLaw("ND", HOFFMANN, CHINCHILLA),
+        "Epoch AI": LossLaw(
+            "ND", coefficients([1.81686, 482.006, 2085.434], [0.34781, 0.36585, 0.0]), CHINCHILLA),
+        "Chinchilla": LossLaw(
+            "ND", coefficients([1.69, 406.4, 410.7], [0.34, 0.28, 0.0]), CHINCHILLA),
     },
 }
 
@@ -170,10 +155,11 @@ PUBLISHED = {
 # --- fits -----------------------------------------------------------------------------------------
 
 def resample(n: int, bootstrap: int, seed: int) -> np.ndarray:
-    """Return (bootstrap, n) weights of sum n: Rubin's Bayesian bootstrap. If few whole cells were
-    drawn with replacement, all of them would too often have one N."""
+    """Return weights (1 + bootstrap, n) of sum n: equal ones, then Rubin's Bayesian bootstrap. If
+    few whole cells were drawn with replacement, all of them would too often have one N."""
+    equal = np.ones(n)
     rng = np.random.default_rng(seed)
-    return n * rng.dirichlet(np.ones(n), bootstrap)
+    return np.vstack([equal, n * rng.dirichlet(equal, bootstrap)])
 
 
 def fit_power(axes: str, x, y, bootstrap=1000, seed=0, edges=0) -> PowerLaw:
@@ -181,19 +167,20 @@ def fit_power(axes: str, x, y, bootstrap=1000, seed=0, edges=0) -> PowerLaw:
 
     x: (n, axes), y: (n,). edges: how many more cells the caller has left out. InputError if the
     cells do not determine the exponents."""
-    log_x = np.log(np.reshape(x, (-1, len(axes))))
+    x = np.reshape(x, (-1, len(axes)))
     log_y = np.log(y)
-    design = np.column_stack([np.ones(len(log_x)), log_x])
+    design = np.column_stack([np.ones(len(x)), np.log(x)])
     n, k = design.shape
     rank = np.linalg.matrix_rank(design, tol=1e-6)
     require(n > k and rank == k, f"no law: {n} cells ({edges} more are on an edge) do not "
             f"determine {k} coefficients")
-    equal_weights = np.ones((1, n))
-    weights = np.concatenate([equal_weights, resample(n, bootstrap, seed)])
-    hessian = (weights[:, None] * design.T) @ design
-    moments = (weights * log_y) @ design
-    coef = np.linalg.solve(hessian, moments[..., None])[..., 0]
-    return PowerLaw(axes, coef[0], edges=edges).fitted(log_x, log_y, coef[1:])
+    weights = resample(n, bootstrap, seed)
+    weighted = weights[:, None] * design.T
+    hessian = weighted @ design
+    moments = weighted @ log_y
+    solved = np.linalg.solve(hessian, moments[..., None])
+    coef = solved[..., 0]
+    return PowerLaw(axes, coef[0], x=x, y=np.array(y), draws=coef[1:], edges=edges)
 
 
 def fit_loss(N, D, loss, bootstrap=200, seed=0, R=None) -> LossLaw:
@@ -211,21 +198,34 @@ def fit_loss(N, D, loss, bootstrap=200, seed=0, R=None) -> LossLaw:
     require(n > k, f"no loss law: {n} cells do not determine {k} coefficients")
     if R is None:
         R = np.ones(n)
-    log_x = np.log(np.stack([N, D, R], -1).astype(float))
+    x = np.stack([N, D, R], -1)
+    log_x = np.log(x)
     log_loss = np.log(loss)
     centre = log_x.mean(0) * [1, 1, 0]
     centred = (log_x - centre).T
+    design = loss_design(*centred)
     level = log_loss.mean()
-    equal_weights = np.ones((1, n))
-    best = minimise(loss_starts(level), centred, log_loss, equal_weights, steps=300)[:1]
-    starts = best.repeat(bootstrap, 0)
-    least_e = level + math.log(0.1)
-    starts[:, 0] = np.maximum(starts[:, 0], least_e)  # no step leads away from E = 0
     weights = resample(n, bootstrap, seed)
-    draws = minimise(starts, centred, log_loss, weights, steps=100)
+    ranked = minimise(loss_starts(level), design, log_loss, weights[0], steps=300)
+    best = ranked[:1]
+    starts = best.repeat(bootstrap, 0)
+    starts[:, 0] = starts[:, 0].clip(level + math.log(0.1))  # no step leads away from E = 0
+    draws = minimise(starts, design, log_loss, weights[1:], steps=100)
     for coef in (best, draws):
         coef[:, 1:3] += coef[:, 3:5] * centre[:2]  # of N and D that are not centred
-    return LossLaw(axes, best[0]).fitted(log_x[:, :len(axes)], log_loss, draws)
+        coef[:, 5] /= coef[:, 3]                   # g, from alpha g
+    return LossLaw(axes, best[0], x=x[:, :len(axes)], y=np.array(loss), draws=draws)
+
+
+def loss_design(log_n, log_d, log_r) -> np.ndarray:
+    """Return (3, 6, n): the logarithms of the three terms are linear in log E, log A, log B, alpha,
+    beta and alpha g."""
+    design = np.zeros((3, 6, len(log_n)))
+    design[[0, 1, 2], [0, 1, 2]] = 1
+    design[1, 3] = -log_n
+    design[1, 5] = -log_r
+    design[2, 4] = -log_d
+    return design
 
 
 def loss_starts(level: float) -> np.ndarray:
@@ -236,67 +236,51 @@ def loss_starts(level: float) -> np.ndarray:
     for share, alpha, beta in product((0.05, 0.3, 0.8), exponents, exponents):
         e = level + math.log(share)
         rest = level + math.log((1 - share) / 2)
-        rows.append([e, rest, rest, alpha, beta, 0.3])
+        rows.append([e, rest, rest, alpha, beta, 0.3 * alpha])
     return np.array(rows)
 
 
-def loss_residuals(p, log_x, log_loss):
-    """Return the residuals (B, n) of coefficients p (B, 6), and their Jacobian (B, n, 6)."""
-    log_n, log_d, log_r = log_x
-    alpha, g = p[:, 3:4], p[:, 5:]
-    e, model_term, data_term = loss_terms(p[:, None], log_n, log_d, log_r)
-    total = np.logaddexp(e, model_term)
-    total = np.logaddexp(total, data_term)
+def loss_residuals(p, design, log_loss):
+    """Return the residuals (B, n) of coefficients p (B, 6), and their Jacobian (B, 6, n)."""
+    terms = p @ design                       # (3, B, n)
+    total = np.logaddexp.reduce(terms)
     # The derivative of a log of a sum of exponentials by one exponent is its share of the sum.
-    constant_share = np.exp(e - total)
-    model_share = np.exp(model_term - total)
-    data_share = np.exp(data_term - total)
-    columns = [
-        constant_share,
-        model_share,
-        data_share,
-        -model_share * (log_n + g * log_r),
-        -data_share * log_d,
-        -model_share * alpha * log_r,
-    ]
-    residuals = total - log_loss
-    return residuals, np.stack(columns, -1)
+    shares = np.exp(terms - total)
+    jacobian = np.einsum("tbn,tkn->bkn", shares, design)
+    return total - log_loss, jacobian
 
 
 def huber(residuals):
     size = np.abs(residuals)
-    linear = HUBER_DELTA * (size - HUBER_DELTA / 2)
-    return np.where(size < HUBER_DELTA, size ** 2 / 2, linear)
+    inside = np.minimum(size, HUBER_DELTA)
+    return inside * (size - inside / 2)
 
 
-def minimise(p, log_x, log_loss, weights, steps: int):
-    """Improve every row of p (B, 6), and return the rows in the order of their objective.
+def minimise(p, design, log_loss, weights, steps: int):
+    """Improve every row of p (B, 6) in place, and return the rows in the order of their objective.
 
     A step is Levenberg-Marquardt's for the weighted least squares that touch the Huber loss from
     above. Chinchilla's L-BFGS, with all resamples at once, stopped too early, and one after the
     other took ten times as long (docs/LOG.md)."""
     damping = np.full(len(p), 1e-2)
     for _ in range(steps):
-        residuals, jacobian = loss_residuals(p, log_x, log_loss)
-        size = np.maximum(np.abs(residuals), 1e-12)
-        slope = np.minimum(1, HUBER_DELTA / size)  # of the Huber loss, over the residual
-        slope = weights * slope
-        weighted = jacobian * slope[..., None]
-        transposed = np.swapaxes(weighted, 1, 2)
-        hessian = transposed @ jacobian
-        gradient = transposed @ residuals[..., None]
+        residuals, jacobian = loss_residuals(p, design, log_loss)
+        slope = HUBER_DELTA / np.maximum(np.abs(residuals), HUBER_DELTA)  # over the residual
+        slope *= weights
+        weighted = jacobian * slope[:, None]
+        hessian = weighted @ np.swapaxes(jacobian, 1, 2)
+        gradient = weighted @ residuals[..., None]
         diagonal = np.einsum("bii->bi", hessian)  # a view
         diagonal *= 1 + damping[:, None]
         diagonal += 1e-12
         step = np.linalg.solve(hessian, gradient)
         new_p = p - step[..., 0]
-        new_residuals, _ = loss_residuals(new_p, log_x, log_loss)
+        new_residuals, _ = loss_residuals(new_p, design, log_loss)
         change = weights * (huber(new_residuals) - huber(residuals))
         better = change.sum(-1) < 0
-        p = np.where(better[:, None], new_p, p)
-        factor = np.where(better, 0.2, 5)
-        damping = np.clip(damping * factor, 1e-9, 1e9)
-    residuals, _ = loss_residuals(p, log_x, log_loss)
+        p[better] = new_p[better]
+        damping[better] *= 0.2
+        damping[~better] *= 5
+    residuals, _ = loss_residuals(p, design, log_loss)
     objective = (weights * huber(residuals)).sum(-1)
-    order = objective.argsort()
-    return p[order]
+    return p[objective.argsort()]

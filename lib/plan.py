@@ -1,4 +1,4 @@
-"""What a training run takes: parameters, FLOPs, memory per GPU, days and cost.
+"""What a training run takes: parameters, FLOPs, memory per GPU and days.
 
 `python scaling.py plan` prints these numbers. Everything here is arithmetic on a Config; nothing is
 trained. tests/test_plan.py compares FLOPs with PyTorch's counter, activations with what autograd
@@ -7,6 +7,7 @@ saves, and memory with the measured peak of a process.
 import torch
 
 from lib.laws import PUBLISHED, Law
+from lib.lora import add_lora
 from model import Config, Qwen2
 
 HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # numbers per buffer of the head's loss; it has three
@@ -37,31 +38,31 @@ def flops(N: float, D: float, config: Config = None, seq_len=0) -> float:
 
 # --- memory ---------------------------------------------------------------------------------------
 
-def ffn_widths(config: Config, sparse: bool) -> tuple[int, int]:
+def ffn_widths(config: Config, layer: int) -> tuple[int, int]:
     """Return how wide a block's dense part is, and all experts together that one token meets."""
-    if sparse:
+    if config.is_sparse(layer):
         routed = config.num_experts_per_tok * config.moe_intermediate_size
         return config.shared_expert_intermediate_size, routed
     return config.intermediate_size, 0
 
 
-def block_activations(config: Config, sparse: bool, item: int, cuda: bool) -> int:
+def block_activations(config: Config, layer: int, item: int, cuda: bool) -> int:
     """Return the bytes per token that autograd keeps of one block of model.py.
 
     item: bytes per number in the products' dtype. The norms read float32. On CUDA all experts are
     one grouped product, which also keeps its gathered inputs and outputs.
     """
     C = config.hidden_size
-    inner, routed = ffn_widths(config, sparse)
+    inner, routed = ffn_widths(config, layer)
     float32_numbers = 2 * C + config.num_attention_heads
     keys_and_values = 2 * config.num_key_value_heads * config.head_dim
     # outputs of both norms, queries, attention's output; gate and up
-    product_numbers = 4 * C + keys_and_values + 2 * inner + 2 * routed
-    if sparse:
+    product_numbers = 4 * C + keys_and_values + 2 * (inner + routed)
+    if routed:
         float32_numbers += config.num_experts
         product_numbers += C
-    if sparse and cuda:
-        product_numbers += 3 * config.num_experts_per_tok * C + 2 * routed
+        if cuda:
+            product_numbers += 3 * config.num_experts_per_tok * C + 2 * routed
     return 4 * float32_numbers + item * product_numbers
 
 
@@ -74,14 +75,13 @@ def activations(config: Config, tokens: int, item: int, cuda: bool, checkpointin
     kept = 8 * C                      # bytes per token: final norm, gradient of the hidden state
     recomputed = 0
     for layer in range(config.num_hidden_layers):
-        sparse = config.is_sparse(layer)
-        inner, routed = ffn_widths(config, sparse)
-        block = block_activations(config, sparse, item, cuda)
-        inner_gradients = 3 * item * (inner + routed)
-        recomputed = max(recomputed, block + inner_gradients)
-        kept += 4 * C if checkpointing else block
-    if not checkpointing:
-        return tokens * kept
+        block = block_activations(config, layer, item, cuda)
+        if checkpointing:
+            kept += 4 * C
+            inner_gradients = 3 * item * sum(ffn_widths(config, layer))
+            recomputed = max(recomputed, block + inner_gradients)
+        else:
+            kept += block
     return tokens * kept + max(0, tokens * recomputed - logits_buffers(cuda))
 
 
@@ -90,19 +90,11 @@ def logits_buffers(cuda: bool) -> int:
 
 
 def lora_parameters(config: Config, rank: int) -> int:
-    """Return how many numbers adapters of this rank have, rank * (in + out) per projection: four
-    of attention and three of the MLP, which on an MoE is the shared expert."""
-    C = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    total = 0
-    for layer in range(config.num_hidden_layers):
-        inner, _ = ffn_widths(config, config.is_sparse(layer))
-        total += 2 * (C + queries)
-        total += 2 * (C + keys)
-        if inner:
-            total += 3 * (C + inner)
-    return rank * total
+    """Return how many numbers adapters of this rank have."""
+    with torch.device("meta"):
+        model = Qwen2(config)
+        add_lora(model, rank, 1.0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=True,
@@ -139,11 +131,8 @@ def memory(config: Config, gpus: int, rows: int, seq_len: int, bf16=True, cuda=T
         if gpus > 1:
             gathered = 4 * embedding_and_head + (2 * item + 4) * block
         elif bf16:
-            last_matrices = 0
-            for layer in range(layers):
-                inner, _ = ffn_widths(config, config.is_sparse(layer))
-                last_matrices += C * inner
-            gathered = 2 * (sizes["non_embedding"] + head - last_matrices)
+            inner = sum(ffn_widths(config, layer)[0] for layer in range(layers))
+            gathered = 2 * (sizes["non_embedding"] + head - C * inner)
         head_gradient = 4 * head
     return {
         "weights": weights / gpus,
@@ -193,8 +182,8 @@ def plan_settings(N: float, D: float, laws: dict[str, Law]) -> dict:
 
 
 def plan_machines(args, config: Config, D: float) -> dict:
-    """Print and return memory, days and cost of a preset in bf16, with every assumption. args:
-    those of scaling.py."""
+    """Print and return memory and days of a preset in bf16, with every assumption. args: those of
+    scaling.py."""
     seq_len = args.seq_len or 4096
     parts = memory(config, args.gpus, args.micro_batch, seq_len,
                    checkpointing=args.gradient_checkpointing, lora=args.lora)
@@ -212,10 +201,7 @@ def plan_machines(args, config: Config, D: float) -> dict:
     if args.gradient_checkpointing:
         work *= 4 / 3                 # one more forward pass
     flops_per_second = args.gpus * args.peak_tflops * 1e12 * args.mfu
-    hours = work / flops_per_second / 3600
-    cost = hours * args.gpus * args.gpu_hour
-    print(f"  time: {work:.3g} FLOPs with head and attention = {hours / 24:.1f} days, "
-          f"{cost:,.0f} at {args.gpu_hour:g} per GPU hour")
-    print(f"    ({args.gpus} GPUs, {args.peak_tflops:g} TFLOPS peak, MFU {args.mfu:g} assumed, "
-          "no restarts)")
-    return {"memory": parts, "training_flops": work, "days": hours / 24, "cost": cost}
+    days = work / flops_per_second / 86400
+    print(f"  time: {work:.3g} FLOPs with head and attention = {days:.1f} days ({args.gpus} GPUs, "
+          f"{args.peak_tflops:g} TFLOPS peak, MFU {args.mfu:g} assumed, no restarts)")
+    return {"memory": parts, "training_flops": work, "days": days}

@@ -9,9 +9,11 @@ only. report.md (for a terminal or a repository) and report.html (the same with 
 without scripts, for any browser) are written into the run's directory.
 """
 import json
+import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 from lib.args import cli, require
 from lib.files import read_json, read_jsonl, write_atomic
@@ -83,9 +85,7 @@ def read_optional(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [row for _, row in read_jsonl(path)]
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,32 +109,30 @@ def stage_table(stages: list[Stage]) -> Table:
     return Table("The stages", head, rows)
 
 
-def question_table(answers: dict[str, list[dict]]) -> Table | None:
-    """Show what each stage says to one question. It is not chosen by hand: it is the first question
-    of the test that the last stage answers rightly by greedy decoding, and no earlier one does."""
+def question_table(answers: dict[str, list[dict]]) -> Table:
+    """Show what each stage says to one question, if there is one. It is not chosen by hand: it is
+    the first question of the test that the last stage answers rightly by greedy decoding, and no
+    earlier one does."""
     names = [name for name in STORY if name in answers]
-    for rows in zip(*(answers[name] for name in names), strict=False):
-        scores = [row["greedy_score"] for row in rows]
-        if len(names) > 1 and scores[-1] == 1 and max(scores[:-1]) < 1:
+    columns = [answers[name] for name in names]
+    for rows in zip(*columns, strict=False):
+        *before, last = [row["greedy_score"] for row in rows]
+        if before and last == 1 and max(before) < 1:
             cells = [[name, f"`{row['greedy']}`"] for name, row in zip(names, rows, strict=True)]
             question = prompt_text(rows[0]["prompt"]).replace("\n", " ")
             return Table(f"One question: {question}", ["stage", "its answer"], cells)
-    return None
+    return Table("", [], [])
 
 
 def tables_of(stages: list[Stage]) -> list[Table]:
     """Return all tables; the first two, or one where no question is found, fit a terminal."""
     answers = {stage.name: stage.answers for stage in stages if stage.answers}
-    evaluated = [(stage.name, stage.metrics) for stage in stages if stage.metrics]
-    question = question_table(answers)
-    tables = [stage_table(stages)]
-    if question is not None:
-        tables.append(question)
+    evaluated = {stage.name: stage.metrics for stage in stages if stage.metrics}
+    tables = [stage_table(stages), question_table(answers)]
     if evaluated:
         tables += metric_tables(evaluated)
-    gained = gains(answers)
-    if gained.rows:
-        tables.append(gained)
+    tables.append(gains(answers))
+    tables = [table for table in tables if table.rows]
     if answers:
         tables += answer_tables(answers)
     commands = [[stage.name, f"`python {stage.record['command']}`"] for stage in stages]
@@ -170,20 +168,21 @@ def answer_tables(answers: dict[str, list[dict]]) -> list[Table]:
     for old, new in zip(answers[before], answers[after], strict=False):
         pairs.append((new["greedy_score"] - old["greedy_score"], old, new))
     pairs.sort(key=lambda pair: pair[0])
+    from_best = pairs[::-1]
+    full = 1 - 1e-6                    # sums of parts round
     chosen = {
-        f"Learned from {before} to {after}": [pair for pair in pairs[::-1] if pair[0] > 0],
-        f"Lost from {before} to {after}": [pair for pair in pairs if pair[0] < 0],
+        f"Learned from {before} to {after}": [pair for pair in pairs if pair[0] > 0],
+        f"Lost from {before} to {after}": [pair for pair in from_best if pair[0] < 0],
         f"Below the full score after {after}": [
-            pair for pair in pairs if pair[2]["greedy_score"] < 1 - 1e-6],  # sums of parts round
+            pair for pair in from_best if pair[2]["greedy_score"] < full],
     }
     tables = []
     for title, some in chosen.items():
         rows = {}
-        for _, old, new in some:
+        for _, old, new in some:       # the last one of each domain stays
             check = json.dumps(new["check"], ensure_ascii=False)
-            row = [new["domain"], prompt_text(new["prompt"]), f"`{old['greedy']}`",
-                   f"`{new['greedy']}`", check]
-            rows.setdefault(new["domain"], row)
+            rows[new["domain"]] = [new["domain"], prompt_text(new["prompt"]), f"`{old['greedy']}`",
+                                   f"`{new['greedy']}`", check]
         head = ["domain", "query", before, after, "checked by"]
         shown = [rows[domain] for domain in sorted(rows)]
         tables.append(Table(f"{title}: {len(some)} queries", head, shown))
@@ -207,24 +206,23 @@ polyline { fill: none; stroke: #37c; stroke-width: 2; vector-effect: non-scaling
 
 
 def curve(rows: list[dict], name: str) -> str:
-    """Draw a number of the log, step by step, as the mean over a fiftieth of the run."""
+    """Draw a number of the log over the steps, as the means of 50 parts of the run. name: one of
+    CURVES, so it need not be escaped."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     if len(points) < 2:
         return ""
-    half = len(points) // 100
-    means = []
-    for i in range(len(points)):
-        near = [value for _, value in points[max(0, i - half):i + half + 1]]
-        means.append(sum(near) / len(near))
+    size = math.ceil(len(points) / 50)
+    parts = [points[i:i + size] for i in range(0, len(points), size)]
+    means = [fmean(value for _, value in part) for part in parts]
     low, high = min(means), max(means)
     first, last = points[0][0], points[-1][0]
     corners = []
-    for (step, _), mean in zip(points, means, strict=True):
-        left = 300 * (step - first) / (last - first)
+    for part, mean in zip(parts, means, strict=True):
+        left = 300 * (part[0][0] - first) / (last - first)
         top = 95 - 90 * (mean - low) / (high - low or 1)       # an svg's y runs downwards
         corners.append(f"{left:.1f},{top:.1f}")
-    return (f'<figure><svg viewBox="0 0 300 100" role="img" aria-label="{escape(name)}">'
-            f'<polyline points="{" ".join(corners)}"/></svg><figcaption><b>{escape(name)}</b>: '
+    return (f'<figure><svg viewBox="0 0 300 100" role="img" aria-label="{name}">'
+            f'<polyline points="{" ".join(corners)}"/></svg><figcaption><b>{name}</b>: '
             f'{means[0]:.4g} → {means[-1]:.4g}, from {low:.4g} to {high:.4g}, '
             f'steps {first}–{last}</figcaption></figure>')
 

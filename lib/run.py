@@ -15,7 +15,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -48,13 +47,14 @@ def build_once(path: str | Path, *command) -> None:
     change it."""
     if RANK == 0 and not Path(path).exists():
         words = [str(word) for word in command]
-        print("$ python -m " + " ".join(words), flush=True)
+        line = "python -m " + " ".join(words)
+        print(f"$ {line}", flush=True)
         here = Path(__file__).resolve().parents[1]
         environment = os.environ | {"PYTHONPATH": str(here)}
         for name in ("RANK", "WORLD_SIZE"):  # torchrun's: the program must not join the group
             environment.pop(name, None)
         done = subprocess.run([sys.executable, "-m", *words], env=environment)
-        require(done.returncode == 0, f"`python -m {' '.join(words)}` failed, see above")
+        require(done.returncode == 0, f"`{line}` failed, see above")
     all_gather(None)
 
 
@@ -92,7 +92,10 @@ class Run:
         self.bad_steps = 0  # how many steps in a row were not finite, up to now
         self.skipped_steps = 0  # how many were not finite in all
         self.stopping = False
-        self.check_out()
+        init = self.args.get("init")
+        require(not init or Path(init).resolve() != self.path.resolve(),
+                f"--out {self.path} is --init too, which would be lost: choose another --out")
+        require_writable(self.path)
         if self.state_file.parent.exists():  # a run is going on here, or was killed
             self.lock()
         self.check_record()
@@ -100,8 +103,8 @@ class Run:
     def check_record(self) -> None:
         """Refuse to resume a run that is finished, never begun, or had other arguments; and to
         replace one that is finished, or has made at least one step."""
-        has_record = (self.path / "run.json").exists()
-        record = read_json(self.path / "run.json") if has_record else {}
+        record_file = self.path / "run.json"
+        record = read_json(record_file) if record_file.exists() else {}
         finished = record.get("finished")
         has_state = self.state_file.exists()
         self.resumed = self.args["resume"] and has_state
@@ -109,7 +112,7 @@ class Run:
             reason = "it is finished" if finished else "it was not begun: no run.json"
             require(record and not finished, f"{self.path}: nothing to resume ({reason})")
             before = record.get("args")
-            require(isinstance(before, dict), f"{self.path}/run.json: no args")
+            require(isinstance(before, dict), f"{record_file}: no args")
             changes = []
             for name, value in self.args.items():
                 if name not in ("resume", "overwrite") and before.get(name) != value:
@@ -147,13 +150,6 @@ class Run:
         self.lock_file.write(this)
         self.lock_file.flush()
 
-    def check_out(self) -> None:
-        """Refuse an --out that is also --init, or that cannot be written to."""
-        init = self.args.get("init")
-        require(not init or Path(init).resolve() != self.path.resolve(),
-                f"--out {self.path} is --init too, which would be lost: choose another --out")
-        require_writable(self.path)
-
     def start_or_resume(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0. With --resume, load the last state, drop the log
         lines after it, and return its step."""
@@ -170,8 +166,7 @@ class Run:
             self.write_record({"finished": False})
         if self.args["resume"]:
             print(f"resumed {self.path} after step {step}")
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if optimizer is not None and WORLD == 1 and is_main_thread:
+        if optimizer is not None and WORLD == 1:
             handle_stop_signals(self.interrupt)
         return step
 

@@ -1,16 +1,19 @@
 """Means with their intervals and tables of them, for evaluate.py and lib/report.py."""
 import math
+import re
 from html import escape
 from typing import NamedTuple
+
+MARKDOWN = str.maketrans({"|": "\\|", "\n": "\\n"})  # in the cells of a table
+CODE = re.compile(r"\A`(.*)`\Z", re.DOTALL)
 
 
 def interval(values: list[float], least: float = 0.0) -> dict[str, float]:
     """Return the mean of per-query values in [least, 1] and its normal 95% interval."""
     n = len(values)
     mean = sum(values) / n
-    squares = [(value - mean) ** 2 for value in values]
-    variance = sum(squares) / max(1, n - 1)
-    error = 1.96 * math.sqrt(variance / n)
+    squares = sum((value - mean) ** 2 for value in values)
+    error = 1.96 * math.sqrt(squares / max(1, n - 1) / n)
     low = max(least, mean - error)
     high = min(1.0, mean + error)
     return {"mean": mean, "low": low, "high": high, "n": n}
@@ -43,8 +46,7 @@ class Table(NamedTuple):
         for row in (self.head, rule, *self.rows):
             line = "|"
             for text in row:
-                text = text.replace("|", "\\|").replace("\n", "\\n")
-                line += f" {text} |"
+                line += f" {text.translate(MARKDOWN)} |"
             lines.append(line)
         return "\n".join(lines)
 
@@ -53,29 +55,24 @@ class Table(NamedTuple):
         for row in (self.head, *self.rows):
             line = ""
             for text in row:
-                content = escape(text)
-                if text.startswith("`") and text.endswith("`"):
-                    content = f"<code>{content[1:-1]}</code>"
+                content = CODE.sub(r"<code>\1</code>", escape(text))
                 line += f"<td>{content}</td>"
             lines.append(f"<tr>{line}</tr>")
         return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def metric_tables(stages: list[tuple[str, dict]]) -> list[Table]:
-    """Return a table of pass@1 and one of greedy accuracy, stages x domains, from the name and the
-    metrics of each stage."""
+def metric_tables(stages: dict[str, dict]) -> list[Table]:
+    """Return a table of pass@1 and one of greedy accuracy, stages x domains, from {stage: metrics}.
+    """
     tables = []
-    _, first = stages[0]
+    first = next(iter(stages.values()))
     for metric, label in (("pass@1", "pass@1 (mean score)"), ("greedy", "greedy")):
-        domains = list(first[metric])
+        domains = first[metric]
         rows = []
-        for name, metrics in stages:
-            row = [name]
-            for domain in domains:
-                row.append(cell(metrics[metric][domain]))
-            rows.append(row)
-        n = first[metric]["total"]["n"]
+        for name, metrics in stages.items():
+            values = metrics[metric]
+            rows.append([name] + [cell(values[domain]) for domain in domains])
+        n = domains["total"]["n"]
         title = f"{label} on {n} held-out queries, % [95% interval]"
-        head = [f"{label}, %"] + domains
-        tables.append(Table(title, head, rows))
+        tables.append(Table(title, [f"{label}, %", *domains], rows))
     return tables

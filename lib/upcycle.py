@@ -27,16 +27,15 @@ def upcycle(dense: Qwen2, preset: Config, seed: int, fresh: float = 0.5) -> Qwen
     shared gate) and multiplied by dense size / active size, so that the sum of the active experts
     estimates the dense FFN."""
     config = replace(dense.config, **{name: getattr(preset, name) for name in MOE_FIELDS})
-    experts, top_k = config.num_experts, config.num_experts_per_tok
-    inner, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
+    experts = config.num_experts
+    top_k = config.num_experts_per_tok
+    inner = config.moe_intermediate_size
+    shared = config.shared_expert_intermediate_size
     size_ratio = config.intermediate_size / (top_k * inner + shared)
     routing = top_k if config.norm_topk_prob else experts  # 1 / (the weight an expert will get)
     generator = rng(seed, 11)
     model = Qwen2(config)
-    old_weights = dense.state_dict()
-    for name, parameter in model.named_parameters():
-        if name in old_weights:
-            parameter.copy_(old_weights[name])
+    model.load_state_dict(dense.state_dict(), strict=False)
     for layer in range(config.num_hidden_layers):
         if not config.is_sparse(layer):
             continue

@@ -23,7 +23,6 @@ import kernels
 from lib.args import InputError, require
 from lib.decode import Completion
 from lib.dist import RANK, all_gather
-from lib.files import disk_errors
 from model import Qwen2
 from tokenizer import Tokenizer
 
@@ -52,8 +51,7 @@ class VLLMClient:
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)", url)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
         self.opener = urllib.request.build_opener(*handlers)
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        self.key_header = {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.tokenizer = tokenizer
         self.smallest_gap = math.inf  # of all checks
         self.logit_bias = {}
@@ -90,9 +88,8 @@ class VLLMClient:
         tied = model.config.tie_word_embeddings
         if RANK == 0:
             self.forget()  # first: without the development mode nothing is written
-            with disk_errors(path):
-                path.mkdir(parents=True, exist_ok=True)
-                (untied(model) if tied else model).save_pretrained(path)
+            served = untied(model) if tied else model
+            served.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
             self.ask("collective_rpc", body, lambda reply: reply["results"])
@@ -128,7 +125,8 @@ class VLLMClient:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
-        request.unredirected_hdrs |= self.key_header  # for this server alone
+        if self.key:  # for this server alone
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         deadline = time.monotonic() + self.timeout
         try:
             with self.opener.open(request, timeout=self.timeout) as reply:

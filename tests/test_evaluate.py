@@ -78,18 +78,6 @@ def test_bits_per_byte_is_the_direct_sum(tokenizer, max_len):
     assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
-def test_bits_per_byte_by_quarters_of_the_window(tokenizer):
-    """One whole window of 8 tokens, of which 1, 2, 2 and 2 are predicted."""
-    model = tiny_model(vocab_size=tokenizer.padded_vocab_size(128))
-    ids = tokenizer.encode("The cat sat on the mat, and so did the dog.")[:8]
-    logp = model(torch.tensor([ids]))[0].log_softmax(-1)
-    bits = [-logp[t - 1, ids[t]].item() / math.log(2) for t in range(1, 8)]
-    size = [len(tokenizer.token_bytes(t)) for t in ids[1:]]
-    want = [sum(bits[a:b]) / sum(size[a:b]) for a, b in ((0, 1), (1, 3), (3, 5), (5, 7))]
-    got = bits_per_byte(model, tokenizer, [tokenizer.decode(ids)], 8)
-    assert got["by_quarter"] == pytest.approx(want, rel=1e-5)
-
-
 def test_bits_per_byte_of_a_uniform_model(tokenizer):
     """A model of zeros: log2(V) bits a token, whatever the text and the batches; the order of the
     texts and their company change nothing."""

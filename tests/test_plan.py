@@ -29,19 +29,15 @@ def plan(laws, **flags):
 
 def test_plan(capsys):
     laws = fit_rows(make_rows(), 5)
-    for budget in (1e19, 1e21):
-        out = plan(laws, budget=budget)
-        assert out["C"] == pytest.approx(budget)
-        worse = [laws["loss"].predict(N=out["N"] * f, D=out["D"] / f) for f in (0.9, 1.1)]
-        assert out["loss"] < min(worse)
+    out = plan(laws, model="1e9", tokens="1e11")
+    assert out["C"] == pytest.approx(6e20)
     assert out["extrapolates"] and "x the nearest fitted" in capsys.readouterr().out
     inside = plan(laws, model="1e8", tokens="5e9")
     assert not inside["extrapolates"] and "inside the fitted" in capsys.readouterr().out
     assert inside["lr"] == pytest.approx(true_lr(1e8, 5e9), rel=1e-4)
     assert inside["lr_interval"][0] <= inside["lr"] * 1.0001
-    for bad in ({}, {"model": "1e8"}, {"budget": 1e20, "model": "1e8"},
-                {"budget": 1e20, "model": "1e8", "tokens": "1e9"}):
-        with pytest.raises(InputError, match="needs --model and --tokens, or"):
+    for bad in ({}, {"model": "1e8"}, {"tokens": "1e9"}):
+        with pytest.raises(InputError, match="needs --model and --tokens"):
             plan(laws, **bad)
     with pytest.raises(InputError, match="--model must be of type float, got '7b'"):
         plan(laws, model="7b", tokens="1e9")
@@ -57,9 +53,8 @@ def test_plan_of_a_preset(capsys):
     assert len(out["extrapolates"]) == 4 and "loss in D, 56" in said
     seconds = out["training_flops"] / (64 * 989e12 * 0.4)
     assert out["days"] == pytest.approx(seconds / 86400)
-    assert out["cost"] == pytest.approx(seconds / 3600 * 64 * 2.5)
-    for assumed in ("64 GPUs", "989 TFLOPS", "MFU 0.4", "2.5 per GPU hour", "FSDP over 64", "bf16",
-                    "1 x 4096 tokens", "the range of: Step Law"):
+    for assumed in ("64 GPUs", "989 TFLOPS", "MFU 0.4", "FSDP over 64", "bf16", "1 x 4096 tokens",
+                    "the range of: Step Law"):
         assert assumed in said, assumed
     assert out["memory"]["AdamW"] == 8 * 7_615_616_512 / 64 and "DOES NOT FIT" not in said
     plan({}, model="72B", tokens="18e12", gpus=8)

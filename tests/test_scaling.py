@@ -186,8 +186,6 @@ def test_commands(tmp_path):
                               capture_output=True, text=True)
     done = run("plan", "--model", "1e8", "--tokens", "5e9", "--data", str(tmp_path / "rows.csv"))
     assert f"lr    {true_lr(1e8, 5e9):.4g}" in done.stdout and done.returncode == 0
-    done = run("plan", "--budget", "1e21")                      # as the docstring has it
-    assert "6 N D = 1e+21 FLOPs" in done.stdout and done.returncode == 0
     done = run("plann", "--model", "1e8")
     assert done.returncode == 2 and "plann" in done.stderr
 

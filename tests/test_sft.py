@@ -21,7 +21,7 @@ import sft
 from data.documents import read_documents
 from data.pairs import read_pairs, tokenize_pair
 from lib import fast
-from lib.files import open_text
+from lib.files import open_lines
 from lib.optim import pad_rows
 from model import Qwen2
 from tokenizer import DEFAULT_SYSTEM, Tokenizer
@@ -306,7 +306,7 @@ def test_rows_come_from_their_place_in_the_file(tokenizer, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     want = [tokenizer.render(messages) for messages in conversations(6)]
     for name in ("a.jsonl", "a.jsonl.gz"):
-        rows = sft.Conversations(open_text(tmp_path / name).detach(), tokenizer, 512, 10**9)
+        rows = sft.Conversations(open_lines(tmp_path / name), tokenizer, 512, 10**9)
         assert [rows[i] for i in (5, 0, 3, 1, 4, 2)] == [want[i] for i in (5, 0, 3, 1, 4, 2)]
         assert (len(rows), rows.dropped) == (6, 1)
     rows = sft.Conversations((tmp_path / "a.jsonl").open("rb"), tokenizer, 512, 3)
