@@ -71,8 +71,7 @@ def clean_text(text: str, nfc: bool = True) -> str:
     return unicodedata.normalize("NFC", text) if nfc else text
 
 
-# ---------------------------------------------------------------------------------------------
-# training
+# --- training -------------------------------------------------------------------------------------
 
 def count_pretokens(texts, pattern: str = PATTERN) -> dict[bytes, int]:
     """Return how often each distinct pre-token occurs, which is all that BPE needs: 80,000 in 4 MB
@@ -102,10 +101,8 @@ class Corpus:
                 self.where[pair].append(i)
 
     def merge(self, pair: tuple[int, int], new: int) -> set[tuple[int, int]]:
-        """Replace `pair` by the token `new` everywhere. Return the pairs that this creates.
-
-        Only pairs beside a replacement change their counts. A merge therefore costs as much as its
-        own occurrences, while the naive loop recounts all text after each merge."""
+        """Replace `pair` by the token `new` everywhere. Return the pairs that this creates. A merge
+        costs as much as its own occurrences, since only pairs beside them change their counts."""
         a, b = pair
         counts, where = self.pair_counts, self.where
         created = set()
@@ -176,8 +173,7 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
     return merges
 
 
-# ---------------------------------------------------------------------------------------------
-# conversations
+# --- conversations --------------------------------------------------------------------------------
 
 class Segment(NamedTuple):
     """A piece of a rendered conversation."""
@@ -240,8 +236,7 @@ def assistant_turn(message: dict):
     yield Segment("\n", template=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# the tokenizer
+# --- the tokenizer --------------------------------------------------------------------------------
 
 def any_of(names) -> re.Pattern | None:
     """Return a pattern for any of these texts, the longest that fits; None if there are none."""
@@ -257,16 +252,15 @@ def split_out(pattern: re.Pattern | None, text: str) -> list[str]:
 class Tokenizer:
     """`n_vocab`: how many ids exist. `special`: token outside the merges -> id. `eos_id`
     <|endoftext|> ends a document, `im_end_id` a turn; either ends a generation (`stop_ids`).
-    `pad_id` is neither, but build masks from lengths, never from `ids != pad_id`. `files`: the
-    texts of the directory it comes from, which `save_pretrained` writes again."""
+    `pad_id` is neither, but build masks from lengths, never from `ids != pad_id`."""
 
     def __init__(self, tokens: dict[bytes, int], added: list[dict] | None = None,
-                 merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
+                 merges: list = (), pattern: str = PATTERN, nfc: bool = True,
                  chat_template: str = chat.CHAT_TEMPLATE, files: dict[str, str] | None = None):
         """tokens: regular token -> id. added: Hugging Face's added tokens, {"content", "id"} and
         "special" (skip_special_tokens hides it) and "normalized" (it is looked for after NFC, not
-        before); None: Qwen2.5's 22 control tokens follow. Without `merges`, any two neighbours that
-        together are a token may merge, as in tiktoken. InputError if this makes no tokenizer."""
+        before); None: Qwen2.5's 22 control tokens follow. merges: pairs of tokens in the order of
+        the ids that they make. files: texts that `save_pretrained` writes again."""
         if added is None:
             added = [{"content": name, "id": len(tokens) + i, "special": i < 14}
                      for i, name in enumerate(CONTROL_TOKENS)]
@@ -337,7 +331,7 @@ class Tokenizer:
         try:
             if path.is_dir():
                 return cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
-            return cls(tokenizer_files.read_ranks(path))
+            return cls(**tokenizer_files.read_tiktoken(path))
         except InputError as error:
             where = "" if str(path) in str(error) else f"{source}: "
             raise InputError(f"{where}{error}") from None
@@ -347,15 +341,12 @@ class Tokenizer:
             raise InputError(f"{source}: not a byte-level BPE tokenizer ({error!r})") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the files that transformers and vLLM read, each atomically. Those of the directory
-        that this tokenizer comes from stay as they were: template, pad, model_max_length, ..."""
-        if self.merges is None:
-            self.merges = tokenizer_files.merges_from_ranks(self.tokens)
+        """Write the files that transformers and vLLM read, those of the directory that this
+        tokenizer comes from as they were: template, pad, model_max_length, ..."""
         tokenizer_files.write_files(self, Path(directory))
 
     def set_default_system(self, system: str) -> None:
-        """Give chats without a system prompt this one, here and in the saved directory. Both then
-        use Qwen2.5's chat template with this text in it."""
+        """Give chats without a system prompt this one, by Qwen2.5's chat template with it."""
         self.chat_template = chat.template_with(system)
         self._layout = chat.chat_layout(self.chat_template)
         self.files.pop("chat_template.jinja", None)
@@ -453,8 +444,7 @@ class Tokenizer:
         return ids
 
 
-# ---------------------------------------------------------------------------------------------
-# command line
+# --- command line ---------------------------------------------------------------------------------
 
 def show(tokenizer: Tokenizer, text: str) -> None:
     """Print each token of a text."""
