@@ -35,8 +35,8 @@ default_impl = "auto"
 
 
 def set_default_impl(impl="auto", compile=False):
-    """Set what `impl="auto"` means from now on (one of IMPLS), and whether blocks of fused attention
-    and tiles of the loss run under torch.compile, which pays off in long runs only. Return the
+    """Set what `impl="auto"` means from now on (one of IMPLS), and whether blocks of fused
+    attention and tiles of the loss are compiled, which pays off in long runs only. Return the
     previous (impl, compile)."""
     global default_impl
     fast.check_impl(impl, IMPLS)
@@ -129,9 +129,11 @@ def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=N
             return attention_reference(q, k, v, segment_ids=segment_ids, mask=mask)
         # Trap: PyTorch's is_causal aligns the first query with the first key. With a cache (T < S),
         # query 0 would see key 0 only. So is_causal, the fast path, is for T == S.
-        if q.shape[2] == k.shape[2] and segment_ids is None and mask is None:
+        same_length = q.shape[2] == k.shape[2]
+        if same_length and segment_ids is None and mask is None:
             return fast.sdpa(q, k, v, None, is_causal=True)
-        return fast.sdpa(q, k, v, visible(q, k, segment_ids, mask), is_causal=False)
+        allowed = visible(q, k, segment_ids, mask)
+        return fast.sdpa(q, k, v, allowed, is_causal=False)
 
 
 def packed_block_mask(segment_ids):
@@ -225,17 +227,20 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, segment_ids, mask):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
         compute = fast.maybe_compiled(block_forward)
-        q_scaled = fp32(fold_groups(q, k.shape[1])) * q.shape[-1] ** -0.5  # (B,Hkv,T*G,D)
+        scale = q.shape[-1] ** -0.5
+        folded_q = fold_groups(q, k.shape[1])  # (B,Hkv,T*G,D)
+        q_scaled = fp32(folded_q) * scale
         # Transposed once here; otherwise each block's product would copy its keys to transpose.
-        k_t = fp32(k).mT.contiguous()                                      # (B,Hkv,D,S)
+        k_t = fp32(k).mT.contiguous()          # (B,Hkv,D,S)
         v = v.contiguous()
-        out = []
+        out = torch.empty_like(folded_q)
         for rows, keys, allowed, blind in query_blocks(q, k, segment_ids, mask):
-            block_out = compute(q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
+            block_out = compute(
+                q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
             if blind is not None:
                 block_out = block_out.masked_fill(blind, 0.0)
-            out.append(block_out)
-        return unfold_groups(torch.cat(out, 2), q.shape[2])
+            out[:, :, rows] = block_out
+        return unfold_groups(out, q.shape[2])
 
     @staticmethod
     @once_differentiable
@@ -258,8 +263,9 @@ class FusedAttention(torch.autograd.Function):
                 if blind is not None:
                     block_dout = block_dout.masked_fill(blind, 0.0)
                 block_dq, block_dk, block_dv = compute(
-                    q_scaled[:, :, rows], k_t[..., keys], folded_q[:, :, rows],
-                    contiguous_k[:, :, keys], v_t[..., keys], block_dout, allowed)
+                    q_scaled[:, :, rows], k_t[..., keys],
+                    folded_q[:, :, rows], contiguous_k[:, :, keys], v_t[..., keys],
+                    block_dout, allowed)
                 dq[:, :, rows] = block_dq
                 dk[:, :, keys] += block_dk
                 dv[:, :, keys] += block_dv
@@ -414,14 +420,17 @@ def compare(name, twin, kernel, inputs, **options):
     ours = values_and_gradients(kernel, inputs, options, torch.float64)
     gaps = []
     for expected, got in zip(truth, ours, strict=True):
-        gaps.append((expected - got).abs().max() / expected.abs().max())
+        gap = (expected - got).abs().max()
+        gaps.append(gap / expected.abs().max())
     error = torch.stack(gaps).max()  # unlike Python's max, NaN if any gap is NaN
     ms = []
     for fn in (twin, kernel):
         once = functools.partial(values_and_gradients, fn, inputs, options, torch.float32)
-        ms.append(1e3 * min(timeit.repeat(once, number=1, repeat=5)))
+        seconds = timeit.repeat(once, number=1, repeat=5)
+        ms.append(1e3 * min(seconds))
     twin_ms, kernel_ms = ms
-    print(f"{name:28}{error:9.0e}{twin_ms:9.1f}{kernel_ms:11.1f}{twin_ms / kernel_ms:9.1f}x")
+    speed_up = twin_ms / kernel_ms
+    print(f"{name:28}{error:9.0e}{twin_ms:9.1f}{kernel_ms:11.1f}{speed_up:9.1f}x")
     if not error < 1e-11:
         sys.exit(f"{name} differs from its reference")
 
@@ -436,9 +445,12 @@ def main():
     sdpa = functools.partial(attention, impl="sdpa")
     fused = functools.partial(attention, impl="fused")
     documents = (torch.arange(512) // 90).expand(2, 512)
-    compare("attention sdpa", attention_reference, sdpa, (q, k, v))
-    compare("attention fused", attention_reference, fused, (q, k, v))
-    compare("attention fused, packed", attention_reference, fused, (q, k, v), segment_ids=documents)
+    compare("attention sdpa", attention_reference, sdpa,
+            (q, k, v))
+    compare("attention fused", attention_reference, fused,
+            (q, k, v))
+    compare("attention fused, packed", attention_reference, fused,
+            (q, k, v), segment_ids=documents)
 
     def in_chunks(fn):
         return lambda intra, successive, inter, k, v: fn((intra, successive, inter), k, v, 100)

@@ -28,9 +28,12 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
     require(dtype == "auto" or dtype in DTYPES,
             f"--dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     for candidate in ["cuda", "cpu"] if device == "auto" else [device]:
-        kinds = [torch.float32] if candidate == "cpu" else [torch.bfloat16, torch.float32]
         if dtype != "auto":
             kinds = [DTYPES[dtype]]
+        elif candidate == "cpu":
+            kinds = [torch.float32]
+        else:
+            kinds = [torch.bfloat16, torch.float32]
         for kind in kinds:
             try:
                 x = torch.ones(1, 1, 8, 16, device=candidate, dtype=kind, requires_grad=True)
@@ -120,7 +123,9 @@ def default_lr(stage: str, model, factor: float = 1.0) -> float:
     rates = np.log(list(known.values()))
     lr = factor * math.exp(np.interp(math.log(n_parameters), sizes, rates))
     points = ", ".join(f"{rate:.2g} at {size:.3g}" for size, rate in known.items())
-    times = f"{factor:.2g} x the rate " if factor != 1 else ""
+    times = ""
+    if factor != 1:
+        times = f"{factor:.2g} x the rate "
     print(f"lr {lr:.2g}, {times}for {n_parameters:,} parameters (known: {points}); --lr sets "
           "another")
     return lr
