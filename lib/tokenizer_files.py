@@ -113,7 +113,9 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     config = {}
     if "tokenizer_config.json" in files:
         config = read_json(path / "tokenizer_config.json")
-    listed = listed_tokens(path, config)
+    listed = []
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        listed.append({**token, "id": int(i)})
     if "tokenizer.json" in files:
         parts = read_tokenizer_json(path / "tokenizer.json", control_tokens)
     else:
@@ -125,7 +127,7 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     for token in listed:
         name, i = token["content"], token["id"]
         require(ids.get(name) == i, f"tokenizer.json has no token {name!r} with the id {i}, but "
-                "added_tokens.json or tokenizer_config.json has")
+                "tokenizer_config.json has")
     if "generation_config.json" in files and "<|im_end|>" in ids:
         add_stop_id(files, ids["<|im_end|>"])
     # transformers prefers the file to the key.
@@ -133,19 +135,6 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     if template is not None:
         parts["chat_template"] = template
     return parts | {"files": files}
-
-
-def listed_tokens(path: Path, config: dict) -> list[dict]:
-    """Return the tokens of tokenizer_config.json and of its predecessor, added_tokens.json."""
-    listed = {}
-    if (path / "added_tokens.json").is_file():
-        for name, i in read_json(path / "added_tokens.json").items():
-            is_special = name.startswith("<|")
-            listed[name] = {"content": name, "id": i, "special": is_special,
-                            "normalized": not is_special}
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        listed[token["content"]] = {**token, "id": int(i)}
-    return list(listed.values())
 
 
 def read_tokenizer_json(path: Path, control_tokens: list[str]) -> dict:

@@ -365,8 +365,7 @@ def test_only_known_patterns_are_compiled(small, tmp_path, pattern):
 
 
 def test_directories_of_other_forms(small, tmp_path):
-    """A byte-order mark, a Sequence that holds NFC alone, the long first line of merges.txt, and
-    control tokens that only added_tokens.json has."""
+    """A byte-order mark, a Sequence that holds NFC alone, and the long first line of merges.txt."""
     small.save_pretrained(tmp_path)
     texts = list(fuzz(300, seed=4)) + ["<|im_end|>", "e\u0301"]
     want = [small.encode(text, allow_special=True) for text in texts]
@@ -389,10 +388,8 @@ def test_directories_of_other_forms(small, tmp_path):
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").partition("\n")[2]
     (tmp_path / "merges.txt").write_text("#version: 0.2 - by somebody\n" + merges, "utf-8-sig")
     check()
-    (tmp_path / "added_tokens.json").write_text(json.dumps(small.special))
-    change_json(tmp_path / "tokenizer_config.json", lambda d: d.pop("added_tokens_decoder"))
-    check()
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 9}))
+    change_json(tmp_path / "tokenizer_config.json", lambda d: d.update(
+        added_tokens_decoder={"9": {"content": "<|im_end|>"}}))
     with pytest.raises(InputError, match="do not have the ids"):
         Tokenizer.from_pretrained(tmp_path)
 
@@ -449,15 +446,11 @@ def test_added_tokens_that_we_do_not_have_are_refused(small, tmp_path, change, s
         Tokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
-def test_files_that_disagree_about_tokens_are_refused(small, tmp_path, file):
+def test_files_that_disagree_about_tokens_are_refused(small, tmp_path):
     """transformers would add the token; tokenizer.json alone would miss it."""
     small.save_pretrained(tmp_path)
-    if file == "added_tokens.json":
-        (tmp_path / file).write_text(json.dumps(small.special | {"hydroxychloroquine": 400}))
-    else:
-        change_json(tmp_path / file, lambda d: d["added_tokens_decoder"].update(
-            {"400": {"content": "hydroxychloroquine"}}))
+    change_json(tmp_path / "tokenizer_config.json", lambda d: d["added_tokens_decoder"].update(
+        {"400": {"content": "hydroxychloroquine"}}))
     with pytest.raises(InputError, match="tokenizer.json has no token 'hydroxychloroquine' with"):
         Tokenizer.from_pretrained(tmp_path)
 
