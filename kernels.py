@@ -7,18 +7,17 @@
     rms_norm, swiglu      keep less for the gradient (on CUDA, rms_norm is PyTorch's own)
     experts               each token through the experts it chose, and their weighted sum
 
-Read the twin `*_reference` first: it says what is computed. The tiles of the loss are in
-lib/chunked_loss.py, handwritten gradients in lib/fast.py, packed rows on a GPU in lib/flex.py. CUDA
-paths are not yet measured on a GPU. `python kernels.py` checks and times most pairs in about 20 s.
+Read the twin `*_reference` first. The tiles of the loss are in lib/chunked_loss.py, handwritten
+gradients in lib/fast.py, packed rows on a GPU in lib/flex.py. CUDA paths are not yet measured on a
+GPU. `python kernels.py` compares most pairs and times them in about 20 s.
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv;
 N rows (tokens), C hidden width, V vocabulary; E experts, A of them active per token; I inner width
 of an MLP or expert. "fp32" means that bf16 becomes float32 while float64 stays float64.
 """
 import functools
-import statistics
 import sys
-import time
+import timeit
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +35,9 @@ default_impl = "auto"
 
 
 def set_default_impl(impl="auto", compile=False):
-    """Set what `impl="auto"` means from now on (one of IMPLS), and whether kernels are compiled.
-
-    compile=True runs blocks of fused attention and tiles of the loss under torch.compile, which
-    pays off in long runs only; False switches it off. Returns the previous (impl, compile).
-    """
+    """Set what `impl="auto"` means from now on (one of IMPLS), and whether blocks of fused
+    attention and tiles of the loss are compiled, which pays off in long runs only. Return the
+    previous (impl, compile)."""
     global default_impl
     fast.check_impl(impl, IMPLS)
     old = default_impl, fast.compile_kernels
@@ -76,21 +73,21 @@ def visible(q, k, segment_ids, mask, queries=None, keys=None):
     queries = queries or slice(0, T)
     keys = keys or slice(0, S)
     offset = S - T  # query t is at position t + offset: the queries are the last T of S positions
-    conditions = []
+    allowed = None
     if keys.stop - 1 > queries.start + offset:  # skip if even the first query sees the last key
         query_position = torch.arange(queries.start, queries.stop, device=q.device) + offset
         key_position = torch.arange(keys.start, keys.stop, device=q.device)
-        not_later = query_position[:, None] >= key_position
-        not_later = not_later[None, None]  # the same for the whole batch and all heads
-        conditions.append(not_later)
+        allowed = query_position[:, None] >= key_position
+        allowed = allowed[None, None]  # the same for the whole batch and all heads
     if segment_ids is not None:
         query_segment = segment_ids[:, None, queries, None]
         key_segment = segment_ids[:, None, None, keys]
-        conditions.append(query_segment == key_segment)
+        same = query_segment == key_segment
+        allowed = same if allowed is None else allowed & same
     if mask is not None:
-        mask = mask.expand(-1, 1, T, S)
-        conditions.append(mask[:, :, queries, keys])
-    return functools.reduce(torch.logical_and, conditions) if conditions else None
+        mask = mask.expand(-1, 1, T, S)[:, :, queries, keys]
+        allowed = mask if allowed is None else allowed & mask
+    return allowed
 
 
 def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=None):
@@ -128,20 +125,15 @@ def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=N
             if block_mask is None:
                 block_mask = flex_block_mask(segment_ids)
             return attention_flex(q, k, v, block_mask)
-        compute = attention_reference if impl == "reference" else attention_sdpa
-        return compute(q, k, v, segment_ids=segment_ids, mask=mask)
-
-
-def attention_sdpa(q, k, v, *, segment_ids, mask):
-    """Return `attention` by PyTorch's kernel, through lib.fast.sdpa."""
-    # Trap: is_causal aligns the first query with the first key. With a cache (T < S), query 0 would
-    # see key 0 only. So that case gets a mask; is_causal, the fast path, remains for T == S.
-    same_length = q.shape[2] == k.shape[2]
-    is_causal = same_length and segment_ids is None and mask is None
-    allowed = None
-    if not is_causal:
+        if impl == "reference":
+            return attention_reference(q, k, v, segment_ids=segment_ids, mask=mask)
+        # Trap: PyTorch's is_causal aligns the first query with the first key. With a cache (T < S),
+        # query 0 would see key 0 only. So is_causal, the fast path, is for T == S.
+        same_length = q.shape[2] == k.shape[2]
+        if same_length and segment_ids is None and mask is None:
+            return fast.sdpa(q, k, v, None, is_causal=True)
         allowed = visible(q, k, segment_ids, mask)
-    return fast.sdpa(q, k, v, allowed, is_causal)
+        return fast.sdpa(q, k, v, allowed, is_causal=False)
 
 
 def packed_block_mask(segment_ids):
@@ -154,11 +146,12 @@ def packed_block_mask(segment_ids):
 
 # --- attention by blocks --------------------------------------------------------------------------
 def query_blocks(q, k, segment_ids, mask):
-    """Yield (block_rows, keys, allowed) for each block of BLOCK queries.
+    """Yield (block_rows, keys, allowed, blind) for each block of BLOCK queries.
 
     block_rows: slice of R rows of the folded queries (B,Hkv,T*G,D). keys: slice; no query of the
     block sees a key outside it. allowed: bool (B|1,1,R,n), covers only the last n keys of `keys`;
-    every query sees the ones before. None: every query sees all.
+    every query sees the ones before. None: every query sees all. blind: bool (B|1,1,R,1), the
+    queries that see no key; None: there are none.
     """
     T = q.shape[2]
     S = k.shape[2]
@@ -166,13 +159,12 @@ def query_blocks(q, k, segment_ids, mask):
     offset = S - T
     for start in range(0, T, BLOCK):
         stop = min(start + BLOCK, T)
-        queries = slice(start, stop)
         first = 0
         last = max(1, stop + offset)
         mask_start = 0  # every query of the block sees all keys before it
         if segment_ids is None and mask is None:
             mask_start = max(0, start + offset)  # the position of the block's first query
-        allowed = visible(q, k, segment_ids, mask, queries, slice(mask_start, last))
+        allowed = visible(q, k, segment_ids, mask, slice(start, stop), slice(mask_start, last))
         if segment_ids is not None:
             # Cut to the documents in sight. On CUDA, this waits for the GPU once per block.
             seen_by_any = allowed.flatten(0, 2).any(0)
@@ -180,9 +172,12 @@ def query_blocks(q, k, segment_ids, mask):
             first = seen[0] if seen else 0
             last = seen[-1] + 1 if seen else 1
             allowed = allowed[..., first:last]
+        blind = None
         if allowed is not None:
             allowed = allowed.repeat_interleave(group, dim=2)
-        yield slice(start * group, stop * group), slice(first, last), allowed
+            if mask is not None or T > S:
+                blind = ~allowed.any(-1, keepdim=True)
+        yield slice(start * group, stop * group), slice(first, last), allowed, blind
 
 
 def block_probabilities(q_scaled, k_t, allowed):
@@ -195,14 +190,6 @@ def block_probabilities(q_scaled, k_t, allowed):
         tail = scores[..., -allowed.shape[-1]:]
         tail.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
-
-
-def zero_unseeing(x, allowed):
-    """Set the rows of x (B,Hkv,R,D) whose query sees no key to 0. Looking at `allowed` alone is
-    enough: every query that sees a key sees one of the last n."""
-    if allowed is None:
-        return x
-    return x * allowed.any(-1, keepdim=True)
 
 
 def block_forward(q_scaled, k_t, v, allowed):
@@ -233,35 +220,34 @@ class FusedAttention(torch.autograd.Function):
     The backward pass recomputes the probabilities, as FlashAttention does for its O(T) memory (Dao
     et al. 2022, arXiv 2205.14135). FlashAttention also cuts the keys into tiles, with a running
     softmax, to fit a GPU's small on-chip memory. Scores are fp32; for bf16 inputs, other products
-    are bf16. We compile the function for one block: a graph of the whole loop would grow with T.
+    are bf16. Only one block is compiled: a graph of the loop would grow with T.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, segment_ids, mask):
         ctx.save_for_backward(q, k, v, segment_ids, mask)
-        may_be_empty = mask is not None or q.shape[2] > k.shape[2]
-        ctx.may_be_empty = may_be_empty
+        compute = fast.maybe_compiled(block_forward)
         scale = q.shape[-1] ** -0.5
-        compute = fast.maybe_compiled(block_forward, dynamic=True)
-        q_scaled = fp32(fold_groups(q, k.shape[1])) * scale  # (B,Hkv,T*G,D)
+        folded_q = fold_groups(q, k.shape[1])  # (B,Hkv,T*G,D)
+        q_scaled = fp32(folded_q) * scale
         # Transposed once here; otherwise each block's product would copy its keys to transpose.
-        k_t = fp32(k).mT.contiguous()                        # (B,Hkv,D,S)
+        k_t = fp32(k).mT.contiguous()          # (B,Hkv,D,S)
         v = v.contiguous()
-        out = []
-        for block_rows, keys, allowed in query_blocks(q, k, segment_ids, mask):
-            block_out = compute(q_scaled[:, :, block_rows], k_t[..., keys], v[:, :, keys], allowed)
-            if may_be_empty:
-                block_out = zero_unseeing(block_out, allowed)
-            out.append(block_out)
-        return unfold_groups(torch.cat(out, 2), q.shape[2])
+        out = torch.empty_like(folded_q)
+        for rows, keys, allowed, blind in query_blocks(q, k, segment_ids, mask):
+            block_out = compute(
+                q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
+            if blind is not None:
+                block_out = block_out.masked_fill(blind, 0.0)
+            out[:, :, rows] = block_out
+        return unfold_groups(out, q.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, segment_ids, mask = ctx.saved_tensors
-        may_be_empty = ctx.may_be_empty
         scale = q.shape[-1] ** -0.5
-        compute = fast.maybe_compiled(block_backward, dynamic=True)
+        compute = fast.maybe_compiled(block_backward)
         with torch.autocast(q.device.type, enabled=False):
             folded_q = fold_groups(q, k.shape[1])
             folded_dout = fold_groups(dout, k.shape[1])
@@ -269,21 +255,21 @@ class FusedAttention(torch.autograd.Function):
             k_t = fp32(k).mT.contiguous()
             v_t = v.mT.contiguous()
             contiguous_k = k.contiguous()
-            dq = []
+            dq = torch.empty_like(folded_q)
             dk = torch.zeros(k.shape, dtype=q_scaled.dtype, device=k.device)
             dv = torch.zeros_like(dk)
-            for block_rows, keys, allowed in query_blocks(q, k, segment_ids, mask):
-                block_dout = folded_dout[:, :, block_rows]
-                if may_be_empty:
-                    block_dout = zero_unseeing(block_dout, allowed)
+            for rows, keys, allowed, blind in query_blocks(q, k, segment_ids, mask):
+                block_dout = folded_dout[:, :, rows]
+                if blind is not None:
+                    block_dout = block_dout.masked_fill(blind, 0.0)
                 block_dq, block_dk, block_dv = compute(
-                    q_scaled[:, :, block_rows], k_t[..., keys], folded_q[:, :, block_rows],
-                    contiguous_k[:, :, keys], v_t[..., keys], block_dout, allowed)
-                dq.append(block_dq)
+                    q_scaled[:, :, rows], k_t[..., keys],
+                    folded_q[:, :, rows], contiguous_k[:, :, keys], v_t[..., keys],
+                    block_dout, allowed)
+                dq[:, :, rows] = block_dq
                 dk[:, :, keys] += block_dk
                 dv[:, :, keys] += block_dv
-        dq = torch.cat(dq, 2) * scale
-        dq = unfold_groups(dq, q.shape[2])
+        dq = unfold_groups(dq * scale, q.shape[2])
         dk = (dk * scale).to(k.dtype)
         return dq, dk, dv.to(v.dtype), None, None
 
@@ -331,13 +317,12 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
     supervised targets) and "sum"; for "none" the shape of targets, 0 where ignored. Rows whose
     target is ignore_index are dropped first and cost nothing; in SFT, most rows are. Without any
     supervised target, the loss and its gradients are exactly 0, not NaN.
-    In bf16, also by autocast, the products are bf16 and all else is fp32. On a CPU a bf16 product
+    In bf16, also by autocast, the products are bf16 and all else is fp32. A CPU's bf16 product
     cannot return fp32. So "mean" and "sum" round the logits to bf16 there, as transformers does;
     "none" uses fp32 products, which are slow.
     valid_vocab: rows of weight from valid_vocab on are padding and get probability 0. chunk_rows
-    trades memory for speed. Raises ValueError for shapes that do not fit, an unknown reduction, and
-    on a CPU for a target out of range (CUDA raises a device-side assertion). Under FSDP2, call it
-    inside the forward of the module that owns weight, where weight is gathered.
+    trades memory for speed. A target out of range raises ValueError, on CUDA a device-side
+    assertion. Under FSDP2, call this inside the forward of the module that owns weight.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is not mean, sum or none")
@@ -422,32 +407,28 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
 
 
 # --- python kernels.py ----------------------------------------------------------------------------
-def run(fn, inputs, options, dtype):
-    """Return the ms of a forward and backward pass, and its value with all gradients."""
+def values_and_gradients(fn, inputs, options, dtype):
     inputs = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
-    start = time.perf_counter()
     out = fn(*inputs, **options)
-    gradients = torch.autograd.grad(out.sum(), inputs)
-    seconds = time.perf_counter() - start
-    return 1e3 * seconds, [out.detach(), *gradients]
+    return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
 
 
 def compare(name, twin, kernel, inputs, **options):
     """Print a kernel's error in float64, relative to the largest entry of the twin's tensor, and
-    both times in fp32 (medians of 5 interleaved runs)."""
-    _, truth = run(twin, inputs, options, torch.float64)
-    _, ours = run(kernel, inputs, options, torch.float64)
+    the shortest of 5 times in fp32 of both, each a forward and backward pass."""
+    truth = values_and_gradients(twin, inputs, options, torch.float64)
+    ours = values_and_gradients(kernel, inputs, options, torch.float64)
     gaps = []
     for expected, got in zip(truth, ours, strict=True):
-        gaps.append((expected - got).abs().max() / expected.abs().max())
-    error = torch.stack(gaps).max().item()  # unlike Python's max, NaN if any gap is NaN
-    times = {twin: [], kernel: []}
-    for _ in range(6):
-        for fn in times:
-            ms, _ = run(fn, inputs, options, torch.float32)
-            times[fn].append(ms)
-    twin_ms = statistics.median(times[twin][1:])  # the first run warms up
-    kernel_ms = statistics.median(times[kernel][1:])
+        gap = (expected - got).abs().max()
+        gaps.append(gap / expected.abs().max())
+    error = torch.stack(gaps).max()  # unlike Python's max, NaN if any gap is NaN
+    ms = []
+    for fn in (twin, kernel):
+        once = functools.partial(values_and_gradients, fn, inputs, options, torch.float32)
+        seconds = timeit.repeat(once, number=1, repeat=5)
+        ms.append(1e3 * min(seconds))
+    twin_ms, kernel_ms = ms
     speed_up = twin_ms / kernel_ms
     print(f"{name:28}{error:9.0e}{twin_ms:9.1f}{kernel_ms:11.1f}{speed_up:9.1f}x")
     if not error < 1e-11:
@@ -461,18 +442,20 @@ def main():
     q = torch.randn(2, 8, 512, 32)
     k = torch.randn(2, 2, 512, 32)
     v = torch.randn(2, 2, 512, 32)
-    for impl in ("sdpa", "fused"):
-        kernel = functools.partial(attention, impl=impl)
-        compare(f"attention {impl}", attention_reference, kernel, (q, k, v))
+    sdpa = functools.partial(attention, impl="sdpa")
+    fused = functools.partial(attention, impl="fused")
     documents = (torch.arange(512) // 90).expand(2, 512)
-    compare("attention fused, packed", attention_reference, kernel, (q, k, v),
-            segment_ids=documents)
+    compare("attention sdpa", attention_reference, sdpa,
+            (q, k, v))
+    compare("attention fused", attention_reference, fused,
+            (q, k, v))
+    compare("attention fused, packed", attention_reference, fused,
+            (q, k, v), segment_ids=documents)
 
-    def in_chunks(fn, chunk=100):
-        return lambda intra, successive, inter, k, v: fn((intra, successive, inter), k, v, chunk)
-    queries = (q, q.flip(2), q.flip(3))
+    def in_chunks(fn):
+        return lambda intra, successive, inter, k, v: fn((intra, successive, inter), k, v, 100)
     compare("dual_chunk_attention", in_chunks(dual_chunk_attention_reference),
-            in_chunks(dual_chunk_attention), (*queries, k, v))
+            in_chunks(dual_chunk_attention), (q, q.flip(2), q.flip(3), k, v))
     hidden = torch.randn(1024, 128)
     head = torch.randn(8192, 128) / 8
     targets = torch.randint(8192, (1024,))

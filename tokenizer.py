@@ -30,6 +30,8 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +71,7 @@ def clean_text(text: str, nfc: bool = True) -> str:
     return unicodedata.normalize("NFC", text) if nfc else text
 
 
-# ---------------------------------------------------------------------------------------------
-# training
+# --- training -------------------------------------------------------------------------------------
 
 def count_pretokens(texts, pattern: str = PATTERN) -> dict[bytes, int]:
     """Return how often each distinct pre-token occurs, which is all that BPE needs: 80,000 in 4 MB
@@ -100,10 +101,8 @@ class Corpus:
                 self.where[pair].append(i)
 
     def merge(self, pair: tuple[int, int], new: int) -> set[tuple[int, int]]:
-        """Replace `pair` by the token `new` everywhere. Return the pairs that this creates.
-
-        Only pairs beside a replacement change their counts. A merge therefore costs as much as its
-        own occurrences, while the naive loop recounts all text after each merge."""
+        """Replace `pair` by the token `new` everywhere. Return the pairs that this creates. A merge
+        costs as much as its own occurrences, since only pairs beside them change their counts."""
         a, b = pair
         counts, where = self.pair_counts, self.where
         created = set()
@@ -174,8 +173,7 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
     return merges
 
 
-# ---------------------------------------------------------------------------------------------
-# conversations
+# --- conversations --------------------------------------------------------------------------------
 
 class Segment(NamedTuple):
     """A piece of a rendered conversation."""
@@ -189,48 +187,36 @@ def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layo
     chat.check_messages(messages)
     tools = chat.parse_tools(tools)
     chat.check_layout(layout, messages, tools)
+    if messages[0]["role"] != "system" and layout.default_system is not None:
+        messages = [{"role": "system", "content": layout.default_system}, *messages]
     roles = [message["role"] for message in messages]
-    system = messages[0]["content"] if roles[0] == "system" else layout.default_system
-    if system is not None:
-        yield from system_turn(system, tools)
+    roles.append("end")
     for i, message in enumerate(messages):
-        if roles[i] == "system" and i == 0:
-            continue                                  # system_turn has it
         if roles[i] == "assistant":
             yield from assistant_turn(message)
-        elif roles[i] == "tool":
-            opens_turn = i == 0 or roles[i - 1] != "tool"
-            closes_turn = i + 1 == len(roles) or roles[i + 1] != "tool"
-            yield from tool_response(message["content"], opens_turn, closes_turn)
+        elif roles[i] == "tool":     # the results of one round of calls share a user turn
+            if roles[i - 1] != "tool":
+                yield Segment("<|im_start|>user", template=True)
+            yield Segment("\n<tool_response>\n", template=True)
+            yield Segment(message["content"])
+            yield Segment("\n</tool_response>", template=True)
+            if roles[i + 1] != "tool":
+                yield Segment("<|im_end|>\n", template=True)
         else:
             yield Segment(f"<|im_start|>{roles[i]}\n", template=True)
             yield Segment(message["content"])
+            if i == 0 and tools:     # a layout with tools always begins with the system prompt
+                yield from tool_list(tools)
             yield Segment("<|im_end|>\n", template=True)
     if add_generation_prompt:
         yield Segment("<|im_start|>assistant\n", template=True)
 
 
-def system_turn(system: str, tools: list[dict]):
-    """Yield the turn before all others: the system prompt, then the tools."""
-    yield Segment("<|im_start|>system\n", template=True)
-    yield Segment(system)
-    if tools:
-        yield Segment(TOOLS_HEAD, template=True)
-        for tool in tools:
-            yield Segment("\n" + json.dumps(tool, ensure_ascii=False))
-        yield Segment(TOOLS_TAIL, template=True)
-    yield Segment("<|im_end|>\n", template=True)
-
-
-def tool_response(content: str, opens_turn: bool, closes_turn: bool):
-    """Yield one result; the results of one round of calls share a user turn."""
-    if opens_turn:
-        yield Segment("<|im_start|>user", template=True)
-    yield Segment("\n<tool_response>\n", template=True)
-    yield Segment(content)
-    yield Segment("\n</tool_response>", template=True)
-    if closes_turn:
-        yield Segment("<|im_end|>\n", template=True)
+def tool_list(tools: list[dict]):
+    yield Segment(TOOLS_HEAD, template=True)
+    for tool in tools:
+        yield Segment("\n" + json.dumps(tool, ensure_ascii=False))
+    yield Segment(TOOLS_TAIL, template=True)
 
 
 def assistant_turn(message: dict):
@@ -250,6 +236,8 @@ def assistant_turn(message: dict):
     yield Segment("\n", template=True)
 
 
+# --- the tokenizer --------------------------------------------------------------------------------
+
 def any_of(names) -> re.Pattern | None:
     """Return a pattern for any of these texts, the longest that fits; None if there are none."""
     alternatives = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
@@ -264,16 +252,15 @@ def split_out(pattern: re.Pattern | None, text: str) -> list[str]:
 class Tokenizer:
     """`n_vocab`: how many ids exist. `special`: token outside the merges -> id. `eos_id`
     <|endoftext|> ends a document, `im_end_id` a turn; either ends a generation (`stop_ids`).
-    `pad_id` is neither, but build masks from lengths, never from `ids != pad_id`. `files`: the
-    texts of the directory it comes from, which `save_pretrained` writes again."""
+    `pad_id` is neither, but build masks from lengths, never from `ids != pad_id`."""
 
     def __init__(self, tokens: dict[bytes, int], added: list[dict] | None = None,
-                 merges: list | None = None, pattern: str = PATTERN, nfc: bool = True,
+                 merges: list = (), pattern: str = PATTERN, nfc: bool = True,
                  chat_template: str = chat.CHAT_TEMPLATE, files: dict[str, str] | None = None):
         """tokens: regular token -> id. added: Hugging Face's added tokens, {"content", "id"} and
         "special" (skip_special_tokens hides it) and "normalized" (it is looked for after NFC, not
-        before); None: Qwen2.5's 22 control tokens follow. Without `merges`, any two neighbours that
-        together are a token may merge, as in tiktoken. InputError if this makes no tokenizer."""
+        before); None: Qwen2.5's 22 control tokens follow. merges: pairs of tokens in the order of
+        the ids that they make. files: texts that `save_pretrained` writes again."""
         if added is None:
             added = [{"content": name, "id": len(tokens) + i, "special": i < 14}
                      for i, name in enumerate(CONTROL_TOKENS)]
@@ -293,7 +280,7 @@ class Tokenizer:
         token_of |= {i: name.encode() for name, i in self.special.items()}
         require(sorted(token_of) == list(range(self.n_vocab)),
                 f"the {self.n_vocab} tokens do not have the ids 0..{self.n_vocab - 1}")
-        self._bytes = [token_of[i] for i in range(self.n_vocab)]
+        self._bytes = token_of
         for name in CONTROL_TOKENS[:3]:
             require(name in self.special, f"the vocabulary has no {name}")
         self.eos_id = self.special["<|endoftext|>"]
@@ -303,7 +290,7 @@ class Tokenizer:
         # All other added tokens are words, which count in any text.
         control = self.special.keys() & (self.hidden | set(CONTROL_TOKENS))
         words = self.special.keys() - control
-        highest = max({self.special[name] for name in control} - {*self.stop_ids})
+        highest = max({self.special[name] for name in control} - set(self.stop_ids))
         self.pad_id = self.special.get("<|fim_pad|>", highest)
         self._control = any_of(control)
         normalized = {token["content"] for token in added if token.get("normalized")}
@@ -344,7 +331,7 @@ class Tokenizer:
         try:
             if path.is_dir():
                 return cls(**tokenizer_files.read_directory(path, CONTROL_TOKENS))
-            return cls(tokenizer_files.read_ranks(path))
+            return cls(**tokenizer_files.read_tiktoken(path))
         except InputError as error:
             where = "" if str(path) in str(error) else f"{source}: "
             raise InputError(f"{where}{error}") from None
@@ -354,15 +341,12 @@ class Tokenizer:
             raise InputError(f"{source}: not a byte-level BPE tokenizer ({error!r})") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the files that transformers and vLLM read, each atomically. Those of the directory
-        that this tokenizer comes from stay as they were: template, pad, model_max_length, ..."""
-        if self.merges is None:
-            self.merges = tokenizer_files.merges_from_ranks(self.tokens)
+        """Write the files that transformers and vLLM read, those of the directory that this
+        tokenizer comes from as they were: template, pad, model_max_length, ..."""
         tokenizer_files.write_files(self, Path(directory))
 
     def set_default_system(self, system: str) -> None:
-        """Give chats without a system prompt this one, here and in the saved directory. Both then
-        use Qwen2.5's chat template with this text in it."""
+        """Give chats without a system prompt this one, by Qwen2.5's chat template with it."""
         self.chat_template = chat.template_with(system)
         self._layout = chat.chat_layout(self.chat_template)
         self.files.pop("chat_template.jinja", None)
@@ -416,10 +400,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Join the tokens' bytes. InputError for an id that is no token, such as a padded row."""
-        wrong = [i for i in ids if not 0 <= i < self.n_vocab]
-        if wrong:
-            raise InputError(f"token id {wrong[0]} is outside 0..{self.n_vocab - 1}")
-        return b"".join([self._bytes[i] for i in ids])
+        try:
+            return b"".join([self._bytes[i] for i in ids])
+        except KeyError as error:
+            raise InputError(f"token id {error} is outside 0..{self.n_vocab - 1}") from None
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ids; U+FFFD where they are no valid UTF-8 (an answer cut inside a
@@ -428,23 +412,6 @@ class Tokenizer:
             hidden = {self.special[name] for name in self.hidden} | {self.pad_id}
             ids = [i for i in ids if i not in hidden]
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def _runs(self, segments):
-        """Yield segments cut and joined into what is encoded at once: a single control token, or
-        plain text that is trained throughout or not at all."""
-        text, trained = "", False
-        for segment in segments:
-            pieces = self._control.split(segment.text) if segment.template else [segment.text]
-            for piece in pieces:
-                is_control = segment.template and piece in self.special
-                if is_control or segment.trained != trained:
-                    yield Segment(text, trained)
-                    text, trained = "", segment.trained
-                if is_control:
-                    yield Segment(piece, trained, template=True)
-                else:
-                    text += piece
-        yield Segment(text, trained)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False,
                tools: list | str | None = None) -> tuple[list[int], list[int]]:
@@ -455,19 +422,20 @@ class Tokenizer:
         Text between control tokens is encoded in one piece, across template and content, as HF
         does. Only an answer starts a new piece: generation starts from the ids of "assistant\\n",
         so training must see them too. (In HF, "\\n" and a blank first line become one token.)"""
+        pieces = []
+        for segment in chat_segments(messages, add_generation_prompt, tools, self._layout):
+            texts = [segment.text]
+            if segment.template:
+                texts = self._control.split(segment.text)  # every second one is a control token
+            for i, text in enumerate(texts):
+                pieces.append((text, segment.trained, i % 2 == 1))
         ids, mask = [], []
-        segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
-        for run in self._runs(segments):
-            new = [self.special[run.text]] if run.template else self.encode(run.text)
+        for (trained, is_control), run in groupby(pieces, key=itemgetter(1, 2)):
+            text = "".join([piece[0] for piece in run])
+            new = self.encode(text, allow_special=is_control)
             ids += new
-            mask += [int(run.trained)] * len(new)
+            mask += [int(trained)] * len(new)
         return ids, mask
-
-    def render_text(self, messages, add_generation_prompt: bool = False, tools=None) -> str:
-        """Return the conversation as the chat template writes it. Show it, but never encode it: in
-        this string a forged <|im_end|> cannot be told from a real one."""
-        segments = chat_segments(messages, add_generation_prompt, tools, self._layout)
-        return "".join(segment.text for segment in segments)
 
     def render_prompt(self, prompt: str | list[dict], tools=None) -> list[int]:
         """Return the ids of a question (text, or messages), ending in the assistant's header."""
@@ -476,11 +444,10 @@ class Tokenizer:
         return ids
 
 
-# ---------------------------------------------------------------------------------------------
-# command line
+# --- command line ---------------------------------------------------------------------------------
 
 def show(tokenizer: Tokenizer, text: str) -> None:
-    """Print each token of a text: id, spelling, bytes."""
+    """Print each token of a text."""
     print(f"{'id':>7}  {'in vocab.json':<20} {'bytes':<30} text")
     for i in tokenizer.encode(text, allow_special=True):
         token = tokenizer.token_bytes(i)
@@ -499,7 +466,7 @@ def show_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None) ->
         print(f"{i:>7}  {tokenizer.decode([i])!r:<24} {target}")
 
 
-def demo(_args) -> None:
+def demo() -> None:
     """Train on Python's language reference, which is on every machine."""
     from pydoc_data.topics import topics
     start = time.perf_counter()
@@ -510,40 +477,32 @@ def demo(_args) -> None:
           "newline.\nThe bytes are what counts; a rare character takes several tokens.")
 
 
-def train_command(args) -> None:
-    require(not (args.out / "tokenizer.json").exists(),
-            f"{args.out} holds a tokenizer: pass another --out")
-    tokenizer = Tokenizer.train(read_texts(*args.input), args.vocab_size)
-    tokenizer.save_pretrained(args.out)
-    print(f"{args.out}: {tokenizer.n_vocab} tokens")
-
-
-def show_command(args) -> None:
-    tokenizer = Tokenizer.from_pretrained(args.path)
-    if args.chat is None:
-        show(tokenizer, args.text)
-        return
-    _, first = next(read_jsonl(args.chat), (0, {}))
-    show_chat(tokenizer, *to_conversation(first))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.set_defaults(run=demo)
-    commands = parser.add_subparsers()
+    commands = parser.add_subparsers(dest="command")
     train = commands.add_parser("train", help="learn a vocabulary from text files")
     train.add_argument("--input", nargs="+", required=True, type=Path, help="UTF-8 text files")
     train.add_argument("--vocab_size", type=int, default=4096, help="all tokens, control included")
     train.add_argument("--out", required=True, type=Path, help="directory to write")
-    train.set_defaults(run=train_command)
     shown = commands.add_parser("show", help="print the tokens of a text")
     shown.add_argument("path", help="directory or .tiktoken file")
     what = shown.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
     what.add_argument("--chat", help="JSONL of conversations: the first one, with its loss mask")
-    shown.set_defaults(run=show_command)
     args = parser.parse_args()
-    args.run(args)
+    if args.command is None:
+        demo()
+    elif args.command == "train":
+        require(not (args.out / "tokenizer.json").exists(),
+                f"{args.out} holds a tokenizer: pass another --out")
+        tokenizer = Tokenizer.train(read_texts(*args.input), args.vocab_size)
+        tokenizer.save_pretrained(args.out)
+        print(f"{args.out}: {tokenizer.n_vocab} tokens")
+    elif args.text is not None:
+        show(Tokenizer.from_pretrained(args.path), args.text)
+    else:
+        _, first = next(read_jsonl(args.chat), (0, {}))
+        show_chat(Tokenizer.from_pretrained(args.path), *to_conversation(first))
 
 
 if __name__ == "__main__":

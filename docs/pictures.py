@@ -215,7 +215,7 @@ def blocks() -> None:
     titles = "one document", "five packed"
     for axis, ids, title in zip(panels, (None, segments), titles, strict=True):
         n = 0
-        for i, j, keep in kernels.query_blocks(q, q, ids, None):
+        for i, j, keep, _ in kernels.query_blocks(q, q, ids, None):
             high, masked = i.stop - i.start, j.stop - keep.shape[-1]
             n += high * (j.stop - j.start)
             for a, b, color in ((j.start, masked, BLUE), (masked, j.stop, "#90cdf4")):

@@ -46,7 +46,7 @@ def load_model(Model, Config, path: str | Path, dtype, device):
     for name in sorted(targets.keys() ^ stored.keys()):
         what = "is missing" if name in targets else "does not belong to this architecture"
         raise InputError(f"{path}: weight {name} {what}")
-    found = {read_weight(target, *stored[name]) for name, target in targets.items()}
+    found = {read_weight(target, stored[name], name) for name, target in targets.items()}
     if len(found) == 1 and found != {dtype}:
         model.config = replace(config, torch_dtype=dtype_name(found.pop()))
     return model.requires_grad_()
@@ -159,14 +159,13 @@ def check_values(values: dict, Config, is_moe: bool) -> None:
         require(values.get(name) is not None, f"no {name}")
     for field in fields(Config):
         value = values.get(field.name, field.default)
-        if field.name == "torch_dtype":
-            good = True
-        elif field.name == "mlp_only_layers":
+        good = True
+        if field.name == "mlp_only_layers":
             good = all(type(layer) is int for layer in value)
-        else:
-            is_positive = field.name in required or field.name in POSITIVE
+        elif field.type in TYPES:
             good = type(value) in TYPES[field.type] and 0 <= value < math.inf
-            good = good and (value > 0 or not is_positive)
+            if field.name in required or field.name in POSITIVE:
+                good = good and value > 0
         require(good, f"{field.name} is {value!r}")
 
 
@@ -244,18 +243,16 @@ def write_config(config, architecture: str, dtype: str, path: Path) -> None:
 MAX_PIECE = 2**24  # bytes that are read at once
 
 
-def find_weights(path: Path, config) -> dict[str, tuple[Path, str]]:
-    """Return published name -> (file, name in that file). Pickles are never read."""
+def find_weights(path: Path, config) -> dict[str, Path]:
+    """Return published name -> file. Pickles are never read."""
     found = {}
     for file in weight_files(path):
         with open_weights(file) as opened:
             names = opened.keys()
-        for stored_name in names:
-            # torch.compile and DistributedDataParallel put their names before those of the model.
-            name = stored_name.replace("_orig_mod.", "").removeprefix("module.")
+        for name in names:
             require(name not in found, f"{file}: a second weight {name}")
             if ".rotary_emb." not in name:  # buffers of old checkpoints, computed anew here
-                found[name] = (file, stored_name)
+                found[name] = file
     # Refuse an impossible size before it is built: nine tensors per layer, and the MLPs.
     layers = config.num_hidden_layers
     sparse = sum(config.is_sparse(layer) for layer in range(min(layers, len(found))))
@@ -302,9 +299,8 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         file_of = read_json(index).get("weight_map")
-        is_map = isinstance(file_of, dict) and all(isinstance(f, str) for f in file_of.values())
-        require(is_map, f"{index}: no weight_map")
-        names = sorted(set(file_of.values()))
+        require(isinstance(file_of, dict), f"{index}: no weight_map")
+        names = sorted({str(name) for name in file_of.values()})
     for name in names:
         require(Path(name).name == name and (path / name).is_file(), f"{path}: no {name}")
     return [path / name for name in names]

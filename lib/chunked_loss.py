@@ -11,20 +11,12 @@ in kernels.py. The rows (tokens) come in chunks, and the logits of a chunk come 
 Letters in shapes: N rows, n rows of one chunk; C hidden width; V vocabulary, v columns of one tile.
 What is particular to CUDA is not yet measured on a GPU.
 """
-from typing import NamedTuple
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from lib.fast import add_matmul, fp32, matmul_fp32, maybe_compiled, to_autocast_dtype
 
 TILE = 2**21  # logits in memory at a time: 8 MiB; on CUDA 64 times as many
-
-
-class Options(NamedTuple):
-    inv_temperature: float
-    chunk_rows: int    # rows per chunk
-    columns: int       # columns per tile
 
 
 def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1.0,
@@ -54,85 +46,71 @@ def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1
     h = to_autocast_dtype(h)
     if not want_sum and not h.is_cuda:
         h = fp32(h)  # a CPU's bf16 product would round the log-probabilities
-    options = choose_options(h, len(weight), targets.numel(), chunk_rows, temperature)
-    nll = ChunkedNLL.apply(h, weight, target[:, None], options, want_sum, torch.is_grad_enabled())
+    if temperature != 1:
+        h = fp32(h) / temperature  # in bf16 it would be rounded once more
+    chunk_rows, columns = tile_size(h, len(weight), chunk_rows)
+    nll = ChunkedNLL.apply(h, weight, target[:, None], chunk_rows, columns, want_sum,
+                           torch.is_grad_enabled())
     if not want_sum:
         every_row = nll.new_zeros(targets.numel())
         nll = every_row.index_copy(0, supervised, nll).view(targets.shape)
     return nll, len(supervised)
 
 
-def choose_options(h, vocab, all_rows, chunk_rows, temperature):
+def tile_size(h, vocab, chunk_rows):
     """Choose how many rows a chunk has, and how many columns a tile.
 
     Up to 2^16 ids, the whole vocabulary is one tile. Its probabilities can then be kept from the
     forward pass to the gradient, which on a CPU helps while they stay in cache. Of 64 to 4096 rows,
     the best are 512 at V 4096 and 128 at V 32,000; from V 2^16 on keeping never helps.
-    A chunk is never larger than all rows together, ignored ones included. Rows of one constant
-    shape thus fill their chunk, which is the condition for compiling it.
     """
     tile = TILE * (64 if h.is_cuda else 1)  # CUDA: a guess
     if not chunk_rows:
         one_tile = 128 * vocab <= 4 * tile
         chunk_rows = max(128, tile // vocab) if one_tile else 1024
-    chunk_rows = max(1, min(chunk_rows, all_rows))
+    chunk_rows = min(chunk_rows, max(1, len(h)))
     columns = vocab if chunk_rows * vocab <= 4 * tile else max(1, tile // chunk_rows)
-    return Options(1.0 / temperature, chunk_rows, columns)
-
-
-def prepare_weight(h, weight, options, want_dweight):
-    """Return the head's weight (V,C) as tiles read it, and its gradient: fp32 zeros, or None."""
-    dweight = None
-    if want_dweight:
-        dweight = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32))
-    if options.columns >= len(weight):
-        weight = weight.to(h.dtype)  # it is small; else each tile is cast when it is in cache
-    return weight, dweight
+    return chunk_rows, columns
 
 
 # --- one tile: the two functions that torch.compile may get ---------------------------------------
-def forward_tile(h, weight, target, running_max, running_sum, target_logit, inv_temperature):
+def forward_tile(h, weight, target, softmax):
     """Fold one tile of logits into the running softmax of each row (FlashAttention, Dao et al.
     2022, arXiv 2205.14135, section 3.1).
 
     h (n,C); weight (v,C); target (n,1): the target's column, which lies outside 0..v-1 if another
-    tile has it. Of all logits so far, the state holds the maximum m, the sum l of exp(logit - m),
-    and the target's logit, (n,1) each. With this tile's logits s:
+    tile has it. softmax, of all logits so far: the maximum m, the sum l of exp(logit - m), and the
+    target's logit, (n,1) each. With this tile's logits s:
         m' = max(m, max s),    l' = l exp(m - m') + sum exp(s - m')
-    Returns the new state and exp(s - m') (n,v).
+    Returns the new softmax, and exp(s - m') (n,v).
     """
+    running_max, running_sum, target_logit = softmax
     logits = matmul_fp32(h, weight.to(h.dtype).mT)
-    if inv_temperature != 1:
-        logits.mul_(inv_temperature)
     column = target.clamp(0, len(weight) - 1)
-    is_here = column == target
-    target_logit = torch.where(is_here, logits.gather(1, column), target_logit)
+    target_logit = torch.where(column == target, logits.gather(1, column), target_logit)
     new_max = torch.maximum(running_max, logits.amax(-1, keepdim=True))
     exps = logits.sub_(new_max).exp_()  # in the memory of the logits
     rescaled_sum = running_sum * (running_max - new_max).exp()
     running_sum = rescaled_sum + exps.sum(-1, keepdim=True)
-    return new_max, running_sum, target_logit, exps
+    return (new_max, running_sum, target_logit), exps
 
 
-def backward_tile(h, weight, target, row_max, row_sum, exps, h_scaled, dh, dweight,
-                  inv_temperature):
+def backward_tile(h, weight, target, softmax, exps, h_scaled, dh, dweight):
     """Add one tile's part of the gradients to dh (n,C) and, unless it is None, dweight (v,C).
 
     The gradient of the logits is p - (1 at the target), where p = exp(logit - m) / l, with m and l
-    as in forward_tile after the last tile: row_max and row_sum (n,1). We compute l times it:
+    as in forward_tile after the last tile. We compute l times it:
         dlogits = exp(logit - m) - (l at the target)
         dh += dlogits weight,    dweight += dlogits^T h_scaled
-    h_scaled is h times the factor upstream gradient / (temperature l). The caller multiplies dh by
-    the same factor at the end. exp(logit - (m + log l)) would be p at once, but at logits of 1e4
-    the sum in brackets is rounded to 5e-4.
+    h_scaled is h times the factor upstream gradient / l. The caller multiplies dh by the same
+    factor at the end. exp(logit - (m + log l)) would be p at once, but at logits of 1e4 the sum in
+    brackets is rounded to 5e-4.
     exps: exp(logit - m), if forward_tile's is still there; None: it is computed again.
     """
+    row_max, row_sum, _ = softmax
     weight = weight.to(h.dtype)
     if exps is None:
-        logits = matmul_fp32(h, weight.mT)
-        if inv_temperature != 1:
-            logits.mul_(inv_temperature)
-        exps = logits.sub_(row_max).exp_()
+        exps = matmul_fp32(h, weight.mT).sub_(row_max).exp_()
     column = target.clamp(0, len(weight) - 1)
     sum_at_target = row_sum * (column == target)
     dlogits = exps.scatter_add_(1, column, -sum_at_target).to(h.dtype)
@@ -142,45 +120,38 @@ def backward_tile(h, weight, target, row_max, row_sum, exps, h_scaled, dh, dweig
 
 
 # --- one chunk of rows ----------------------------------------------------------------------------
-def forward_chunk(h, target, weight, options):
-    """Return, for rows h (n,C), -log p (n,1), their softmax's maximum and sum (n,2), and exps of
-    backward_tile if there is only one tile, else None."""
-    # Only a full chunk is compiled: every other length would compile once more.
-    fold_tile = maybe_compiled(forward_tile, len(h) == options.chunk_rows)
-    row_sum = torch.zeros_like(fp32(h[:, :1]))
-    target_logit = row_sum
-    row_max = row_sum - 1e30
-    for first in range(0, len(weight), options.columns):
-        tile = weight[first:first + options.columns]
-        row_max, row_sum, target_logit, exps = fold_tile(
-            h, tile, target - first, row_max, row_sum, target_logit, options.inv_temperature)
-    # In this order: the logits' difference is exact where their size would swallow log(row_sum).
-    nll = (row_max - target_logit) + row_sum.log()
-    return nll, torch.cat((row_max, row_sum), 1), exps if len(tile) == len(weight) else None
+def forward_chunk(h, target, weight, columns):
+    """Return the softmax of rows h (n,C) as in forward_tile, and exps of backward_tile if there is
+    only one tile, else None."""
+    fold_tile = maybe_compiled(forward_tile)
+    zero = torch.zeros_like(fp32(h[:, :1]))
+    softmax = (zero - 1e30, zero, zero)
+    for first in range(0, len(weight), columns):
+        tile = weight[first:first + columns]
+        softmax, exps = fold_tile(h, tile, target - first, softmax)
+    return softmax, exps if len(tile) == len(weight) else None
 
 
-def backward_chunk(h, target, softmax_state, exps, upstream, weight, dweight, options):
+def backward_chunk(h, target, weight, columns, softmax, exps, upstream, dweight):
     """Return the gradient of rows h (n,C), and add to dweight (V,C) unless it is None.
 
-    softmax_state, exps: what forward_chunk returned; exps may be None. upstream: the gradient of
-    the loss with respect to -log p of each row, (n,1) fp32, or one number for all.
+    softmax, exps: what forward_chunk returned; exps may be None. upstream: the gradient of the loss
+    with respect to -log p of each row, (n,1) fp32, or one number for all.
     """
-    add_tile = maybe_compiled(backward_tile, len(h) == options.chunk_rows)
-    row_max, row_sum = softmax_state.split(1, dim=1)
-    factor = upstream * options.inv_temperature / row_sum
+    add_tile = maybe_compiled(backward_tile)
+    factor = upstream / softmax[1]
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
-    for first in range(0, len(weight), options.columns):
-        tile = slice(first, first + options.columns)
+    for first in range(0, len(weight), columns):
+        tile = slice(first, first + columns)
         dtile = None if dweight is None else dweight[tile]
-        add_tile(h, weight[tile], target - first, row_max, row_sum, exps,
-                 h_scaled, dh, dtile, options.inv_temperature)
+        add_tile(h, weight[tile], target - first, softmax, exps, h_scaled, dh, dtile)
     return dh.mul_(factor).to(h.dtype)
 
 
 # --- all rows -------------------------------------------------------------------------------------
 class ChunkedNLL(torch.autograd.Function):
-    """-log p of each row's target, where p = softmax(h weight^T / temperature), or their sum.
+    """-log p of each row's target, where p = softmax(h weight^T), or their sum.
 
     h (N,C), weight (V,C), target (N,1). There are two ways to the gradient.
     The sum: the upstream gradient is one number for all rows, so it can be multiplied in later. The
@@ -191,35 +162,38 @@ class ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, target, options, want_sum, grad_enabled):
-        ctx.options = options
-        ctx.want_sum = want_sum
+    def forward(ctx, h, weight, target, chunk_rows, columns, want_sum, grad_enabled):
         gradient_now = want_sum and grad_enabled and any(ctx.needs_input_grad)
-        want_dweight = gradient_now and ctx.needs_input_grad[1]
+        ctx.sizes = chunk_rows, columns
+        ctx.want_sum = want_sum
+        ctx.softmaxes = []
+        if not want_sum:
+            ctx.save_for_backward(h, weight, target)
+        dweight = zero_gradient(weight) if gradient_now and ctx.needs_input_grad[1] else None
+        weight = cast_if_small(weight, h, columns)
         nll = []
-        softmax_state = []
         dh = []
+        # Without detach, forward_tile would be compiled once more for training. Without any row,
+        # split gives one empty chunk.
+        chunks = zip(h.detach().split(chunk_rows), target.split(chunk_rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
-            tile_weight, dweight = prepare_weight(h, weight, options, want_dweight)
-            # Without any row, split gives one empty chunk. Without detach the chunks would want a
-            # gradient in training only, and forward_tile would be compiled once more for this.
-            h_chunks = h.detach().split(options.chunk_rows)
-            chunks = zip(h_chunks, target.split(options.chunk_rows), strict=True)
             for h_chunk, target_chunk in chunks:
-                chunk_nll, chunk_state, exps = forward_chunk(
-                    h_chunk, target_chunk, tile_weight, options)
-                nll.append(chunk_nll)
-                softmax_state.append(chunk_state)
+                softmax, exps = forward_chunk(h_chunk, target_chunk, weight, columns)
+                row_max, row_sum, target_logit = softmax
+                # In this order: the logits' difference is exact where their size would swallow the
+                # logarithm.
+                nll.append((row_max - target_logit) + row_sum.log())
                 if gradient_now:
                     dh.append(backward_chunk(
-                        h_chunk, target_chunk, chunk_state, exps, 1.0, tile_weight, dweight,
-                        options))
+                        h_chunk, target_chunk, weight, columns, softmax, exps, 1.0, dweight))
+                elif not want_sum:
+                    ctx.softmaxes.append(softmax)
                 del exps  # the next chunk's go into its memory
-        if want_sum:
-            ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
-            return torch.cat(nll).sum()
-        ctx.save_for_backward(h, weight, target, torch.cat(softmax_state))
-        return torch.cat(nll)[:, 0]
+        nll = torch.cat(nll)[:, 0]
+        if not want_sum:
+            return nll
+        ctx.gradients = (torch.cat(dh), dweight) if gradient_now else None
+        return nll.sum()
 
     @staticmethod
     @once_differentiable
@@ -232,16 +206,25 @@ class ChunkedNLL(torch.autograd.Function):
             dh.mul_(upstream)
             if dweight is not None:
                 dweight.mul_(upstream)
-            return dh, dweight, None, None, None, None
-        h, weight, target, softmax_state = ctx.saved_tensors
+            return dh, dweight, None, None, None, None, None
+        h, weight, target = ctx.saved_tensors
+        chunk_rows, columns = ctx.sizes
+        dweight = zero_gradient(weight) if ctx.needs_input_grad[1] else None
+        weight = cast_if_small(weight, h, columns)
         dh = []
+        chunks = zip(h.split(chunk_rows), target.split(chunk_rows), ctx.softmaxes,
+                     upstream[:, None].split(chunk_rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
-            tile_weight, dweight = prepare_weight(
-                h, weight, ctx.options, ctx.needs_input_grad[1])
-            rows = (h, target, softmax_state, upstream[:, None])
-            chunks = zip(*[x.split(ctx.options.chunk_rows) for x in rows], strict=True)
-            for h_chunk, target_chunk, chunk_state, chunk_upstream in chunks:
-                dh.append(backward_chunk(
-                    h_chunk, target_chunk, chunk_state, None, chunk_upstream, tile_weight,
-                    dweight, ctx.options))
-        return torch.cat(dh), dweight, None, None, None, None
+            for h_chunk, target_chunk, softmax, upstream_chunk in chunks:
+                dh.append(backward_chunk(h_chunk, target_chunk, weight, columns, softmax, None,
+                                         upstream_chunk, dweight))
+        return torch.cat(dh), dweight, None, None, None, None, None
+
+
+def zero_gradient(weight):
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def cast_if_small(weight, h, columns):
+    """Return the head's weight as tiles read it. Each tile of a large one is cast in cache."""
+    return weight.to(h.dtype) if columns >= len(weight) else weight

@@ -48,17 +48,12 @@ def parts(module) -> set[str]:
     return names
 
 
-def unknown_parts(block: Block) -> set[str]:
-    """Return the parts outside the MLP that a block has or lacks, other than the step expects."""
-    found = {name for name in parts(block) if not name.startswith("mlp.")}
-    return found ^ OTHER_PARTS
-
-
 class DecodeBlock:
     """A block and its weights as the step multiplies by them. An MoE keeps its own module."""
 
     def __init__(self, block: Block, dtype):
-        attention, mlp = block.self_attn, block.mlp
+        attention = block.self_attn
+        mlp = block.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.block = block
         self.qkv = join([projection.weight for projection in projections], dtype)
@@ -99,9 +94,10 @@ class DecodeStep:
         self.sin = sin[0, 0].to(self.dtype)
         # A CPU rounds the products of bf16 to bf16.
         self.head = join([model.head_weight], self.dtype if keys.is_cuda else torch.float32)
-        unknown = set()
+        unknown = set()  # what a block has or lacks outside its MLP
         for block in model.model.layers:
-            unknown |= unknown_parts(block)
+            outside = {name for name in parts(block) if not name.startswith("mlp.")}
+            unknown |= outside ^ OTHER_PARTS
         if unknown:
             names = ", ".join(sorted(unknown))
             warnings.warn(f"decoding is slower: lib/decode.py does not expect {names}",

@@ -66,14 +66,10 @@ def unfold_groups(x, T):
 compile_kernels = False  # what kernels.set_default_impl chose
 
 
-def maybe_compiled(fn, shape_repeats=True, dynamic=False):
-    """Return fn, under torch.compile where set_default_impl asked for it. Sampling is not compiled.
-
-    dynamic=False compiles one graph per shape, so callers say whether the shape will come again.
-    dynamic=True compiles one graph for any number of keys.
-    """
-    wanted = compile_kernels and shape_repeats and not torch.is_inference_mode_enabled()
-    return compiled(fn, dynamic) if wanted else fn
+def maybe_compiled(fn):
+    """Return fn, compiled for any shapes where set_default_impl asked for it, but not to sample."""
+    wanted = compile_kernels and not torch.is_inference_mode_enabled()
+    return compiled(fn, dynamic=True) if wanted else fn
 
 
 @functools.cache
@@ -102,9 +98,8 @@ def set_cpu_matmul(rows, width, device, least=2**23):
     MKL, torch's default, leaves AVX-512 unused on AMD, which is half of what a Zen 5 can do. torch
     uses oneDNN where "medium" precision permits bf16 products. oneDNN computes them in bf16 only
     with AMX units, so we take "medium" only where a trial shows that fp32 stays exact. oneDNN costs
-    10-20 us per call and 500 us per new shape. From 128 rows at width 256, and 512 rows at width
-    128, GRPO's micro-batches, each of a new length, take 0.6 to 0.85 times as long (docs/LOG.md,
-    "oneDNN" and "captured"). Decoding repeats its shapes, so it passes a smaller `least`.
+    10-20 us per call and 500 us per new shape (docs/LOG.md, "oneDNN" and "captured"). Decoding
+    repeats its shapes, so it passes a smaller `least`.
     """
     if device.type == "cpu":
         large = rows * width * width >= least

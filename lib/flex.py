@@ -57,5 +57,5 @@ def attention_flex(q, k, v, block_mask):
     """Return `attention` by FlexAttention, which torch.compile turns into one kernel."""
     compute = flex_attention
     if q.is_cuda:
-        compute = compiled(flex_attention, None)  # the second shape compiles for all others
+        compute = compiled(flex_attention, dynamic=None)  # the second shape compiles for all others
     return compute(q, k, v, block_mask=block_mask, enable_gqa=True)

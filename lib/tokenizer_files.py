@@ -29,10 +29,10 @@ KNOWN_PATTERNS = (
 # UTF-8 (a third of a Chinese character). GPT-2 writes each byte as one printable character. Bytes
 # that print stand for themselves; the other 68 move to U+0100 and up. A space shows as Ġ (U+0120),
 # a newline as Ċ, "世" (bytes E4 B8 96) as ä¸ĸ. The ids 0-255 are in this order.
-_NO_PRINT = [b for b in range(256) if b <= 0x20 or 0x7F <= b <= 0xA0 or b == 0xAD]
-_PRINT = [b for b in range(256) if b not in _NO_PRINT]
+_PRINT = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_NO_PRINT = [b for b in range(256) if b not in _PRINT]
 BYTE_ORDER = _PRINT + _NO_PRINT
-_TO_PRINT = {b: b for b in _PRINT} | {b: 256 + i for i, b in enumerate(_NO_PRINT)}
+_TO_PRINT = dict(zip(BYTE_ORDER, [*_PRINT, *range(0x100, 0x144)], strict=True))
 _FROM_PRINT = {c: b for b, c in _TO_PRINT.items()}
 
 
@@ -47,7 +47,7 @@ def unprintable(text: str) -> bytes:
 
 
 def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Turn token -> rank, all that a .tiktoken file has, into the merges that HF files need.
+    """Turn token -> rank, all that a .tiktoken file has, into merges.
 
     BPE on a token's own bytes, with the ranks below its own, must end in two parts; InputError if
     it does not. tiktoken merges any neighbours that together are a token, HF only listed pairs.
@@ -67,25 +67,21 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def tiktoken_encoding(tokens: dict[bytes, int], merges: list | None, pattern: str,
+def tiktoken_encoding(tokens: dict[bytes, int], merges: list, pattern: str,
                       n_vocab: int) -> tiktoken.Encoding:
     """Return tiktoken's BPE. Its priority is the id, so merges in any other order are refused. A
     token that no merge makes keeps its id, but is never the result of encoding."""
-    if merges is None:
-        ranks = dict(tokens)
-    else:
-        ranks = {token: i for token, i in tokens.items() if len(token) == 1}
-        last = -1
-        for a, b in merges:
-            made = tokens.get(a + b, -1)
-            require(made > last, "the merges are not in the order of the ids they make")
-            ranks[a + b] = made
-            last = made
+    ranks = {token: i for token, i in tokens.items() if len(token) == 1}
+    last = -1
+    for a, b in merges:
+        made = tokens.get(a + b, -1)
+        require(made > last, "the merges are not in the order of the ids they make")
+        ranks[a + b] = made
+        last = made
     # Some vocabularies lack bytes that clean text hardly has, and tiktoken would abort there. They
     # get ids from n_vocab on, which the tokenizer drops, as HF does.
-    missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-    for i, byte in enumerate(missing):
-        ranks[byte] = n_vocab + i
+    for b in range(256):
+        ranks.setdefault(bytes([b]), n_vocab + b)
     try:
         return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
@@ -95,13 +91,13 @@ def tiktoken_encoding(tokens: dict[bytes, int], merges: list | None, pattern: st
 # ---------------------------------------------------------------------------------------------
 # reading: each function returns arguments of tokenizer.Tokenizer
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a .tiktoken file: token -> id."""
+def read_tiktoken(path: Path) -> dict:
+    """Read a .tiktoken file."""
     tokens = {}
     for line in path.read_bytes().splitlines():
         token, rank = line.split()
         tokens[base64.b64decode(token, validate=True)] = int(rank)
-    return tokens
+    return {"tokens": tokens, "merges": merges_from_ranks(tokens)}
 
 
 def read_directory(path: Path, control_tokens: list[str]) -> dict:
@@ -117,7 +113,9 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     config = {}
     if "tokenizer_config.json" in files:
         config = read_json(path / "tokenizer_config.json")
-    listed = listed_tokens(path, config)
+    listed = []
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        listed.append({**token, "id": int(i)})
     if "tokenizer.json" in files:
         parts = read_tokenizer_json(path / "tokenizer.json", control_tokens)
     else:
@@ -127,9 +125,9 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
         parts = from_spelling(read_json(path / "vocab.json"), merges, listed, control_tokens)
     ids = {token["content"]: token["id"] for token in parts["added"] or ()}
     for token in listed:
-        require(ids.get(token["content"]) == token["id"],
-                f"tokenizer.json has no token {token['content']!r} with the id {token['id']}, "
-                "but added_tokens.json or tokenizer_config.json has")
+        name, i = token["content"], token["id"]
+        require(ids.get(name) == i, f"tokenizer.json has no token {name!r} with the id {i}, but "
+                "tokenizer_config.json has")
     if "generation_config.json" in files and "<|im_end|>" in ids:
         add_stop_id(files, ids["<|im_end|>"])
     # transformers prefers the file to the key.
@@ -137,19 +135,6 @@ def read_directory(path: Path, control_tokens: list[str]) -> dict:
     if template is not None:
         parts["chat_template"] = template
     return parts | {"files": files}
-
-
-def listed_tokens(path: Path, config: dict) -> list[dict]:
-    """Return the tokens of tokenizer_config.json and of its predecessor, added_tokens.json."""
-    listed = {}
-    if (path / "added_tokens.json").is_file():
-        for name, i in read_json(path / "added_tokens.json").items():
-            is_special = name.startswith("<|")
-            listed[name] = {"content": name, "id": i, "special": is_special,
-                            "normalized": not is_special}
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        listed[token["content"]] = {**token, "id": int(i)}
-    return list(listed.values())
 
 
 def read_tokenizer_json(path: Path, control_tokens: list[str]) -> dict:
@@ -160,15 +145,16 @@ def read_tokenizer_json(path: Path, control_tokens: list[str]) -> dict:
     normalizer = data["normalizer"]
     if normalizer is not None and len(normalizer.get("normalizers", ())) == 1:
         normalizer = normalizer["normalizers"][0]
-    require([step["type"] for step in steps] == ["Split", "ByteLevel"]
-            and not steps[0]["invert"] and steps[0]["behavior"] == "Isolated"
-            and not steps[1]["use_regex"] and not steps[1]["add_prefix_space"]
-            and normalizer in (None, {"type": "NFC"}),
-            "only NFC, Split(regex, isolated), ByteLevel are known, as in Qwen2.5")
-    pattern = steps[0]["pattern"]["Regex"]
+    known = "only NFC, Split(regex, isolated), ByteLevel are known, as in Qwen2.5"
+    require(normalizer in (None, {"type": "NFC"}), known)
+    require([step["type"] for step in steps] == ["Split", "ByteLevel"], known)
+    split, byte_level = steps
+    require(split["behavior"] == "Isolated" and not split["invert"], known)
+    require(not byte_level["use_regex"] and not byte_level["add_prefix_space"], known)
+    pattern = split["pattern"]["Regex"]
     require(pattern in KNOWN_PATTERNS, "the pre-tokenizer's pattern is not Qwen2's")
-    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
-    parts = from_spelling(vocab, merges, data["added_tokens"], control_tokens)
+    parts = from_spelling(data["model"]["vocab"], data["model"]["merges"], data["added_tokens"],
+                          control_tokens)
     return parts | {"pattern": pattern, "nfc": normalizer is not None}
 
 
@@ -272,17 +258,17 @@ def tokenizer_json(tokenizer, vocab: dict, merges: list[str], added: dict) -> di
 def tokenizer_config(tokenizer, added: dict) -> dict:
     # transformers' Qwen2Tokenizer builds Qwen's pipeline whatever tokenizer.json says.
     is_qwen = tokenizer.pattern == PATTERN and tokenizer.nfc
-    pad = added[tokenizer.pad_id]["content"]
-    hidden = [name for name in tokenizer.special if name in tokenizer.hidden]
+    hidden = [name for name in tokenizer.special
+              if name in tokenizer.hidden and name != "<|endoftext|>"]
     return {
         "tokenizer_class": "Qwen2Tokenizer" if is_qwen else "PreTrainedTokenizerFast",
         "added_tokens_decoder": added,
         "chat_template": tokenizer.chat_template,
-        "additional_special_tokens": [name for name in hidden if name != "<|endoftext|>"],
+        "additional_special_tokens": hidden,
         "bos_token": None,
         "unk_token": None,
         "eos_token": "<|im_end|>",
-        "pad_token": pad,
+        "pad_token": added[tokenizer.pad_id]["content"],
         "add_prefix_space": False,
         "errors": "replace",
         "clean_up_tokenization_spaces": False,

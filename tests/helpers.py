@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lib.args import InputError
 from model import PRESETS, Config, Qwen2
+from tokenizer import chat_segments
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}  # so that `python -m data` works in any folder
@@ -19,6 +20,13 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT)}  # so that `python -m data` works i
 def program(name: str) -> list[str]:
     """What follows `python` to run "sft.py" or the module "data" from any folder, with ENV."""
     return [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+
+
+def chat_text(tokenizer, messages, add_generation_prompt=False, tools=None) -> str:
+    """The conversation as the chat template writes it. Never encode it: in this string a forged
+    <|im_end|> cannot be told from a real one."""
+    segments = chat_segments(messages, add_generation_prompt, tools, tokenizer._layout)
+    return "".join(segment.text for segment in segments)
 
 
 TINY = Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

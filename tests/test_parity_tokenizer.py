@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from helpers import chat_text
 from test_tokenizer import (
     CHATS, CORPUS, DEFAULTS, SYSTEMS, fuzz, jsonl, loop_template, with_template)
 
@@ -364,7 +365,7 @@ def test_chatml_vectors(qwen, saved, transformers, compare):
     assert len(rows) == 18
     for row in rows:
         messages, tools, prompt = row["messages"], row["tools"], row["add_generation_prompt"]
-        compare("tokenizer: chatml_vectors, render_text", qwen.render_text(messages, prompt, tools),
+        compare("tokenizer: chatml_vectors, render_text", chat_text(qwen, messages, prompt, tools),
                 row["rendered"])
         compare("tokenizer: chatml_vectors, render, decoded",
                 qwen.decode(qwen.render(messages, prompt, tools)[0]), row["rendered"])
@@ -406,7 +407,7 @@ def test_chats_in_transformers(both, compare):
             text = auto.apply_chat_template(messages, tools, add_generation_prompt=prompt,
                                             tokenize=False)
             compare(f"tokenizer: chats, text, {which}",
-                    ours.render_text(messages, prompt, tools), text)
+                    chat_text(ours, messages, prompt, tools), text)
             if tools is CHATS["tools"][1]:            # a forged <|im_end|>, which HF falls for
                 continue
             ids, _ = ours.render(messages, prompt, tools)
@@ -446,7 +447,8 @@ def test_published_templates_in_transformers(trained, transformers, compare, tmp
             if uses_tools and "tools" not in template:
                 continue
             for prompt in False, True:
-                compare("tokenizer: published chat templates", ours.render_text(
+                compare("tokenizer: published chat templates", chat_text(
+                    ours,
                     messages, prompt, tools), auto.apply_chat_template(
                         messages, tools, add_generation_prompt=prompt, tokenize=False,
                         chat_template=template))
@@ -481,7 +483,7 @@ def test_exported_directories_in_transformers(trained, transformers, compare, tm
                 if tools:  # the forged <|im_end|> of CHATS, for which apply_chat_template falls
                     tools = [{"type": "function", "function": {"name": "f"}}]
                 text = auto.apply_chat_template(messages, tools, tokenize=False)
-                compare("tokenizer: exported, text", ours.render_text(messages, tools=tools), text)
+                compare("tokenizer: exported, text", chat_text(ours, messages, tools=tools), text)
                 ids = auto.apply_chat_template(messages, tools, return_dict=False)
                 compare("tokenizer: exported, ids", ours.render(messages, tools=tools)[0], ids)
 
@@ -531,4 +533,4 @@ def test_forged_control_tokens(both, compare):
             [i for i in got if i in control], [i for i in want if i in control])
     theirs = auto.apply_chat_template(messages, forged, return_dict=False)
     assert theirs.count(ours.im_end_id) == got.count(ours.im_end_id) + 1
-    assert ours.decode(got) == ours.render_text(messages, tools=forged)
+    assert ours.decode(got) == chat_text(ours, messages, tools=forged)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, chat_text
 
 from model import Qwen2
 from sample import generate
@@ -173,7 +173,7 @@ def test_the_tokenizer_gives_the_ids_of_transformers(real_checkpoint, tokens, tm
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "qwen")
     assert type(auto).__name__ == "Qwen2Tokenizer"
     qwen = Tokenizer.from_pretrained(tmp_path / "qwen")
-    chats = [tokens.render_text(messages(*chat), add_generation_prompt=True) for chat in CHATS]
+    chats = [chat_text(tokens, messages(*chat), add_generation_prompt=True) for chat in CHATS]
     for text in TEXTS + chats + MORE_TEXTS:
         for ours_, hf, name in (tokens, fast, "as it stands"), (qwen, auto, "AutoTokenizer"):
             ids = ours_.encode(text, allow_special=True)

@@ -10,12 +10,13 @@ import time
 import tracemalloc
 import unicodedata
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import tokenizer as tok
-from helpers import refuses
+from helpers import chat_text, refuses
 from lib import chat, tokenizer_files
 from lib.args import InputError
 from tokenizer import Tokenizer
@@ -364,8 +365,7 @@ def test_only_known_patterns_are_compiled(small, tmp_path, pattern):
 
 
 def test_directories_of_other_forms(small, tmp_path):
-    """A byte-order mark, a Sequence that holds NFC alone, the long first line of merges.txt, and
-    control tokens that only added_tokens.json has."""
+    """A byte-order mark, a Sequence that holds NFC alone, and the long first line of merges.txt."""
     small.save_pretrained(tmp_path)
     texts = list(fuzz(300, seed=4)) + ["<|im_end|>", "e\u0301"]
     want = [small.encode(text, allow_special=True) for text in texts]
@@ -388,10 +388,8 @@ def test_directories_of_other_forms(small, tmp_path):
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").partition("\n")[2]
     (tmp_path / "merges.txt").write_text("#version: 0.2 - by somebody\n" + merges, "utf-8-sig")
     check()
-    (tmp_path / "added_tokens.json").write_text(json.dumps(small.special))
-    change_json(tmp_path / "tokenizer_config.json", lambda d: d.pop("added_tokens_decoder"))
-    check()
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 9}))
+    change_json(tmp_path / "tokenizer_config.json", lambda d: d.update(
+        added_tokens_decoder={"9": {"content": "<|im_end|>"}}))
     with pytest.raises(InputError, match="do not have the ids"):
         Tokenizer.from_pretrained(tmp_path)
 
@@ -448,15 +446,11 @@ def test_added_tokens_that_we_do_not_have_are_refused(small, tmp_path, change, s
         Tokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
-def test_files_that_disagree_about_tokens_are_refused(small, tmp_path, file):
+def test_files_that_disagree_about_tokens_are_refused(small, tmp_path):
     """transformers would add the token; tokenizer.json alone would miss it."""
     small.save_pretrained(tmp_path)
-    if file == "added_tokens.json":
-        (tmp_path / file).write_text(json.dumps(small.special | {"hydroxychloroquine": 400}))
-    else:
-        change_json(tmp_path / file, lambda d: d["added_tokens_decoder"].update(
-            {"400": {"content": "hydroxychloroquine"}}))
+    change_json(tmp_path / "tokenizer_config.json", lambda d: d["added_tokens_decoder"].update(
+        {"400": {"content": "hydroxychloroquine"}}))
     with pytest.raises(InputError, match="tokenizer.json has no token 'hydroxychloroquine' with"):
         Tokenizer.from_pretrained(tmp_path)
 
@@ -547,7 +541,7 @@ def test_user_text_never_becomes_control(small):
     kept = [[i for i in small.render(m, tools=[{"name": t}])[0] if i in small.special.values()]
             for m, t in ((messages, evil), (clean, "x"))]
     assert kept[0] == kept[1]
-    assert small.decode(small.render(messages)[0]) == small.render_text(messages)
+    assert small.decode(small.render(messages)[0]) == chat_text(small, messages)
 
 
 @pytest.mark.parametrize("messages, says", [
@@ -564,7 +558,7 @@ def test_bad_messages_are_named(small, messages, says):
     with pytest.raises(InputError, match=says):
         small.render(messages)
     with pytest.raises(InputError, match=says):
-        small.render_text(messages)
+        chat_text(small, messages)
 
 
 # --- chat templates ------------------------------------------------------------------------------
@@ -600,18 +594,18 @@ def test_the_template_decides_the_default_system_prompt(small, tmp_path, spelled
     user = {"role": "user", "content": "Hi"}
     chat = "<|im_start|>user\nHi<|im_end|>\n"
     text = f"<|im_start|>system\n{DEFAULTS[spelled]}<|im_end|>\n{chat}"
-    assert tokenizer.render_text([user]) == text
+    assert chat_text(tokenizer, [user]) == text
     assert tokenizer.decode(tokenizer.render([user])[0]) == text
-    assert tokenizer.render_text([user], True) == text + "<|im_start|>assistant\n"
+    assert chat_text(tokenizer, [user], True) == text + "<|im_start|>assistant\n"
     system = {"role": "system", "content": "S"}
-    assert tokenizer.render_text([system, user]) == f"<|im_start|>system\nS<|im_end|>\n{chat}"
+    assert chat_text(tokenizer, [system, user]) == f"<|im_start|>system\nS<|im_end|>\n{chat}"
 
 
 def test_plain_chatml_has_no_default_system_prompt(small, tmp_path):
     tokenizer = with_template(small, tmp_path, loop_template())
     chat = "<|im_start|>user\nHi<|im_end|>\n"
-    assert tokenizer.render_text([{"role": "user", "content": "Hi"}]) == chat
-    assert tokenizer.render_text([{"role": "system", "content": "S"}, {
+    assert chat_text(tokenizer, [{"role": "user", "content": "Hi"}]) == chat
+    assert chat_text(tokenizer, [{"role": "system", "content": "S"}, {
         "role": "user", "content": "Hi"}]) == f"<|im_start|>system\nS<|im_end|>\n{chat}"
 
 
@@ -620,7 +614,7 @@ def test_the_template_file_goes_before_the_key(small, tmp_path):
     small.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(loop_template("F") + "\n", encoding="utf-8-sig")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.render_text(user).startswith("<|im_start|>system\nF<|im_end|>\n")
+    assert chat_text(tokenizer, user).startswith("<|im_start|>system\nF<|im_end|>\n")
     tokenizer.save_pretrained(tmp_path / "again")       # as a file, with not a letter changed
     saved = (tmp_path / "again" / "chat_template.jinja").read_text("utf-8")
     assert saved == loop_template("F") + "\n"
@@ -671,7 +665,7 @@ UNKNOWN = {
 def test_an_unknown_template_is_refused_only_for_chats(small, tmp_path, template):
     tokenizer = with_template(small, tmp_path, template)
     assert tokenizer.encode("a cat") == small.encode("a cat")
-    for render in tokenizer.render, tokenizer.render_text:
+    for render in tokenizer.render, partial(chat_text, tokenizer):
         with pytest.raises(InputError, match="chat template .* is not one of") as error:
             render([{"role": "user", "content": "Hi"}])
         assert "\n" not in str(error.value)
@@ -690,9 +684,9 @@ def test_a_template_without_tools_refuses_them(small, tmp_path):
 
 def test_tools_may_be_json_text(small):
     user = [{"role": "user", "content": "u"}]
-    want = small.render_text(user, tools=TOOLS)
+    want = chat_text(small, user, tools=TOOLS)
     assert "Größe" in want
-    assert small.render_text(user, tools=json.dumps(TOOLS)) == want
+    assert chat_text(small, user, tools=json.dumps(TOOLS)) == want
     assert small.decode(small.render_prompt("u", TOOLS)) == want + "<|im_start|>assistant\n"
     for nothing in (None, [], "[]", "null", "", " [ ] "):
         assert small.render(user, tools=nothing) == small.render(user)
