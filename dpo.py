@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks.queries
-from data.pairs import PairIds, pair_responses, read_held_out, read_pairs, review
+from data.pairs import PairIds, pair_responses, read_held_out, PairFile, review
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,
@@ -182,9 +182,9 @@ def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
 def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocast):
     """Read the pairs of --data, or sample answers of --init to queries and pair them."""
     if args.data:
-        return read_pairs(args.data)
+        return PairFile(args.data)
     if args.rollout_url and run.resumed:  # a server would answer otherwise this time
-        return read_pairs(str(run.path / "pairs.jsonl"))
+        return PairFile(str(run.path / "pairs.jsonl"))
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     policy = rollout_backend(args.rollout_url, model, tokenizer)
     with autocast:

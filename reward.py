@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import tasks.queries
 from data.pairs import (
-    PairIds, pair_responses, parse_criteria, read_held_out, read_pairs, tokenize_pairs)
+    PairIds, pair_responses, parse_criteria, read_held_out, PairFile, tokenize_pairs)
 from lib.args import cli, parse_value, positive, require
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl
@@ -263,15 +263,15 @@ def parse_temperatures(args: Args) -> list[float]:
 
 def load_pairs(args: Args, run: Run, device, autocast):
     """Return the pairs to learn from and, by source, the held-out pairs to measure on."""
-    pairs = read_pairs(args.pairs) if args.pairs else []
-    held_out = {args.eval_data: read_pairs(args.eval_data)} if args.eval_data else {}
+    pairs = PairFile(args.pairs) if args.pairs else []
+    held_out = {args.eval_data: PairFile(args.eval_data)} if args.eval_data else {}
     if args.queries == "none":
         return pairs, held_out
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     others = tasks.queries.builtin("val", args.n_held_out, args.seed)
     tasks.queries.require_isolation(queries + others, args.allow_unsafe_code)
     if run.resumed:  # a server would answer otherwise this time
-        pairs = read_pairs(str(run.path / "pairs.jsonl"))
+        pairs = PairFile(str(run.path / "pairs.jsonl"))
     else:
         answers = sample_answers(args, queries, device, autocast)["all"]
         sampled = pair_responses(answers, args.pairs_per_query, args.seed)

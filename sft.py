@@ -27,12 +27,10 @@ to the next. Then more than 95% of the answers stop by themselves. A loss near 0
 model has memorised the demonstrations and lost some of what the base model could do
 (docs/LOG.md, "SFT above the base model, DPO above SFT").
 """
-import json
 import time
-import zlib
 from array import array
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +39,10 @@ from tqdm import tqdm
 
 import kernels
 from data.conversations import to_conversation
-from lib.args import InputError, cli, positive, require
+from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
-from lib.files import MAX_LINE, open_lines
+from lib.files import JsonlFile, at_line
 from lib.lora import add_lora, base_dtype
 from lib.optim import (
     adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup, throughput)
@@ -108,66 +106,50 @@ class PackedRow(NamedTuple):
 class Conversations:
     """The conversations of a JSONL file, tokenized when they are asked for.
 
-    Only the place where each line begins is kept in memory. The first n are tokenized once before
-    training, so that a bad one is refused at the start. A conversation that is cut before the
-    assistant's first word has no target. It is dropped and counted, since a step without targets
-    has no mean loss."""
+    Memory holds only where each begins. All are tokenized once at the start, so that a bad one is
+    refused before training. A conversation that is cut before the assistant's first word has no
+    target. It is dropped and counted, since a step without targets has no mean loss."""
 
-    def __init__(self, file, tokenizer: Tokenizer, max_len: int, n: int = 0, name: str = ""):
-        """file: open for reading bytes; n: how many to read, 0: all; name: for messages."""
-        self.file = file
+    def __init__(self, path, tokenizer: Tokenizer, max_len: int, n: int = 0):
+        """n: how many to read; 0: all."""
+        self.file = JsonlFile(path)
         self.tokenizer = tokenizer
         self.max_len = max_len
-        self.starts = array("q")
+        self.places = array("q")
         self.dropped = 0
         self.cut = 0           # conversations that lose targets by max_len
         self.targets = 0       # of all conversations, whole
         self.lost_targets = 0
-        line_number = start = 0
-        try:
-            for line in iter(partial(self.file.readline, MAX_LINE), b""):
-                line_number += 1
-                require(len(line) < MAX_LINE, f"a line of {MAX_LINE:,} bytes or more")
-                if n > 0 and len(self.starts) + self.dropped == n:
-                    break
-                if line.strip():
-                    mask = self.tokenize(line).mask
-                    lost = sum(mask[max_len:])
-                    self.cut += lost > 0
-                    self.lost_targets += lost
-                    self.targets += sum(mask)
-                    if any(mask[1:max_len]):  # the first token is never a target
-                        self.starts.append(start)
-                    else:
-                        self.dropped += 1
-                start += len(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{name}:{line_number}: not JSON ({error.msg})") from None
-        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
-            raise InputError(f"{name}:{line_number}: {' '.join(str(error).split())}") from None
+        for number, place, row in islice(self.file.rows(), n or None):
+            with at_line(path, number):
+                mask = self.tokenize(row).mask
+            lost = sum(mask[max_len:])
+            self.cut += lost > 0
+            self.lost_targets += lost
+            self.targets += sum(mask)
+            if any(mask[1:max_len]):  # the first token is never a target
+                self.places.append(place)
+            else:
+                self.dropped += 1
 
-    def tokenize(self, line: bytes) -> Row:
+    def tokenize(self, row: dict) -> Row:
         """Return a whole conversation, not yet cut."""
-        messages, tools = to_conversation(json.loads(line))
+        messages, tools = to_conversation(row)
         ids, mask = self.tokenizer.render(messages, tools=tools)
         return Row(ids, mask)
 
-    def read_line(self, i: int) -> bytes:
-        self.file.seek(self.starts[i])
-        return self.file.readline()
-
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.places)
 
     def __getitem__(self, i: int) -> Row:
-        row = self.tokenize(self.read_line(i))
+        row = self.tokenize(self.file.read(self.places[i]))
         return Row(row.ids[:self.max_len], row.mask[:self.max_len])
 
     def prompts(self, n: int) -> list[dict]:
         """Return the messages before the assistant's first turn, of at most n conversations."""
         prompts = []
-        for i in range(min(n, len(self))):
-            messages, tools = to_conversation(json.loads(self.read_line(i)))
+        for place in self.places[:n]:
+            messages, tools = to_conversation(self.file.read(place))
             first_answer = [message["role"] for message in messages].index("assistant")
             prompt = messages[:first_answer]
             if prompt and len(self.tokenizer.render_prompt(prompt, tools)) <= self.max_len:
@@ -182,7 +164,7 @@ def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
         n = args.n_data or 1000
         path = Path(args.out).parent / f"demonstrations-{n}-seed{args.seed}.jsonl"
         build_once(path, "tasks", "demonstrations", "--n", n, "--seed", args.seed, "--out", path)
-    conversations = Conversations(open_lines(path), tokenizer, args.max_len, n, str(path))
+    conversations = Conversations(path, tokenizer, args.max_len, n)
     check_cuts(conversations, args)
     return conversations
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.judge import Judge
-from data.pairs import CRITERIA, read_pairs
+from data.pairs import CRITERIA, PairFile
 from lib.args import cli, require
 from lib.files import disk_errors, read_jsonl, write_jsonl
 from lib.optim import setup
@@ -60,7 +60,7 @@ def draw(seed, pair: str) -> int:
 def by_id(path: str) -> dict[str, dict]:
     """Return the pairs by a hash of their text: labels survive another order of the file."""
     pairs = {}
-    for pair in read_pairs(path):
+    for pair in PairFile(path):
         said = json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True)
         name = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
         pairs[name] = pair

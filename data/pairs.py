@@ -2,10 +2,9 @@
 
 A pair is a dict, one line of a JSONL file: {"prompt", "chosen", "rejected"}, "domain" where it is
 known, and "criteria" where people or judges labelled it (data/label.py). The prompt is a text or
-messages, the answers are texts; `read_pairs` takes the shapes of other projects, too. dpo.py and
+messages, the answers are texts; `PairFile` takes the shapes of other projects, too. dpo.py and
 reward.py learn from `PairIds`.
 """
-import json
 import random
 import re
 from array import array
@@ -16,9 +15,9 @@ from torch.utils.data import Subset
 
 from data.conversations import to_messages
 from data.mixture import parse_weights
-from lib.args import InputError, require
+from lib.args import require
 from lib.chat import check_messages, parse_tools
-from lib.files import open_lines, read_jsonl
+from lib.files import JsonlFile, at_line
 from tasks.steps import steps_hold
 from tokenizer import Tokenizer
 
@@ -65,37 +64,25 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
 
 
 class PairFile:
-    """The pairs of a JSONL file, read when they are asked for. Memory holds where each begins."""
+    """The pairs of a JSONL file of any shape in docs/your-data.md, read when they are asked for.
 
-    def __init__(self, file):
-        """file: open for reading bytes."""
-        self.file = file
-        self.starts = array("q")
-        start = 0
-        for line in file:
-            if line.strip():
-                self.starts.append(start)
-            start += len(line)
+    Memory holds only where each begins. All are read once at the start, so that InputError names
+    the line of a bad one."""
+
+    def __init__(self, path: str):
+        self.file = JsonlFile(path)
+        self.places = array("q")
+        for number, place, row in self.file.rows():
+            with at_line(path, number):
+                to_pair(row)
+            self.places.append(place)
+        require(len(self.places) > 0, f"{path}: holds no pairs")
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.places)
 
     def __getitem__(self, i: int) -> dict:
-        self.file.seek(self.starts[i])
-        return to_pair(json.loads(self.file.readline()))
-
-
-def read_pairs(path: str) -> PairFile:
-    """Open a JSONL file of pairs of any shape in docs/your-data.md. Raise InputError with the line
-    of a bad one."""
-    for number, row in read_jsonl(path):
-        try:
-            to_pair(row)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
-    pairs = PairFile(open_lines(path))
-    require(len(pairs) > 0, f"{path}: holds no pairs")
-    return pairs
+        return to_pair(self.file.read(self.places[i]))
 
 
 def to_pair(row: dict) -> dict:
@@ -226,7 +213,7 @@ def read_held_out(path: str, tokenizer: Tokenizer, max_len: int, weights=None) -
     """Return the tokenized pairs of --eval_data, none without one. A tie has no right order."""
     if not path:
         return []
-    rows = tokenize_pairs(read_pairs(path), tokenizer, max_len, weights)
+    rows = tokenize_pairs(PairFile(path), tokenizer, max_len, weights)
     require(len(rows) > 0, f"--eval_data {path}: no pair within --max_len {max_len} tokens")
     rows = [row for row in rows if row.label > 0.5]
     print(f"{len(rows)} held-out pairs, ties apart")

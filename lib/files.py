@@ -5,7 +5,6 @@ import json
 import os
 import tempfile
 import zlib
-from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +12,9 @@ from safetensors import SafetensorError
 from lib.args import InputError, require
 from lib.dist import RANK, is_peer_failure
 
-MAX_LINE = 2**26  # characters; a compressed file of a megabyte could hold a line of a gigabyte
+# Characters; a compressed file of a megabyte could hold a line of a gigabyte.
+MAX_LINE = 2**26
+MAX_ARRAY = 2**30  # of a JSON array in a file of its own, which is read at once
 
 # ---------------------------------------------------------------------------------------------
 # reading
@@ -36,39 +37,12 @@ def read_jsonl(path: str | Path):
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz, without its blank lines. A file
     that holds one JSON array gives (number of the item from 1, item).
 
-    Raises InputError with file and line for anything but one JSON object per line, and for a line
-    or an array of more than MAX_LINE characters."""
-    number = 1
+    Raises InputError with file and line for anything but one JSON object per line, for a line of
+    more than MAX_LINE characters, and for an array of more than MAX_ARRAY."""
     with open_text(path) as file:
-        try:
-            for number, line in enumerate(json_lines(file, path), start=1):
-                require(len(line) <= MAX_LINE,
-                        f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
-                if line.strip():
-                    row = json.loads(line.rstrip())
-                    require(isinstance(row, dict),
-                            f"{path}:{number}: each line must be a JSON object")
-                    yield number, row
-        except (InputError, UnicodeDecodeError):
-            raise
-        except json.JSONDecodeError as error:
-            line = number + error.lineno - 1
-            raise InputError(f"{path}:{line}: not JSON ({error.msg}, column {error.colno})"
-                             ) from None
-        except (ValueError, RecursionError) as error:  # endless digits, or endless nesting
-            raise InputError(f"{path}:{number}: cannot be read ({error})") from None
-
-
-def json_lines(file, path):
-    """Yield the lines of an open file. If it holds one JSON array, yield each item as a line."""
-    if not is_array(file.buffer):
-        yield from iter(partial(file.readline, MAX_LINE + 1), "")
-        return
-    text = file.read(MAX_LINE + 1)
-    require(len(text) <= MAX_LINE, f"{path}: an array of more than {MAX_LINE:,} characters; write "
-            "one object per line instead, as `jq -c .[]` does")
-    for item in json.loads(text):
-        yield json.dumps(item)
+        lines = array_items(file, path) if is_array(file.buffer) else json_lines(file, path)
+        for number, line in lines:
+            yield number, parse_row(line, path, number)
 
 
 def is_array(binary) -> bool:
@@ -78,21 +52,85 @@ def is_array(binary) -> bool:
     return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def open_lines(path: str | Path):
-    """Open a JSONL file for reading bytes, so that seek() quickly finds a line again. A .gz would
-    be read from its start each time, and an array has no lines: both are copied to a temporary
-    file. Raises InputError."""
-    with open_text(path) as file:
-        if Path(path).suffix.lower() != ".gz" and not is_array(file.buffer):
-            return open(path, "rb")
-    line = 1
-    with disk_errors(tempfile.gettempdir()):
-        copy = tempfile.TemporaryFile()
-        for number, row in read_jsonl(path):
-            copy.write(b"\n" * (number - line) + json.dumps(row).encode())
-            line = number
-        copy.seek(0)
-    return copy
+def array_items(file, path):
+    """Yield (number, text) of the items of a JSON array."""
+    text = file.read(MAX_ARRAY + 1)
+    require(len(text) <= MAX_ARRAY, f"{path}: an array of more than {MAX_ARRAY:,} characters: "
+            "write one object per line instead, as `jq -c .[]` does")
+    for number, item in enumerate(parse_json(text, path, 1), start=1):
+        yield number, json.dumps(item)
+
+
+def json_lines(file, path):
+    """Yield (number, line) of a file that is open for text or bytes, without blank lines."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        require(len(line) <= MAX_LINE,
+                f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
+        if line.strip():
+            yield number, line
+
+
+def parse_row(line: str | bytes, path, number: int) -> dict:
+    """Return the object that a line of a file holds."""
+    row = parse_json(line, path, number)
+    require(isinstance(row, dict), f"{path}:{number}: each line must be a JSON object")
+    return row
+
+
+def parse_json(text: str | bytes, path, number: int):
+    """Parse what begins at this line of a file. Raises InputError with file and line."""
+    try:
+        return json.loads(text.rstrip())
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise InputError(f"{path}:{line}: not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, endless digits, or endless nesting
+        raise InputError(f"{path}:{number}: cannot be read ({error})") from None
+
+
+@contextlib.contextmanager
+def at_line(path, number: int):
+    """Say which line of a file an error is about."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:  # an InputError is a ValueError
+        raise InputError(f"{path}:{number}: {' '.join(str(error).split())}") from None
+
+
+class JsonlFile:
+    """The rows of a JSONL file, any of which can be read again: `read` takes the place in the file
+    that `rows` gave.
+
+    A .gz would be read from its start each time, and an array has no lines: both are copied to a
+    temporary file."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        with open_text(path) as file:
+            is_plain = Path(path).suffix.lower() != ".gz" and not is_array(file.buffer)
+        self.file = open(path, "rb") if is_plain else self.copy()
+
+    def copy(self):
+        line = 1
+        with disk_errors(tempfile.gettempdir()):
+            copy = tempfile.TemporaryFile()
+            for number, row in read_jsonl(self.path):
+                copy.write(b"\n" * (number - line) + json.dumps(row).encode())
+                line = number
+            copy.seek(0)
+        return copy
+
+    def rows(self):
+        """Yield (line number, place, object), with the errors of read_jsonl."""
+        for number, line in json_lines(self.file, self.path):
+            place = self.file.tell() - len(line)
+            yield number, place, parse_row(line, self.path, number)
+
+    def read(self, place: int) -> dict:
+        self.file.seek(place)
+        return json.loads(self.file.readline())
 
 
 def read_texts(*paths):

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.pairs import read_pairs  # noqa: E402
+from data.pairs import PairFile  # noqa: E402
 from lib.args import cli, require  # noqa: E402
 from lib.files import read_jsonl, write_jsonl  # noqa: E402
 from lib.optim import setup  # noqa: E402
@@ -82,7 +82,7 @@ def main(args: Args) -> None:
         print("\n".join(f"{name}: {value:.3f}" for name, value in found.items()))
         return
     require(bool(args.files), "nothing to do: give --files or --model and --solutions")
-    pairs = [pair for path in args.files.split(",") for pair in read_pairs(path)]
+    pairs = [pair for path in args.files.split(",") for pair in PairFile(path)]
     random.Random(args.seed).shuffle(pairs)
     for name, some in (("train", [p for i, p in enumerate(pairs) if i % args.held_out]),
                        ("held_out", pairs[::args.held_out])):

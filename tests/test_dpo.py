@@ -14,7 +14,7 @@ from helpers import (
 
 import dpo
 from dpo import OnlineMerging, dpo_loss
-from data.pairs import pair_responses, read_pairs, tokenize_pair
+from data.pairs import pair_responses, PairFile, tokenize_pair
 from lib.files import read_jsonl
 from model import Qwen2
 from reward import preference_loss
@@ -123,7 +123,7 @@ def test_tools_are_part_of_the_prompt(tokenizer, tmp_path):
                for more, text, score in (({}, "a", 1.0), ({}, "b", 0.0), ({"tools": []}, "c", 0.0))]
     made = pair_responses(answers, 4, 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in made] == [("a", "b")]
-    for pair in [*read_pairs(path), *made]:
+    for pair in [*PairFile(path), *made]:
         assert tokenize_pair(pair, tokenizer).prompt == want
     assert tokenize_pair({"prompt": "Hi", "chosen": "a", "rejected": "b"}, tokenizer).prompt != want
 
@@ -292,7 +292,7 @@ def test_trl_files_load_unchanged(tokenizer, tmp_path):
     rows = [{"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."},
             {"prompt": [user], "chosen": [yes], "rejected": [no]},
             {"prompt": "Is it?", "chosen": [user, yes], "rejected": [user, no], "score_chosen": 9}]
-    pairs = read_pairs(write_rows(tmp_path / "trl.jsonl", rows))
+    pairs = PairFile(write_rows(tmp_path / "trl.jsonl", rows))
     first, second, third = (tokenize_pair(pair, tokenizer) for pair in pairs)
     assert first == second == third
 
@@ -347,15 +347,15 @@ def test_every_shape_of_a_pair_is_kept_whole(row, prompt, tokenizer, tmp_path):
     """The ids are those of the messages written out, and what is written is read the same."""
     want = [tokenizer.render(prompt, add_generation_prompt=True)[0]]
     want += [tokenizer.encode(text) + [tokenizer.im_end_id] for text in ("Good", "Bad")]
-    (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row]))
+    (pair,) = PairFile(write_rows(tmp_path / "pairs.jsonl", [row]))
     assert list(tokenize_pair(pair, tokenizer)) == [*want, 1.0]
-    assert list(read_pairs(write_rows(tmp_path / "again.jsonl", [pair]))) == [pair]
+    assert list(PairFile(write_rows(tmp_path / "again.jsonl", [pair]))) == [pair]
 
 
 def test_texts_are_taken_as_they_are(tmp_path):
     """Spaces, an answer that looks like a transcript, a prompt that only mentions one."""
     rows = [{"prompt": " a\n\nHuman: b", "chosen": " c\n", "rejected": "\n\nHuman: r", "n": 1}]
-    assert list(read_pairs(write_rows(tmp_path / "pairs.jsonl", rows))) == rows
+    assert list(PairFile(write_rows(tmp_path / "pairs.jsonl", rows))) == rows
 
 
 def test_pairs_are_found_again_in_every_kind_of_file(tmp_path):
@@ -368,12 +368,12 @@ def test_pairs_are_found_again_in_every_kind_of_file(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     for name in ("a.jsonl", "a.jsonl.gz", "a.json"):
-        pairs = read_pairs(str(tmp_path / name))
+        pairs = PairFile(str(tmp_path / name))
         assert len(pairs) == 5 and [pairs[i] for i in (4, 0, 2)] == [rows[i] for i in (4, 0, 2)]
         assert list(pairs) == list(pairs) == rows
     path = write_rows(tmp_path / "many.jsonl", [rows[3] | {"note": "x" * 250}] * 20_000)
     tracemalloc.start()
-    assert len(read_pairs(path)) == 20_000
+    assert len(PairFile(path)) == 20_000
     assert tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
 
@@ -383,7 +383,7 @@ def test_pairs_are_found_again_in_every_kind_of_file(tmp_path):
 def test_public_files_of_pairs(shared, name, n):
     """Every row: all its texts are there, in their order."""
     rows = [row for _, row in read_jsonl(shared / "pref" / f"{name}.jsonl")]
-    pairs = read_pairs(str(shared / "pref" / f"{name}.jsonl"))
+    pairs = PairFile(str(shared / "pref" / f"{name}.jsonl"))
     assert len(pairs) == len(rows) == n
     for row, pair in zip(rows, pairs, strict=True):
         roles = [m["role"] for m in pair["prompt"] if m["role"] != "system"]
@@ -442,7 +442,7 @@ def test_bad_pairs_are_named_by_line(tmp_path, row, word):
     """One line with file:line, not a traceback from the middle of tokenizing, nor half a pair."""
     good = {"prompt": "p", "chosen": "c", "rejected": "r"}
     path = write_rows(tmp_path / "pairs.jsonl", [good, row])
-    refuses(lambda: read_pairs(path), f"{path}:2", word)
+    refuses(lambda: PairFile(path), f"{path}:2", word)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,7 +535,7 @@ def test_reference_is_the_policy_before_its_first_step(micro_run, tmp_path, monk
     from model import Qwen2
     from tokenizer import Tokenizer
     tokenizer, model = Tokenizer.from_pretrained(micro_run), Qwen2.from_pretrained(micro_run)
-    rows = [tokenize_pair(p, tokenizer) for p in read_pairs(pairs(tmp_path / "pairs.jsonl"))]
+    rows = [tokenize_pair(p, tokenizer) for p in PairFile(pairs(tmp_path / "pairs.jsonl"))]
     want = [[dpo.completion_logprobs(model, [r[0]], [r[k]])[0].sum().item() for k in (1, 2)]
             for r in rows]
     autocast = torch.autocast("cpu", enabled=False)
@@ -556,7 +556,7 @@ def test_pairs_are_reviewed_before_they_are_learned(micro_run, tmp_path, monkeyp
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert record["result"]["dropped"] == dropped and record["result"]["pairs"] == 2
     assert "2 pairs (dropped by the review: 1 seen before" in capsys.readouterr().out
-    assert list(read_pairs(str(tmp_path / "run" / "pairs.jsonl"))) == [rows[0], rows[4]]
+    assert list(PairFile(str(tmp_path / "run" / "pairs.jsonl"))) == [rows[0], rows[4]]
     path = write_rows(tmp_path / "none.jsonl", rows[2:3])
     refuses(lambda: run(micro_run, tmp_path, "none", data=path), "1 equal answers")
     assert not (tmp_path / "none").exists()
@@ -586,7 +586,7 @@ def test_nll_adds_the_chosen_answers_loss(micro_run, tmp_path, monkeypatch):
     no_samples(monkeypatch, dpo)
     run(micro_run, tmp_path, "run", rpo_alpha=0.5, batch_size=10, epochs=1)
     tokenizer, model = Tokenizer.from_pretrained(micro_run), Qwen2.from_pretrained(micro_run)
-    rows = [tokenize_pair(p, tokenizer) for p in read_pairs(str(tmp_path / "pairs.jsonl"))]
+    rows = [tokenize_pair(p, tokenizer) for p in PairFile(str(tmp_path / "pairs.jsonl"))]
     nll = sum(-brute_force(model, r[0], r[1]) / len(r[1]) for r in rows) / len(rows)
     (row,) = log(tmp_path / "run")
     assert row["loss"] == pytest.approx(math.log(2) + 0.5 * nll, abs=1e-4)

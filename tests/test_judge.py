@@ -12,7 +12,7 @@ from helpers import letter_queries, refuses, stage_args, teach_letters, write_ro
 import tasks.__main__
 from data import label
 from data.judge import RUBRICS, Judge, chat, expected_score
-from data.pairs import CRITERIA, read_pairs
+from data.pairs import CRITERIA, PairFile
 from sample import load_policy
 
 TEXTS = ("A short text.", "  :) \n", "one two three four five six " * 40)
@@ -171,7 +171,7 @@ def test_a_judge_labels_what_is_left_and_its_labels_reach_the_pairs(micro_run, s
     written = tmp_path / "written.jsonl"
     label.main(stage_args(label, pairs=pairs, report=str(out), write=str(written)))
     assert "A preferred in none" in capsys.readouterr().out
-    for pair in read_pairs(str(written)):
+    for pair in PairFile(str(written)):
         assert set(pair["criteria"]) == {"overall", *CRITERIA}
         assert pair["criteria"]["overall"] >= 0.5
 

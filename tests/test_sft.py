@@ -1,12 +1,12 @@
 """sft.py: the loss by hand, invariances of the step, packing, tool calls, dropped rows, rejection
 sampling, resume. R numbers: docs/requirements.md."""
 import gzip
-import io
 import json
 import math
 import os
 import re
 import signal
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -19,9 +19,8 @@ from helpers import (
 import kernels
 import sft
 from data.documents import read_documents
-from data.pairs import read_pairs, tokenize_pair
-from lib import fast
-from lib.files import open_lines
+from data.pairs import PairFile, tokenize_pair
+from lib import fast, files
 from lib.optim import pad_rows
 from model import Qwen2
 from tokenizer import DEFAULT_SYSTEM, Tokenizer
@@ -43,8 +42,9 @@ def chats(path, n=10):
 def read(rows, tokenizer, max_len=512, n=10**9):
     """Conversations of rows, or of their messages, as they stand in a file."""
     rows = [row if isinstance(row, dict) else {"messages": row} for row in rows]
-    file = io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
-    return sft.Conversations(file, tokenizer, max_len, n)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_rows(Path(folder) / "rows.jsonl", rows)
+        return sft.Conversations(path, tokenizer, max_len, n)
 
 
 def random_batch(seed=0, lengths=(12, 5, 9, 3, 12, 7, 4)):
@@ -306,10 +306,10 @@ def test_rows_come_from_their_place_in_the_file(tokenizer, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     want = [tokenizer.render(messages) for messages in conversations(6)]
     for name in ("a.jsonl", "a.jsonl.gz"):
-        rows = sft.Conversations(open_lines(tmp_path / name), tokenizer, 512, 10**9)
+        rows = sft.Conversations(tmp_path / name, tokenizer, 512, 10**9)
         assert [rows[i] for i in (5, 0, 3, 1, 4, 2)] == [want[i] for i in (5, 0, 3, 1, 4, 2)]
         assert (len(rows), rows.dropped) == (6, 1)
-    rows = sft.Conversations((tmp_path / "a.jsonl").open("rb"), tokenizer, 512, 3)
+    rows = sft.Conversations(tmp_path / "a.jsonl", tokenizer, 512, 3)
     assert (len(rows), rows.dropped) == (2, 1)  # three rows were read
 
 
@@ -350,7 +350,7 @@ def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path):
     for n in (300, 3000):
         path = chats(tmp_path / f"{n}.jsonl", n)
         tracemalloc.start()
-        rows = sft.Conversations(open(path, "rb"), tokenizer, 512, 10**9)
+        rows = sft.Conversations(path, tokenizer, 512, 10**9)
         assert len(rows) == n
         peaks.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
@@ -590,16 +590,17 @@ def test_the_shapes_of_the_documentation_are_read(tokenizer, tmp_path):
     rows = read(chats, tokenizer)
     said = [tokenizer.decode(rows[i].ids) for i in range(len(rows))]
     assert len(said) == 4 and all("assistant\nHello<|im_end|>" in text for text in said)
-    pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", examples("Preference pairs")))
+    pairs = PairFile(write_rows(tmp_path / "pairs.jsonl", examples("Preference pairs")))
     rows = [tokenize_pair(pair, tokenizer) for pair in pairs]
     assert len(rows) == 2 and rows[0] == rows[1]
 
 
-def test_an_endless_line_is_refused(tokenizer, monkeypatch):
+def test_an_endless_line_is_refused(tokenizer, tmp_path, monkeypatch):
     """Half a gigabyte without a line end would be read into memory to find one."""
     good = json.dumps({"messages": [{"role": "user", "content": "q"},
                                     {"role": "assistant", "content": "a"}]}).encode()
-    monkeypatch.setattr(sft, "MAX_LINE", 200)
-    file = io.BytesIO(good + b"\n" + b" " * 300 + good)
-    refuses(lambda: sft.Conversations(file, tokenizer, 64, name="x.jsonl"),
-            "x.jsonl:2: a line of 200 bytes or more")
+    monkeypatch.setattr(files, "MAX_LINE", 200)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(good + b"\n" + b" " * 300 + good)
+    refuses(lambda: sft.Conversations(path, tokenizer, 64),
+            "x.jsonl:2: a line of more than 200 characters")

@@ -1,7 +1,6 @@
 """Thousands of made-up and damaged inputs (hypothesis): what reads them must read them right or say
 InputError. FUZZ=20 tries twenty times as many. Skipped without hypothesis (make test-parity
 installs it)."""
-import io
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from lib import files  # noqa: E402
 from lib import optim  # noqa: E402
 from lib.args import InputError  # noqa: E402
 from model import Qwen2  # noqa: E402
-from data.pairs import read_pairs  # noqa: E402
+from data.pairs import PairFile  # noqa: E402
 from sft import Conversations  # noqa: E402
 from tokenizer import CONTROL_TOKENS, Tokenizer, clean_text  # noqa: E402
 
@@ -88,10 +87,11 @@ rows = st.fixed_dictionaries({}, optional=dict.fromkeys(
 
 @cases(150)
 @given(st.lists(values, min_size=1, max_size=3))
-def test_messages_of_any_shape(tokenizer, messages):
+def test_messages_of_any_shape(tokenizer, tmp_path_factory, messages):
+    path = tmp_path_factory.getbasetemp() / "chats.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
     try:
-        line = json.dumps({"messages": messages}).encode()
-        Conversations(io.BytesIO(line), tokenizer, 512, 9, "chats.jsonl")
+        Conversations(path, tokenizer, 512)
     except InputError as error:
         assert "\n" not in str(error) and "chats.jsonl:1" in str(error)
 
@@ -103,7 +103,7 @@ def test_rows_of_any_shape(tmp_path_factory, lines, damage):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     text = "\n".join(map(json.dumps, lines))
     path.write_text(text[:-3] if damage else text)
-    for read in (benchmarks.load_file, read_pairs):
+    for read in (benchmarks.load_file, PairFile):
         try:
             for row in read(path):
                 assert row["prompt"] and isinstance(row["prompt"], (str, list))
