@@ -65,10 +65,10 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
 
 
 class PairFile:
-    """The pairs of a JSONL file, read when they are asked for. Memory holds where each begins."""
+    """The pairs of a JSONL file, open for reading bytes. A pair is read when it is asked for, and
+    memory holds where each begins."""
 
     def __init__(self, file):
-        """file: open for reading bytes."""
         self.file = file
         self.starts = array("q")
         start = 0
