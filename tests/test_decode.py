@@ -8,7 +8,9 @@ import torch
 from test_sample import CONFIG, MOE, PROMPTS, STOPS, V, build, greedy, naive_greedy, prompts_of
 
 import kernels
+from lib import decode
 from lib.decode import DecodeStep
+from lib.lora import add_lora
 from model import KVCache
 from sample import left_pad
 
@@ -93,6 +95,20 @@ def test_a_hacked_block_decodes_as_its_forward_pass_says(hack, told):
         assert [c.ids for c in greedy(model, PROMPTS, stop_ids=STOPS)] == [c.ids for c in batch]
     assert [c.ids for c in batch] == [naive_greedy(model, p, 16, STOPS) for p in PROMPTS]
     assert len(messages) == told and all("does not expect" in str(m.message) for m in messages)
+
+
+@torch.no_grad()
+def test_a_large_model_is_not_copied(monkeypatch):
+    """Its own weights give the same tokens; casts and adapters still need the copies."""
+    model = build(CONFIG)
+    want = greedy(model, PROMPTS, stop_ids=STOPS)
+    monkeypatch.setattr(decode, "LARGE", 100)
+    step = DecodeStep(model, KVCache(CONFIG, 8, 4, "cpu", torch.float32))
+    assert step.blocks == [] and step.head.data_ptr() == model.head_weight.data_ptr()
+    assert [c.ids for c in greedy(model, PROMPTS, stop_ids=STOPS)] == [c.ids for c in want]
+    assert DecodeStep(model, KVCache(CONFIG, 8, 4, "cpu", torch.bfloat16)).blocks
+    add_lora(model, 2, 4.0)
+    assert DecodeStep(model, KVCache(CONFIG, 8, 4, "cpu", torch.float32)).blocks
 
 
 @pytest.mark.parametrize("bf16", [False, True])
