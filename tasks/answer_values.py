@@ -17,6 +17,8 @@ MAX_BITS = 4096
 WORD = rf"(?:{COMMANDS}|{FUNCTIONS})"
 TOKEN = re.compile(rf"\s*(?:(\d+\.?\d*|\.\d+)|\\?(log_\{{\w+\}}|{WORD}(?![a-z]))|([a-z](?:_\w)?)|"
                    r"([-+*/^(){}\[\]]))", re.A)
+# xy is x*y, but a word is no product: "read" must not equal "dear".
+NO_PRODUCT = re.compile(rf"(?<![a-z])(?!{WORD}(?![a-z]))[a-z]{{3}}")
 FUNCTION = re.compile(rf"{FUNCTIONS}|log_.*")
 # What counts as worked out. Otherwise "37*12+5" would answer "What is 37*12+5?", and "10/5" 10 : 5.
 PLAIN = r"[({]?[-+]?[\d.]+[)}]?"  # 5, -5, (5), {5}
@@ -31,12 +33,8 @@ def read_tokens(text: str) -> list[str]:
     rest = TOKEN.sub("", text)
     opening = [token for token in tokens
                if token in ("(", "{", "^", "frac", "sqrt") or FUNCTION.fullmatch(token)]
-    if rest or len(opening) > MAX_NESTED:
+    if rest or len(opening) > MAX_NESTED or NO_PRODUCT.search(text):
         raise ValueError(text)
-    # xy is x*y, but a word is no product: "read" must not equal "dear".
-    for word in re.findall("[a-z]+", text):
-        if len(word) > 2 and not re.fullmatch(WORD, word):
-            raise ValueError(text)
     return tokens
 
 
