@@ -17,6 +17,8 @@ MAX_BITS = 4096
 WORD = rf"(?:{COMMANDS}|{FUNCTIONS})"
 TOKEN = re.compile(rf"\s*(?:(\d+\.?\d*|\.\d+)|\\?(log_\{{\w+\}}|{WORD}(?![a-z]))|([a-z](?:_\w)?)|"
                    r"([-+*/^(){}\[\]]))", re.A)
+# xy is x*y, but a word is no product: "read" must not equal "dear".
+NO_PRODUCT = re.compile(rf"(?<![a-z])(?!{WORD}(?![a-z]))[a-z]{{3}}")
 FUNCTION = re.compile(rf"{FUNCTIONS}|log_.*")
 # What counts as worked out. Otherwise "37*12+5" would answer "What is 37*12+5?", and "10/5" 10 : 5.
 PLAIN = r"[({]?[-+]?[\d.]+[)}]?"  # 5, -5, (5), {5}
@@ -26,18 +28,14 @@ FRACTION = re.compile(rf"[-+]?\(?[-+]?(?:\d+\+)?(?:{PLAIN}/{PLAIN}|"
 
 
 def read_tokens(text: str) -> list[str]:
-    """Return the tokens of an expression. ValueError if it holds anything else."""
+    """Return the tokens of an expression, then "". ValueError if it holds anything else."""
     tokens = [match[match.lastindex] for match in TOKEN.finditer(text)]
     rest = TOKEN.sub("", text)
     opening = [token for token in tokens
                if token in ("(", "{", "^", "frac", "sqrt") or FUNCTION.fullmatch(token)]
-    if rest or len(opening) > MAX_NESTED:
+    if rest or len(opening) > MAX_NESTED or NO_PRODUCT.search(text):
         raise ValueError(text)
-    # xy is x*y, but a word is no product: "read" must not equal "dear".
-    for word in re.findall("[a-z]+", text):
-        if len(word) > 2 and not re.fullmatch(WORD, word):
-            raise ValueError(text)
-    return tokens
+    return [*tokens, ""]
 
 
 class Value:
@@ -55,7 +53,7 @@ class Value:
         self.point = point
         self.symbols = set()
         self.number = self.sum()
-        if self.tokens:
+        if self.tokens != [""]:
             raise ValueError(text)
         is_fraction = FRACTION.fullmatch(text) and self.number.denominator != 1
         self.final = bool(NUMERAL.fullmatch(text) or is_fraction)
@@ -63,7 +61,7 @@ class Value:
 
     def take(self, *wanted: str) -> str:
         """Pop the next token if it is one of `wanted`, else return ""."""
-        return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else ""
+        return self.tokens.pop() if self.tokens[-1] in wanted else ""
 
     def sum(self):
         """sum = product {(+|-) product}"""
@@ -77,7 +75,7 @@ class Value:
         """product = factor {[*|/] factor}. Without a sign (2x) no number may follow: a list of
         guesses "1 2 3" must not become a number."""
         value = self.factor()
-        while self.tokens and re.match(r"[*/({a-z]", self.tokens[-1]):
+        while re.match(r"[*/({a-z]", self.tokens[-1]):
             sign = self.take("*", "/")
             factor = self.factor()
             value = bounded(value / factor if sign == "/" else value * factor)
@@ -95,7 +93,7 @@ class Value:
 
     def atom(self):
         """atom = number | letter | (sum) | {sum} | frac atom atom | root | function"""
-        token = self.tokens.pop() if self.tokens else ""
+        token = self.tokens.pop()
         if re.match(r"[\d.]", token):
             return Fraction(token)
         if token in ("(", "{"):
@@ -131,12 +129,11 @@ class Value:
     def function(self, name: str):
         r"""What follows the name: [^ factor] (sum), or [^ factor] factor {factor} as in \sin 2x."""
         exponent = self.factor() if self.take("^") else 1
-        if self.tokens and self.tokens[-1] in ("(", "{"):
+        if self.tokens[-1] in ("(", "{"):
             argument = self.atom()
         else:
             argument = self.factor()
-            while self.tokens and re.match("[a-z]", self.tokens[-1]) and not FUNCTION.fullmatch(
-                    self.tokens[-1]):
+            while re.match("[a-z]", self.tokens[-1]) and not FUNCTION.fullmatch(self.tokens[-1]):
                 argument = bounded(argument * self.factor())
         if name == "exp":
             return power(self.unknown("e"), argument)

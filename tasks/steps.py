@@ -6,6 +6,7 @@ What cannot be read (letters, powers, units within an expression) is not judged.
 """
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 from tasks.answer_spelling import boxes
 from tasks.answer_values import Value
@@ -40,10 +41,9 @@ def false_equations(text: str) -> list[str]:
     text = re.sub(r"[=<>!]=", "?", text)  # these are comparisons
     found = []
     for line in text.splitlines():
-        parts = line.split("=")
-        for i in range(1, len(parts)):
-            left = expression_before(parts[i - 1])
-            right = expression_after(parts[i])
+        for before, after in pairwise(line.split("=")):
+            left = expression_before(before)
+            right = expression_after(after)
             has_operator = re.search(r"\d[\s)]*[-+*/]", f"{left} ; {right}")
             if left and right and has_operator and not equal(left, right):
                 found.append(f"{left} = {right}")
