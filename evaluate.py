@@ -235,9 +235,8 @@ def main(args: Args) -> dict:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
 
     # save
-    run = Path(args.init) / "run.json"
     record = {"settings": asdict(args) | {"n": len(queries)}, "metrics": metrics,
-              "run": read_json(run) if run.exists() else {}}
+              "run": read_json(Path(args.init) / "run.json", missing_ok=True)}
     write_jsonl(out / "eval_samples.jsonl", sample_rows(queries, greedy, sampled))
     write_atomic(out / "eval.json", json.dumps(record, indent=1))
     for name, value in metrics.get("best_of", {}).items():

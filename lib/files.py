@@ -148,8 +148,11 @@ def read_texts(*paths):
         yield "".join(lines)
 
 
-def read_json(path: str | Path) -> dict:
-    """Return the JSON object of a file. Raises InputError for anything else."""
+def read_json(path: str | Path, missing_ok: bool = False) -> dict:
+    """Return the JSON object of a file, or with missing_ok {} if there is no such file. Raises
+    InputError for anything else."""
+    if missing_ok and not Path(path).exists():
+        return {}
     with open_text(path) as file:
         try:
             value = json.load(file)

@@ -57,8 +57,8 @@ def collect(root: Path) -> list[Stage]:
     asked = {}      # what an evaluation asked -> a stage that was asked it
     for name in ("base", *CURVES):
         evaluation = root / "evaluation" / name
-        record = read_optional(root / name / "run.json")
-        scored = read_optional(evaluation / "eval.json")
+        record = read_json(root / name / "run.json", missing_ok=True)
+        scored = read_json(evaluation / "eval.json", missing_ok=True)
         if not record and not scored:
             continue
         if scored:
@@ -78,10 +78,6 @@ def collect(root: Path) -> list[Stage]:
     require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
             "queries or by another --reward; run evaluate.py again")
     return stages
-
-
-def read_optional(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -103,8 +103,7 @@ class Run:
     def check_record(self) -> None:
         """Refuse to resume a run that is finished, never begun, or had other arguments; and to
         replace one that is finished, or has made at least one step."""
-        record_file = self.path / "run.json"
-        record = read_json(record_file) if record_file.exists() else {}
+        record = read_json(self.path / "run.json", missing_ok=True)
         finished = record.get("finished")
         has_state = self.state_file.exists()
         self.resumed = self.args["resume"] and has_state
@@ -112,7 +111,7 @@ class Run:
             reason = "it is finished" if finished else "it was not begun: no run.json"
             require(record and not finished, f"{self.path}: nothing to resume ({reason})")
             before = record.get("args")
-            require(isinstance(before, dict), f"{record_file}: no args")
+            require(isinstance(before, dict), f"{self.path}/run.json: no args")
             changes = []
             for name, value in self.args.items():
                 if name not in ("resume", "overwrite") and before.get(name) != value:

@@ -453,10 +453,10 @@ def table():
     for line, *words in (
             ("train", "train"), ("plan", "plan needs"), ("plan --model 7b", "--model"),
             ("plan --model nan --tokens 1e9", "--model"), ("plan --tokens -1", "--tokens"),
-            ("plan --model 1e9 --tokens 1e9 --budget 1e18", "alone"), ("fit --data @gone", "gone"),
+            ("fit --data @gone", "gone"),
             ("plan --model inf", "--model"), ("plan --tokens x", "--tokens"),
             ("plan --model 0.5B --tokens 1e9 --gpus 0", "--gpus"),
-            ("plan --budget nan", "--budget"),
+            ("plan --mfu nan", "--mfu"),
             ("sweep --sizes 7 --out @out --device cpu", "--sizes"),
             ("sweep --sizes 0x0 --out @out --device cpu", "--sizes"),
             ("sweep --lrs a,b --out @out --device cpu", "--lrs"),
