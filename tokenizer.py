@@ -104,18 +104,15 @@ class Corpus:
         """Replace `pair` by the token `new` everywhere. Return the pairs that this creates. A merge
         costs as much as its own occurrences, since only pairs beside them change their counts."""
         a, b = pair
-        counts, where = self.pair_counts, self.where
+        counts = self.pair_counts
+        where = self.where
         created = set()
         for i in set(where.pop(pair)):
             word = self.words[i]
             n = self.frequencies[i]
             at = 0
-            while True:
-                try:              # list.index searches at C speed; left to right, as encoding does
-                    at = word.index(a, at, len(word) - 1)
-                except ValueError:
-                    break
-                if word[at + 1] == b:
+            while at < len(word) - 1:                        # left to right, as encoding does
+                if word[at] == a and word[at + 1] == b:
                     word[at:at + 2] = [new]
                     if at > 0:                               # x a b -> x new
                         x = word[at - 1]
@@ -276,11 +273,10 @@ class Tokenizer:
         self.chat_template = chat_template
         self._layout = chat.chat_layout(chat_template)
 
-        token_of = {i: token for token, i in tokens.items()}
-        token_of |= {i: name.encode() for name, i in self.special.items()}
-        require(sorted(token_of) == list(range(self.n_vocab)),
+        self._bytes = {i: token for token, i in tokens.items()}
+        self._bytes |= {i: name.encode() for name, i in self.special.items()}
+        require(sorted(self._bytes) == list(range(self.n_vocab)),
                 f"the {self.n_vocab} tokens do not have the ids 0..{self.n_vocab - 1}")
-        self._bytes = token_of
         for name in CONTROL_TOKENS[:3]:
             require(name in self.special, f"the vocabulary has no {name}")
         self.eos_id = self.special["<|endoftext|>"]
@@ -316,10 +312,12 @@ class Tokenizer:
         # counts as one word in a thousand, or the default system prompt would take 37 tokens.
         per_mille = sum(counts.values()) // 1000
         if per_mille > 0:
-            for word, n in count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"]).items():
+            words = count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"])
+            for word, n in words.items():
                 counts[word] += n * per_mille
         merges = train_bpe(counts, vocab_size - least)
-        names = [bytes([b]) for b in tokenizer_files.BYTE_ORDER] + [a + b for a, b in merges]
+        names = [bytes([b]) for b in tokenizer_files.BYTE_ORDER]
+        names += [a + b for a, b in merges]
         return cls({name: i for i, name in enumerate(names)}, merges=merges)
 
     @classmethod
@@ -379,7 +377,10 @@ class Tokenizer:
                 continue
             clean = clean_text(piece, self.nfc)
             for j, part in enumerate(split_out(after_nfc, clean)):
-                ids += [self.special[part]] if j % 2 else self._encode_plain(part)
+                if j % 2:
+                    ids.append(self.special[part])
+                else:
+                    ids += self._encode_plain(part)
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -429,7 +430,8 @@ class Tokenizer:
                 texts = self._control.split(segment.text)  # every second one is a control token
             for i, text in enumerate(texts):
                 pieces.append((text, segment.trained, i % 2 == 1))
-        ids, mask = [], []
+        ids = []
+        mask = []
         for (trained, is_control), run in groupby(pieces, key=itemgetter(1, 2)):
             text = "".join([piece[0] for piece in run])
             new = self.encode(text, allow_special=is_control)
