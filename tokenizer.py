@@ -13,10 +13,8 @@ Text becomes ids in five steps:
   5. BPE merges the adjacent pair that was learned earliest, until no learned pair is left.
 tiktoken (Rust) does step 5; `train_bpe` learns the merges.
 
-Numbers that people confuse (docs/01-tokenizer.md): 151,643 regular tokens and 22 control tokens are
-151,665 ids (`n_vocab`). `vocab_size` in a config.json counts the rows of the embedding: 151,936 or
-152,064, multiples of 128. Never sample the rows from 151,665 on.
-
+151,643 regular and 22 control tokens are 151,665 ids (`n_vocab`). `vocab_size` in a config.json
+counts the rows of the embedding, 151,936 or 152,064. Never sample the rows from 151,665 on.
 One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. Where a pad that is also
 a stop id is masked out of the loss, the model never learns to stop.
 """
@@ -74,8 +72,8 @@ def clean_text(text: str, nfc: bool = True) -> str:
 # --- training -------------------------------------------------------------------------------------
 
 def count_pretokens(texts, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Return how often each distinct pre-token occurs, which is all that BPE needs: 80,000 in 4 MB
-    of text. Cutting long ones (base64, a file without a space) bounds the cost of a merge."""
+    """Return how often each distinct pre-token occurs, which is all that BPE needs. Cutting long
+    ones (base64, a file without a space) bounds the cost of a merge."""
     split = regex.compile(pattern).finditer  # findall would take 20 times the space of the text
     counts = Counter()
     for text in texts:
@@ -143,7 +141,6 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
     the most frequent adjacent pair becomes a token and is replaced everywhere. Return the pairs in
     the order learned, fewer than n_merges if nothing is left to merge. Ties: the greater pair of
     byte strings wins, (b, a) before (a, z), so the order of documents does not matter.
-
     Worked example, aaabdaaabac: aa occurs 4 times, merge (a, a) -> Z: ZabdZabac. Now Za and ab
     occur twice; (aa, a) > (a, b) as byte strings, so (aa, a) -> Y: YbdYbac; then (aaa, b)."""
     corpus = Corpus(word_counts)
@@ -402,7 +399,7 @@ class Tokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Join the tokens' bytes. InputError for an id that is no token, such as a padded row."""
         try:
-            return b"".join([self._bytes[i] for i in ids])
+            return b"".join([self._bytes[int(i)] for i in ids])  # a tensor's numbers too
         except KeyError as error:
             raise InputError(f"token id {error} is outside 0..{self.n_vocab - 1}") from None
 
