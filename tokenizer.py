@@ -501,7 +501,8 @@ def main() -> None:
         show(Tokenizer.from_pretrained(args.path), args.text)
     else:
         _, first = next(read_jsonl(args.chat), (0, {}))
-        show_chat(Tokenizer.from_pretrained(args.path), *to_conversation(first))
+        messages, tools = to_conversation(first)
+        show_chat(Tokenizer.from_pretrained(args.path), messages, tools)
 
 
 if __name__ == "__main__":
