@@ -13,10 +13,8 @@ Text becomes ids in five steps:
   5. BPE merges the adjacent pair that was learned earliest, until no learned pair is left.
 tiktoken (Rust) does step 5; `train_bpe` learns the merges.
 
-Numbers that people confuse (docs/01-tokenizer.md): 151,643 regular tokens and 22 control tokens are
-151,665 ids (`n_vocab`). `vocab_size` in a config.json counts the rows of the embedding: 151,936 or
-152,064, multiples of 128. Never sample the rows from 151,665 on.
-
+151,643 regular and 22 control tokens are 151,665 ids (`n_vocab`). `vocab_size` in a config.json
+counts the rows of the embedding, 151,936 or 152,064. Never sample the rows from 151,665 on.
 One difference from Qwen: our pad token is <|fim_pad|>, not <|endoftext|>. Where a pad that is also
 a stop id is masked out of the loss, the model never learns to stop.
 """
@@ -74,8 +72,8 @@ def clean_text(text: str, nfc: bool = True) -> str:
 # --- training -------------------------------------------------------------------------------------
 
 def count_pretokens(texts, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Return how often each distinct pre-token occurs, which is all that BPE needs: 80,000 in 4 MB
-    of text. Cutting long ones (base64, a file without a space) bounds the cost of a merge."""
+    """Return how often each distinct pre-token occurs, which is all that BPE needs. Cutting long
+    ones (base64, a file without a space) bounds the cost of a merge."""
     split = regex.compile(pattern).finditer  # findall would take 20 times the space of the text
     counts = Counter()
     for text in texts:
@@ -104,18 +102,15 @@ class Corpus:
         """Replace `pair` by the token `new` everywhere. Return the pairs that this creates. A merge
         costs as much as its own occurrences, since only pairs beside them change their counts."""
         a, b = pair
-        counts, where = self.pair_counts, self.where
+        counts = self.pair_counts
+        where = self.where
         created = set()
         for i in set(where.pop(pair)):
             word = self.words[i]
             n = self.frequencies[i]
             at = 0
-            while True:
-                try:              # list.index searches at C speed; left to right, as encoding does
-                    at = word.index(a, at, len(word) - 1)
-                except ValueError:
-                    break
-                if word[at + 1] == b:
+            while at < len(word) - 1:                        # left to right, as encoding does
+                if word[at] == a and word[at + 1] == b:
                     word[at:at + 2] = [new]
                     if at > 0:                               # x a b -> x new
                         x = word[at - 1]
@@ -146,7 +141,6 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
     the most frequent adjacent pair becomes a token and is replaced everywhere. Return the pairs in
     the order learned, fewer than n_merges if nothing is left to merge. Ties: the greater pair of
     byte strings wins, (b, a) before (a, z), so the order of documents does not matter.
-
     Worked example, aaabdaaabac: aa occurs 4 times, merge (a, a) -> Z: ZabdZabac. Now Za and ab
     occur twice; (aa, a) > (a, b) as byte strings, so (aa, a) -> Y: YbdYbac; then (aaa, b)."""
     corpus = Corpus(word_counts)
@@ -276,11 +270,10 @@ class Tokenizer:
         self.chat_template = chat_template
         self._layout = chat.chat_layout(chat_template)
 
-        token_of = {i: token for token, i in tokens.items()}
-        token_of |= {i: name.encode() for name, i in self.special.items()}
-        require(sorted(token_of) == list(range(self.n_vocab)),
+        self._bytes = {i: token for token, i in tokens.items()}
+        self._bytes |= {i: name.encode() for name, i in self.special.items()}
+        require(sorted(self._bytes) == list(range(self.n_vocab)),
                 f"the {self.n_vocab} tokens do not have the ids 0..{self.n_vocab - 1}")
-        self._bytes = token_of
         for name in CONTROL_TOKENS[:3]:
             require(name in self.special, f"the vocabulary has no {name}")
         self.eos_id = self.special["<|endoftext|>"]
@@ -316,10 +309,12 @@ class Tokenizer:
         # counts as one word in a thousand, or the default system prompt would take 37 tokens.
         per_mille = sum(counts.values()) // 1000
         if per_mille > 0:
-            for word, n in count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"]).items():
+            words = count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"])
+            for word, n in words.items():
                 counts[word] += n * per_mille
         merges = train_bpe(counts, vocab_size - least)
-        names = [bytes([b]) for b in tokenizer_files.BYTE_ORDER] + [a + b for a, b in merges]
+        names = [bytes([b]) for b in tokenizer_files.BYTE_ORDER]
+        names += [a + b for a, b in merges]
         return cls({name: i for i, name in enumerate(names)}, merges=merges)
 
     @classmethod
@@ -379,7 +374,10 @@ class Tokenizer:
                 continue
             clean = clean_text(piece, self.nfc)
             for j, part in enumerate(split_out(after_nfc, clean)):
-                ids += [self.special[part]] if j % 2 else self._encode_plain(part)
+                if j % 2:
+                    ids.append(self.special[part])
+                else:
+                    ids += self._encode_plain(part)
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -401,7 +399,7 @@ class Tokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Join the tokens' bytes. InputError for an id that is no token, such as a padded row."""
         try:
-            return b"".join([self._bytes[i] for i in ids])
+            return b"".join([self._bytes[int(i)] for i in ids])  # a tensor's numbers too
         except KeyError as error:
             raise InputError(f"token id {error} is outside 0..{self.n_vocab - 1}") from None
 
@@ -429,7 +427,8 @@ class Tokenizer:
                 texts = self._control.split(segment.text)  # every second one is a control token
             for i, text in enumerate(texts):
                 pieces.append((text, segment.trained, i % 2 == 1))
-        ids, mask = [], []
+        ids = []
+        mask = []
         for (trained, is_control), run in groupby(pieces, key=itemgetter(1, 2)):
             text = "".join([piece[0] for piece in run])
             new = self.encode(text, allow_special=is_control)
@@ -502,7 +501,8 @@ def main() -> None:
         show(Tokenizer.from_pretrained(args.path), args.text)
     else:
         _, first = next(read_jsonl(args.chat), (0, {}))
-        show_chat(Tokenizer.from_pretrained(args.path), *to_conversation(first))
+        messages, tools = to_conversation(first)
+        show_chat(Tokenizer.from_pretrained(args.path), messages, tools)
 
 
 if __name__ == "__main__":

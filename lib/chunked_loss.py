@@ -62,7 +62,9 @@ def tile_size(h, vocab, chunk_rows):
 
     Up to 2^16 ids, the whole vocabulary is one tile. Its probabilities can then be kept from the
     forward pass to the gradient, which on a CPU helps while they stay in cache. Of 64 to 4096 rows,
-    the best are 512 at V 4096 and 128 at V 32,000; from V 2^16 on keeping never helps.
+    the best are 512 at V 4096 and 128 at V 32,000; from V 2^16 on keeping never helps. At V 151,936
+    in bf16, C 512, chunks of 64, 128 and 256 rows without tiles take 1.7, 1.18 and 1.06 times as
+    long as 1024 rows in tiles, and a gigabyte more.
     """
     tile = TILE * (64 if h.is_cuda else 1)  # CUDA: a guess
     if not chunk_rows:

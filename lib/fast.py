@@ -80,12 +80,9 @@ def compiled(fn, dynamic):
 @functools.cache
 def medium_is_exact():
     """Try whether this CPU multiplies in full fp32 at "medium" precision, rather than in bf16."""
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
     x = torch.full((256, 256), 1 + 2.0 ** -12, device="cpu")  # becomes 1 in bf16 and in TF32
-    exact = torch.equal(x @ torch.eye(256, device="cpu"), x)
-    torch.set_float32_matmul_precision(old)
-    return exact
+    with matmul_precision("medium"):
+        return torch.equal(x @ torch.eye(256, device="cpu"), x)
 
 
 def set_cpu_matmul(rows, width, device, least=2**23):

@@ -82,10 +82,7 @@ def tiktoken_encoding(tokens: dict[bytes, int], merges: list, pattern: str,
     # get ids from n_vocab on, which the tokenizer drops, as HF does.
     for b in range(256):
         ranks.setdefault(bytes([b]), n_vocab + b)
-    try:
-        return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except ValueError as error:
-        raise InputError(f"pre-tokenizer pattern: {error}") from None
+    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 # ---------------------------------------------------------------------------------------------
