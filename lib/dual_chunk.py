@@ -69,7 +69,7 @@ def one_row(q, k, v, chunk):
     _, Hq, T, D = intra.shape
     _, Hkv, S, _ = k.shape
     most = MAX_SCORES * (64 if k.is_cuda else 1)
-    block = max(1, most // (Hq * S))
+    block = max(1, most // max(1, Hq * S))  # a row may be all padding: S = 0
     offset = S - T
     start = offset
     out = torch.zeros_like(intra, dtype=k.dtype)
