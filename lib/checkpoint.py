@@ -38,14 +38,17 @@ def load_model(Model, Config, path: str | Path, dtype, device):
     stored = find_weights(path, config)
     with NoDraws(), torch.device("meta"):
         model = Model(config)
+    targets = published_weights(model)  # names and shapes: there is no memory behind them yet
+    for name in sorted(targets.keys() ^ stored.keys()):
+        what = "is missing" if name in targets else "does not belong to this architecture"
+        raise InputError(f"{path}: weight {name} {what}")
+    for name, target in targets.items():
+        check_shape(target, stored[name], name)
     empty = {}
     for name, weight in model.state_dict().items():
         empty[name] = torch.empty(weight.shape, dtype=dtype, device=device)
     model.load_state_dict(empty, assign=True)
     targets = published_weights(model)
-    for name in sorted(targets.keys() ^ stored.keys()):
-        what = "is missing" if name in targets else "does not belong to this architecture"
-        raise InputError(f"{path}: weight {name} {what}")
     found = {read_weight(target, stored[name], name) for name, target in targets.items()}
     if len(found) == 1 and found != {dtype}:
         model.config = replace(config, torch_dtype=dtype_name(found.pop()))
@@ -271,16 +274,20 @@ def open_weights(file: Path):
         raise InputError(f"{file}: not a safetensors file ({error})") from None
 
 
+def check_shape(target: torch.Tensor, file: Path, name: str) -> None:
+    with open_weights(file) as opened:
+        found = tuple(opened.get_slice(name).get_shape())
+    shape = tuple(target.shape)
+    require(found == shape, f"{file}: weight {name} has shape {found}, but config.json implies "
+            f"{shape}")
+
+
 def read_weight(target: torch.Tensor, file: Path, name: str) -> torch.dtype:
     """Copy a stored weight into `target` and return the stored dtype.
 
     safetensors maps a file into memory, where all that was read stays until the file is closed. We
     therefore open it anew for every few rows."""
     where = f"{file}: weight {name}"
-    with open_weights(file) as opened:
-        found = tuple(opened.get_slice(name).get_shape())
-    shape = tuple(target.shape)
-    require(found == shape, f"{where} has shape {found}, but config.json implies {shape}")
     rows = max(1, MAX_PIECE // target[0].nbytes)
     for start in range(0, len(target), rows):
         with open_weights(file) as opened:

@@ -68,8 +68,9 @@ def one_row(q, k, v, chunk):
     intra, successive, inter = q
     _, Hq, T, D = intra.shape
     _, Hkv, S, _ = k.shape
+    scores_per_query = max(1, Hq * S)
     most = MAX_SCORES * (64 if k.is_cuda else 1)
-    block = max(1, most // (Hq * S))
+    block = max(1, most // scores_per_query)
     offset = S - T
     start = offset
     out = torch.zeros_like(intra, dtype=k.dtype)
