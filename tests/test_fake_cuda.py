@@ -9,7 +9,7 @@ from fake_cuda import fake_cuda, fake_model
 import kernels
 import lib.plan
 from data.pairs import PairIds
-from dpo import OnlineMerging, dpo_loss, sequence_logprobs
+from dpo import dpo_loss, sequence_logprobs
 from grpo import grpo_loss
 from lib.optim import throughput
 from model import PRESETS, Qwen2, load_balancing_loss
@@ -95,13 +95,10 @@ def test_dual_chunks_on_a_gpu_come_in_large_blocks():
         assert len(out) == 2 and gpu.calls
 
 
-def test_neither_the_balance_loss_nor_online_merging_waits():
+def test_the_balance_loss_does_not_wait():
     with fake_cuda() as gpu:
         probs = torch.empty(64, 8, device="cuda")
         load_balancing_loss([(probs, probs.topk(2).indices)])
-        weight = torch.empty(8, 8, device="cuda", requires_grad=True)
-        merging = OnlineMerging([weight], [weight.detach()], 1e-3, 0.1, 0.5)
-        merging.sparsify(weight.detach(), 1, 0)
         assert gpu.syncs == []
 
 

@@ -107,7 +107,7 @@ def test_generated_documents_passed_their_check(args, tokenizer, tmp_path, monke
     """Answers of a policy that says "A." or "B.": only what the check asks for is written, once a
     question, and of two that pass the one with the higher reward."""
     policy = str(teach_letters(tokenizer, tmp_path / "policy"))
-    queries = [{"prompt": q, "domain": "instruction", "check": {}}
+    queries = [{"prompt": q, "domain": "instruction", "check": {"kind": "rules"}}
                for q in ("Pick A.", "Choose A.")]
     right = {"Pick A.": {"A."}, "Choose A.": {"A.", "B."}}
     monkeypatch.setattr(quality.tasks.queries, "builtin", lambda split, n, seed: queries)

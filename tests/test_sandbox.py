@@ -809,7 +809,8 @@ def test_every_stage_refuses(micro_run, tmp_path, monkeypatch):
               (rejection, rejection.rejection, {"init": micro_run, "out": out}),
               (data.quality, data.quality.main, {"policy": micro_run, "generate": 4, "out": out})]
     for module, main, values in stages:
-        monkeypatch.setattr(module, "rollout", lambda *a, **k: pytest.fail("samples"))
+        sampler = "rejection_sample" if module is data.quality else "rollout"
+        monkeypatch.setattr(module, sampler, lambda *a, **k: pytest.fail("samples"))
         values["allow_unsafe_code"] = False
         if hasattr(module.Args, "overwrite"):
             values["overwrite"] = True
