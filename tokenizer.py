@@ -476,11 +476,24 @@ def demo() -> None:
           "newline.\nThe bytes are what counts; a rare character takes several tokens.")
 
 
+def training_texts(paths: list[Path]):
+    """Yield the texts of files. A .jsonl has one in each row, under "text"; other files are plain
+    text."""
+    for path in paths:
+        if not path.name.removesuffix(".gz").endswith(".jsonl"):
+            yield from read_texts(path)
+            continue
+        for number, row in read_jsonl(path):
+            require(isinstance(row.get("text"), str), f'{path}:{number}: must have a "text"')
+            yield row["text"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
     train = commands.add_parser("train", help="learn a vocabulary from text files")
-    train.add_argument("--input", nargs="+", required=True, type=Path, help="UTF-8 text files")
+    train.add_argument("--input", nargs="+", required=True, type=Path,
+                       help='UTF-8 text files, or .jsonl files with a "text" in each row')
     train.add_argument("--vocab_size", type=int, default=4096, help="all tokens, control included")
     train.add_argument("--out", required=True, type=Path, help="directory to write")
     shown = commands.add_parser("show", help="print the tokens of a text")
@@ -494,7 +507,7 @@ def main() -> None:
     elif args.command == "train":
         require(not (args.out / "tokenizer.json").exists(),
                 f"{args.out} holds a tokenizer: pass another --out")
-        tokenizer = Tokenizer.train(read_texts(*args.input), args.vocab_size)
+        tokenizer = Tokenizer.train(training_texts(args.input), args.vocab_size)
         tokenizer.save_pretrained(args.out)
         print(f"{args.out}: {tokenizer.n_vocab} tokens")
     elif args.text is not None:

@@ -116,8 +116,9 @@ class Run:
             for name, value in self.args.items():
                 if name not in ("resume", "overwrite") and before.get(name) != value:
                     changes.append(f"{name} {before.get(name)!r} -> {value!r}")
+            shown = ", ".join(changes[:10])
             require(not changes, f"{self.path}: a resumed run takes the steps of an uninterrupted "
-                    f"one, so --resume refuses other arguments: {', '.join(changes)}")
+                    f"one, so --resume refuses other arguments: {shown}")
         elif record and not self.args["overwrite"]:
             has_steps = self.log_file.exists() and self.log_file.stat().st_size > 0
             what = "a finished run" if finished else "an interrupted run (--resume to continue it)"

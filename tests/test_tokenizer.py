@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tok
-from helpers import chat_text, refuses
+from helpers import chat_text, refuses, write_rows
 from lib import chat, tokenizer_files
 from lib.args import InputError
 from tokenizer import Tokenizer
@@ -724,13 +724,15 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_training_reads_the_documents_of_a_file(tmp_path, monkeypatch):
-    """Separator lines are no text, here as in pretrain.py: else "endoftext" becomes a token."""
+    """Separator lines are no text, here as in pretrain.py: else "endoftext" becomes a token. Nor is
+    the syntax of JSON, or a line end is learned as a backslash and an n."""
     texts = [CORPUS[0].replace("\r", "") + f"{i}\n" for i in range(40)]
-    for name, some in (("a.txt", texts[:30]), ("b.txt", texts[30:])):
+    for name, some in (("a.txt", texts[:20]), ("b.txt", texts[20:30])):
         (tmp_path / name).write_text("<|endoftext|>\n".join(some), "utf-8")
-    monkeypatch.setattr(sys, "argv", [
-        "tokenizer.py", "train", "--input", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"),
-        "--vocab_size", "330", "--out", str(tmp_path / "t")])
+    write_rows(tmp_path / "c.jsonl", [{"text": text} for text in texts[30:]])
+    files = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "train", "--input", *files, "--vocab_size",
+                                      "330", "--out", str(tmp_path / "t")])
     tok.main()
     want = Tokenizer.train(texts, 330)
     assert Tokenizer.from_pretrained(tmp_path / "t").tokens == want.tokens

@@ -436,7 +436,7 @@ def table():
             ("train --input @cwd --out @out", "cwd"), ("show @file --text x", "file"),
             ("train --input @file --vocab_size x --out @out", "vocab_size"),
             ("train --input @file --vocab_size 5 --out @out", "vocab_size"),
-            ("train --input @file --out @model", "--overwrite"), ("show @model", "--text"),
+            ("train --input @file --out @model", "another --out"), ("show @model", "--text"),
             ("train --input @file --out @file", "file"), ("--vocab_size 5", "5"),
             ("show @tokenizer-pattern --text x", "tokenizer-pattern")):
         yield f"tokenizer.py {line}", *words
@@ -469,7 +469,6 @@ def table():
         yield f"scaling.py {line}", *words
     for name in TABLES:
         yield f"scaling.py fit --data @table-{name}", f"table-{name}"
-    yield "tasks.sandbox --language", "--language"
     for name in ("@gone", "@file", "@cwd", "@run-text"):
         yield f"lib.report --run {name}", name[1:]
     for script in ("attention", "generation", "imports", "posttraining", "sandbox", "tokenizer",
