@@ -29,10 +29,10 @@ KNOWN_PATTERNS = (
 # UTF-8 (a third of a Chinese character). GPT-2 writes each byte as one printable character. Bytes
 # that print stand for themselves; the other 68 move to U+0100 and up. A space shows as Ġ (U+0120),
 # a newline as Ċ, "世" (bytes E4 B8 96) as ä¸ĸ. The ids 0-255 are in this order.
-_PRINT = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_PRINT = list(range(0x21, 0x7F)) + list(range(0xA1, 0xAD)) + list(range(0xAE, 0x100))
 _NO_PRINT = [b for b in range(256) if b not in _PRINT]
 BYTE_ORDER = _PRINT + _NO_PRINT
-_TO_PRINT = dict(zip(BYTE_ORDER, [*_PRINT, *range(0x100, 0x144)], strict=True))
+_TO_PRINT = dict(zip(BYTE_ORDER, _PRINT + list(range(0x100, 0x144)), strict=True))
 _FROM_PRINT = {c: b for b, c in _TO_PRINT.items()}
 
 
