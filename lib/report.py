@@ -194,7 +194,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 .wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886; text-align: left;
   vertical-align: top }
-code { white-space: pre-wrap; overflow-wrap: anywhere }
+code { display: block; min-width: 11rem; white-space: pre-wrap; overflow-wrap: anywhere }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 figure { margin: 0 } svg { width: 100%; display: block; background: #8882 }
 polyline { fill: none; stroke: #37c; stroke-width: 2; vector-effect: non-scaling-stroke }
@@ -225,14 +225,15 @@ def curve(rows: list[dict], name: str) -> str:
 
 def as_html(title: str, tables: list[Table], stages: list[Stage]) -> str:
     parts = [f"<h1>{escape(title)}</h1>"]
-    for table in tables:
-        parts += [f"<h2>{escape(table.title)}</h2>", table.html()]
+    shown = [f"<h2>{escape(table.title)}</h2>{table.html()}" for table in tables]
+    parts += shown[:2]
     parts.append("<h2>Curves</h2>")
     for stage in stages:
         if not stage.log:
             continue
         figures = "".join(curve(stage.log, metric) for metric in CURVES[stage.name])
         parts.append(f'<h3>{stage.name}</h3><div class="grid">{figures}</div>')
+    parts += shown[2:]
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>'
             "</head><body>" + "\n".join(parts) + "</body></html>\n")
