@@ -9,7 +9,7 @@ Modules and weights carry the names of the published checkpoints, except the sta
 `from_pretrained` therefore loads any Qwen2.5 or Qwen2-MoE directory with strict keys, and
 `save_pretrained` writes a directory that transformers and vLLM read.
 
-Letters in shapes, as in kernels.py (only k is A there, because k are the keys):
+Letters in shapes, as in kernels.py (which writes A for the k of experts); B|1 is B or 1:
     B batch    T new positions    S positions seen (cache + new)    C hidden size    V vocabulary
     Hq query heads    Hkv key/value heads    D head size    I inner size of an MLP or expert
     E experts    k experts per token    N tokens (B*T flattened)    L layers
@@ -59,7 +59,7 @@ class Config:
     original_max_position_embeddings: int = 0  # the training length; 0: max_position_embeddings
     yarn_factor: float = 1.0           # YaRN; 1: off
     chunk_size: int = 0                # dual chunk attention: the largest distance + 1; 0: off
-    local_size: int = 0                # chunk_size's part for exact distances to the chunk before
+    local_size: int = 0                # see dual_chunk_plan; at most half of chunk_size
     torch_dtype: str = ""              # dtype of the files, when it differs from that in memory
 
     def __post_init__(self):
@@ -196,8 +196,9 @@ def apply_rope(x, cos, sin):
 
 
 def token_positions(start: int, end: int, pads, device):
-    """Return the positions (B|1, T) of columns start .. end - 1. With left padding, a row counts
-    from its first real token, and its padding gets position 0."""
+    """Return the positions (B|1, T) of columns start .. end - 1. pads (B,): the number of padding
+    columns on the left of each row; None: no padding. A row counts from its first real token, and
+    its padding gets position 0."""
     columns = torch.arange(start, end, device=device)[None]
     if pads is None:
         return columns
@@ -261,7 +262,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D) + masks) v, where Hq / Hkv query heads share one key/value head."""
+    """softmax(q k^T / sqrt(D) + causal mask) v; Hq / Hkv query heads share one key/value head."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -273,7 +274,8 @@ class Attention(nn.Module):
         self.head_dim = D
 
     def forward(self, x, cos, sin, append=None, dual=None, **masks):
-        """x (B, T, C) -> (B, T, C). masks: segment_ids, mask, block_mask, from `Qwen2.hidden`."""
+        """x (B, T, C) -> (B, T, C). append(k, v) returns the cached keys and values with these;
+        dual: DualChunks. masks: segment_ids, mask, block_mask, from `Qwen2.hidden`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hq, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
@@ -435,8 +437,8 @@ class Qwen2(nn.Module):
         """Draw matrices from Normal(0, 1/sqrt(fan in)), embeddings and an untied head from
         Normal(0, 0.02). Biases start at 0, and so do the matrices that write to the residual
         stream: a new block is the identity. This is our choice: Qwen does not disclose its
-        initialiser. transformers uses 0.02, which is 1/sqrt(fan in) at a width of 2,500. At a width
-        of 192 it would leave attention nearly uniform (docs/LOG.md, first entry)."""
+        initialiser. transformers uses 0.02, which is 1/sqrt(fan in) at a width of 2,500. At small
+        widths it would leave attention nearly uniform (docs/LOG.md, first entry)."""
         for name, p in self.named_parameters():
             if name.endswith(("bias", "o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 p.zero_()
@@ -460,7 +462,7 @@ class Qwen2(nn.Module):
         which every MoE layer appends its decisions (probs, expert), for `load_balancing_loss`.
         counted: index of those of the B*T tokens that it appends, which must not be padding."""
         config = self.config
-        fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # oneDNN or MKL
+        fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # only for speed
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         pads = None if cache is None else cache.pads

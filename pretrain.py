@@ -6,7 +6,8 @@ split into micro-batches:
     L = - 1/N_step * sum_t log p(x_t | x_<t)   [+ router_aux_loss_coef * L_aux for an MoE]
 
 From the report: the architecture, documents that end in <|endoftext|>, a mixture of domains by
-token share, synthetic data, and RoPE base 10,000 in the first phase. The report does not disclose
+token share, synthetic data, and RoPE base 10,000 in the first phase (the presets "tiny" and
+"micro" have it; for others pass --rope_theta 1e4). The report does not disclose
 optimizer, learning rate, batch size, warm-up or mixture ratios. We chose these; AdamW with betas
 0.9/0.95 and a cosine to 10% of the peak follow Qwen1. scaling.py is the report's way to choose
 the learning rate and the batch size.
@@ -89,7 +90,7 @@ def load_tokens(args: Args):
 
     A directory that `python -m data --tokenizer` has tokenized is memory-mapped. Other documents
     are tokenized here, in memory. With no --data, `python -m data` builds its corpus first: real
-    Python documentation and code, and synthetic documents of the four domains."""
+    Python documentation and code, and synthetic mathematics, code, instructions and logic."""
     path = args.data
     if not path:
         path = f"{args.out}-data-seed{args.seed}"
@@ -107,7 +108,7 @@ def read_token_files(path: Path, expected: Tokenizer | None, args: Args):
     """Map the token files of a directory. They must be of the expected tokenizer."""
     tokenizer = Tokenizer.from_pretrained(path)
     if expected is not None:
-        same = expected.encode(__doc__) == tokenizer.encode(__doc__)
+        same = expected.encode(__doc__) == tokenizer.encode(__doc__)  # any text would do
         require(same, f"--data {path} holds tokens of another tokenizer than "
                 f"{args.tokenizer or args.init}")
     train, held_out = {}, {}
@@ -127,14 +128,14 @@ def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int)
         held_out.setdefault(source, [])
         part = held_out if mixture.is_held_out(text) else train
         part[source].append(text)
-    part = train if any(train.values()) else held_out  # of few documents, all may be held out
-    require(any(part.values()), "--data has no document to train on")
+    usable = train if any(train.values()) else held_out  # of few documents, all may be held out
+    require(any(usable.values()), "--data has no document to train on")
     if tokenizer is None:
-        texts = (text for source in part.values() for text in source)
-        tokenizer = Tokenizer.train(texts, vocab_size)
-    for part in (train, held_out):
-        for source, texts in part.items():
-            part[source] = mixture.tokenize(texts, tokenizer)
+        every_text = (text for texts in usable.values() for text in texts)
+        tokenizer = Tokenizer.train(every_text, vocab_size)
+    for sources in (train, held_out):
+        for name, texts in sources.items():
+            sources[name] = mixture.tokenize(texts, tokenizer)
     return train, held_out, tokenizer
 
 
@@ -160,7 +161,8 @@ def count_tokens(sources: dict[str, mixture.Tokens]) -> int:
 
 
 def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):
-    """Mix the sources and cut them into rows. Return PackedRows and the report of `mix`.
+    """Mix the sources and cut them into rows. Return PackedRows and the report of `mix`, whose
+    stream says what is read one after the other: rows of (source, document, size).
 
     With --long_share s, a share s of the rows consists of pieces of longer documents, one piece per
     row, and the other rows hold shorter documents only: Qwen2.5-Turbo trains 40% of its sequences
@@ -217,7 +219,8 @@ def lm_loss(model: Qwen2, ids, segment_ids, count: int, router=None):
     """Return the summed next-token loss of rows ids (B, T+1), divided by `count`.
 
     count is the number of targets of the whole step, so that micro-batches add up to its mean.
-    segment_ids (B, T+1), or None, tells packed documents apart. router: see model.Qwen2.hidden."""
+    segment_ids (B, T+1), or None, tells packed documents apart. The target of <|endoftext|> is the
+    first token of the next document, and it counts. router: see model.Qwen2.hidden."""
     if segment_ids is not None:
         segment_ids = segment_ids[:, :-1]
     hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids, router=router)
@@ -280,7 +283,8 @@ def check_args(args: Args, device) -> None:
 def main(args: Args) -> dict:
     # set-up
     run = Run(args, "pretrain")
-    device, autocast = setup(args, args.batch_tokens // max(1, args.seq_len))
+    rows_per_step = args.batch_tokens // max(1, args.seq_len)
+    device, autocast = setup(args, rows_per_step)
     check_args(args, device)
     kernels.set_default_impl(args.attention, compile=args.compile)
 
@@ -301,7 +305,6 @@ def main(args: Args) -> dict:
 
     # model
     model = load_model(args, tokenizer).to(device)
-    rows_per_step = max(1, args.batch_tokens // args.seq_len)
     count = rows_per_step * args.seq_len  # tokens with a target, per step
     steps = len(packed) // rows_per_step
     require(steps > 0, f"--tokens {args.tokens} fills no step of {rows_per_step} rows of "

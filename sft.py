@@ -19,8 +19,8 @@ one by the size of the model, between measured and published rates (lib/optim.py
 --data is JSONL of {"messages": [{"role", "content"}, ...]}, optionally with "tools" and the
 assistant's "tool_calls". docs/your-data.md has the other shapes that are read, such as
 ShareGPT's and Alpaca's. Every assistant turn is trained on. Without --data, the stage trains on
-verified demonstrations (`python -m tasks demonstrations`). `python -m tasks rejection` makes a file
-for --data by rejection sampling.
+answers that a program has checked (`python -m tasks demonstrations`). `python -m tasks rejection`
+makes a file for --data by rejection sampling.
 
 Expect: with the demonstrations, the loss starts far below pre-training's and drops from one epoch
 to the next. Then more than 95% of the answers stop by themselves. A loss near 0 is a bad sign: the
@@ -66,7 +66,7 @@ class Args:
     pack: bool = False               # sequence packing: several conversations per row, less padding
     epochs: float = 4.0              # passes over the data
     batch_size: int = 16             # conversations per step
-    micro_batch: int = 32            # rows per forward pass, gradient accumulation: memory only
+    micro_batch: int = 32            # rows per forward pass (gradient accumulation): memory only
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
@@ -77,7 +77,7 @@ class Args:
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
     max_new_tokens: int = 160        # longest answer in samples.jsonl
     peak_tflops: float = 989.0       # of one GPU, for the log's mfu (H100, bf16, dense)
-    eval_every: int = 200            # steps between losses of --eval_data, from first to last
+    eval_every: int = 200            # steps between losses of --eval_data; first and last have one
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of the demonstrations and the order of the data
     device: str = "auto"             # auto, cpu, cuda[:N]
@@ -93,7 +93,7 @@ class Args:
 class Row(NamedTuple):
     """A tokenized conversation."""
     ids: list[int]
-    mask: list[int]                # loss mask m_t, see above
+    mask: list[int]                # loss mask m_t: 1 trained, 0 context (and -1 padding)
 
 
 class PackedRow(NamedTuple):
@@ -201,16 +201,16 @@ def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
     packed = []
     longest_first = sorted(rows, key=lambda row: -len(row.ids))
     for number, conversation in enumerate(longest_first):
-        for row in packed:
-            if len(row.ids) + len(conversation.ids) <= max_len:
-                break
-        else:
-            row = PackedRow([], [], [])
-            packed.append(row)
+        room = max_len - len(conversation.ids)
+        fitting = [row for row in packed if len(row.ids) <= room]
+        if not fitting:
+            fitting = [PackedRow([], [], [])]
+            packed += fitting
+        row = fitting[0]
         row.ids.extend(conversation.ids)
         row.mask.extend(conversation.mask)
         row.segment_ids.extend([number] * len(conversation.ids))
-    while len(packed) % WORLD:  # empty rows: every process needs as many
+    while len(packed) % WORLD:  # rows without loss: all processes need equally many
         packed.append(PackedRow([0, 0], [-1, -1], [0, 0]))
     return packed
 
@@ -243,7 +243,7 @@ def held_out_loss(model: Qwen2, conversations: Conversations, args: Args, autoca
     for i in range(0, len(rows), args.micro_batch):
         some = rows[i:i + args.micro_batch]
         ids = pad_rows([row.ids for row in some], conversations.tokenizer.pad_id).to(device)
-        mask = pad_rows([row.mask for row in some], 0).to(device)
+        mask = pad_rows([row.mask for row in some], -1).to(device)
         with autocast:
             loss += sft_loss(model, ids, mask, 1).item()
         targets += sum(sum(row.mask[1:]) for row in some)

@@ -7,8 +7,8 @@
 Text becomes ids in five steps:
   1. Control tokens are split out, but only if the caller allows it (`encode`).
   2. Unicode NFC: "e" + combining accent and the one-character "é" give the same ids.
-  3. A regular expression cuts the text into pre-tokens; no token crosses a cut. It is GPT-4's
-     (cl100k_base) with one change: digits stand alone, so 2025 is 2|0|2|5.
+  3. A regular expression (lib/tokenizer_files.py) cuts the text into pre-tokens; no token crosses
+     a cut. It is GPT-4's (cl100k_base), but digits stand alone: 2025 is 2|0|2|5.
   4. Pre-tokens become UTF-8 bytes. All 256 bytes are tokens, so nothing is ever unknown.
   5. BPE merges the adjacent pair that was learned earliest, until no learned pair is left.
 tiktoken (Rust) does step 5; `train_bpe` learns the merges.
@@ -129,11 +129,10 @@ class Corpus:
         return created
 
 
-def tie_key(token: bytes) -> str:
-    """Return a string that sorts in the opposite order: heapq pops the smallest entry, but ties go
-    to the greatest pair. The end is a character above all others: "ab" must now precede "a"."""
-    complement = bytes(255 - byte for byte in token)
-    return complement.decode("latin-1") + "\u0100"
+def tie_key(token: bytes) -> tuple[int, ...]:
+    """Return a key that sorts the greater token first, because heapq pops the smallest entry."""
+    complement = tuple(-byte for byte in token)
+    return complement + (1,)  # an end above all others: "ab" precedes "a"
 
 
 def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes, bytes]]:
@@ -152,8 +151,8 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
     merges = []
     while heap and len(merges) < n_merges:
         negative, key_a, key_b, pair = heapq.heappop(heap)
-        if counts[pair] != -negative:  # stale: counts of old pairs only fall, so it came too early
-            if counts[pair] > 0:       # and goes back where it belongs
+        if counts[pair] != -negative:  # stale: the count has fallen since this entry was pushed
+            if counts[pair] > 0:       # push it again with its present count
                 heapq.heappush(heap, (-counts[pair], key_a, key_b, pair))
             continue
         new = len(names)
@@ -199,7 +198,7 @@ def chat_segments(messages: list[dict], add_generation_prompt: bool, tools, layo
         else:
             yield Segment(f"<|im_start|>{roles[i]}\n", template=True)
             yield Segment(message["content"])
-            if i == 0 and tools:     # a layout with tools always begins with the system prompt
+            if i == 0 and tools:     # with tools, message 0 is the system prompt
                 yield from tool_list(tools)
             yield Segment("<|im_end|>\n", template=True)
     if add_generation_prompt:
@@ -280,7 +279,7 @@ class Tokenizer:
         self.im_start_id = self.special["<|im_start|>"]
         self.im_end_id = self.special["<|im_end|>"]
         self.stop_ids = (self.im_end_id, self.eos_id)
-        # All other added tokens are words, which count in any text.
+        # Added tokens that are not control tokens count in any text, allowed or not.
         control = self.special.keys() & (self.hidden | set(CONTROL_TOKENS))
         words = self.special.keys() - control
         highest = max({self.special[name] for name in control} - set(self.stop_ids))
@@ -305,8 +304,8 @@ class Tokenizer:
                 f"bytes and {len(CONTROL_TOKENS)} control tokens")
         require(not isinstance(texts, str), "texts must be several documents, not one string")
         counts = count_pretokens(texts)
-        # Every conversation holds the template's words, but pre-training text hardly any. Each
-        # counts as one word in a thousand, or the default system prompt would take 37 tokens.
+        # Every conversation holds the template's words, but pre-training text hardly any. So we
+        # count each as a thousandth of all words, or the default system prompt takes 37 tokens.
         per_mille = sum(counts.values()) // 1000
         if per_mille > 0:
             words = count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"])
@@ -336,12 +335,12 @@ class Tokenizer:
             raise InputError(f"{source}: not a byte-level BPE tokenizer ({error!r})") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the files that transformers and vLLM read, those of the directory that this
-        tokenizer comes from as they were: template, pad, model_max_length, ..."""
+        """Write the files that transformers and vLLM read. Those that came with a loaded tokenizer
+        are kept as they were: template, pad, model_max_length, ..."""
         tokenizer_files.write_files(self, Path(directory))
 
     def set_default_system(self, system: str) -> None:
-        """Give chats without a system prompt this one, by Qwen2.5's chat template with it."""
+        """Use this system prompt for chats without one, in Qwen2.5's chat template."""
         self.chat_template = chat.template_with(system)
         self._layout = chat.chat_layout(self.chat_template)
         self.files.pop("chat_template.jinja", None)
@@ -358,13 +357,13 @@ class Tokenizer:
                 ids += self._bpe._encode_single_piece(piece)
         else:
             ids = self._bpe.encode_ordinary(text)
-        if self._bpe.max_token_value >= self.n_vocab:
+        if self._bpe.max_token_value >= self.n_vocab:  # stand-ins for bytes without a token
             ids = [i for i in ids if i < self.n_vocab]
         return ids
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids of a text; decode(encode(s)) is NFC(s). By default <|im_end|> in the text
-        is six ordinary tokens: text from a user or a file must never end a turn. With allow_special
+        is ordinary tokens: text from a user or a file must never end a turn. With allow_special
         it is the control token, which is only for text that this program wrote itself."""
         before_nfc, after_nfc = self._patterns[allow_special]
         ids = []
@@ -429,6 +428,7 @@ class Tokenizer:
                 pieces.append((text, segment.trained, i % 2 == 1))
         ids = []
         mask = []
+        # Neighbours that agree in (trained, is_control) are joined, and encoded as one text.
         for (trained, is_control), run in groupby(pieces, key=itemgetter(1, 2)):
             text = "".join([piece[0] for piece in run])
             new = self.encode(text, allow_special=is_control)

@@ -1,6 +1,7 @@
 """The same program in N processes: `torchrun --nproc_per_node=N stage.py ...`.
 
-With one process every function here is the identity. If you never use torchrun, skip this file.
+With one process they change nothing, except that `micro_batches` cuts a step into its parts. If you
+never use torchrun, skip this file.
 
 Each process keeps 1/N of every weight, gradient and optimizer state (FSDP2 gathers the weights of a
 block just before the block is used), and computes its share of the rows of a step. A loss is

@@ -223,17 +223,22 @@ def curve(rows: list[dict], name: str) -> str:
             f'steps {first}–{last}</figcaption></figure>')
 
 
+def section(table: Table) -> str:
+    return f"<h2>{escape(table.title)}</h2>{table.html()}"
+
+
 def as_html(title: str, tables: list[Table], stages: list[Stage]) -> str:
     parts = [f"<h1>{escape(title)}</h1>"]
-    shown = [f"<h2>{escape(table.title)}</h2>{table.html()}" for table in tables]
-    parts += shown[:2]
+    for table in tables[:2]:
+        parts.append(section(table))
     parts.append("<h2>Curves</h2>")
     for stage in stages:
         if not stage.log:
             continue
         figures = "".join(curve(stage.log, metric) for metric in CURVES[stage.name])
         parts.append(f'<h3>{stage.name}</h3><div class="grid">{figures}</div>')
-    parts += shown[2:]
+    for table in tables[2:]:
+        parts.append(section(table))
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>'
             "</head><body>" + "\n".join(parts) + "</body></html>\n")
