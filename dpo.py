@@ -22,7 +22,7 @@ the OnDARE variant with its alpha and share p, are our choice.
 
 --data is JSONL of {"prompt": str or messages, "chosen": str or messages, "rejected": ...}.
 
-Expect: the loss starts at exactly ln 2 = 0.693 (plus --rpo_alpha times the loss of the chosen
+Expect: the loss starts at ln 2 = 0.693 (plus --rpo_alpha times the loss of the chosen
 answers), and the accuracy, the share of pairs with h > 0, rises to 0.7-0.9. Both log-probabilities
 may fall, the rejected one faster: that is DPO, not a fault. If the chosen one falls by more than a
 few nats, lower --lr, or raise --beta or --rpo_alpha, which holds the chosen answer up. A small
@@ -66,7 +66,7 @@ class Args:
     allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # sample from --init on a server, http://HOST:PORT/v1
     max_new_tokens: int = 128        # longest sampled answer
-    max_len: int = 1024              # drop pairs with a longer prompt + answer
+    max_len: int = 1024              # drop pairs with a longer prompt + answer (or than --init's)
     check_format: bool = False       # drop ill-formed chosen answers and false equations
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
@@ -99,8 +99,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: flo
     """Return losses (B,) and the implicit rewards of chosen and rejected (B,) (DPO paper, eq. 7).
 
     The first four are summed log-probabilities (B,). The implicit reward of an answer is
-    beta * log(pi / pi_ref). The losses are reward.preference_loss of these rewards. label (B,) is
-    the probability that the chosen answer is better."""
+    beta * log(pi / pi_ref). label (B,) is the probability that the chosen answer is better; it is 1
+    unless judges disagree. The losses are those of reward.preference_loss, stage 4."""
     reward_chosen = beta * (policy_chosen - ref_chosen)
     reward_rejected = beta * (policy_rejected - ref_rejected)
     losses = -F.logsigmoid(reward_chosen - reward_rejected)
@@ -113,10 +113,10 @@ class OnlineMerging(torch.optim.Optimizer):
 
         theta += (1 - alpha) F(delta) + alpha F(tau)
 
-    delta is Adam's update. tau = theta_SFT - theta_base is fixed and sparsified once. F keeps each
-    entry with probability p and sets the others to 0. As in the authors' code, and unlike eq. 4,
-    the kept entries are divided by p, so that their mean is right. Every mask is a pure function of
-    (seed, step, tensor)."""
+    delta is Adam's update. tau = theta_SFT - theta_base is fixed and sparsified once. F is
+    `sparsify`: it keeps each entry with probability `reserve` and sets the others to 0. As in the
+    authors' code, and unlike eq. 4, it divides what it keeps by `reserve`, so that the mean is
+    right. Every mask is a pure function of (seed, step, tensor)."""
 
     def __init__(self, params, taus, lr: float, alpha: float, reserve: float, seed: int = 0,
                  betas=(0.9, 0.95), eps: float = 1e-8):
@@ -170,7 +170,7 @@ def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
     params = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in params.items()}
     require(shapes == base_shapes,
-            f"--base {args.base} and --init {args.init} differ in size or architecture")
+            f"--base {args.base} must have the architecture of --init, and excludes --lora")
     taus = [(p - shard_like(base[name], p)).detach() for name, p in params.items()]
     return OnlineMerging(params.values(), taus, peak_lr, args.merge_alpha, args.reserve,
                          args.seed)
@@ -183,7 +183,7 @@ def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocas
     """Read the pairs of --data, or sample answers of --init to queries and pair them."""
     if args.data:
         return PairFile(args.data)
-    if args.rollout_url and run.resumed:  # a server would answer otherwise this time
+    if args.rollout_url and run.resumed:  # a server would now answer differently
         return PairFile(str(run.path / "pairs.jsonl"))
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     policy = rollout_backend(args.rollout_url, model, tokenizer)
@@ -249,7 +249,7 @@ def main(args: Args) -> dict:
              "micro_batch", "eval_every", "save_every")
     require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
     shown = tasks.queries.builtin("val", 32, args.seed)
-    tasks.queries.require_isolation(shown, args.allow_unsafe_code)
+    tasks.queries.require_isolation(shown, args.allow_unsafe_code)  # `shown` holds code
 
     # model
     model, tokenizer = load_policy(args.init, device, base_dtype(args.lora, autocast))
@@ -257,13 +257,14 @@ def main(args: Args) -> dict:
 
     # data
     pairs = load_pairs(args, run, model, tokenizer, autocast)
-    pairs, rows, dropped = review(pairs, tokenizer, args.max_len, args.check_format)
+    max_len = min(args.max_len, model.config.max_position_embeddings)
+    pairs, rows, dropped = review(pairs, tokenizer, max_len, args.check_format)
     why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
     require(len(pairs) > 0, f"no pair is left after the review: {why}")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(pairs)} pairs (dropped by the review: {why}), {steps} steps")
     reference = all_logprobs(model, rows, args.micro_batch, autocast)
-    held_out = read_held_out(args.eval_data, tokenizer, args.max_len)
+    held_out = read_held_out(args.eval_data, tokenizer, max_len)
     held_out_ref = all_logprobs(model, held_out, args.micro_batch, autocast)
 
     # optimizer, resume
@@ -282,7 +283,7 @@ def main(args: Args) -> dict:
         row_of = {i: rows[i] for i in batch}
         # Rows of similar lengths share a micro-batch: little padding.
         batch.sort(key=lambda i: len(row_of[i].prompt) + len(row_of[i].chosen))
-        sums = {"loss": 0.0, "accuracy": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
+        metrics = {"loss": 0.0, "accuracy": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
         for micro in micro_batches(batch, args.micro_batch, model):
             some = [row_of[i] for i in micro]
             labels = torch.tensor([row.label for row in some], device=device)
@@ -300,14 +301,14 @@ def main(args: Args) -> dict:
                 "reward_rejected": reward_rejected,
             }
             for name, per_pair in values.items():
-                sums[name] += per_pair.sum().item() / len(batch)
-        sums = all_reduce_sum(sums)
+                metrics[name] += per_pair.sum().item() / len(batch)
+        metrics = all_reduce_sum(metrics)
         lr = lr_at(step, steps, peak_lr, args.warmup, args.final_lr)
-        grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, sums["loss"])
-        margin = sums["reward_chosen"] - sums["reward_rejected"]
+        grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, metrics["loss"])
+        margin = metrics["reward_chosen"] - metrics["reward_rejected"]
         if held_out and (step % args.eval_every == 0 or step + 1 == steps):
-            sums |= held_out_metrics(full_model(model), held_out, held_out_ref, args, autocast)
-        run.log(step + 1, steps, bar, batch, **sums, lr=lr, grad_norm=grad_norm, margin=margin,
+            metrics |= held_out_metrics(full_model(model), held_out, held_out_ref, args, autocast)
+        run.log(step + 1, steps, bar, batch, **metrics, lr=lr, grad_norm=grad_norm, margin=margin,
                 **router.end_step(step + 1))
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model, optimizer)
@@ -318,8 +319,8 @@ def main(args: Args) -> dict:
         groups = rollout(full_model(model), tokenizer, shown, 1, args.max_new_tokens, 1.0,
                          args.seed, tasks.queries.score_many)
     run.save_samples([group[0] for group in groups])
-    run.finish(pairs=len(rows), dropped=dropped, **sums)
-    return sums
+    run.finish(pairs=len(rows), dropped=dropped, **metrics)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from lib.tables import cell, interval, metric_tables
 from lib.vllm_client import rollout_backend
 from model import Qwen2
 from reward import RewardModel
-from sample import answer_text, generate, load_policy, rollout
+from sample import answer_text, generate, load_policy, part_means, rollout
 from tasks.math_answers import extract_answer
 from tokenizer import Tokenizer
 
@@ -65,6 +65,7 @@ class Args:
 class Answer(NamedTuple):
     text: str
     score: float
+    parts: dict = {}                 # of a --reward, besides the reward
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,7 +84,8 @@ def by_domain(queries: list[dict], values: list[float]) -> dict[str, dict]:
 @torch.no_grad()
 def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len: int = 512) -> dict:
     """Return -log2 p(text) per UTF-8 byte, which compares models of any vocabulary. Documents are
-    cut into windows of max_len tokens, of which the first is given, not predicted."""
+    cut into windows of max_len tokens that overlap by one: only the first token of a document is
+    not predicted. In float32, without autocast, as small differences count."""
     nats = 0.0
     n_bytes = 0
     for text in texts:
@@ -99,9 +101,9 @@ def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len:
 
 
 def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardModel) -> dict:
-    """Return how good the answer to each query is that the majority or the reward model chooses,
-    and the reward model's leads, query by query. The majority votes by equal final answers, or by
-    equal texts where no answer is marked. (If chance chooses, the mean is pass@1.)"""
+    """Return the mean score of the answers that a majority and that the reward model choose, and
+    how far the reward model leads over the majority and over chance, query by query. The majority
+    votes by equal final answers, or by equal texts where no answer is marked."""
     prompts = [query["prompt"] for query in queries for _ in sampled[0]]
     texts = [answer.text for group in sampled for answer in group]
     rewards = iter(scorer.score(prompts, texts))
@@ -139,8 +141,8 @@ def chosen_score(group: list[Answer], votes: list[float]) -> float:
 
 def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
                    temperature: float) -> list[list[Answer]]:
-    """Return n scored answers to each query, which is asked in a chat or, with args.few_shot, as
-    plain text behind worked examples."""
+    """Return n scored answers to each query (Rollouts have the fields of an Answer, too). It is
+    asked in a chat or, with args.few_shot, as plain text behind worked examples."""
     if not args.few_shot:
         return rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
                        tasks.queries.score_many)
@@ -153,10 +155,13 @@ def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args,
         stop_ids += (blank_line[0],)
     completions = generate(model, prompts, args.max_new_tokens, temperature, seed=args.seed, n=n,
                            stop_ids=stop_ids, valid_vocab=tokenizer.n_vocab)
-    texts = [answer_text(tokenizer, completion).split("\n\n")[0].strip()
-             for completion in completions]
+    texts = []
+    ended = []
+    for completion in completions:
+        text, blank, _ = answer_text(tokenizer, completion).partition("\n\n")
+        texts.append(text.strip())
+        ended.append(replace(completion, finished=completion.finished or blank != ""))
     asked = [query for query in queries for _ in range(n)]
-    ended = [replace(completion, finished=True) for completion in completions]  # by a blank line
     scores = tasks.queries.score_many(asked, texts, ended)
     answers = [Answer(text, score) for text, score in zip(texts, scores, strict=True)]
     return [answers[i:i + n] for i in range(0, len(answers), n)]
@@ -175,13 +180,16 @@ def held_out_texts(directory: str) -> list[str]:
 
 def sample_rows(queries: list[dict], greedy: list[list[Answer]], sampled: list[list[Answer]]):
     """Yield the rows of eval_samples.jsonl: a query, its greedy and its first sampled answer."""
-    for query, (best,), group in zip(queries, greedy, sampled, strict=True):
-        yield {
+    for query, (greedy_answer,), group in zip(queries, greedy, sampled, strict=True):
+        row = {
             "domain": query["domain"], "prompt": query["prompt"], "check": query["check"],
-            "greedy": best.text, "greedy_score": best.score,
+            "greedy": greedy_answer.text, "greedy_score": greedy_answer.score,
             "sampled": group[0].text, "sampled_score": group[0].score,
             "pass@1": mean_score(group),
         }
+        if greedy_answer.parts:
+            row["greedy_parts"] = greedy_answer.parts
+        yield row
 
 
 def mean_score(group: list[Answer]) -> float:
@@ -230,6 +238,9 @@ def main(args: Args) -> dict:
         scorer = RewardModel.from_pretrained(args.reward_model, device=device)
         with autocast:
             metrics["best_of"] = best_of(queries, sampled, scorer)
+    parts = part_means([answer for group in sampled for answer in group])
+    if parts:
+        metrics["parts"] = parts
     metrics["greedy"] = by_domain(queries, [mean_score(group) for group in greedy])
     if texts:
         metrics |= bits_per_byte(model, tokenizer, texts, args.window)
@@ -243,6 +254,8 @@ def main(args: Args) -> dict:
         print(f"best of {args.samples}, {name}: {cell(value)}")
     for table in metric_tables({Path(args.init).name: metrics}):
         print(table.markdown() + "\n")
+    for name, mean in parts.items():
+        print(f"{name}: {mean:.4g}")
     if texts:
         print(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text")
     return metrics

@@ -18,8 +18,9 @@ With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat 
 a graded --reward it can; --reward_model_weight w makes its part smaller: r_v + w (sigmoid(r_m/2) -
 1). With w = 0 it only orders the queries. The report does not disclose learning rate, clip, KL
 coefficient, temperature, length or number of episodes. These are our choice, as is the factor rho
-of the KL term (see grpo_loss). So is the order: we measure variances once, with the initial policy,
-compare them within each domain, and ignore them where they are noise (see order_by_domain).
+of the KL term (see grpo_loss). It is also ours that variances are measured once, with the initial
+policy (those of the verdicts, without a reward model), compared within each domain, and ignored
+where they are noise (see order_by_domain).
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -62,7 +63,7 @@ from lib.run import Run
 from lib.tables import prompt_text
 from lib.vllm_client import VLLMClient
 from reward import RewardModel
-from sample import Rollout, completion_logprobs, load_policy, rollout
+from sample import Rollout, completion_logprobs, load_policy, part_means, rollout
 
 MIN_CORRELATION = 0.2  # below it, a variance says too little of a query to order by it
 
@@ -87,7 +88,7 @@ class Args:
     allow_unsafe_code: bool = False  # judge code although the sandbox lacks layers of isolation
     rollout_url: str = ""            # sample on a server that reads each step's weights (vLLM)
     inner_steps: int = 1             # optimizer steps per episode: above 1 the clip is active
-    micro_batch: int = 32            # responses per forward pass: memory only (MoE aux apart)
+    micro_batch: int = 32            # responses per forward pass (gradient accumulation)
     gradient_checkpointing: bool = False  # recompute activations: less memory, 1/3 more time
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
@@ -170,18 +171,19 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
     logprobs, old_logprobs, ref_logprobs (or None) and mask are (B, R), advantages (B,).
     loss_type: "grpo" averages the tokens of a response, then the responses (the paper: tokens of
     long responses weigh less); "dapo" averages over all tokens; "dr_grpo" divides by responses x
-    longest length. count: for a micro-batch, the divisor of the whole step, see `loss_divisor`."""
+    --max_new_tokens (without count: x R). count: the divisor of the whole step, if the rows are a
+    micro-batch of it, see `loss_divisor`."""
     ratio = (logprobs - old_logprobs).exp()
     low, high = 1 - clip_eps, 1 + (clip_high or clip_eps)
     advantages = advantages[:, None]
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    k3 = torch.zeros_like(logprobs)
+    k3 = torch.zeros_like(logprobs)  # Schulman's estimator of the KL divergence
     if ref_logprobs is not None:
         # The value of k3 is an unbiased estimate of KL(pi || pi_ref), but its gradient is not that
         # of the KL: the samples come from pi, so the true gradient has the further term k3 * grad
         # log pi. The factor `ratio`, whose value is 1 on-policy, supplies it.
-        log_ratio = ref_logprobs - logprobs
-        k3 = ratio * (log_ratio.expm1() - log_ratio)  # exp(d) - d - 1 can round below 0
+        d = ref_logprobs - logprobs
+        k3 = ratio * (d.expm1() - d)  # expm1, because exp(d) - 1 - d can round below 0
     per_token = (kl * k3 - objective) * mask
     if loss_type == "grpo":
         per_response = per_token.sum(1) / mask.sum(1)
@@ -204,23 +206,24 @@ class Episode:
     """The groups of one episode, one after another; Q queries with G responses each."""
     answers: list[Rollout]            # (Q * G)
     verified: torch.Tensor            # (Q, G) verdicts of the checks, or the values of --reward
-    scores: torch.Tensor | None       # (Q, G) of the reward model
+    model_scores: torch.Tensor | None  # (Q, G) of the reward model
     rewards: torch.Tensor             # (Q, G)
 
     @classmethod
     def from_groups(cls, groups: list[list[Rollout]], reward_model: RewardModel | None,
                     weight: float):
         verified = torch.tensor([[answer.score for answer in group] for group in groups])
-        scores = None
+        model_scores = None
         if reward_model is not None:
             mine = [answer for group in rank_slice(groups) for answer in group]
             values = reward_model.score([answer.prompt_ids for answer in mine],
                                         [answer.ids for answer in mine])
             size = verified.shape[1]
             by_group = [values[i:i + size] for i in range(0, len(values), size)]
-            scores = torch.tensor(gather_rows(by_group)).view_as(verified)
+            model_scores = torch.tensor(gather_rows(by_group)).view_as(verified)
         answers = [answer for group in groups for answer in group]
-        return cls(answers, verified, scores, shaped_reward(verified, scores, weight))
+        rewards = shaped_reward(verified, model_scores, weight)
+        return cls(answers, verified, model_scores, rewards)
 
     def groups(self) -> list[list[Rollout]]:
         size = self.verified.shape[1]
@@ -230,9 +233,10 @@ class Episode:
         """Return what the log shows of the samples."""
         metrics = {"reward": self.rewards.mean().item(),
                    verdict(args): self.verified.mean().item()}
-        if self.scores is not None:
-            metrics["score"] = self.scores.mean().item()
-        metrics |= self.own_parts()
+        if self.model_scores is not None:
+            metrics["model_score"] = self.model_scores.mean().item()
+        for name, mean in part_means(self.answers).items():
+            metrics[f"own_{name}"] = mean
         first = [group[0].query.get("first_pass_rate") for group in self.groups()]
         if None not in first:
             metrics["first_pass_rate"] = sum(first) / len(first)
@@ -242,14 +246,6 @@ class Episode:
         metrics["length"] = sum(finished) / max(1, len(finished))
         metrics["completions"] = [group[0].text for group in self.groups()[:3]]
         return metrics
-
-    def own_parts(self) -> dict[str, float]:
-        """Return the means of what a reward of one's own returned besides the reward."""
-        found = defaultdict(list)
-        for answer in self.answers:
-            for name, value in answer.parts.items():
-                found[f"own_{name}"].append(value)
-        return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def verdict(args: Args) -> str:
@@ -296,8 +292,53 @@ def loss_divisor(episode: Episode, args: Args) -> int:
     return len(episode.answers) * args.max_new_tokens
 
 
+def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list[int],
+                     count: int, valid_vocab: int, args: Args, autocast, router=None):
+    """Return grpo_loss of some responses of an episode, with `count` the whole step's divisor.
+    router: see Qwen2.hidden."""
+    answers = [episode.answers[i] for i in micro]
+    prompts = [answer.prompt_ids for answer in answers]
+    completions = [answer.ids for answer in answers]
+    ref_logprobs = None
+    with autocast:
+        logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
+                                             valid_vocab, router)
+        if reference is not None:
+            with torch.no_grad(), adapters_off(reference):
+                ref_logprobs, _ = completion_logprobs(reference, prompts, completions,
+                                                      args.temperature, valid_vocab)
+    sampled = torch.tensor([p for answer in answers for p in answer.logprobs],
+                           device=logprobs.device)
+    old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, sampled)
+    return grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages[micro].to(logprobs.device),
+                     mask, clip_eps=args.clip_eps, clip_high=args.clip_high, kl=args.kl,
+                     loss_type=args.loss_type, count=count)
+
+
 # ---------------------------------------------------------------------------------------------
 # before training
+
+def load_reward_model(args: Args, tokenizer, device) -> RewardModel:
+    """Return the reward model. It reads token ids, so both models must share a tokenizer."""
+    reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
+    require(reward_model.tokenizer.special == tokenizer.special,
+            f"--reward_model {args.reward_model} has another tokenizer than --init")
+    return reward_model
+
+
+def reference_policy(model, args: Args, autocast):
+    """Return the reference policy of the KL term, None without one: a frozen copy or, with
+    adapters, the same model, which micro_batch_loss uses with its adapters switched off."""
+    if not args.kl:
+        return None
+    if args.lora:
+        return model
+    reference = copy.deepcopy(model).requires_grad_(False)
+    for block in reference.model.layers:  # autocast computes attention and MLP in this dtype
+        block.self_attn.to(autocast.fast_dtype)
+        block.mlp.to(autocast.fast_dtype)
+    return apply_fsdp(reference, autocast)
+
 
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query once with the initial policy and put those of high variance first. With the
@@ -334,7 +375,7 @@ def order_by_domain(queries: list[dict], episode: Episode, seed: int) -> list[in
         order = random.Random(seed).sample(members, len(members))
         found = "chance"  # a later, better order replaces it
         for name, values in (("the verdicts' variance", episode.verified),
-                             ("the scores' variance", episode.scores)):
+                             ("the scores' variance", episode.model_scores)):
             if values is None:
                 continue
             correlation = split_half_correlation(values[members])
@@ -343,7 +384,7 @@ def order_by_domain(queries: list[dict], episode: Episode, seed: int) -> list[in
                 order = [members[i] for i in query_order(values[members])]
                 found = name
         print(f"{domain}: queries ordered by {found}")
-        place.update(zip(order, range(len(order)), strict=True))
+        place |= {i: rank for rank, i in enumerate(order)}
     # All first places, then all second ones, ...; among equal places, by variance of the rewards.
     return sorted(query_order(episode.rewards).tolist(), key=place.get)
 
@@ -351,7 +392,7 @@ def order_by_domain(queries: list[dict], episode: Episode, seed: int) -> list[in
 def check_before_training(episode: Episode, args: Args) -> None:
     """Refuse to train where there is nothing to learn, with advice on what to change."""
     groups, pass_rate = episode.groups(), episode.verified.mean()
-    mixed = sum(len({answer.score for answer in group}) > 1 for group in groups) / len(groups)
+    mixed = 1 - zero_std(episode.verified).float().mean().item()
     truncated = sum(not answer.finished for answer in episode.answers) / len(episode.answers)
     print(f"before training: {verdict(args)} {pass_rate:.1%}, {mixed:.1%} of queries have better "
           f"and worse answers, {truncated:.1%} of responses truncated")
@@ -385,6 +426,40 @@ def check_args(args: Args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# a sampler outside, errors, a look at the result
+
+def synced_policy(model, server: VLLMClient | None, run: Run):
+    """Return the sampler: the model, or the server once it has loaded the weights. pi_old is then
+    the server's policy, with its rounding."""
+    if server is None:
+        return model
+    server.load(model, run.path / "served")
+    return server
+
+
+def save_and_raise(error: InputError, run: Run, step: int, model, optimizer) -> None:
+    """Save the steps before an error that the user can mend, so that none is lost."""
+    if WORLD > 1 or step == 0:  # one of several processes cannot save alone
+        raise error
+    run.save_state(step, model, optimizer)
+    raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
+
+
+def inspect(args: Args) -> None:
+    """python grpo.py inspect --out RUN: four groups of its last step, best answer first."""
+    path = Path(args.out) / "samples.jsonl"
+    require(path.is_file(), f"{path}: no such file; a run writes it when it ends")
+    rows = [row for _, row in read_jsonl(path)]
+    require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
+    for prompt, group in groupby(rows, key=itemgetter("prompt")):
+        print(f"{prompt_text(prompt)}\n score  reward  advantage  answer")
+        for row in sorted(group, key=itemgetter("advantage"), reverse=True):
+            print(f"{row['score']:6.2f} {row['reward']:7.3f} {row['advantage']:+10.3f}  "
+                  f"{row['response']!r}")
+        print()
+
+
+# ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
     # set-up
@@ -394,6 +469,7 @@ def main(args: Args) -> dict:
 
     # model
     model, tokenizer = load_policy(args.init, device, base_dtype(args.lora, autocast))
+    model.gradient_checkpointing = args.gradient_checkpointing
     reward_model = load_reward_model(args, tokenizer, device) if args.reward_model else None
     server = VLLMClient(args.rollout_url, tokenizer) if args.rollout_url else None
 
@@ -405,11 +481,13 @@ def main(args: Args) -> dict:
         policy = synced_policy(model, server, run)
         queries = order_queries(policy, reward_model, tokenizer, queries, args)
     if args.reward_model_weight == 0:
-        reward_model = None
+        reward_model = None  # it has ordered the queries
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("grpo", model, 10.0 if args.lora else 1.0)
-    model, reference = policy_and_reference(model, args, autocast)
+    add_lora(model, args.lora, args.lora_alpha)
+    reference = reference_policy(model, args, autocast)
+    model = apply_fsdp(model, autocast)
     optimizer = adamw(model, peak_lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
 
@@ -445,7 +523,7 @@ def main(args: Args) -> dict:
             lr = lr_at(step, args.steps, peak_lr, args.warmup, args.final_lr)
             grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
             if not math.isfinite(grad_norm):
-                break  # the log shows the last inner step
+                break  # the log shows the last inner step, so it must be this one
         tokens = sum(len(episode.answers[i].ids) for i in trained) or 1
         per_token = {name: value / tokens for name, value in sums.items()}
         prompts = [group[0].query["prompt"] for group in episode.groups()]
@@ -463,86 +541,6 @@ def main(args: Args) -> dict:
               "reward": episode.rewards.mean().item()}
     run.finish(**result, measured_on="the answers of the last step")
     return result
-
-
-def load_reward_model(args: Args, tokenizer, device) -> RewardModel:
-    """Return the reward model. It reads token ids, so both models must share a tokenizer."""
-    reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
-    require(reward_model.tokenizer.special == tokenizer.special,
-            f"--reward_model {args.reward_model} has another tokenizer than --init")
-    return reward_model
-
-
-def policy_and_reference(model, args: Args, autocast):
-    """Return the model to train and, for the KL term, the reference policy: a frozen copy or, with
-    adapters, the same model, which micro_batch_loss uses with its adapters switched off."""
-    reference = None
-    model.gradient_checkpointing = args.gradient_checkpointing
-    add_lora(model, args.lora, args.lora_alpha)
-    if args.kl and not args.lora:
-        reference = copy.deepcopy(model).requires_grad_(False)
-        for block in reference.model.layers:  # autocast computes attention and MLP in this dtype
-            block.self_attn.to(autocast.fast_dtype)
-            block.mlp.to(autocast.fast_dtype)
-        apply_fsdp(reference, autocast)
-    model = apply_fsdp(model, autocast)
-    if args.lora and args.kl:
-        reference = model
-    return model, reference
-
-
-def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list[int],
-                     count: int, valid_vocab: int, args: Args, autocast, router=None):
-    """Return grpo_loss of some responses of an episode, with `count` the whole step's divisor.
-    router: see Qwen2.hidden."""
-    answers = [episode.answers[i] for i in micro]
-    prompts = [answer.prompt_ids for answer in answers]
-    completions = [answer.ids for answer in answers]
-    ref_logprobs = None
-    with autocast:
-        logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature,
-                                             valid_vocab, router)
-        if reference is not None:
-            with torch.no_grad(), adapters_off(reference):
-                ref_logprobs, _ = completion_logprobs(reference, prompts, completions,
-                                                      args.temperature, valid_vocab)
-    sampled = torch.tensor([p for answer in answers for p in answer.logprobs],
-                           device=logprobs.device)
-    old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, sampled)
-    return grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages[micro].to(logprobs.device),
-                     mask, clip_eps=args.clip_eps, clip_high=args.clip_high, kl=args.kl,
-                     loss_type=args.loss_type, count=count)
-
-
-def synced_policy(model, server: VLLMClient | None, run: Run):
-    """Return the sampler: the model, or the server once it has loaded the weights. pi_old is then
-    the server's policy, with its rounding."""
-    if server is None:
-        return model
-    server.load(model, run.path / "served")
-    return server
-
-
-def save_and_raise(error: InputError, run: Run, step: int, model, optimizer) -> None:
-    """Save the steps before an error that the user can mend, so that none is lost."""
-    if WORLD > 1 or step == 0:  # one of several processes cannot save alone
-        raise error
-    run.save_state(step, model, optimizer)
-    raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
-
-
-def inspect(args: Args) -> None:
-    """python grpo.py inspect --out RUN: four groups of its last step, best answer first."""
-    path = Path(args.out) / "samples.jsonl"
-    require(path.is_file(), f"{path}: no such file; a run writes it when it ends")
-    rows = [row for _, row in read_jsonl(path)]
-    require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
-    for prompt, group in groupby(rows, key=itemgetter("prompt")):
-        print(f"{prompt_text(prompt)}\n score  reward  advantage  answer")
-        for row in sorted(group, key=itemgetter("advantage"), reverse=True):
-            print(f"{row['score']:6.2f} {row['reward']:7.3f} {row['advantage']:+10.3f}  "
-                  f"{row['response']!r}")
-        print()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Args:
     rollout_url: str = ""            # servers that have --policies, http://HOST:PORT/v1,...
     pairs_per_query: int = 4         # at most this many pairs per query
     max_new_tokens: int = 128        # longest sampled answer
-    max_len: int = 1024              # drop pairs with a longer prompt + response
+    max_len: int = 1024              # drop pairs with a longer prompt + response (or than --init's)
     epochs: float = 2.0              # passes over the pairs
     batch_size: int = 16             # pairs per step
     micro_batch: int = 32            # pairs per forward pass (gradient accumulation): memory only
@@ -122,7 +122,7 @@ class RewardModel(Qwen2):
         return self.read(hidden[rows, lengths - 1])
 
     def read(self, hidden):
-        """Return the rewards (B,) float32 of the last hidden states (B, D).
+        """Return the rewards (B,) float32 of the last hidden states (B, C).
 
         This is head(hidden) written out: autocast would compute a Linear in bfloat16, in which
         rewards near 4 have steps of 0.03."""
@@ -130,7 +130,7 @@ class RewardModel(Qwen2):
 
     def rewards(self, rows: list[list[int]], router=None):
         """Return the rewards (B,) of rows of ids of any lengths."""
-        device = self.head_weight.device
+        device = self.head.weight.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return self(pad_rows(rows, 0).to(device), lengths, router)
 
@@ -142,7 +142,7 @@ class RewardModel(Qwen2):
         sampler, token ids. A prompt that comes several times is read once per batch."""
         prompts = [self.prompt_ids(prompt) for prompt in prompts]
         answers = [self.answer_ids(response) for response in responses]
-        device = self.head_weight.device
+        device = self.head.weight.device
         rewards = torch.zeros(len(answers))
         # Sorting brings responses to the same prompt into the same batch.
         order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), prompts[i], answers[i]))
@@ -190,7 +190,8 @@ def pair_rewards(model: RewardModel, rows: list[PairIds], router=None):
 @torch.no_grad()
 def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
     """Measure held-out pairs: the loss, how often chosen > rejected, how often the rules "longer
-    wins" and "shorter wins" would be right, and the correlation of score and length."""
+    wins" and "shorter wins" would be right, and the correlation of score and length,
+    prompts included."""
     chosen, rejected = [], []
     for i in range(0, len(rows), 64):
         some_chosen, some_rejected = pair_rewards(model, rows[i:i + 64])
@@ -216,12 +217,12 @@ def share(condition) -> float:
     return condition.float().mean().item()
 
 
-def accuracies_by_source(model: RewardModel, held_out: dict, tokenizer: Tokenizer, args: Args,
+def accuracies_by_source(model: RewardModel, held_out: dict, tokenizer: Tokenizer, max_len: int,
                          weights, autocast) -> dict[str, dict]:
     """Print and return the `accuracies` of the held-out pairs of each source."""
     by_source = {}
     for source, pairs in held_out.items():
-        rows = tokenize_pairs(pairs, tokenizer, args.max_len, weights)
+        rows = tokenize_pairs(pairs, tokenizer, max_len, weights)
         rows = [row for row in rows if row.label > 0.5]  # a tie has no right order
         if rows:
             with autocast:
@@ -270,7 +271,7 @@ def load_pairs(args: Args, run: Run, device, autocast):
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     others = tasks.queries.builtin("val", args.n_held_out, args.seed)
     tasks.queries.require_isolation(queries + others, args.allow_unsafe_code)
-    if run.resumed:  # a server would answer otherwise this time
+    if run.resumed:  # they were sampled before the run stopped
         pairs = PairFile(str(run.path / "pairs.jsonl"))
     else:
         answers = sample_answers(args, queries, device, autocast)["all"]
@@ -301,13 +302,14 @@ def main(args: Args) -> dict:
     model.gradient_checkpointing = args.gradient_checkpointing
 
     # data
-    pairs, held_out = load_pairs(args, run, device, autocast)
-    rows = tokenize_pairs(pairs, tokenizer, args.max_len, weights)
-    require(len(rows) > 0, f"no preference pair within --max_len {args.max_len} tokens to learn "
+    pairs, held_out_by_source = load_pairs(args, run, device, autocast)
+    max_len = min(args.max_len, model.config.max_position_embeddings)
+    rows = tokenize_pairs(pairs, tokenizer, max_len, weights)
+    require(len(rows) > 0, f"no preference pair within --max_len {max_len} tokens to learn "
             "from: see --pairs, --queries")
     steps = max(1, int(args.epochs * len(rows) / args.batch_size))
     print(f"{len(rows)} pairs, {steps} steps")
-    eval_rows = read_held_out(args.eval_data, tokenizer, args.max_len, weights)
+    held_out = read_held_out(args.eval_data, tokenizer, max_len, weights)
 
     # optimizer, resume
     peak_lr = args.lr or default_lr("reward", model)
@@ -340,9 +342,9 @@ def main(args: Args) -> dict:
         grad_norm = clip_and_step(model, optimizer, lr, args.max_grad_norm, loss)
         metrics = {"loss": loss, "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm,
                    **router.end_step(step + 1)}
-        if eval_rows and (step % args.eval_every == 0 or step + 1 == steps):
+        if held_out and (step % args.eval_every == 0 or step + 1 == steps):
             with autocast:
-                measured = accuracies(full_model(model), eval_rows)
+                measured = accuracies(full_model(model), held_out)
             metrics |= {"val_loss": measured["loss"], "val_accuracy": measured["accuracy"]}
         run.log(step + 1, steps, bar, batch, **metrics)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
@@ -350,8 +352,8 @@ def main(args: Args) -> dict:
 
     # save, then look at how well the model tells other pairs apart
     run.save(model, tokenizer)
-    by_source = accuracies_by_source(full_model(model), held_out, tokenizer, args, weights,
-                                     autocast)
+    by_source = accuracies_by_source(full_model(model), held_out_by_source, tokenizer,
+                                     max_len, weights, autocast)
     overall = by_source.get("all") or by_source.get(args.eval_data, {})
     result = overall | {"pairs": len(rows), "held_out_pairs": overall.get("pairs", 0)}
     run.finish(**result, by_source=by_source)

@@ -6,9 +6,10 @@
 A batch of prompts is padded on the *left*: all rows then end at the same column, and one cache
 serves them. The model masks the padding and counts positions from each row's first token
 (KVCache.pads), so that a row in a batch equals the row alone. A prompt that needs n answers is read
-once, and its cache row is repeated. Rows that finish leave the batch.
+once, and its cache row is repeated. Finished rows leave the batch, once they are enough.
 """
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -75,29 +76,29 @@ def generate_batch(model, prompts, n, max_new_tokens, draw, stop_ids, on_tokens)
 
     draw(logits (rows, V)) -> token (rows,), its log-probability (rows,)."""
     hidden, cache = prefill(model, prompts, n, max_new_tokens)
-    decode_step = DecodeStep(model, cache)
+    decode_step = DecodeStep(model, cache)  # model.hidden for one token per row, but faster
     B, device = len(hidden), hidden.device
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     stops = torch.tensor(sorted(stop_ids), device=device)
-    answer = torch.arange(B, device=device)  # which answer each row of the cache belongs to
+    owner = torch.arange(B, device=device)  # which answer each row of the cache belongs to
     running = torch.ones(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         token, logprob = draw(decode_step.logits(hidden))
-        tokens[answer, step] = token
-        logprobs[answer, step] = logprob
+        tokens[owner, step] = token
+        logprobs[owner, step] = logprob
         if on_tokens is not None:
             on_tokens(token.tolist())
 
         running &= ~torch.isin(token, stops)
-        n_running = int(running.sum())  # the only place where the host waits for the device
+        n_running = int(running.sum())  # without on_tokens, the only wait for the device
         if n_running == 0 or step + 1 == max_new_tokens:
             break
 
         keep = rows_to_keep(running, n_running)
         if keep is not None:
             cache.select(keep)
-            answer = answer[keep]
+            owner = owner[keep]
             token = token[keep]
             running = running[keep]
         hidden = decode_step(token)
@@ -160,8 +161,8 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
             logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
         probs = logits.softmax(-1)
         # Invert the distribution function: one random number per row, where torch.multinomial draws
-        # one per token (a quarter of all the time at 384 rows). float64 keeps u < 1 below the last
-        # value, so that a token of probability 0 is never drawn.
+        # one per token of the vocabulary (a quarter of all the time at 384 rows). float64 keeps
+        # u < 1 below the last value, so that a token of probability 0 is never drawn.
         cdf = probs.double().cumsum(-1)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).flatten()
@@ -197,12 +198,12 @@ def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: lis
     softmax(logits / temperature), 0 beyond a completion's end, and the (B, R) bool mask of its
     length. R is the longest length, but at least 2. router: see model.Qwen2.hidden.
 
-    DPO, GRPO and their reference policies all call this function. DPO's first loss is therefore
-    exactly ln 2, and GRPO's first ratio is 1."""
+    DPO, GRPO and their reference policies all call this function: DPO's first loss is ln 2 up to
+    rounding. GRPO's pi_old is the sampler's, so its first ratio is 1 up to rounding, too."""
     device = model.head_weight.device
     hidden, cache = read_prompts(model, prompts, router)  # predicts the first id
     ids = pad_rows(completions, 0).to(device)
-    if ids.shape[1] == 1:  # under FSDP all processes must make as many passes
+    if ids.shape[1] == 1:  # no pass may be empty, and under FSDP all processes must make both
         ids = F.pad(ids, (0, 1))
     lengths = torch.tensor([[len(completion)] for completion in completions], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths  # by length: any id may be text
@@ -251,6 +252,15 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
     return gather_rows([rows[i:i + n] for i in range(0, len(rows), n)])
 
 
+def part_means(answers: list) -> dict[str, float]:
+    """Return the means of what a reward of one's own returned besides the reward."""
+    values = defaultdict(list)
+    for answer in answers:
+        for name, value in answer.parts.items():
+            values[name].append(value)
+    return {name: sum(some) / len(some) for name, some in values.items()}
+
+
 def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
     """Decode a completion without its stop id."""
     ids = completion.ids[:-1] if completion.finished else completion.ids
@@ -263,7 +273,7 @@ def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
 class Args:
     init: str = "runs/demo/grpo"     # model directory to talk to
     prompt: str = ""                 # answer this once; empty: chat
-    system: str = ""                 # system prompt; empty: Qwen2.5's default
+    system: str = ""                 # system prompt; empty: that of --init
     max_new_tokens: int = 256        # longest answer, in tokens
     temperature: float = 0.7         # 0 is greedy; this and the next two are Qwen2.5's defaults
     top_k: int = 20                  # draw among the k likeliest tokens; 0: all
@@ -310,7 +320,7 @@ def main(args: Args) -> None:
     turn = 0
     while True:
         try:
-            text = args.prompt or input("> ")
+            text = args.prompt.strip() or input("> ")
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -323,7 +333,7 @@ def main(args: Args) -> None:
                 f"{args.max_new_tokens} it outgrows the model's {longest} positions (--dca: 4x)")
         printer = Printer(tokenizer)
         with autocast:
-            answer, = generate(
+            [answer] = generate(
                 model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                 seed=args.seed + turn, stop_ids=tokenizer.stop_ids,
                 valid_vocab=tokenizer.n_vocab, on_tokens=printer)

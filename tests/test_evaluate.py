@@ -176,7 +176,7 @@ def test_base_models_answer_ends_at_the_blank_line(tokenizer, monkeypatch):
     query = {"prompt": "p", "domain": "logic", "check": {"kind": "math", "answer": "7"}}
     args = stage_args(evaluate, few_shot=1)
     assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [
-        [("The answer is \\boxed{7}.", 1.0)]]
+        [("The answer is \\boxed{7}.", 1, {})]]
 
 
 def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch):
@@ -187,19 +187,26 @@ def test_base_models_stop_token_is_no_part_of_its_answer(tokenizer, monkeypatch)
     query = {"prompt": "p", "domain": "instruction", "check": {
         "kind": "rules", "instruction_id_list": rules, "kwargs": [{}, {"n": 2}]}}
     args = stage_args(evaluate, few_shot=1)
-    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1.0)]]
+    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 1, {})]]
+    cut = tokenizer.encode("A SEA.")  # at --max_new_tokens: as in a chat, it cannot pass
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kw: [Completion(cut, [], False)])
+    assert evaluate.answer_queries(None, tokenizer, [query], args, 1, 0.0) == [[("A SEA.", 0, {})]]
 
 
 def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
     """pass@1 and greedy are its means, and the table says so."""
     (tmp_path / "mine.py").write_text(
-        "def score(query, response):\n    return 1 if query['prompt'] == 'Write 0.' else 0.25\n")
+        "def score(query, response):\n"
+        "    return {'reward': 1 if query['prompt'] == 'Write 0.' else 0.25, 'half': 0.5}\n")
     own = {"reward": f"{tmp_path / 'mine.py'}:score", "max_new_tokens": 40}
     metrics = run(micro_run, tmp_path, **own)
     text = (tmp_path / "scores" / "eval_samples.jsonl").read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     assert metrics["pass@1"]["total"]["mean"] == sum(row["pass@1"] for row in rows) / 6 > 0
-    assert "| pass@1 (mean score), % | total |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| pass@1 (mean score), % | total |" in said and "half: 0.5" in said
+    assert metrics["parts"] == {"half": 0.5}
+    assert all(row["greedy_parts"] == {"half": 0.5} for row in rows if row["greedy_score"] > 0)
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Write 0.", "topic": t} for t in "xy"])
     metrics = run(micro_run, tmp_path, **own, queries=path, domain_key="topic")
     assert metrics["greedy"].keys() == {"total", "x", "y"}

@@ -120,8 +120,9 @@ def test_recomputed_activations_of_prompts_and_answers_change_no_bit(make, answe
 def test_the_reference_in_bfloat16_changes_no_bit_under_autocast(make):
     """Its attention and MLPs take half the memory of the policy's; norms and embeddings do not."""
     autocast = torch.autocast("cpu", torch.bfloat16)
-    model, reference = grpo_stage.policy_and_reference(make(), stage_args(grpo_stage, kl=0.1),
-                                                       autocast)
+    model = make()
+    reference = grpo_stage.reference_policy(model, stage_args(grpo_stage, kl=0.1),
+                                            autocast)
     with torch.no_grad(), autocast:
         a, _ = completion_logprobs(model, PROMPTS, ANSWERS)
         b, _ = completion_logprobs(reference, PROMPTS, ANSWERS)
