@@ -321,8 +321,10 @@ class Experts(nn.Module):
 class Routing:
     """What one MoE layer decided. A list would not work: FSDP passes a copy, and compiled code
     would specialise on its length."""
-    probs = None   # (N, E)
-    expert = None  # (N, k)
+
+    def __init__(self):
+        self.probs = None   # (N, E)
+        self.expert = None  # (N, k)
 
 
 class MoE(nn.Module):
@@ -458,9 +460,9 @@ class Qwen2(nn.Module):
         """Return the normalised hidden states (B, T, C) of ids (B, T) int64.
 
         cache: the tokens before ids; ids are added to it. segment_ids (B, T): the documents of a
-        packed row; they do not see each other, and positions restart in each. router: a list to
-        which every MoE layer appends its decisions (probs, expert), for `load_balancing_loss`.
-        counted: index of those of the B*T tokens that it appends, which must not be padding."""
+        packed row; they do not see each other, and positions restart in each. router: its `append`
+        gets the decisions (probs, expert) of every MoE layer, for `load_balancing_loss`, about
+        those tokens only where `counted`, a bool mask (B*T,), is True: False for padding."""
         config = self.config
         fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # only for speed
         start = 0 if cache is None else cache.length
