@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline, from raw text to a GRPO-tuned chat model, on 2 CPU cores (52 minutes on a
-# busy machine). Each line is a command that you can run alone; `--help` of a stage explains its flags.
+# The whole pipeline, from raw text to a GRPO-tuned chat model, on 2 CPU cores (20 minutes).
+# Each line is a command that you can run alone; `--help` of a stage explains its flags.
 #
 #   make demo                 sets up the environment, then runs this
 #   SEED=1 make demo          another seed, in runs/demo-seed1
