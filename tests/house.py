@@ -19,19 +19,20 @@ BELOW_ROOMS = ("model", "kernels", "tokenizer")  # root files that rooms may imp
 # The second edition aims at fewer lines than the house has: 4,200 at the root, 10,300 in all, 3,300
 # that sft loads, a mean density of 6.6. Lower these. They were raised twice, for verdicts, files as
 # people have them, and isolation, then for LoRA, FlexAttention, held-out data, a judge, MoE in all
-# stages, a real vLLM (docs/LOG.md, "verdicts and trust" and "from a laptop to a rack").
+# stages, a real vLLM (docs/LOG.md, "verdicts and trust" and "from a laptop to a rack"), and lowered
+# once.
 BUDGETS = {
     "files at the root": 12,
-    "lines at the root": 4520,
-    "lines in all": 15460,
+    "lines at the root": 4410,
+    "lines in all": 15050,
     "lines of a file": 550,
     "density of a root file": 7.0,
-    "mean density at the root": 6.8,
+    "mean density at the root": 6.76,
     "density of a room file": 7.3,
     "golf per 100 code lines": 1.0,
     "lines of a main": 80,
     "lines of another function": 60,
-    "lines that sft loads": 5400,
+    "lines that sft loads": 5350,
 }
 
 
