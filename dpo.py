@@ -82,7 +82,7 @@ class Args:
     merge_alpha: float = 1e-7        # online merging: share of the SFT direction in each update
     reserve: float = 0.5             # online merging: share of the entries that are kept
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
-    eval_every: int = 200            # steps between measures of --eval_data, from first to last
+    eval_every: int = 200            # steps between measures of --eval_data; first and last too
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]

@@ -71,7 +71,7 @@ class Args:
     final_lr: float = 0.1            # last learning rate / peak
     weight_decay: float = 0.1        # on matrices only
     max_grad_norm: float = 1.0       # gradients are clipped to this norm
-    eval_every: int = 200            # steps between measures of --eval_data, from first to last
+    eval_every: int = 200            # steps between measures of --eval_data; first and last too
     save_every: int = 200            # steps between resumable states
     seed: int = 0                    # of sampling, pairing and order
     device: str = "auto"             # auto, cpu, cuda[:N]

@@ -501,6 +501,7 @@ def main() -> None:
     what = shown.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
     what.add_argument("--chat", help="JSONL of conversations: the first one, with its loss mask")
+    shown.add_argument("--system", help="system prompt of a chat without one, as for sft.py")
     args = parser.parse_args()
     if args.command is None:
         demo()
@@ -510,12 +511,16 @@ def main() -> None:
         tokenizer = Tokenizer.train(training_texts(args.input), args.vocab_size)
         tokenizer.save_pretrained(args.out)
         print(f"{args.out}: {tokenizer.n_vocab} tokens")
-    elif args.text is not None:
-        show(Tokenizer.from_pretrained(args.path), args.text)
     else:
+        tokenizer = Tokenizer.from_pretrained(args.path)
+        if args.system:
+            tokenizer.set_default_system(args.system)
+        if args.text is not None:
+            show(tokenizer, args.text)
+            return
         _, first = next(read_jsonl(args.chat), (0, {}))
         messages, tools = to_conversation(first)
-        show_chat(Tokenizer.from_pretrained(args.path), messages, tools)
+        show_chat(tokenizer, messages, tools)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ BUDGETS = {
     "golf per 100 code lines": 1.0,
     "lines of a main": 80,
     "lines of another function": 60,
-    "lines that sft loads": 5350,
+    "lines that sft loads": 5360,
 }
 
 

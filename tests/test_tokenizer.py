@@ -719,6 +719,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "1/2" in lines[0]  # two targets: the answer and its end (R8.2)
     assert [(line[9:34].strip(), line[34:]) for line in lines[1:] if line[34:]] == [
         ("'\\n'", "'2'"), ("'2'", "'<|im_end|>'")]
+    brief = run("show", tmp_path / "t", "--chat", tmp_path / "c.jsonl", "--system", "Z")
+    assert "'Z'" in brief and len(brief.splitlines()) < len(lines)
     out = run()
     assert "2048 tokens" in out and "Garbled?" in out
 
