@@ -66,7 +66,8 @@ def same(a: Path, b: Path) -> None:
         tied = {"accuracy"} if abs(x.get("margin", 1)) < 1e-6 else set()
         for key in x.keys() - {"tokens_per_s"} - tied:
             if x[key] != y[key]:  # texts, nulls; else numbers or lists of them
-                assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-5), (key, x, y)
+                rel = 1e-4 if key == "grad_norm" else 1e-5  # the rounding of all steps before
+                assert y[key] == pytest.approx(x[key], rel=rel, abs=1e-5), (key, x, y)
     assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
     for file in a.iterdir():
         if file.is_dir():
