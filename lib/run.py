@@ -305,6 +305,7 @@ class Run:
         self.write_record({"finished": True, "seconds": round(self.seconds(), 1),
                            "peak_rss_mb": round(peak_rss_mb()),
                            "skipped_steps": self.skipped_steps, "result": result})
+        handle_stop_signals()  # a sweep goes on: Ctrl-C must not ask this run to stop
         if RANK == 0:
             shutil.rmtree(self.state_file.parent, ignore_errors=True)
             if self.lock_file is not None:

@@ -228,6 +228,13 @@ def test_signals_end_the_run_after_a_saved_step(name, tmp_path):
             signal.signal(number, handler)
 
 
+def test_a_finished_run_takes_no_signals(tmp_path):
+    """A sweep goes on after each of its runs: Ctrl-C then ends it, not a run that is over."""
+    finish(begun(Args(out=str(tmp_path / "run"))))
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_nohup_stays_in_force(tmp_path):
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
