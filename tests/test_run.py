@@ -230,7 +230,9 @@ def test_signals_end_the_run_after_a_saved_step(name, tmp_path):
 
 def test_a_finished_run_takes_no_signals(tmp_path):
     """A sweep goes on after each of its runs: Ctrl-C then ends it, not a run that is over."""
-    finish(begun(Args(out=str(tmp_path / "run"))))
+    run = Run(Args(out=str(tmp_path / "run")), "stage")
+    run.start_or_resume(*small())
+    finish(run)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
