@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks.queries
-from data.pairs import PairIds, pair_responses, read_held_out, PairFile, review
+from data.pairs import PairFile, PairIds, pair_responses, read_held_out, review
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches, rank_slice,

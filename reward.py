@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import tasks.queries
 from data.pairs import (
-    PairIds, pair_responses, parse_criteria, read_held_out, PairFile, tokenize_pairs)
+    PairFile, PairIds, pair_responses, parse_criteria, read_held_out, tokenize_pairs)
 from lib.args import cli, parse_value, positive, require
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl

@@ -40,9 +40,12 @@ def read_jsonl(path: str | Path):
     Raises InputError with file and line for anything but one JSON object per line, for a line of
     more than MAX_LINE characters, and for an array of more than MAX_ARRAY."""
     with open_text(path) as file:
-        lines = array_items(file, path) if is_array(file.buffer) else json_lines(file, path)
-        for number, line in lines:
-            yield number, parse_row(line, path, number)
+        if is_array(file.buffer):
+            for number, item in enumerate(read_array(file, path), start=1):
+                yield number, as_row(item, path, number)
+            return
+        for number, line in json_lines(file, path):
+            yield number, as_row(parse_json(line, path, number), path, number)
 
 
 def is_array(binary) -> bool:
@@ -52,13 +55,12 @@ def is_array(binary) -> bool:
     return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def array_items(file, path):
-    """Yield (number, text) of the items of a JSON array."""
+def read_array(file, path) -> list:
+    """Return the items of a JSON array that a file holds."""
     text = file.read(MAX_ARRAY + 1)
     require(len(text) <= MAX_ARRAY, f"{path}: an array of more than {MAX_ARRAY:,} characters: "
             "write one object per line instead, as `jq -c .[]` does")
-    for number, item in enumerate(parse_json(text, path, 1), start=1):
-        yield number, json.dumps(item)
+    return parse_json(text, path, 1)
 
 
 def json_lines(file, path):
@@ -72,11 +74,10 @@ def json_lines(file, path):
             yield number, line
 
 
-def parse_row(line: str | bytes, path, number: int) -> dict:
-    """Return the object that a line of a file holds."""
-    row = parse_json(line, path, number)
-    require(isinstance(row, dict), f"{path}:{number}: each line must be a JSON object")
-    return row
+def as_row(value, path, number: int) -> dict:
+    """Return what a line of a file holds if it is an object, and raise InputError if it is not."""
+    require(isinstance(value, dict), f"{path}:{number}: each line must be a JSON object")
+    return value
 
 
 def parse_json(text: str | bytes, path, number: int):
@@ -126,7 +127,7 @@ class JsonlFile:
         """Yield (line number, place, object), with the errors of read_jsonl."""
         for number, line in json_lines(self.file, self.path):
             place = self.file.tell() - len(line)
-            yield number, place, parse_row(line, self.path, number)
+            yield number, place, as_row(parse_json(line, self.path, number), self.path, number)
 
     def read(self, place: int) -> dict:
         self.file.seek(place)
