@@ -477,8 +477,7 @@ def demo() -> None:
 
 
 def training_texts(paths: list[Path]):
-    """Yield the texts of files. A .jsonl has one in each row, under "text"; other files are plain
-    text."""
+    """Yield the texts of files: of .jsonl the "text" of each row, else the documents in them."""
     for path in paths:
         if not path.name.removesuffix(".gz").endswith(".jsonl"):
             yield from read_texts(path)

@@ -99,23 +99,27 @@ class NearDuplicates:
         are numbered by calls. Its keys are a hash of the whole text and one of each band."""
         index = self.count
         self.count += 1
-        ids = word_ids(text)
-        signature = minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
         content = " ".join(text.split()).encode("utf-8", "replace")
         digest = hashlib.blake2b(content, digest_size=8).digest()
-        keys = [int.from_bytes(digest, "big", signed=True)]  # SQLite has signed integers only
-        if kind != "synthetic" and len(ids) > 0:
-            keys += ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
-        match = self.find_near(signature, keys)
+        text_key = int.from_bytes(digest, "big", signed=True)  # SQLite has signed integers only
+        equal = self.seen.execute("select id from bands where key = ?", (text_key,)).fetchone()
+        if equal:
+            return Match(equal[0], 1.0)
+        signature = None
+        band_keys = []
+        ids = [] if kind == "synthetic" else word_ids(text)
+        if len(ids) > 0:
+            signature = minhash(ngram_hashes(ids, min(SHINGLE, len(ids))), self.a, self.b)
+            band_keys = ngram_hashes(signature, self.rows)[::self.rows].view(np.int64).tolist()
+        match = self.find_near(signature, band_keys)
         if match == NO_MATCH:
-            row = (index, text[:60], signature)
-            self.seen.execute("insert into kept values (?, ?, ?)", row)
-            bands = [(key, index) for key in keys]
+            self.seen.execute("insert into kept values (?, ?, ?)", (index, text[:60], signature))
+            bands = [(key, index) for key in (text_key, *band_keys)]
             self.seen.executemany("insert into bands values (?, ?)", bands)
         return match
 
-    def find_near(self, signature: np.ndarray, keys: list[int]) -> Match:
-        """Return the most similar kept document that shares a key, if it is similar enough; among
+    def find_near(self, signature: np.ndarray | None, keys: list[int]) -> Match:
+        """Return the most similar kept document that shares a band, if it is similar enough; among
         equally similar ones the first."""
         marks = ",".join("?" * len(keys))
         candidates = self.seen.execute(

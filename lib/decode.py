@@ -6,8 +6,7 @@ Qwen2.hidden is the one to read, and the tests compare the two. The step is fast
     on a CPU the weights are copies laid out by columns, which makes products of few rows up to 1.5
     times as fast. While a batch lasts, the weights therefore take twice the memory.
 A model with other modules than ours decodes by `model.hidden`. So does a model of more than
-LARGE weights on a CPU, where the copies gain nothing: at 135M and 24 tokens, `hidden` takes 0.8
-times the CPU time for one row, 1.06 times for 16 rows and 0.95 times for 64.
+LARGE weights on a CPU, where the copies gain next to nothing (docs/LOG.md, 2026-11-30).
 """
 import functools
 import math

@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from lib.args import InputError, require
 from lib.dist import RANK, is_peer_failure
 
-# Characters; a compressed file of a megabyte could hold a line of a gigabyte.
-MAX_LINE = 2**26
-MAX_ARRAY = 2**30  # of a JSON array in a file of its own, which is read at once
+MAX_LINE = 2**26   # characters; a compressed file of a megabyte could hold a line of a gigabyte
+MAX_ARRAY = 2**30  # characters of a JSON array, which is read at once
 
 # ---------------------------------------------------------------------------------------------
 # reading
