@@ -4,9 +4,9 @@
     python recipes/to_tensorboard.py runs/demo/sft runs/demo/dpo &    # ends when these runs end
     tensorboard --logdir runs                                         # http://localhost:6006
 
-For Weights & Biases (not tried here), replace the writers by `wandb.init(name=folder)` and
-`writer.add_scalar(name, value, step)` by `writer.log({name: value}, step=step)`. No stage needs to
-know of either.
+For Weights & Biases (tried offline, wandb 0.31), replace the writers by `wandb.init(name=folder,
+reinit="create_new")`, `writer.add_scalar(name, value, step)` by `writer.log({name: value},
+step=step)`, and drop `writer.flush()`. No stage needs to know of either.
 """
 import json
 import sys
