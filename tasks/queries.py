@@ -3,8 +3,7 @@
 A query is {"prompt": str, "domain": str, "check": {...}}, and score(query, response) is 1.0 or 0.0.
 The report checks answers in the same way for rejection sampling, DPO's pairs and GRPO's rewards
 (sections 4.1 to 4.3). Queries come from the built-in generators (toy.py) and their variants
-(variants.py), from prompts with IFEval's kinds of constraints (ifeval.py), and from the public
-benchmark files (benchmarks.py).
+(variants.py), and from the public benchmark files (benchmarks.py).
 
 A built-in prompt belongs to exactly one split, by a hash of its text, so no two splits share a
 query:
@@ -271,9 +270,9 @@ def load(names: str, n: int = 0, seed: int = 0, reward: str = "", built_in: int 
          reward_timeout: float = 60.0, domain_key: str = "") -> list[dict]:
     """Return the queries of sources that are joined by commas, one source after another.
 
-    A source is a built-in split ("rl", "val", "test"), a variant of it ("c++:rl", see VARIANTS),
-    prompts with IFEval's kinds of constraints ("ifeval:rl"), or a file (`benchmarks.read_queries`).
-    A language without a toolchain here is left out, with a line that says so.
+    A source is a built-in split ("rl", "val", "test"), a variant of it ("c++:rl", see VARIANTS), or
+    a file (`benchmarks.read_queries`). A language without a toolchain here is left out, with a line
+    that says so.
 
     n: how many of each source; 0: all of a file, and `built_in` of a split. reward:
     "file.py:function", which takes the place of the checks; the rows of a file then need nothing
@@ -324,23 +323,15 @@ def runnable(names: str) -> list[str]:
 
 
 def is_split(name: str) -> bool:
-    kind, _, split = name.rpartition(":")
-    return split in SPLITS and kind in ("", "ifeval", *VARIANTS)
+    variant, _, split = name.rpartition(":")
+    return split in SPLITS and variant in ("", *VARIANTS)
 
 
 def load_split(name: str, n: int, seed: int) -> list[dict]:
-    """Return n different queries of "SPLIT", of "VARIANT:SPLIT", or of "ifeval:SPLIT"."""
-    kind, _, split = name.rpartition(":")
-    if kind != "ifeval":
-        domains = [kind] if kind else DOMAINS
-        return [example.query for example in distinct(split, n, seed, domains)]
-    queries = {}
-    stream = ifeval.queries(random.Random(f"{name} {seed}"))
-    while len(queries) < n:
-        query = next(stream)
-        if split_of(query["prompt"]) == split:
-            queries[query["prompt"]] = query
-    return list(queries.values())
+    """Return n different queries of "SPLIT" or of "VARIANT:SPLIT"."""
+    variant, _, split = name.rpartition(":")
+    domains = [variant] if variant else DOMAINS
+    return [example.query for example in distinct(split, n, seed, domains)]
 
 
 def load_runnable_file(path: str, n: int) -> list[dict]:

@@ -1,10 +1,7 @@
-"""tasks/ifeval.py: each of the 25 kinds kept and broken, the public checker's verdicts, prompts of
-which one response keeps all constraints. bench/ifeval.py: the loose verdict and the table."""
+"""tasks/ifeval.py: each of the 25 kinds kept and broken, and the public checker's verdicts.
+bench/ifeval.py: the loose verdict and the table."""
 import json
-import random
-import re
 import time
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from bench.ifeval import loose
 from data.language import language
 from tasks import ifeval
 from tasks.benchmarks import load_file
-from tasks.ifeval import follows, queries, sentences
+from tasks.ifeval import follows, sentences
 
 DATA = Path(__file__).parent.parent / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
@@ -177,7 +174,7 @@ def test_hostile_arguments_and_texts_take_no_time():
 
 
 def test_all_kinds_are_there():
-    assert {kind for kind, *_ in CASES} == set(ifeval.PROMPTS) and len(ifeval.PROMPTS) == 25
+    assert {kind for kind, *_ in CASES} == set(ifeval.CHECKS) and len(ifeval.CHECKS) == 25
     with pytest.raises(LookupError):
         follows("text", "no:kind", {})
 
@@ -243,86 +240,6 @@ def test_language_by_hand():
     assert language("用 pip 安装") == "zh"
     assert language("installed 安装 here") == "en"  # 13 / 4 Latin letters to 2
     assert language("თბილისი") == language("[1]") == language("") == ""
-
-
-
-# ---------------------------------------------------------------------------------------------
-# prompts for training
-
-FOREIGN = {
-    "de": "Das ist nicht die Frage", "fr": "Les gens ne sont pas dans la maison",
-    "es": "El perro no es como los gatos", "it": "Il gatto non è nella casa di una donna",
-    "pt": "Não é uma casa para os homens", "ru": "Это большой и старый дом",
-    "hi": "यह घर है और बड़ा है", "ar": "هذا من البيت الكبير",
-    "ko": "이것은 우리 할머니의 집입니다", "ja": "これはわたしたちのいえです",
-    "vi": "Tôi không có nhà của người", "fi": "Hän on talo ja se oli"}
-
-
-def answer(query: dict) -> str:
-    """A response that keeps all constraints of a query, put together from their arguments."""
-    check = query["check"]
-    want = dict(zip(check["instruction_id_list"], check["kwargs"], strict=True))
-    name = {kind.split(":")[1]: kw for kind, kw in want.items()}
-
-    def least(kind, relation, bound):
-        kw = name.get(kind, {})
-        return kw[bound] if kw.get(relation) == "at least" else 0
-
-    words = [*name.get("existence", {}).get("keywords", [])]
-    kw = name.get("frequency", {})
-    words += [kw.get("keyword")] * least("frequency", "relation", "frequency")
-    kw = name.get("letter_frequency", {})
-    words += [kw.get("letter")] * least("letter_frequency", "let_relation", "let_frequency")
-    words += ["A1"] * least("capital_word_frequency", "capital_relation", "capital_frequency")
-    words += ["the"] * least("number_words", "relation", "num_words")
-    text = FOREIGN[name["response_language"]["language"]] if "response_language" in name else "the"
-    text = " ".join([text, *words]) + "."
-    text += " So." * least("number_sentences", "relation", "num_sentences")
-    text += " [a]" * name.get("number_placeholders", {}).get("num_placeholders", 0)
-    text += " *a*" * name.get("number_highlighted_sections", {}).get("num_highlights", 0)
-    if "constrained_response" in name:
-        text += " My answer is no."
-    if "number_paragraphs" in name:
-        text += "\n***\nb" * (name["number_paragraphs"]["num_paragraphs"] - 1)
-    if "nth_paragraph_first_word" in name:
-        kw = name["nth_paragraph_first_word"]
-        text = "\n\n".join([f"{kw['first_word']} {text}"] * kw["num_paragraphs"])
-    if "multiple_sections" in name:
-        kw = name["multiple_sections"]
-        text = "\n".join(f"{kw['section_spliter']} {i + 1}\n{text}"
-                         for i in range(kw["num_sections"]))
-    text += "\n* a" * name.get("number_bullet_lists", {}).get("num_bullets", 0)
-    if "two_responses" in name:
-        text = f"{text}\n******\n{text} b"
-    if "title" in name:
-        text = f"<<a>>\n{text}"
-    if "repeat_prompt" in name:
-        text = f"{name['repeat_prompt']['prompt_to_repeat']}\n{text}"
-    if "postscript" in name:
-        text += f"\n{name['postscript']['postscript_marker']} b"
-    if "end_checker" in name:
-        text += f"\n{name['end_checker']['end_phrase']}"
-    if "json_format" in name:
-        text = json.dumps([text], ensure_ascii=False)
-    if "quotation" in name:
-        text = f'"{text}"'
-    return text.upper() if "english_capital" in name else \
-        text.lower() if "english_lowercase" in name else text
-
-
-def test_one_response_can_keep_all_constraints_of_a_prompt():
-    """No prompt asks for what excludes each other; each argument stands in the prompt's words."""
-    counts = dict.fromkeys(ifeval.PROMPTS, 0)
-    for query in islice(queries(random.Random(3)), 3000):
-        check, text = query["check"], answer(query)
-        for kind, kw in zip(check["instruction_id_list"], check["kwargs"], strict=True):
-            counts[kind] += 1
-            assert follows(text, kind, kw), (kind, kw, query["prompt"], text)
-            for value in kw.values():
-                for part in value if isinstance(value, list) else [value]:
-                    shown = ifeval.LANGUAGE_NAMES.get(part, str(part))
-                    assert re.search(rf"(?<!\w){re.escape(shown)}", query["prompt"]), (kw, query)
-    assert min(counts.values()) > 50, counts
 
 
 def test_agreement_is_printed(tmp_path, capsys):

@@ -89,9 +89,8 @@ def test_sources_are_joined(tmp_path):
     """One source after another, n of each; a variant of a split; an empty list is refused."""
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"question": "2 + 3?", "answer": "#### 5"}) + "\n", "utf-8")
-    joined = load(f"val,turns:rl,ifeval:rl,{path}", 4, 1)
-    assert joined == load("val", 4, 1) + load("turns:rl", 4, 1) + load("ifeval:rl", 4, 1) + load(
-        str(path))
+    joined = load(f"val,turns:rl,{path}", 4, 1)
+    assert joined == load("val", 4, 1) + load("turns:rl", 4, 1) + load(str(path))
     assert {query["domain"] for query in load("turns:rl", 4)} == {"turns"}
     refuses(lambda: load(","), "names no source")
     refuses(lambda: load("turns:no_such_split"), "turns:no_such_split")
