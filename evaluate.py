@@ -27,6 +27,7 @@ from data import documents
 from data.mixture import is_held_out
 from lib.args import cli, positive, require
 from lib.files import read_json, write_atomic, write_jsonl
+from lib.long_context import extended
 from lib.optim import setup
 from lib.run import require_writable
 from lib.tables import cell, interval, metric_tables
@@ -221,7 +222,7 @@ def main(args: Args) -> dict:
 
     # model
     model, tokenizer = load_policy(args.init, device)
-    model.config = model.config.extended(args.yarn, args.dca)
+    model.config = extended(model.config, args.yarn, args.dca)
     longest = model.config.max_position_embeddings
     require(not texts or args.window <= longest,
             f"--window {args.window}: {args.init} has only {longest} positions")

@@ -18,9 +18,7 @@ With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat 
 a graded --reward it can; --reward_model_weight w makes its part smaller: r_v + w (sigmoid(r_m/2) -
 1). With w = 0 it only orders the queries. The report does not disclose learning rate, clip, KL
 coefficient, temperature, length or number of episodes. These are our choice, as is the factor rho
-of the KL term (see grpo_loss). It is also ours that variances are measured once, with the initial
-policy (those of the verdicts, without a reward model), compared within each domain, and ignored
-where they are noise (see order_by_domain).
+of the KL term (see grpo_loss), and how the order of the queries is found (tasks/query_order.py).
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
@@ -41,7 +39,6 @@ model tells the answers apart. The entropy falls. If it nears 0 while pass_rate 
 import copy
 import math
 import random
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -64,8 +61,7 @@ from lib.tables import prompt_text
 from lib.vllm_client import VLLMClient
 from reward import RewardModel
 from sample import Rollout, completion_logprobs, load_policy, part_means, rollout
-
-MIN_CORRELATION = 0.2  # below it, a variance says too little of a query to order by it
+from tasks.query_order import order_by_domain
 
 
 @dataclass
@@ -120,26 +116,6 @@ def shaped_reward(verified, model_score=None, weight: float = 1.0):
     if model_score is None:
         return verified
     return verified + weight * (torch.sigmoid(0.5 * model_score) - 1)
-
-
-def query_order(scores):
-    """scores (Q, G) -> indices (Q,), queries with the highest variance of their scores first.
-
-    If all answers to a query score alike, there is nothing to tell apart. Ties keep their order."""
-    return scores.var(dim=1, unbiased=False).argsort(descending=True, stable=True)
-
-
-def split_half_correlation(scores) -> float:
-    """scores (Q, G) -> how well the variances of one half of the responses predict the other's.
-
-    This is Spearman's rank correlation; 0 where all variances of a half are equal."""
-    ranks = []
-    for half in (scores[:, ::2], scores[:, 1::2]):
-        variances = half.var(dim=1, unbiased=False)
-        _, group, counts = variances.unique(return_inverse=True, return_counts=True)
-        rank = (counts.cumsum(0) - counts / 2)[group]  # equal variances share their mean rank
-        ranks.append(rank - rank.mean())
-    return torch.cosine_similarity(*ranks, dim=0).item()
 
 
 def group_advantages(rewards, scale_rewards: str = "group"):
@@ -342,10 +318,7 @@ def reference_policy(model, args: Args, autocast):
 
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query once with the initial policy and put those of high variance first. With the
-    random order only two batches are sampled, to check that there is something to learn.
-
-    The domains take turns: scores spread more in one domain than in another, so that a single order
-    would put whole stretches of one domain together (docs/LOG.md)."""
+    random order only two batches are sampled, to check that there is something to learn."""
     asked = queries
     if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
@@ -359,34 +332,9 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
         query["first_pass_rate"] = rate
     if args.query_order == "random":
         return queries
-    return [queries[i] for i in order_by_domain(queries, episode, args.seed)]
-
-
-def order_by_domain(queries: list[dict], episode: Episode, seed: int) -> list[int]:
-    """Return the order of the queries: the domains in turn, within each by variance.
-
-    The variance of a few responses may be noise. We use the reward model's scores if their
-    split-half correlation reaches MIN_CORRELATION, else the verdicts, else chance."""
-    by_domain = defaultdict(list)
-    for i, query in enumerate(queries):
-        by_domain[query["domain"]].append(i)
-    place = {}  # of a query within its own domain
-    for domain, members in by_domain.items():
-        order = random.Random(seed).sample(members, len(members))
-        found = "chance"  # a later, better order replaces it
-        for name, values in (("the verdicts' variance", episode.verified),
-                             ("the scores' variance", episode.model_scores)):
-            if values is None:
-                continue
-            correlation = split_half_correlation(values[members])
-            print(f"{domain}: split-half correlation of {name} {correlation:.2f}")
-            if correlation >= MIN_CORRELATION:
-                order = [members[i] for i in query_order(values[members])]
-                found = name
-        print(f"{domain}: queries ordered by {found}")
-        place |= {i: rank for rank, i in enumerate(order)}
-    # All first places, then all second ones, ...; among equal places, by variance of the rewards.
-    return sorted(query_order(episode.rewards).tolist(), key=place.get)
+    order = order_by_domain(queries, episode.verified, episode.model_scores, episode.rewards,
+                            args.seed)
+    return [queries[i] for i in order]
 
 
 def check_before_training(episode: Episode, args: Args) -> None:

@@ -1,7 +1,7 @@
 """The tensor functions that decide speed and memory, each with a plain twin.
 
     attention             softmax(q k^T) v without keeping the T x S probabilities
-    dual_chunk_attention  attention beyond the training length (lib/dual_chunk.py)
+    dual_chunk_attention  attention beyond the training length (lib/long_context.py)
     linear_cross_entropy  head and loss without the N x V logits (16,384 x 151,936: 9.3 GiB)
     token_logprobs        log p(target) by the same means, for DPO, GRPO and evaluation
     rms_norm, swiglu      keep less for the gradient (on CUDA, rms_norm is PyTorch's own)
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lib import fast
 from lib.chunked_loss import chunked_nll
-from lib.dual_chunk import dual_chunk_attention, dual_chunk_attention_reference
+from lib.long_context import dual_chunk_attention, dual_chunk_attention_reference
 from lib.fast import fold_groups, fp32, to_autocast_dtype, unfold_groups
 from lib.flex import attention_flex, flex_block_mask
 

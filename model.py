@@ -15,10 +15,8 @@ Letters in shapes, as in kernels.py (which writes A for the k of experts); B|1 i
     E experts    k experts per token    N tokens (B*T flattened)    L layers
 """
 import functools
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import kernels
-from lib import checkpoint, fast
+from lib import checkpoint, fast, long_context
 from lib.args import require
 from lib.cache import GrowingKVCache, KVCache
 from lib.flex import document_starts
@@ -55,11 +53,11 @@ class Config:
     router_aux_loss_coef: float = 0.001
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
-    # inference beyond the training length (report section 3.3): YaRN or DCA, see `extended`
+    # beyond the training length (report section 3.3), see lib/long_context.py
     original_max_position_embeddings: int = 0  # the training length; 0: max_position_embeddings
     yarn_factor: float = 1.0           # YaRN; 1: off
     chunk_size: int = 0                # dual chunk attention: the largest distance + 1; 0: off
-    local_size: int = 0                # see dual_chunk_plan; at most half of chunk_size
+    local_size: int = 0                # at most half of chunk_size
     torch_dtype: str = ""              # dtype of the files, when it differs from that in memory
 
     def __post_init__(self):
@@ -94,24 +92,6 @@ class Config:
         """Return whether this layer is a mixture of experts."""
         return (self.num_experts > 0 and layer not in self.mlp_only_layers
                 and (layer + 1) % self.decoder_sparse_step == 0)
-
-    def extended(self, yarn: float = 1.0, dca: bool = False) -> "Config":
-        """Return the config for longer texts: by the factor `yarn` with YaRN, or 4 times with dual
-        chunk attention, as in the report. local_size is then a quarter of the training length, as
-        is typical in the DCA paper. The training length comes from the checkpoint, never from the
-        caller, because YaRN over a wrong length would be silently wrong. Raises InputError if
-        max_position_embeddings is over 32768 and the training length is not recorded."""
-        if yarn == 1 and not dca:
-            return self
-        length = self.trained_length
-        require(self.original_max_position_embeddings or length <= 32768,
-                f"config.json has {length} positions, but not the length of training: add "
-                "original_max_position_embeddings (32768 for Qwen2.5)")
-        longer = replace(self, original_max_position_embeddings=length, yarn_factor=yarn,
-                         max_position_embeddings=int(length * (4 if dca else yarn)))
-        if dca and not self.chunk_size:  # a checkpoint that names its own chunks keeps them
-            longer = replace(longer, chunk_size=length, local_size=length // 4)
-        return longer
 
 
 def _dense(C, inner, L, Hq, Hkv, V=151936, tied=False, eps=1e-6, positions=131072) -> Config:
@@ -153,28 +133,15 @@ PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
 
 @functools.cache
 def rope_frequencies(config: Config):
-    """Return the angle per position of each pair, (D/2,) float32, and a factor for cos and sin.
-
-    Plain RoPE: theta^(-2i/D), factor 1. YaRN (Peng et al. 2023, sections 3.2-3.4): a pair that
-    turns more than 32 times within the training length keeps its frequency; one that turns less
-    than once is slowed by yarn_factor; pairs between are blended linearly in i, as published code
-    does. 0.1 ln(yarn_factor) + 1 scales q and k; its square on the logits keeps attention sharp."""
-    D, yarn_factor = config.head_dim, config.yarn_factor
+    """Return the angle per position of each pair, theta^(-2i/D), (D/2,) float32, and a factor for
+    cos and sin, 1. YaRN changes both."""
+    D = config.head_dim
     # The CPU is named because the result is cached: it must not follow `torch.device("meta")`.
     i = torch.arange(D // 2, dtype=torch.float32, device="cpu")
     frequency = 1.0 / config.rope_theta ** (2 * i / D)
-    if yarn_factor == 1:
+    if config.yarn_factor == 1:
         return frequency, 1.0
-
-    def pair_that_turns(times):  # within the training length
-        wavelength = config.trained_length / times  # solve 2 pi theta^(2i/D) = wavelength for i
-        return D * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(pair_that_turns(32)), 0)
-    high = min(math.ceil(pair_that_turns(1)), D - 1)  # as published, not D/2 - 1
-    slowed = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: kept, 1: fully slowed
-    blended = frequency / yarn_factor * slowed + frequency * (1 - slowed)
-    return blended, 0.1 * math.log(yarn_factor) + 1
+    return long_context.yarn(frequency, config)
 
 
 def rope(positions, config: Config):
@@ -209,44 +176,6 @@ def padding_mask(pads, end: int):
     """Return (B, 1, 1, S) bool over the columns 0 .. end - 1: False on each row's left padding."""
     columns = torch.arange(end, device=pads.device)
     return (columns >= pads[:, None])[:, None, None]
-
-
-class DualChunks(NamedTuple):
-    """How dual chunk attention rotates queries (cos, sin), and where the chunks are."""
-    intra: tuple             # rotation for keys of the query's own chunk
-    successive: tuple        # rotation for keys of the chunk before
-    inter: tuple             # rotation for keys of all older chunks
-    chunk: int               # tokens per chunk
-    pads: list[int] | None   # left padding per row
-
-
-def dual_chunk_plan(positions, config: Config, pads=None) -> DualChunks:
-    """Return the rotations of queries at positions (B|1, T) (An et al. 2024, equations 2-7).
-
-    With n = chunk_length, a key j is rotated by j mod n. A query i is rotated by i mod n for its
-    own chunk (exact distances), by min(i mod n + n, chunk_size - 1) for the chunk before (exact for
-    the first local_size queries), and by chunk_size - 1 for older chunks. So no distance exceeds
-    the longest of training. We cap as the paper does; code serving Qwen2.5-1M caps at chunk_size.
-
-    Beyond the training length, the attention logits are multiplied by the square of YaRN's
-    m = 0.1 ln(length / training length) + 1 (Qwen2.5-1M report, length extrapolation). Our choice:
-    the length is each query's own, i + 1, so that cached and uncached passes agree."""
-    furthest = config.chunk_size - 1
-    chunk = config.chunk_length
-    within = positions % chunk
-    m = 0.1 * ((positions + 1) / config.trained_length).clamp(min=1).log() + 1
-    logit_scale = (m * m)[:, None, :, None]
-
-    def rotation(query_positions):
-        cos, sin = rope(query_positions, config)
-        return cos * logit_scale, sin * logit_scale
-
-    return DualChunks(
-        intra=rotation(within),
-        successive=rotation((within + chunk).clamp(max=furthest)),
-        inter=rotation(torch.full_like(within, furthest)),
-        chunk=chunk,
-        pads=None if pads is None else pads.tolist())
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -477,7 +406,7 @@ class Qwen2(nn.Module):
         dual = None
         if 0 < config.chunk_length < end:  # else all is one chunk, which is plain attention
             require(segment_ids is None, "dual chunk attention is for inference, not packed rows")
-            dual = dual_chunk_plan(positions, config, pads)
+            dual = long_context.dual_chunk_plan(positions, config, rope, pads)
             positions = positions % config.chunk_length  # from here on those of the keys
         cos, sin = rope(positions, config)
 

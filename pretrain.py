@@ -34,7 +34,6 @@ from tqdm import tqdm
 import kernels
 from data import mixture
 from data.corpus import BUILTIN_WEIGHTS
-from data.documents import read_all
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
@@ -100,64 +99,8 @@ def load_tokens(args: Args):
     if args.tokenizer or args.init:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init)
     if any(Path(path).glob("*.train.bin")):
-        return read_token_files(Path(path), tokenizer, args)
-    return tokenize_documents(path, tokenizer, args.vocab_size)
-
-
-def read_token_files(path: Path, expected: Tokenizer | None, args: Args):
-    """Map the token files of a directory. They must be of the expected tokenizer."""
-    tokenizer = Tokenizer.from_pretrained(path)
-    if expected is not None:
-        same = expected.encode(__doc__) == tokenizer.encode(__doc__)  # any text would do
-        require(same, f"--data {path} holds tokens of another tokenizer than "
-                f"{args.tokenizer or args.init}")
-    train, held_out = {}, {}
-    for file in sorted(path.glob("*.train.bin")):
-        name = file.name.removesuffix(".train.bin")
-        train[name] = mixture.read_tokens(path / f"{name}.train", tokenizer)
-        held_out[name] = mixture.read_tokens(path / f"{name}.held_out", tokenizer)
-    return train, held_out, tokenizer
-
-
-def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int):
-    """Read documents, train a tokenizer on them unless one is given, and encode them."""
-    train, held_out = {}, {}
-    for document in read_all(paths):
-        source, text = document["source"], document["text"]
-        train.setdefault(source, [])  # the sources keep the order of their first documents
-        held_out.setdefault(source, [])
-        part = held_out if mixture.is_held_out(text) else train
-        part[source].append(text)
-    usable = train if any(train.values()) else held_out  # of few documents, all may be held out
-    require(any(usable.values()), "--data has no document to train on")
-    if tokenizer is None:
-        every_text = (text for texts in usable.values() for text in texts)
-        tokenizer = Tokenizer.train(every_text, vocab_size)
-    for sources in (train, held_out):
-        for name, texts in sources.items():
-            sources[name] = mixture.tokenize(texts, tokenizer)
-    return train, held_out, tokenizer
-
-
-def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict]:
-    """Return both, {source: Tokens}, and see to it that the held-out documents fill a row. Usually
-    one document in fifty is held out. With few documents that may be none, so we also hold out the
-    last 2% of each source, or up to 20% if a row needs it. (A tokenizer that is trained here has
-    seen these ends.)"""
-    if count_tokens(train) == 0:
-        train, held_out = held_out, {}
-    if count_tokens(held_out) > seq_len:
-        return train, held_out
-    row = (seq_len + 1) / max(1, count_tokens(train))
-    share = min(max(1 / 50, row), 1 / 5)
-    starts, ends = {}, {}
-    for name, documents in train.items():
-        starts[name], ends[f"{name}, end"] = documents.split_end(share)
-    return starts, held_out | ends
-
-
-def count_tokens(sources: dict[str, mixture.Tokens]) -> int:
-    return sum(len(documents.ids) for documents in sources.values())
+        return mixture.read_token_files(Path(path), tokenizer)
+    return mixture.tokenize_documents(path, tokenizer, args.vocab_size)
 
 
 def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):
@@ -290,7 +233,7 @@ def main(args: Args) -> dict:
 
     # data
     train, held_out, tokenizer = load_tokens(args)
-    train, held_out = hold_out_ends(train, held_out, args.seq_len)
+    train, held_out = mixture.hold_out_ends(train, held_out, args.seq_len)
     train = {name: documents for name, documents in train.items() if len(documents.ids)}
     sizes = {name: len(documents.ids) for name, documents in train.items()}
     builtin = sizes.keys() == BUILTIN_WEIGHTS.keys()

@@ -19,6 +19,7 @@ import kernels
 from lib.args import cli, positive, require
 from lib.decode import Completion, DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
+from lib.long_context import extended
 from lib.lora import adapter_base, merge_adapter
 from lib.optim import pad_rows, rng, setup
 from model import GrowingKVCache, KVCache, Qwen2, padding_mask
@@ -312,7 +313,7 @@ def main(args: Args) -> None:
     positive(args, "max_new_tokens", "top_p")
     require(args.top_p <= 1, f"--top_p must be in (0, 1], got {args.top_p}")
     model, tokenizer = load_policy(args.init, device)
-    model.config = model.config.extended(args.yarn, args.dca)
+    model.config = extended(model.config, args.yarn, args.dca)
     longest = model.config.max_position_embeddings
     messages = []
     if args.system:

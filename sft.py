@@ -28,9 +28,7 @@ model has memorised the demonstrations and lost some of what the base model coul
 (docs/LOG.md, "SFT above the base model, DPO above SFT").
 """
 import time
-from array import array
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +36,10 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from data.conversations import to_conversation
+from data.conversations import Conversations, Row
 from lib.args import cli, positive, require
 from lib.dist import (
     QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
-from lib.files import JsonlFile, at_line
 from lib.lora import add_lora, base_dtype
 from lib.optim import (
     adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup, throughput)
@@ -90,71 +87,11 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
-class Row(NamedTuple):
-    """A tokenized conversation."""
-    ids: list[int]
-    mask: list[int]                # loss mask m_t: 1 trained, 0 context (and -1 padding)
-
-
 class PackedRow(NamedTuple):
     """Several conversations end to end, see `pack`."""
     ids: list[int]
     mask: list[int]
     segment_ids: list[int]         # number of the conversation that a token belongs to
-
-
-class Conversations:
-    """The conversations of a JSONL file, tokenized when they are asked for.
-
-    Memory holds only where each begins. All are tokenized once at the start, so that a bad one is
-    refused before training. A conversation that is cut before the assistant's first word has no
-    target. It is dropped and counted, since a step without targets has no mean loss."""
-
-    def __init__(self, path, tokenizer: Tokenizer, max_len: int, n: int = 0):
-        """n: how many to read; 0: all."""
-        self.file = JsonlFile(path)
-        self.tokenizer = tokenizer
-        self.max_len = max_len
-        self.places = array("q")
-        self.dropped = 0
-        self.cut = 0           # conversations that lose targets by max_len
-        self.targets = 0       # of all conversations, whole
-        self.lost_targets = 0
-        for number, place, row in islice(self.file.rows(), n or None):
-            with at_line(path, number):
-                mask = self.tokenize(row).mask
-            lost = sum(mask[max_len:])
-            self.cut += lost > 0
-            self.lost_targets += lost
-            self.targets += sum(mask)
-            if any(mask[1:max_len]):  # the first token is never a target
-                self.places.append(place)
-            else:
-                self.dropped += 1
-
-    def tokenize(self, row: dict) -> Row:
-        """Return a whole conversation, not yet cut."""
-        messages, tools = to_conversation(row)
-        ids, mask = self.tokenizer.render(messages, tools=tools)
-        return Row(ids, mask)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, i: int) -> Row:
-        row = self.tokenize(self.file.read(self.places[i]))
-        return Row(row.ids[:self.max_len], row.mask[:self.max_len])
-
-    def prompts(self, n: int) -> list[dict]:
-        """Return the messages before the assistant's first turn, of at most n conversations."""
-        prompts = []
-        for place in self.places[:n]:
-            messages, tools = to_conversation(self.file.read(place))
-            first_answer = [message["role"] for message in messages].index("assistant")
-            prompt = messages[:first_answer]
-            if prompt and len(self.tokenizer.render_prompt(prompt, tools)) <= self.max_len:
-                prompts.append({"prompt": prompt} | ({"tools": tools} if tools else {}))
-        return prompts
 
 
 def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:

@@ -3,11 +3,16 @@
     messages, tools = to_conversation({"instruction": "Add.", "input": "2 + 2", "output": "4"})
 
 docs/your-data.md shows a line of every shape. What fits none of them is refused, and so is a column
-that would change the meaning: nothing is left out in silence.
+that would change the meaning: nothing is left out in silence. `Conversations` reads a file of them
+as token ids with their loss mask.
 """
 import json
+from array import array
+from itertools import islice
+from typing import NamedTuple
 
 from lib.args import InputError, require
+from lib.files import JsonlFile, at_line
 
 WANTED = 'expected {"messages": [{"role", "content"}, ...]} or another shape of docs/your-data.md'
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names -> ours
@@ -74,3 +79,66 @@ def join_parts(content):
         if not is_text or not isinstance(part.get("text"), str):
             return content
     return "".join(part["text"] for part in content)
+
+
+# ---------------------------------------------------------------------------------------------
+# a file of conversations
+
+class Row(NamedTuple):
+    """A tokenized conversation."""
+    ids: list[int]
+    mask: list[int]                # loss mask m_t: 1 trained, 0 context (and -1 padding)
+
+
+class Conversations:
+    """The conversations of a JSONL file, tokenized when they are asked for.
+
+    Memory holds only where each begins. All are tokenized once at the start, so that a bad one is
+    refused before training. A conversation that is cut before the assistant's first word has no
+    target. It is dropped and counted, since a step without targets has no mean loss."""
+
+    def __init__(self, path, tokenizer, max_len: int, n: int = 0):
+        """n: how many to read; 0: all."""
+        self.file = JsonlFile(path)
+        self.tokenizer = tokenizer
+        self.max_len = max_len
+        self.places = array("q")
+        self.dropped = 0
+        self.cut = 0           # conversations that lose targets by max_len
+        self.targets = 0       # of all conversations, whole
+        self.lost_targets = 0
+        for number, place, row in islice(self.file.rows(), n or None):
+            with at_line(path, number):
+                mask = self.tokenize(row).mask
+            lost = sum(mask[max_len:])
+            self.cut += lost > 0
+            self.lost_targets += lost
+            self.targets += sum(mask)
+            if any(mask[1:max_len]):  # the first token is never a target
+                self.places.append(place)
+            else:
+                self.dropped += 1
+
+    def tokenize(self, row: dict) -> Row:
+        """Return a whole conversation, not yet cut."""
+        messages, tools = to_conversation(row)
+        ids, mask = self.tokenizer.render(messages, tools=tools)
+        return Row(ids, mask)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Row:
+        row = self.tokenize(self.file.read(self.places[i]))
+        return Row(row.ids[:self.max_len], row.mask[:self.max_len])
+
+    def prompts(self, n: int) -> list[dict]:
+        """Return the messages before the assistant's first turn, of at most n conversations."""
+        prompts = []
+        for place in self.places[:n]:
+            messages, tools = to_conversation(self.file.read(place))
+            first_answer = [message["role"] for message in messages].index("assistant")
+            prompt = messages[:first_answer]
+            if prompt and len(self.tokenizer.render_prompt(prompt, tools)) <= self.max_len:
+                prompts.append({"prompt": prompt} | ({"tools": tools} if tools else {}))
+        return prompts

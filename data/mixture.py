@@ -18,8 +18,10 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from data.documents import read_all
 from lib.args import parse_value, require
 from lib.files import atomic_path
+from tokenizer import Tokenizer
 
 
 def is_held_out(text: str) -> bool:
@@ -117,6 +119,66 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
     require(len(ids) == bounds[-1],
             f"{stem}.bin and {stem}.ends are not of one piece: run python -m data again")
     return Tokens(ids, bounds[:-1], bounds[1:])
+
+
+# ---------------------------------------------------------------------------------------------
+# training and held-out documents
+
+def read_token_files(path: Path, expected: Tokenizer | None):
+    """Map the token files of a directory, which must be of the expected tokenizer. Return training
+    and held-out documents, {source: Tokens} each, and the tokenizer."""
+    tokenizer = Tokenizer.from_pretrained(path)
+    if expected is not None:
+        same = expected.encode(__doc__) == tokenizer.encode(__doc__)  # any text would do
+        require(same, f"--data {path} holds tokens of another tokenizer than --tokenizer or --init")
+    train, held_out = {}, {}
+    for file in sorted(path.glob("*.train.bin")):
+        name = file.name.removesuffix(".train.bin")
+        train[name] = read_tokens(path / f"{name}.train", tokenizer)
+        held_out[name] = read_tokens(path / f"{name}.held_out", tokenizer)
+    return train, held_out, tokenizer
+
+
+def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int):
+    """Read documents, train a tokenizer on them unless one is given, and encode them. Return as
+    `read_token_files` does."""
+    train, held_out = {}, {}
+    for document in read_all(paths):
+        source, text = document["source"], document["text"]
+        train.setdefault(source, [])  # the sources keep the order of their first documents
+        held_out.setdefault(source, [])
+        part = held_out if is_held_out(text) else train
+        part[source].append(text)
+    usable = train if any(train.values()) else held_out  # of few documents, all may be held out
+    require(any(usable.values()), "--data has no document to train on")
+    if tokenizer is None:
+        every_text = (text for texts in usable.values() for text in texts)
+        tokenizer = Tokenizer.train(every_text, vocab_size)
+    for sources in (train, held_out):
+        for name, texts in sources.items():
+            sources[name] = tokenize(texts, tokenizer)
+    return train, held_out, tokenizer
+
+
+def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict]:
+    """Return both, {source: Tokens}, and see to it that the held-out documents fill a row. Usually
+    one document in fifty is held out. With few documents that may be none, so we also hold out the
+    last 2% of each source, or up to 20% if a row needs it. (A tokenizer that is trained here has
+    seen these ends.)"""
+    if count_tokens(train) == 0:
+        train, held_out = held_out, {}
+    if count_tokens(held_out) > seq_len:
+        return train, held_out
+    row = (seq_len + 1) / max(1, count_tokens(train))
+    share = min(max(1 / 50, row), 1 / 5)
+    starts, ends = {}, {}
+    for name, documents in train.items():
+        starts[name], ends[f"{name}, end"] = documents.split_end(share)
+    return starts, held_out | ends
+
+
+def count_tokens(sources: dict[str, Tokens]) -> int:
+    return sum(len(documents.ids) for documents in sources.values())
 
 
 # ---------------------------------------------------------------------------------------------

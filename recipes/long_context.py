@@ -38,6 +38,7 @@ import kernels  # noqa: E402
 import pretrain  # noqa: E402
 from lib.args import cli, positive, require  # noqa: E402
 from lib.files import write_atomic, write_jsonl  # noqa: E402
+from lib.long_context import extended  # noqa: E402
 from lib.optim import setup  # noqa: E402
 from model import Config, Qwen2  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -225,10 +226,10 @@ def main(args: Args) -> None:
     ways = {  # name: (length of the stage, changes of its model's config)
         "trained at 256": (256, lambda c: c),
         "theta 1e6, no training": (256, lambda c: replace(c, rope_theta=1e6)),
-        "YaRN 8x, no training": (256, lambda c: c.extended(yarn=8.0)),
+        "YaRN 8x, no training": (256, lambda c: extended(c, yarn=8.0)),
         "then 512, theta 1e6": (512, lambda c: c),
-        "  and YaRN 4x": (512, lambda c: c.extended(yarn=4.0)),
-        "  and DCA + temperature, 4x": (512, lambda c: c.extended(dca=True)),
+        "  and YaRN 4x": (512, lambda c: extended(c, yarn=4.0)),
+        "  and DCA + temperature, 4x": (512, lambda c: extended(c, dca=True)),
         "then 1,024, theta 5e6": (1024, lambda c: c),
         "then 2,048, theta 1e7": (2048, lambda c: c),
     }

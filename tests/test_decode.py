@@ -10,13 +10,14 @@ from test_sample import CONFIG, MOE, PROMPTS, STOPS, V, build, greedy, naive_gre
 import kernels
 from lib import decode
 from lib.decode import DecodeStep
+from lib.long_context import extended
 from lib.lora import add_lora
 from model import KVCache
 from sample import left_pad
 
 
 @pytest.mark.parametrize("config", [
-    CONFIG, MOE, CONFIG.extended(yarn=4.0), replace(CONFIG, chunk_size=12, local_size=4)],
+    CONFIG, MOE, extended(CONFIG, yarn=4.0), replace(CONFIG, chunk_size=12, local_size=4)],
     ids=["dense", "moe", "yarn", "dual chunk"])
 @pytest.mark.parametrize("pads", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])

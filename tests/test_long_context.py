@@ -11,7 +11,8 @@ import torch
 
 import evaluate
 import kernels
-import lib.dual_chunk
+from lib import long_context
+from lib.long_context import extended
 import model as M
 import sample
 from lib.args import InputError
@@ -25,7 +26,7 @@ IDS = torch.randint(97, (2, 45), generator=torch.Generator().manual_seed(1))
 
 def chunked(**changes) -> Qwen2:
     model = tiny_model(max_position_embeddings=LENGTH, **changes)
-    model.config = model.config.extended(dca=True)
+    model.config = extended(model.config, dca=True)
     return model
 
 
@@ -42,7 +43,7 @@ def test_yarn_at_the_published_setting(heads, low, high):
     """theta 1e6, 32,768 -> 131,072; head sizes 64 and 128."""
     config = replace(PRESETS["0.5B"], num_attention_heads=heads, num_key_value_heads=1)
     plain, one = M.rope_frequencies(config)
-    yarn, m = M.rope_frequencies(config.extended(yarn=4.0))
+    yarn, m = M.rope_frequencies(extended(config, yarn=4.0))
     assert one == 1.0 and m == pytest.approx(1.13863, abs=1e-5)
     assert m ** 2 == pytest.approx(1.29648, abs=1e-5)
     slowed = plain / yarn
@@ -56,7 +57,7 @@ def test_yarn_at_the_published_setting(heads, low, high):
 def test_yarn_factor_1_is_the_identity():
     """R7.1."""
     config = PRESETS["0.5B"]
-    assert config.extended(yarn=1.0) == config
+    assert extended(config, yarn=1.0) == config
     for a, b in zip(
         M.rope_frequencies(replace(config, yarn_factor=1.0)),
         M.rope_frequencies(config),
@@ -68,7 +69,7 @@ def test_yarn_factor_1_is_the_identity():
 def test_yarn_changes_the_logits_and_counts_positions_as_before():
     model = tiny_model(max_position_embeddings=LENGTH)
     plain = model(IDS)
-    model.config = model.config.extended(yarn=4.0)
+    model.config = extended(model.config, yarn=4.0)
     assert (model(IDS) - plain).abs().max() > 0.1
     with torch.no_grad():
         cache = KVCache(model.config, 2, 45, "cpu", torch.float32)
@@ -84,7 +85,7 @@ def test_positions_of_the_papers_examples():
     towards older ones c - 1."""
     for c, s, want in ((10, 6, [6, 7, 8, 9, 9, 9]), (8, 5, [5, 6, 7, 7, 7])):
         config = Config(max_position_embeddings=1000, chunk_size=c, local_size=c - s)
-        plan = M.dual_chunk_plan(torch.arange(2 * s)[None], config)
+        plan = long_context.dual_chunk_plan(torch.arange(2 * s)[None], config, M.rope)
         for got, positions in ((plan.intra, list(range(s)) * 2), (plan.successive, want * 2),
                                (plan.inter, [c - 1] * 2 * s)):
             for a, b in zip(got, M.rope(torch.tensor([positions]), config), strict=True):
@@ -196,7 +197,7 @@ def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch, co
     leaves = [torch.randn(2, h, n, 8, generator=g, dtype=torch.float64).requires_grad_()
               for h, n in ((4, T), (4, T), (4, T), (2, S), (2, S))]
     for most in (2**24, 700):
-        monkeypatch.setattr(lib.dual_chunk, "MAX_SCORES", most)
+        monkeypatch.setattr(long_context, "MAX_SCORES", most)
         outs = [f(leaves[:3], *leaves[3:], chunk) for f in
                 (kernels.dual_chunk_attention, kernels.dual_chunk_attention_reference)]
         weights = torch.randn(outs[0].shape, generator=g, dtype=torch.float64)
@@ -214,7 +215,7 @@ def test_kernel_equals_its_twin_and_plain_attention(T, S, chunk, monkeypatch, co
 @pytest.mark.parametrize("extension", [{"yarn": 4.0}, {"dca": True}])
 def test_an_extended_config_is_saved_and_read(extension, tmp_path):
     model = tiny_model(max_position_embeddings=LENGTH)
-    model.config = model.config.extended(**extension)
+    model.config = extended(model.config, **extension)
     model.save_pretrained(tmp_path)
     again = Qwen2.from_pretrained(tmp_path)
     assert again.config == model.config and again.config.trained_length == LENGTH
@@ -244,23 +245,23 @@ def test_the_published_forms_are_read(tmp_path):
 
 def test_a_length_that_is_not_recorded_is_asked_for():
     """R7.2: published base models have 131,072 positions and were trained at 32,768."""
-    assert PRESETS["7B"].extended(yarn=4.0).max_position_embeddings == 131_072
-    assert PRESETS["0.5B"].extended(dca=True).chunk_size == 32_768
+    assert extended(PRESETS["7B"], yarn=4.0).max_position_embeddings == 131_072
+    assert extended(PRESETS["0.5B"], dca=True).chunk_size == 32_768
     unknown = replace(PRESETS["7B"], original_max_position_embeddings=0)
     with pytest.raises(InputError, match="add original_max_position_embeddings"):
-        unknown.extended(yarn=4.0)
-    assert unknown.extended() == unknown
+        extended(unknown, yarn=4.0)
+    assert extended(unknown) == unknown
 
 
 def test_chunks_of_the_checkpoint_are_kept():
     config = replace(PRESETS["7B"], max_position_embeddings=1_010_000, chunk_size=262_144,
                      local_size=8192, original_max_position_embeddings=262_144)
-    assert config.extended(dca=True).local_size == 8192
+    assert extended(config, dca=True).local_size == 8192
 
 
 def test_both_at_once_are_refused():
     with pytest.raises(InputError, match="take one"):
-        PRESETS["0.5B"].extended(yarn=4.0, dca=True)
+        extended(PRESETS["0.5B"], yarn=4.0, dca=True)
     for change in ({"yarn_factor": 0.5}, {"chunk_size": 8, "local_size": 5}, {"local_size": 1}):
         with pytest.raises(InputError):
             replace(PRESETS["0.5B"], **change)
@@ -335,11 +336,11 @@ def test_yarn_equals_transformers(compare, tmp_path):
             rope_parameters={"rope_type": "yarn", "factor": s, "rope_theta": theta,
                              "original_max_position_embeddings": length})
         inv, factor = functions["yarn"](hf)
-        got, m = M.rope_frequencies(config.extended(yarn=s))
+        got, m = M.rope_frequencies(extended(config, yarn=s))
         compare("YaRN frequencies", got, inv, 1e-6)
         compare("YaRN attention factor", torch.tensor(m), torch.tensor(factor), 1e-6)
     ours = tiny_model(max_position_embeddings=LENGTH, scale=2.0)
-    ours.config = ours.config.extended(yarn=4.0)
+    ours.config = extended(ours.config, yarn=4.0)
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     compare("logits with YaRN", ours(IDS), theirs(IDS).logits, 1e-5)

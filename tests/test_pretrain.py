@@ -20,7 +20,7 @@ from lib.upcycle import upcycle
 from lib.args import InputError
 from lib.files import read_jsonl
 from lib.optim import rng
-from data.mixture import Tokens, is_held_out
+from data.mixture import Tokens, hold_out_ends, is_held_out
 from helpers import tiny_model, wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
@@ -472,7 +472,7 @@ def test_one_document_is_held_out_by_its_end(args, tmp_path, chosen):
     (tmp_path / "book.txt").write_text(text)
     args = replace(args, data=str(tmp_path / "book.txt"))
     train, held_out, tokenizer = pretrain.load_tokens(args)
-    train, held_out = pretrain.hold_out_ends(train, held_out, SEQ)
+    train, held_out = hold_out_ends(train, held_out, SEQ)
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
     (first,), (last,) = ([d for d in part.values() if len(d.starts)] for part in (train, held_out))
     assert (first.starts.tolist(), last.ends.tolist()) == ([0], [len(ids)])
@@ -495,7 +495,7 @@ def test_a_few_short_documents_fill_one_held_out_row(args, tmp_path):
     train, held_out, _ = pretrain.load_tokens(replace(args, data=str(tmp_path / "few")))
     total = sum(len(docs.ids) for docs in train.values())
     assert 5 * (SEQ + 1) < total < 50 * (SEQ + 1)
-    first, last = pretrain.hold_out_ends(train, held_out, SEQ)
+    first, last = hold_out_ends(train, held_out, SEQ)
     assert SEQ < sum(docs.sizes.sum() for docs in last.values()) <= SEQ + 3
     assert sum(docs.sizes.sum() for part in (first, last) for docs in part.values()) == total
     assert len(pretrain.held_out_rows(last, SEQ, args.tokens)[0]) == 1
@@ -514,7 +514,7 @@ def test_held_out_rows_are_at_most_a_tenth_of_the_training_tokens(tokens, rows):
 
 def test_enough_held_out_documents_stay_as_they_are(args):
     train, held_out, _ = pretrain.load_tokens(args)
-    assert pretrain.hold_out_ends(train, held_out, SEQ) == (train, held_out)
+    assert hold_out_ends(train, held_out, SEQ) == (train, held_out)
 
 
 def test_too_little_data_is_explained(args, tmp_path):
