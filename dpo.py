@@ -157,7 +157,8 @@ class OnlineMerging(torch.optim.Optimizer):
             m = state["m"] / (1 - beta1**t)
             v = state["v"] / (1 - beta2**t)
             delta = -group["lr"] * m / (v.sqrt() + self.eps)
-            p += (1 - self.alpha) * self.sparsify(delta, t, i) + self.alpha * tau
+            delta = self.sparsify(delta, t, i)
+            p += (1 - self.alpha) * delta + self.alpha * tau
 
 
 def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
@@ -171,7 +172,10 @@ def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
     shapes = {name: p.shape for name, p in params.items()}
     require(shapes == base_shapes,
             f"--base {args.base} must have the architecture of --init, and excludes --lora")
-    taus = [(p - shard_like(base[name], p)).detach() for name, p in params.items()]
+    taus = []
+    for name, p in params.items():
+        tau = p.detach() - shard_like(base[name], p)
+        taus.append(tau)
     return OnlineMerging(params.values(), taus, peak_lr, args.merge_alpha, args.reserve,
                          args.seed)
 
@@ -207,8 +211,10 @@ def sequence_logprobs(model: Qwen2, rows: list[PairIds], router=None):
     prompts = [row.prompt for row in rows]
     answers = [row.chosen for row in rows] + [row.rejected for row in rows]
     logprobs, mask = completion_logprobs(model, prompts * 2, answers, router=router)
-    chosen, rejected = logprobs.sum(-1).chunk(2)
-    chosen_length, _ = mask.sum(-1).chunk(2)
+    sums = logprobs.sum(-1)
+    lengths = mask.sum(-1)
+    chosen, rejected = sums.chunk(2)
+    chosen_length, _ = lengths.chunk(2)
     return chosen, rejected, chosen_length
 
 
@@ -216,7 +222,8 @@ def sequence_logprobs(model: Qwen2, rows: list[PairIds], router=None):
 def all_logprobs(model: Qwen2, rows, micro_batch: int, autocast):
     """Return (pairs, 2): sequence_logprobs of all rows. Those of the reference are computed before
     the policy's first step, so that one model in memory is enough."""
-    mine, logprobs = rank_slice(range(len(rows))), []
+    mine = rank_slice(range(len(rows)))
+    logprobs = []
     for i in range(0, len(mine), micro_batch):
         some = [rows[row] for row in mine[i:i + micro_batch]]
         with autocast:

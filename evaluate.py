@@ -97,8 +97,9 @@ def bits_per_byte(model: Qwen2, tokenizer: Tokenizer, texts: list[str], max_len:
             hidden = model.hidden(window[:, :-1])[0]
             logprobs = kernels.token_logprobs(hidden, model.head_weight, targets)
             nats -= logprobs.sum().item()
-            n_bytes += sum(len(tokenizer.token_bytes(token)) for token in targets.tolist())
-    return {"bits_per_byte": nats / math.log(2) / max(1, n_bytes), "bytes": n_bytes}
+            n_bytes += len(tokenizer.decode_bytes(targets.tolist()))
+    bits = nats / math.log(2)
+    return {"bits_per_byte": bits / max(1, n_bytes), "bytes": n_bytes}
 
 
 def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardModel) -> dict:

@@ -169,9 +169,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
     else:
         loss = per_token.sum() / (count or mask.numel())
     clipped = ((ratio < low) | (ratio > high)) & mask
-    logprob_gap = ((logprobs - old_logprobs).abs() * mask).max()
-    return loss, {"clipped": clipped.sum().item(), "kl": (k3 * mask).sum().item(),
-                  "entropy": -(logprobs * mask).sum().item(), "logprob_gap": logprob_gap.item()}
+    gap = (logprobs - old_logprobs).abs() * mask
+    return loss, {
+        "clipped": clipped.sum().item(),
+        "kl": (k3 * mask).sum().item(),
+        "entropy": -(logprobs * mask).sum().item(),
+        "logprob_gap": gap.max().item(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,8 +196,8 @@ class Episode:
         model_scores = None
         if reward_model is not None:
             mine = [answer for group in rank_slice(groups) for answer in group]
-            values = reward_model.score([answer.prompt_ids for answer in mine],
-                                        [answer.ids for answer in mine])
+            prompts = [answer.prompt_ids for answer in mine]
+            values = reward_model.score(prompts, [answer.ids for answer in mine])
             size = verified.shape[1]
             by_group = [values[i:i + size] for i in range(0, len(values), size)]
             model_scores = torch.tensor(gather_rows(by_group)).view_as(verified)
@@ -207,20 +211,23 @@ class Episode:
 
     def metrics(self, args: Args) -> dict:
         """Return what the log shows of the samples."""
-        metrics = {"reward": self.rewards.mean().item(),
-                   verdict(args): self.verified.mean().item()}
+        metrics = {
+            "reward": self.rewards.mean().item(),
+            verdict(args): self.verified.mean().item(),
+        }
         if self.model_scores is not None:
             metrics["model_score"] = self.model_scores.mean().item()
         for name, mean in part_means(self.answers).items():
             metrics[f"own_{name}"] = mean
-        first = [group[0].query.get("first_pass_rate") for group in self.groups()]
+        groups = self.groups()
+        first = [group[0].query.get("first_pass_rate") for group in groups]
         if None not in first:
             metrics["first_pass_rate"] = sum(first) / len(first)
-        finished = [len(answer.ids) for answer in self.answers if answer.finished]
         metrics["frac_zero_std"] = zero_std(self.rewards).float().mean().item()
-        metrics["truncated"] = 1 - len(finished) / len(self.answers)
-        metrics["length"] = sum(finished) / max(1, len(finished))
-        metrics["completions"] = [group[0].text for group in self.groups()[:3]]
+        lengths = [len(answer.ids) for answer in self.answers if answer.finished]
+        metrics["truncated"] = 1 - len(lengths) / len(self.answers)
+        metrics["length"] = sum(lengths) / max(1, len(lengths))
+        metrics["completions"] = [group[0].text for group in groups[:3]]
         return metrics
 
 
@@ -236,8 +243,10 @@ def verifier(args: Args):
 
 def sample_episode(policy, reward_model, tokenizer, queries, args: Args, step: int) -> Episode:
     """Sample the groups of a step. The step and --seed alone fix its queries and its draws."""
-    first = step * args.batch_queries
-    batch = [queries[(first + i) % len(queries)] for i in range(args.batch_queries)]
+    batch = []
+    for i in range(args.batch_queries):
+        place = step * args.batch_queries + i
+        batch.append(queries[place % len(queries)])
     seed = args.seed * 100_003 + step + 1
     groups = rollout(policy, tokenizer, batch, args.num_generations, args.max_new_tokens,
                      args.temperature, seed, verifier(args))
@@ -254,8 +263,10 @@ def responses_to_train(episode: Episode, advantages, args: Args) -> list[int]:
     others = sorted(set(everything) - set(trained))
     missing = -len(trained) % WORLD
     trained.extend(others[:missing])
-    group_length = [max(len(answer.ids) for answer in group) for group in episode.groups()]
-    trained.sort(key=lambda i: group_length[i // args.num_generations])
+    longest = []  # length, by group
+    for group in episode.groups():
+        longest.append(max(len(answer.ids) for answer in group))
+    trained.sort(key=lambda i: longest[i // args.num_generations])
     return trained
 
 
@@ -400,10 +411,11 @@ def inspect(args: Args) -> None:
     rows = [row for _, row in read_jsonl(path)]
     require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
     for prompt, group in groupby(rows, key=itemgetter("prompt")):
-        print(f"{prompt_text(prompt)}\n score  reward  advantage  answer")
+        print(prompt_text(prompt))
+        print(" score  reward  advantage  answer")
         for row in sorted(group, key=itemgetter("advantage"), reverse=True):
-            print(f"{row['score']:6.2f} {row['reward']:7.3f} {row['advantage']:+10.3f}  "
-                  f"{row['response']!r}")
+            numbers = "{score:6.2f} {reward:7.3f} {advantage:+10.3f}".format(**row)
+            print(f"{numbers}  {row['response']!r}")
         print()
 
 

@@ -236,7 +236,11 @@ class FusedAttention(torch.autograd.Function):
         out = torch.empty_like(folded_q)
         for rows, keys, allowed, blind in query_blocks(q, k, segment_ids, mask):
             block_out = compute(
-                q_scaled[:, :, rows], k_t[..., keys], v[:, :, keys], allowed)
+                q_scaled[:, :, rows],
+                k_t[..., keys],
+                v[:, :, keys],
+                allowed,
+            )
             if blind is not None:
                 block_out = block_out.masked_fill(blind, 0.0)
             out[:, :, rows] = block_out
@@ -263,9 +267,14 @@ class FusedAttention(torch.autograd.Function):
                 if blind is not None:
                     block_dout = block_dout.masked_fill(blind, 0.0)
                 block_dq, block_dk, block_dv = compute(
-                    q_scaled[:, :, rows], k_t[..., keys],
-                    folded_q[:, :, rows], contiguous_k[:, :, keys], v_t[..., keys],
-                    block_dout, allowed)
+                    q_scaled[:, :, rows],
+                    k_t[..., keys],
+                    folded_q[:, :, rows],
+                    contiguous_k[:, :, keys],
+                    v_t[..., keys],
+                    block_dout,
+                    allowed,
+                )
                 dq[:, :, rows] = block_dq
                 dk[:, :, keys] += block_dk
                 dv[:, :, keys] += block_dv

@@ -219,7 +219,8 @@ class Attention(nn.Module):
             rotations = (dual.intra, dual.successive, dual.inter)
             queries = [apply_rope(q, q_cos, q_sin) for q_cos, q_sin in rotations]
             y = kernels.dual_chunk_attention(queries, k, v, dual.chunk, pads=dual.pads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):

@@ -22,12 +22,10 @@ the first tenth of the run, and then slowly. A loss that stays near 7 means that
 is too low or that the targets do not match the inputs.
 """
 import math
-import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -101,58 +99,6 @@ def load_tokens(args: Args):
     if any(Path(path).glob("*.train.bin")):
         return mixture.read_token_files(Path(path), tokenizer)
     return mixture.tokenize_documents(path, tokenizer, args.vocab_size)
-
-
-def pack(train: dict[str, mixture.Tokens], weights: dict[str, float], args: Args):
-    """Mix the sources and cut them into rows. Return PackedRows and the report of `mix`, whose
-    stream says what is read one after the other: rows of (source, document, size).
-
-    With --long_share s, a share s of the rows consists of pieces of longer documents, one piece per
-    row, and the other rows hold shorter documents only: Qwen2.5-Turbo trains 40% of its sequences
-    at the full length of each stage (section 3.3). Within both kinds, sources keep their relative
-    weights."""
-    if not args.long_share:
-        stream, report = mixture.mix(train, weights, args.tokens, args.seed)
-        return mixture.PackedRows(list(train.values()), stream, args.seq_len), report
-    width = args.seq_len + 1
-    long_tokens = int(args.tokens * args.long_share) // width * width
-    sources, streams = [], []
-    report = {}
-    for kind, tokens in (("longer", long_tokens), ("shorter", args.tokens - long_tokens)):
-        documents = {}
-        for name, source in train.items():
-            if kind == "longer":
-                some = source.long_pieces(width)
-            else:
-                some = source.short_documents(width)
-            if name in weights and len(some.starts):
-                documents[name] = some
-        require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
-        some_weights = {name: weights[name] for name in documents}
-        stream, part_report = mixture.mix(documents, some_weights, tokens, args.seed)
-        offset = [len(sources), 0, 0]  # sources are numbered on from those of the other kind
-        streams.append(stream + offset)
-        sources.extend(documents.values())
-        for name, row in part_report.items():
-            report[f"{name}, {kind}"] = row
-    return mixture.PackedRows(sources, np.concatenate(streams), args.seq_len), report
-
-
-def held_out_rows(held_out: dict[str, mixture.Tokens], seq_len: int, tokens: int):
-    """Return ids and segment_ids (rows, seq_len + 1) of held-out documents: at most 256 rows, and
-    at most a tenth of the training `tokens`, so that a short run is not spent on measuring."""
-    sources = list(held_out.values())
-    stream = []
-    for number, documents in enumerate(sources):
-        for document, size in enumerate(documents.sizes):
-            stream.append((number, document, size))
-    random.Random(0).shuffle(stream)  # so that the rows are of all sources, not of the first
-    enough = sum(size for _, _, size in stream) > seq_len
-    require(enough, "--data is too small: its held-out part, one document in fifty or the last "
-            f"fifth of the tokens, does not fill a row of --seq_len {seq_len}")
-    rows = mixture.PackedRows(sources, np.array(stream), seq_len)
-    most = max(1, tokens // (10 * seq_len))
-    return rows[range(min(256, most, len(rows)))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,8 +184,9 @@ def main(args: Args) -> dict:
     sizes = {name: len(documents.ids) for name, documents in train.items()}
     builtin = sizes.keys() == BUILTIN_WEIGHTS.keys()
     weights = mixture.parse_weights(args.weights, BUILTIN_WEIGHTS if builtin else sizes)
-    packed, report = pack(train, weights, args)
-    val_ids, val_segments = held_out_rows(held_out, args.seq_len, args.tokens)
+    packed, report = mixture.pack(train, weights, args.tokens, args.seq_len, args.seed,
+                                  args.long_share)
+    val_ids, val_segments = mixture.held_out_rows(held_out, args.seq_len, args.tokens)
     if not args.doc_mask:
         val_segments = None
     for name, row in report.items():

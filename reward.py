@@ -116,9 +116,10 @@ class RewardModel(Qwen2):
 
         A reward is read at the last real token of its row, found by lengths (B,) and not by looking
         for a padding id, which may also be a real token."""
-        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        real = columns < lengths[:, None]
         hidden = self.hidden(ids, router=router, counted=real.flatten())
-        rows = torch.arange(len(ids), device=ids.device)
         return self.read(hidden[rows, lengths - 1])
 
     def read(self, hidden):
@@ -144,16 +145,22 @@ class RewardModel(Qwen2):
         answers = [self.answer_ids(response) for response in responses]
         device = self.head.weight.device
         rewards = torch.zeros(len(answers))
-        # Sorting brings responses to the same prompt into the same batch.
-        order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), prompts[i], answers[i]))
+
+        def by_prompt(i):  # brings responses to the same prompt into the same batch
+            return len(prompts[i]), prompts[i], answers[i]
+
+        order = sorted(range(len(answers)), key=by_prompt)
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
-            _, cache = read_prompts(self, [prompts[i] for i in batch])
-            some = [answers[i] for i in batch]
-            hidden = self.hidden(pad_rows(some, 0).to(device), cache=cache)
+            some_prompts = [prompts[i] for i in batch]
+            some_answers = [answers[i] for i in batch]
+            _, cache = read_prompts(self, some_prompts)
+            ids = pad_rows(some_answers, 0).to(device)
+            hidden = self.hidden(ids, cache=cache)
             rows = torch.arange(len(batch), device=device)
-            last = torch.tensor([len(answer) - 1 for answer in some], device=device)
-            rewards[batch] = self.read(hidden[rows, last]).cpu()
+            lengths = torch.tensor([len(answer) for answer in some_answers], device=device)
+            some_rewards = self.read(hidden[rows, lengths - 1])
+            rewards[batch] = some_rewards.cpu()
         return rewards.tolist()
 
     def prompt_ids(self, prompt) -> tuple[int, ...]:
@@ -192,14 +199,16 @@ def accuracies(model: RewardModel, rows: list[PairIds]) -> dict[str, float]:
     """Measure held-out pairs: the loss, how often chosen > rejected, how often the rules "longer
     wins" and "shorter wins" would be right, and the correlation of score and length,
     prompts included."""
-    chosen, rejected = [], []
+    chosen = []
+    rejected = []
     for i in range(0, len(rows), 64):
         some_chosen, some_rejected = pair_rewards(model, rows[i:i + 64])
         chosen.append(some_chosen.cpu())
         rejected.append(some_rejected.cpu())
-    chosen, rejected = torch.cat(chosen), torch.cat(rejected)
-    chosen_length = torch.tensor([len(row.prompt + row.chosen) for row in rows])
-    rejected_length = torch.tensor([len(row.prompt + row.rejected) for row in rows])
+    chosen = torch.cat(chosen)
+    rejected = torch.cat(rejected)
+    chosen_length = torch.tensor([len(row.prompt) + len(row.chosen) for row in rows])
+    rejected_length = torch.tensor([len(row.prompt) + len(row.rejected) for row in rows])
     scores = torch.cat((chosen, rejected))
     lengths = torch.cat((chosen_length, rejected_length)).float()
     correlation = torch.corrcoef(torch.stack((scores, lengths)))[0, 1]
@@ -246,13 +255,13 @@ def sample_answers(args: Args, queries: list[dict], device, autocast) -> dict[st
         policy, tokenizer = load_policy(path, device)
         policy = rollout_backend(url, policy, tokenizer)
         for temperature in parse_temperatures(args):
+            source = f"{path} at temperature {temperature}"
             with autocast:
                 groups = rollout(policy, tokenizer, queries, args.responses, args.max_new_tokens,
                                  temperature, args.seed, tasks.queries.score_many)
             answers = [answer for group in groups for answer in group]
-            source = f"{path} at temperature {temperature}"
-            passed = sum(answer.score for answer in answers)
-            print(f"  {source}: {passed / len(answers):.1%} pass")
+            pass_rate = sum(answer.score for answer in answers) / len(answers)
+            print(f"  {source}: {pass_rate:.1%} pass")
             by_source[source] = answers
             by_source["all"].extend(answers)
     return by_source

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 import kernels
 from lib.args import cli, positive, require
+from lib.checkpoint import adapter_base, merge_adapter
 from lib.decode import Completion, DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
 from lib.long_context import extended
-from lib.lora import adapter_base, merge_adapter
 from lib.optim import pad_rows, rng, setup
 from model import GrowingKVCache, KVCache, Qwen2, padding_mask
 from tokenizer import Tokenizer
@@ -110,7 +110,9 @@ def left_pad(prompts, device):
     """Return ids (B, T) with each prompt at the right end, and the padding before each, (B,)."""
     longest = max(len(prompt) for prompt in prompts)
     pads = [longest - len(prompt) for prompt in prompts]
-    ids = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    ids = []
+    for pad, prompt in zip(pads, prompts, strict=True):
+        ids.append([0] * pad + list(prompt))
     return torch.tensor(ids, device=device), torch.tensor(pads, device=device)
 
 
@@ -152,8 +154,9 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
     else:
         logits = logits / temperature
         if top_k:
-            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -torch.inf)
+            k = min(top_k, logits.shape[-1])
+            largest = logits.topk(k).values
+            logits = logits.masked_fill(logits < largest[:, -1:], -torch.inf)
         if top_p < 1:
             sorted_logits, index = logits.sort(-1, descending=True)
             sorted_probs = sorted_logits.softmax(-1)
@@ -167,8 +170,8 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
         cdf = probs.double().cumsum(-1)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).flatten()
-    logprob = probs.gather(-1, token[:, None]).log().flatten()
-    return token, logprob
+    prob = probs.gather(-1, token[:, None])
+    return token, prob.log().flatten()
 
 
 # --- log-probabilities of given answers -----------------------------------------------------------
@@ -180,9 +183,10 @@ def read_prompts(model: Qwen2, prompts: list, router=None):
     prompt of 60 tokens and 8 answers of 20, that is 220 tokens per group instead of 640. For
     `router` it counts once per row, whichever process reads it."""
     device = model.model.norm.weight.device
-    unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    prompts = [tuple(prompt) for prompt in prompts]
+    unique = list(dict.fromkeys(prompts))
     row_of = {prompt: row for row, prompt in enumerate(unique)}
-    rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
+    rows = torch.tensor([row_of[prompt] for prompt in prompts], device=device)
     ids, pads = left_pad(unique, device)
     cache = GrowingKVCache(pads)
     tokens = torch.arange(ids.numel(), device=device).view_as(ids)
@@ -206,13 +210,15 @@ def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: lis
     ids = pad_rows(completions, 0).to(device)
     if ids.shape[1] == 1:  # no pass may be empty, and under FSDP all processes must make both
         ids = F.pad(ids, (0, 1))
-    lengths = torch.tensor([[len(completion)] for completion in completions], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths  # by length: any id may be text
+    lengths = torch.tensor([len(completion) for completion in completions], device=device)
+    columns = torch.arange(ids.shape[1], device=device)
+    mask = columns < lengths[:, None]  # by length: any id may be text
     rest = model.hidden(ids[:, :-1], cache=cache, router=router, counted=mask[:, 1:].flatten())
     hidden = torch.cat((hidden, rest), dim=1)
     logprobs = kernels.token_logprobs(hidden[mask], model.head_weight, ids[mask], temperature,
                                       valid_vocab=valid_vocab)
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
+    zeros = torch.zeros(mask.shape, device=device)
+    return zeros.masked_scatter(mask, logprobs), mask
 
 
 # --- rollouts -------------------------------------------------------------------------------------
@@ -244,11 +250,14 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
                            valid_vocab=tokenizer.n_vocab)
     rows = []
     for i, completion in enumerate(completions):
-        rows.append(Rollout(queries[i // n], prompts[i // n], completion.ids, completion.logprobs,
-                            completion.finished, answer_text(tokenizer, completion)))
+        query = queries[i // n]
+        text = answer_text(tokenizer, completion)
+        rows.append(Rollout(query, prompts[i // n], completion.ids, completion.logprobs,
+                            completion.finished, text))
     if score is not None:
-        scores = score([row.query for row in rows], [row.text for row in rows], rows)
-        for row, value in zip(rows, scores, strict=True):
+        asked = [row.query for row in rows]
+        texts = [row.text for row in rows]
+        for row, value in zip(rows, score(asked, texts, rows), strict=True):
             row.score = value
     return gather_rows([rows[i:i + n] for i in range(0, len(rows), n)])
 

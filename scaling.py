@@ -85,7 +85,8 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
         y = [getattr(c, target) for c in inside]
         try:
             if name == "loss":
-                laws[name] = fit_loss(*np.reshape(x, (-1, 2)).T, y, bootstrap, seed)
+                N, D = np.reshape(x, (-1, 2)).T
+                laws[name] = fit_loss(N, D, y, bootstrap, seed)
             else:
                 edges = len(cells) - len(inside)
                 laws[name] = fit_power(axes, x, y, 5 * bootstrap, seed, edges)
@@ -96,10 +97,12 @@ def fit_cells(cells: list[Cell], bootstrap=200, seed=0) -> dict[str, Law]:
 
 def describe(name: str, law: Law) -> None:
     """Print each coefficient of a law with its 95% interval."""
-    print(f"  {name}: {len(law.y)} cells, {law.edges} more on an edge, scatter {law.spread:.2g}")
+    n = len(law.y)
+    print(f"  {name}: {n} cells, {law.edges} more on an edge, scatter {law.spread:.2g}")
     for key in law.names:
+        value = law[key]
         low, high = law.ci(key)
-        print(f"    {key:<7}{law[key]:>10.4g}  [{low:.4g}, {high:.4g}]")
+        print(f"    {key:<7}{value:>10.4g}  [{low:.4g}, {high:.4g}]")
 
 
 def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
@@ -108,20 +111,22 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
     print(f"\n{kind}: best settings of {len(cells)} cells")
     print("  N         D         lr        batch     loss      settings, on an edge")
     for c in cells:
-        numbers = [f"{number:<9.4g}" for number in (c.N, c.D, c.lr, c.batch, c.loss)]
-        print(" ", *numbers, len(c.losses), *c.edges)
+        numbers = f"{c.N:<9.4g} {c.D:<9.4g} {c.lr:<9.4g} {c.batch:<9.4g} {c.loss:<9.4g}"
+        print(" ", numbers, len(c.losses), *c.edges)
     laws = fit_cells(cells, args.bootstrap, args.seed)
     for name, law in laws.items():
         describe(name, law)
 
     by_size = sorted(cells, key=lambda cell: cell.C)
     n_held_out = math.ceil(len(cells) / 4)
+    smaller = by_size[:-n_held_out]
+    largest = by_size[-n_held_out:]
     print(f"  the {n_held_out} largest held out")
-    others = fit_cells(by_size[:-n_held_out], args.bootstrap, args.seed)
+    others = fit_cells(smaller, args.bootstrap, args.seed)
     others.pop("batch(D)", None)
-    for c, name in product(by_size[-n_held_out:], others):
-        predicted = others[name].predict(**c.axes())
-        low, high = others[name].interval(**c.axes())
+    for c, (name, law) in product(largest, others.items()):
+        predicted = law.predict(**c.axes())
+        low, high = law.interval(**c.axes())
         measured = getattr(c, name)
         verdict = "held" if low <= measured <= high else "MISSED"
         if name in c.edges:
@@ -134,15 +139,18 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
 def report_parity(cells: list[Cell], args: Args) -> dict[str, Law]:
     """Report which dense model an MoE equals by one loss law of both kinds of cells: one of R^g
     times its activated N. With g = 1 it is worth its total N, with g = 0 its activated N."""
-    N, R, D, loss = np.array([(c.N, c.R, c.D, c.loss) for c in cells]).T
+    table = [(c.N, c.R, c.D, c.loss) for c in cells]
+    N, R, D, loss = np.array(table).T
     print("\nparity: one loss law of dense and MoE cells")
     law = fit_loss(N, D, loss, args.bootstrap, args.seed, R)
     describe("loss", law)
     low, high = law.ci("g")
     for ratio in sorted(set(R) - {1}):
         worth = ratio ** law["g"]
+        least = ratio ** low
+        most = ratio ** high
         print(f"  an MoE of {ratio:.3g} x its activated N in all equals a dense model of "
-              f"{worth:.3g} x [{ratio ** low:.3g}, {ratio ** high:.3g}] its activated N")
+              f"{worth:.3g} x [{least:.3g}, {most:.3g}] its activated N")
     return {"loss": law}
 
 
@@ -225,10 +233,13 @@ def prepare(args: Args, tokens: float) -> None:
     pieces of 1,000 characters, so that the held-out fiftieth is many pieces, not one file."""
     if args.resume and Path(f"{args.out}/tokenizer").is_dir():
         return  # another corpus would have another held-out loss
+    megabytes = max(1.0, tokens * 4e-6)
+    sources = corpus.builtin_corpus(args.seed, megabytes)
     pieces = []
-    for document in corpus.builtin_corpus(args.seed, max(1.0, tokens * 4e-6))["stdlib_code"]:
+    for document in sources["stdlib_code"]:
         text = document["text"]
-        pieces += [text[start:start + 1000] for start in range(0, len(text), 1000)]
+        for start in range(0, len(text), 1000):
+            pieces.append(text[start:start + 1000])
     files.write_jsonl(f"{args.out}/data/code.jsonl", [{"text": text} for text in pieces])
     training = [text for text in pieces if not mixture.is_held_out(text)]
     Tokenizer.train(training, 384).save_pretrained(f"{args.out}/tokenizer")

@@ -164,8 +164,8 @@ def sft_loss(model: Qwen2, ids, mask, count: int, segment_ids=None, router=None)
     segment_ids (B, T) tells the conversations of a packed row apart. router: see Qwen2.hidden."""
     if segment_ids is not None:
         segment_ids = segment_ids[:, :-1]
-    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids, router=router,
-                          counted=(mask[:, 1:] >= 0).flatten())
+    real = (mask[:, 1:] >= 0).flatten()
+    hidden = model.hidden(ids[:, :-1], segment_ids=segment_ids, router=router, counted=real)
     targets = ids[:, 1:].masked_fill(mask[:, 1:] != 1, -100)  # -100: no loss here
     total = kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="sum")
     return total / count
@@ -179,11 +179,12 @@ def held_out_loss(model: Qwen2, conversations: Conversations, args: Args, autoca
     loss = targets = 0
     for i in range(0, len(rows), args.micro_batch):
         some = rows[i:i + args.micro_batch]
-        ids = pad_rows([row.ids for row in some], conversations.tokenizer.pad_id).to(device)
-        mask = pad_rows([row.mask for row in some], -1).to(device)
+        ids = pad_rows([row.ids for row in some], conversations.tokenizer.pad_id)
+        mask = pad_rows([row.mask for row in some], -1)
         with autocast:
-            loss += sft_loss(model, ids, mask, 1).item()
-        targets += sum(sum(row.mask[1:]) for row in some)
+            loss += sft_loss(model, ids.to(device), mask.to(device), 1).item()
+        for row in some:
+            targets += sum(row.mask[1:])
     return all_reduce_sum(loss) / all_reduce_sum(targets)
 
 

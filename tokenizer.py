@@ -233,8 +233,11 @@ def assistant_turn(message: dict):
 
 def any_of(names) -> re.Pattern | None:
     """Return a pattern for any of these texts, the longest that fits; None if there are none."""
-    alternatives = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.compile(f"({alternatives})") if names else None
+    if not names:
+        return None
+    longest_first = sorted(names, key=len, reverse=True)
+    alternatives = "|".join(map(re.escape, longest_first))
+    return re.compile(f"({alternatives})")
 
 
 def split_out(pattern: re.Pattern | None, text: str) -> list[str]:
@@ -255,8 +258,9 @@ class Tokenizer:
         before); None: Qwen2.5's 22 control tokens follow. merges: pairs of tokens in the order of
         the ids that they make. files: texts that `save_pretrained` writes again."""
         if added is None:
-            added = [{"content": name, "id": len(tokens) + i, "special": i < 14}
-                     for i, name in enumerate(CONTROL_TOKENS)]
+            added = []
+            for i, name in enumerate(CONTROL_TOKENS):
+                added.append({"content": name, "id": len(tokens) + i, "special": i < 14})
         self.added = added
         self.special = {token["content"]: token["id"] for token in added}
         self.hidden = {token["content"] for token in added if token.get("special", True)}
@@ -282,13 +286,17 @@ class Tokenizer:
         # Added tokens that are not control tokens count in any text, allowed or not.
         control = self.special.keys() & (self.hidden | set(CONTROL_TOKENS))
         words = self.special.keys() - control
-        highest = max({self.special[name] for name in control} - set(self.stop_ids))
-        self.pad_id = self.special.get("<|fim_pad|>", highest)
         self._control = any_of(control)
+        self.pad_id = self.special.get("<|fim_pad|>")
+        if self.pad_id is None:  # a vocabulary of another model: the highest that ends nothing
+            ids = {self.special[name] for name in control}
+            self.pad_id = max(ids - set(self.stop_ids))
         normalized = {token["content"] for token in added if token.get("normalized")}
         self._patterns = {}   # allow_special -> what `encode` looks for before NFC, and after it
         for allowed, names in ((False, words), (True, control | words)):
-            self._patterns[allowed] = (any_of(names - normalized), any_of(names & normalized))
+            before_nfc = any_of(names - normalized)
+            after_nfc = any_of(names & normalized)
+            self._patterns[allowed] = (before_nfc, after_nfc)
         self._bpe = tokenizer_files.tiktoken_encoding(tokens, merges, pattern, self.n_vocab)
 
     def padded_vocab_size(self, multiple: int = 128) -> int:
@@ -314,7 +322,8 @@ class Tokenizer:
         merges = train_bpe(counts, vocab_size - least)
         names = [bytes([b]) for b in tokenizer_files.BYTE_ORDER]
         names += [a + b for a, b in merges]
-        return cls({name: i for i, name in enumerate(names)}, merges=merges)
+        tokens = {name: i for i, name in enumerate(names)}
+        return cls(tokens, merges=merges)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
@@ -406,7 +415,8 @@ class Tokenizer:
         """Return the text of ids; U+FFFD where they are no valid UTF-8 (an answer cut inside a
         character). skip_special_tokens hides turn marks and the pad, not <tool_call>, as in HF."""
         if skip_special_tokens:
-            hidden = {self.special[name] for name in self.hidden} | {self.pad_id}
+            hidden = {self.special[name] for name in self.hidden}
+            hidden.add(self.pad_id)
             ids = [i for i in ids if i not in hidden]
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -450,19 +460,22 @@ def show(tokenizer: Tokenizer, text: str) -> None:
     print(f"{'id':>7}  {'in vocab.json':<20} {'bytes':<30} text")
     for i in tokenizer.encode(text, allow_special=True):
         token = tokenizer.token_bytes(i)
+        spelling = tokenizer_files.printable(token)
+        numbers = token.hex(" ")
         readable = repr(token.decode("utf-8", "replace"))
         if "\ufffd" in readable:
             readable = "part of a character"
-        print(f"{i:>7}  {tokenizer_files.printable(token):<20} {token.hex(' '):<30} {readable}")
+        print(f"{i:>7}  {spelling:<20} {numbers:<30} {readable}")
 
 
 def show_chat(tokenizer: Tokenizer, messages: list[dict], tools: list | None) -> None:
     """Print what the model reads at each position, and what it is trained to say next."""
     ids, mask = tokenizer.render(messages, tools=tools)
     print(f"{'id':>7}  {'token':<24} is trained to predict (weight 1/{sum(mask)} each)")
-    for i, after, trained in zip(ids, ids[1:], mask[1:], strict=False):
-        target = repr(tokenizer.decode([after])) if trained else ""
-        print(f"{i:>7}  {tokenizer.decode([i])!r:<24} {target}")
+    texts = [repr(tokenizer.decode([i])) for i in ids]
+    for t in range(len(ids) - 1):
+        target = texts[t + 1] if mask[t + 1] else ""
+        print(f"{ids[t]:>7}  {texts[t]:<24} {target}")
 
 
 def demo() -> None:

@@ -5,11 +5,11 @@ The report samples some domains down (e-commerce, social media, entertainment) a
 share of *tokens*: by documents, a source of long ones would take far more.
 
     sources = {"web": tokenize(web_texts, tokenizer), "code": tokenize(code_texts, tokenizer)}
-    stream, report = mix(sources, {"web": 0.7, "code": 0.3}, tokens=1_000_000, seed=0)
-    rows = PackedRows(list(sources.values()), stream, seq_len=128)
+    rows, report = pack(sources, {"web": 0.7, "code": 0.3}, 1_000_000, seq_len=128, seed=0)
     ids, segment_ids = rows[[3, 8]]  # two rows of 129 tokens each
 """
 import hashlib
+import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,8 @@ def is_held_out(text: str) -> bool:
     same ones are held out whatever the order, the mixture or the seed."""
     content = text.encode("utf-8", "replace")
     digest = hashlib.blake2b(content, digest_size=4).digest()
-    return int.from_bytes(digest, "big") % 50 == 0
+    number = int.from_bytes(digest, "big")
+    return number % 50 == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,9 +247,9 @@ def choose(name: str, sizes: np.ndarray, wanted: int, seed: int):
     offsets = []
     for epoch in range(n_epochs):
         # Keyed by the name, so that adding a source keeps the order within the others.
-        random = np.random.default_rng([seed, crc32(name.encode()), epoch])
-        documents.append(random.permutation(len(sizes)))
-        offsets.append(random.random(len(sizes)))
+        rng = np.random.default_rng([seed, crc32(name.encode()), epoch])
+        documents.append(rng.permutation(len(sizes)))
+        offsets.append(rng.random(len(sizes)))
     documents = np.concatenate(documents)
     offsets = np.concatenate(offsets)
     sizes = sizes[documents]
@@ -298,3 +299,57 @@ class PackedRows:
             index[is_end] = tokens.ends[document[is_end]] - 1  # also of a cut document
             ids[here] = tokens.ids[index]
         return torch.from_numpy(ids), torch.from_numpy(place)
+
+
+def pack(sources: dict[str, Tokens], weights: dict[str, float], tokens: int, seq_len: int,
+         seed: int, long_share: float = 0.0) -> tuple[PackedRows, dict]:
+    """Mix the sources and cut them into rows. Return the rows and the report of `mix`.
+
+    With a long_share s, a share s of the rows consists of pieces of longer documents, one piece per
+    row, and the other rows hold shorter documents only: Qwen2.5-Turbo trains 40% of its sequences
+    at the full length of each stage (section 3.3). Within both kinds, sources keep their relative
+    weights."""
+    if not long_share:
+        stream, report = mix(sources, weights, tokens, seed)
+        return PackedRows(list(sources.values()), stream, seq_len), report
+    width = seq_len + 1
+    long_tokens = int(tokens * long_share) // width * width
+    parts = []    # of the sources, one per kind
+    streams = []
+    report = {}
+    for kind, share in (("longer", long_tokens), ("shorter", tokens - long_tokens)):
+        documents = {}
+        for name, source in sources.items():
+            if kind == "longer":
+                some = source.long_pieces(width)
+            else:
+                some = source.short_documents(width)
+            if name in weights and len(some.starts):
+                documents[name] = some
+        require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
+        some_weights = {name: weights[name] for name in documents}
+        stream, part_report = mix(documents, some_weights, share, seed)
+        offset = [len(parts), 0, 0]  # sources are numbered on from those of the other kind
+        streams.append(stream + offset)
+        parts.extend(documents.values())
+        for name, row in part_report.items():
+            report[f"{name}, {kind}"] = row
+    return PackedRows(parts, np.concatenate(streams), seq_len), report
+
+
+def held_out_rows(held_out: dict[str, Tokens], seq_len: int, tokens: int):
+    """Return ids and segment_ids (rows, seq_len + 1) of held-out documents: at most 256 rows, and
+    at most a tenth of the training `tokens`, so that a short run is not spent on measuring."""
+    sources = list(held_out.values())
+    stream = []
+    for number, documents in enumerate(sources):
+        for document, size in enumerate(documents.sizes):
+            stream.append((number, document, size))
+    random.Random(0).shuffle(stream)  # so that the rows are of all sources, not of the first
+    enough = sum(size for _, _, size in stream) > seq_len
+    require(enough, "--data is too small: its held-out part, one document in fifty or the last "
+            f"fifth of the tokens, does not fill a row of --seq_len {seq_len}")
+    rows = PackedRows(sources, np.array(stream), seq_len)
+    most = max(1, tokens // (10 * seq_len))
+    count = min(256, most, len(rows))
+    return rows[range(count)]

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lib.args import InputError, require
 from lib.files import atomic_path, read_json, write_atomic
-from lib.lora import merged_state_dict
+from lib.lora import adapters, merged_state_dict
 
 
 class NoDraws(TorchFunctionMode):
@@ -330,3 +330,56 @@ def published_weights(model) -> dict[str, torch.Tensor]:
             else:
                 weights[f"{experts}.{e}.down_proj.weight"] = w[e]
     return weights
+
+
+# ---------------------------------------------------------------------------------------------
+# adapters, in PEFT's format
+
+def save_adapter(model, path: Path, base: str) -> None:
+    """Write the adapters of a model that started from the directory `base`; PEFT reads them."""
+    weights = {}
+    targets = set()
+    for name, adapter in adapters(model).items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu().contiguous()
+        weights[f"base_model.model.{name}.lora_B.weight"] = adapter.B.detach().cpu().contiguous()
+        targets.add(name.split(".", 3)[3])  # such as mlp.up_proj: up_proj also names experts'
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": sorted(targets)}
+    with atomic_path(path / "adapter_model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    write_atomic(path / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """Return the base model's directory if `path` holds an adapter and no model, else None. The
+    directory is "" if the adapter does not name it."""
+    file = Path(path) / "adapter_config.json"
+    if not file.exists() or (Path(path) / "config.json").exists():
+        return None
+    return read_json(file).get("base_model_name_or_path") or ""
+
+
+@torch.no_grad()
+def merge_adapter(model, path: str | Path) -> None:
+    """Add the adapter of a directory to the weights of its base model. Raises InputError for other
+    kinds of adapters, and for one that does not fit the model."""
+    config = read_json(Path(path) / "adapter_config.json")
+    others = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+              "modules_to_save", "lora_bias")
+    plain = config.get("bias", "none") == "none" and not any(config.get(name) for name in others)
+    require(plain and config.get("peft_type") == "LORA",
+            f"{path}: only plain LoRA of weights can be merged, see adapter_config.json")
+    file = Path(path) / "adapter_model.safetensors"
+    require(file.is_file(), f"{file}: no such file")
+    with open_weights(file) as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}
+    modules = dict(model.named_modules())
+    for name in sorted({name.partition(".lora_")[0] for name in weights}):
+        try:
+            A = weights[f"{name}.lora_A.weight"].float()
+            B = weights[f"{name}.lora_B.weight"].float()
+            weight = modules[name.removeprefix("base_model.model.")].weight
+            delta = config["lora_alpha"] / config["r"] * (B @ A)
+            weight.add_(delta.to(weight.device))
+        except (KeyError, AttributeError, RuntimeError):
+            raise InputError(f"{path}: {name} does not fit the base model") from None

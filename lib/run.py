@@ -23,10 +23,11 @@ import torch
 from tqdm import tqdm
 
 from lib.args import InputError, handle_stop_signals, require
+from lib.checkpoint import save_adapter
 from lib.dist import RANK, WORLD, all_gather, full_model, full_state, load_full_state
 from lib.files import (
     atomic_path, disk_errors, json_safe, read_json, read_jsonl, write_atomic, write_jsonl)
-from lib.lora import adapters, save_adapter
+from lib.lora import adapters
 
 try:
     import fcntl

@@ -1,16 +1,21 @@
 """Every stage's forward pass on fake CUDA tensors: devices, dtypes, and where the host waits."""
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from fake_cuda import fake_cuda, fake_model
+from safetensors.torch import load_file
 
 import kernels
+import lib.checkpoint
 import lib.plan
 from data.pairs import PairIds
 from dpo import dpo_loss, sequence_logprobs
 from grpo import grpo_loss
+from lib.checkpoint import save_adapter
+from lib.lora import add_lora
 from lib.optim import throughput
 from model import PRESETS, Qwen2, load_balancing_loss
 from lib.router import RouterStats
@@ -118,3 +123,16 @@ def test_flex_is_the_default_for_packed_rows_on_a_gpu():
         ids = torch.zeros(1, 300, dtype=torch.long, device="cuda")
         mask = kernels.packed_block_mask(ids)
         assert mask.kv_indices.is_cuda and mask.kv_indices.shape == (1, 1, 3, 3)
+
+
+def test_an_adapter_is_merged_on_the_gpu(tmp_path):
+    """Its file is read into the memory of the CPU."""
+    model = Qwen2(CONFIGS["dense"])
+    add_lora(model, 2, 4.0)
+    save_adapter(model, tmp_path, "base")
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    with fake_cuda(), mock.patch.object(lib.checkpoint, "open_weights") as open_weights:
+        opened = open_weights.return_value.__enter__.return_value
+        opened.keys.return_value = weights.keys()
+        opened.get_tensor = weights.get
+        lib.checkpoint.merge_adapter(fake_model(Qwen2, CONFIGS["dense"]), tmp_path)

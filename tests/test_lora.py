@@ -17,7 +17,8 @@ import sft
 from lib.args import InputError
 from lib.cache import KVCache
 from lib.decode import DecodeStep
-from lib.lora import LowRank, adapters, adapters_off, add_lora, merge_adapter, merged_state_dict
+from lib.checkpoint import merge_adapter
+from lib.lora import LowRank, adapters, adapters_off, add_lora, merged_state_dict
 from model import Qwen2
 from sample import load_policy
 
@@ -195,6 +196,12 @@ def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path, change):
         weights[name] = weights[name][:5]
     save_file(weights, file)
     with pytest.raises(InputError, match="does not fit the base model"):
+        merge_adapter(Qwen2.from_pretrained(base), file.parent)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a safetensors file"):
+        merge_adapter(Qwen2.from_pretrained(base), file.parent)
+    file.unlink()
+    with pytest.raises(InputError, match="no such file"):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
 
 

@@ -20,7 +20,8 @@ from lib.upcycle import upcycle
 from lib.args import InputError
 from lib.files import read_jsonl
 from lib.optim import rng
-from data.mixture import Tokens, hold_out_ends, is_held_out
+from data import mixture
+from data.mixture import Tokens, held_out_rows, hold_out_ends, is_held_out
 from helpers import tiny_model, wake
 from model import PRESETS, Qwen2
 from tokenizer import Tokenizer
@@ -43,6 +44,11 @@ def args(corpus, micro_run, tmp_path):
         out=str(tmp_path / "run"), data=str(corpus), tokenizer=str(micro_run), model="micro",
         tokens=STEPS * ROWS * (SEQ + 1), seq_len=SEQ, batch_tokens=ROWS * SEQ, micro_batch=4,
         lr=1.5e-3, warmup=4, eval_every=10, save_every=10, device="cpu", dtype="float32")
+
+
+def pack(train, args):
+    weights = dict.fromkeys(train, 1.0)
+    return mixture.pack(train, weights, args.tokens, args.seq_len, args.seed, args.long_share)
 
 
 def log_of(args, drop=("tokens_per_s",)):
@@ -412,7 +418,7 @@ def test_long_share_of_the_rows_is_one_piece_each(args, corpus):
     """The Turbo-like stage: 40% of the rows are full length, the others hold shorter documents."""
     args = replace(args, long_share=0.4, tokens=200 * (SEQ + 1))
     train, _, tokenizer = pretrain.load_tokens(args)
-    rows, report = pretrain.pack(train, {"docs": 1.0}, args)
+    rows, report = pack(train, args)
     _, segments = rows[range(len(rows))]
     one = (segments == segments[:, :1]).all(1)
     assert len(rows) == 200 and one[:80].all() and not one[80:].any()
@@ -421,7 +427,7 @@ def test_long_share_of_the_rows_is_one_piece_each(args, corpus):
     short = segments[80:].flatten().unique_consecutive(return_counts=True)[1]
     assert short.max() < SEQ + 1
     with pytest.raises(InputError, match="no document is longer than 5001"):
-        pretrain.pack(train, {"docs": 1.0}, replace(args, seq_len=5000))
+        pack(train, replace(args, seq_len=5000))
     pretrain.main(replace(args, tokens=2 * ROWS * (SEQ + 1)))
 
 
@@ -478,10 +484,10 @@ def test_one_document_is_held_out_by_its_end(args, tmp_path, chosen):
     assert (first.starts.tolist(), last.ends.tolist()) == ([0], [len(ids)])
     cut = int(len(ids) * 0.98)
     assert first.ends.tolist() == last.starts.tolist() == [cut] and first.ids.tolist() == ids
-    rows, _ = pretrain.pack(train, {"book": 1.0}, replace(args, tokens=2 * cut))
+    rows, _ = pack(train, replace(args, tokens=2 * cut))
     trained = rows[range(len(rows))][0]
     assert set(trained.flatten().tolist()) <= set(ids[:cut])
-    val_ids, _ = pretrain.held_out_rows(held_out, SEQ, args.tokens)
+    val_ids, _ = held_out_rows(held_out, SEQ, args.tokens)
     assert val_ids.flatten().tolist() == ids[cut:][:val_ids.numel()] and len(val_ids) >= 1
     pretrain.main(replace(args, tokenizer="", vocab_size=300, tokens=2 * ROWS * (SEQ + 1)))
     assert log_of(args)[-1]["val_loss"] > 0
@@ -498,7 +504,7 @@ def test_a_few_short_documents_fill_one_held_out_row(args, tmp_path):
     first, last = hold_out_ends(train, held_out, SEQ)
     assert SEQ < sum(docs.sizes.sum() for docs in last.values()) <= SEQ + 3
     assert sum(docs.sizes.sum() for part in (first, last) for docs in part.values()) == total
-    assert len(pretrain.held_out_rows(last, SEQ, args.tokens)[0]) == 1
+    assert len(held_out_rows(last, SEQ, args.tokens)[0]) == 1
 
 
 @pytest.mark.parametrize("tokens,rows", [(SEQ, 1), (59 * SEQ, 5), (60 * SEQ, 6), (10**9, 40)])
@@ -507,7 +513,7 @@ def test_held_out_rows_are_at_most_a_tenth_of_the_training_tokens(tokens, rows):
     a short run are the first of a long one's."""
     ids = np.arange(41 * (SEQ + 1) - 1)
     held_out = {"a": Tokens(ids, np.array([0]), np.array([len(ids)]))}
-    found, _ = pretrain.held_out_rows(held_out, SEQ, tokens)
+    found, _ = held_out_rows(held_out, SEQ, tokens)
     assert len(found) == rows
     assert found.flatten().tolist() == ids[:rows * (SEQ + 1)].tolist()
 
