@@ -94,12 +94,21 @@ class Config:
                 and (layer + 1) % self.decoder_sparse_step == 0)
 
 
-def _dense(C, inner, L, Hq, Hkv, V=151936, tied=False, eps=1e-6, positions=131072) -> Config:
+def _dense(C, inner, L, Hq, Hkv, V=151936, tied=False, eps=1e-6, positions=131072,
+           theta=1_000_000.0) -> Config:
     return Config(
-        vocab_size=V, hidden_size=C, intermediate_size=inner, num_hidden_layers=L,
-        num_attention_heads=Hq, num_key_value_heads=Hkv, max_position_embeddings=positions,
-        rms_norm_eps=eps, tie_word_embeddings=tied,
-        original_max_position_embeddings=32768 if positions > 32768 else 0)
+        vocab_size=V,
+        hidden_size=C,
+        intermediate_size=inner,
+        num_hidden_layers=L,
+        num_attention_heads=Hq,
+        num_key_value_heads=Hkv,
+        max_position_embeddings=positions,
+        original_max_position_embeddings=32768 if positions > 32768 else 0,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        tie_word_embeddings=tied,
+    )
 
 
 def _moe(base: Config, experts, k, inner, shared) -> Config:
@@ -107,8 +116,8 @@ def _moe(base: Config, experts, k, inner, shared) -> Config:
                    shared_expert_intermediate_size=shared)
 
 
-_TINY = replace(_dense(128, 384, 4, 4, 2, V=2048, tied=True, positions=1024), rope_theta=10_000.0)
-_MICRO = replace(_dense(64, 160, 2, 4, 2, V=512, tied=True, positions=512), rope_theta=10_000.0)
+_TINY = _dense(128, 384, 4, 4, 2, V=2048, tied=True, positions=1024, theta=10_000.0)
+_MICRO = _dense(64, 160, 2, 4, 2, V=512, tied=True, positions=512, theta=10_000.0)
 
 PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
     "0.5B": _dense(896, 4864, 24, 14, 2, tied=True, positions=32768),
@@ -151,7 +160,8 @@ def rope(positions, config: Config):
     bfloat16 turns position 15,962 into 15,936."""
     frequency, factor = rope_frequencies(config)
     angles = positions[..., None].float() * frequency.to(positions.device)  # (B, T, D/2)
-    angles = torch.cat((-angles, angles), dim=-1)[:, None]  # `apply_rope` needs -sin, then sin
+    angles = torch.cat((-angles, angles), dim=-1)  # `apply_rope` needs -sin, then sin
+    angles = angles[:, None]                       # the same for all heads
     return angles.cos() * factor, angles.sin() * factor
 
 
@@ -248,15 +258,6 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, inner))
 
 
-class Routing:
-    """What one MoE layer decided. A list would not work: FSDP passes a copy, and compiled code
-    would specialise on its length."""
-
-    def __init__(self):
-        self.probs = None   # (N, E)
-        self.expert = None  # (N, k)
-
-
 class MoE(nn.Module):
     """y = sum over the top k of p_e FFN_e(x) + sigmoid(w_s x) FFN_shared(x), p = softmax(W_g x)."""
 
@@ -270,22 +271,20 @@ class MoE(nn.Module):
             self.shared_expert = MLP(C, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(C, 1, bias=False)
 
-    def forward(self, x, routing=None):
-        """x (B, T, C) -> (B, T, C). routing, if given, is filled with the decisions."""
+    def forward(self, x):
+        """x (B, T, C) -> y (B, T, C), and the decisions: p (N, E) and the chosen experts (N, k)."""
         config, shape = self.config, x.shape
         x = x.reshape(-1, shape[-1])                                     # (N, C)
+        scores = self.gate(x)                                            # (N, E)
         # On a CPU, softmax over the short last axis (E) is 10 times slower than over the first.
-        probs = self.gate(x).mT.softmax(0, dtype=torch.float32).mT       # (N, E)
+        probs = scores.mT.softmax(0, dtype=torch.float32).mT
         weight, expert = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
         if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)
-        if routing is not None:
-            routing.probs = probs
-            routing.expert = expert
         out = kernels.experts(x, weight, self.experts.gate_up_proj, self.experts.down_proj, expert)
         if config.shared_expert_intermediate_size:
             out = out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return out.view(shape)
+        return out.view(shape), (probs, expert)
 
 
 def load_balancing_loss(router: list, all_reduce=lambda x: x):
@@ -328,12 +327,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, routing=None, **attention):  # attention: arguments of Attention.forward
+    def forward(self, x, **attention):  # attention: arguments of Attention.forward
+        """x (B, T, C) -> x (B, T, C), and the decisions of an MoE or None."""
         x = x + self.self_attn(self.input_layernorm(x), **attention)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            return x + self.mlp(h, routing)
-        return x + self.mlp(h)
+            y, decisions = self.mlp(h)
+            return x + y, decisions
+        return x + self.mlp(h), None
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -419,11 +420,11 @@ class Qwen2(nn.Module):
                                           context_fn=fast.keep_cpu_matmul)
             if cache is not None:
                 append = functools.partial(cache.append, layer, start)
-            routing = Routing()
-            x = block(x, routing, cos=cos, sin=sin, append=append, dual=dual,
-                      segment_ids=segment_ids, mask=mask, block_mask=block_mask)
-            if router is not None and routing.probs is not None:
-                router.append((routing.probs[counted], routing.expert[counted]))
+            x, decisions = block(x, cos=cos, sin=sin, append=append, dual=dual,
+                                 segment_ids=segment_ids, mask=mask, block_mask=block_mask)
+            if router is not None and decisions is not None:
+                probs, expert = decisions
+                router.append((probs[counted], expert[counted]))
         if cache is not None:
             cache.length = end
         return self.model.norm(x)

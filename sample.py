@@ -213,7 +213,8 @@ def completion_logprobs(model: Qwen2, prompts: list[list[int]], completions: lis
     lengths = torch.tensor([len(completion) for completion in completions], device=device)
     columns = torch.arange(ids.shape[1], device=device)
     mask = columns < lengths[:, None]  # by length: any id may be text
-    rest = model.hidden(ids[:, :-1], cache=cache, router=router, counted=mask[:, 1:].flatten())
+    counted = mask[:, 1:].flatten()
+    rest = model.hidden(ids[:, :-1], cache=cache, router=router, counted=counted)
     hidden = torch.cat((hidden, rest), dim=1)
     logprobs = kernels.token_logprobs(hidden[mask], model.head_weight, ids[mask], temperature,
                                       valid_vocab=valid_vocab)

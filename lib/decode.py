@@ -172,7 +172,8 @@ class DecodeStep:
     def mlp(self, weights: DecodeBlock, x):
         h = weights.block.post_attention_layernorm(x)
         if weights.mlp is not None:
-            return weights.mlp(h)
+            out = weights.mlp(h)
+            return out[0] if isinstance(out, tuple) else out  # an MoE also returns its decisions
         gate, up = F.linear(h.to(self.dtype), weights.gate_up).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, weights.down)
 

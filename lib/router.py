@@ -7,7 +7,7 @@ from model import load_balancing_loss
 
 
 class RouterStats:
-    """Takes the routing of every forward pass, as `router` of Qwen2.hidden, and sums it over the
+    """Takes the decisions of every forward pass, as `router` of Qwen2.hidden, and sums it over the
     micro-batches of a step. A dense model has none: its balance loss is 0, and it logs nothing.
 
     It poses as a list, because FSDP would pass a copy of a list that holds tensors."""
@@ -15,7 +15,7 @@ class RouterStats:
     def __init__(self, config):
         self.coef = config.router_aux_loss_coef
         self.layers = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
-        self.routing = []       # of a micro-batch: (probs (N, E), expert (N, k)), layer by layer
+        self.decisions = []     # of a micro-batch: (probs (N, E), expert (N, k)), layer by layer
         self.starved_steps = 0  # (MoE layers, experts): steps in a row below a tenth of fair load
         self.reset()
 
@@ -24,19 +24,19 @@ class RouterStats:
         self.load = 0.0      # (MoE layers, experts), 1 is a fair share
         self.entropy = 0.0   # (MoE layers,) nats per token
 
-    def append(self, routing: tuple) -> None:
-        self.routing.append(routing)
+    def append(self, decisions: tuple) -> None:
+        self.decisions.append(decisions)
 
     def loss(self, share: float):
         """Return router_aux_loss_coef times the balance loss of a micro-batch that is a `share` of
         the step. If its prompts and its answers were two passes, they count as one."""
-        if not self.routing:
+        if not self.decisions:
             return 0.0
         layers = []
         for layer in range(self.layers):
-            probs, expert = zip(*self.routing[layer::self.layers], strict=True)
+            probs, expert = zip(*self.decisions[layer::self.layers], strict=True)
             layers.append((torch.cat(probs), torch.cat(expert)))
-        self.routing.clear()
+        self.decisions.clear()
         aux, load, entropy = load_balancing_loss(layers, all_reduce=all_reduce_sum)
         aux = aux * share
         self.aux = self.aux + aux.detach()  # no item(): it would wait for a GPU
