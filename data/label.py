@@ -166,8 +166,7 @@ def report(args: Args) -> None:
     pairs = by_id(args.pairs)
     people = {}  # label file -> {pair: label}
     for path in args.report.split(","):
-        # The last line on a pair counts.
-        labels = {row["pair"]: row for _, row in read_jsonl(path) if row.get("pair") in pairs}
+        labels = read_labels(path, pairs)
         require(len(labels) > 0, f"{path}: no label of a pair in {args.pairs}")
         people[path] = labels
         report_person(path, list(labels.values()))
@@ -177,6 +176,18 @@ def report(args: Args) -> None:
         print(f"{one} and {two}: agree in {share(same)}")
     if args.write:
         write_labels(args.write, pairs, list(people.values()))
+
+
+def read_labels(path: str, pairs: dict[str, dict]) -> dict[str, dict]:
+    """Return {pair: label} of the pairs that are known; the last line on a pair counts."""
+    labels = {}
+    for line, row in read_jsonl(path):
+        name = str(row.get("pair"))
+        if name in pairs:
+            whole = isinstance(row.get("verdict"), str) and isinstance(row.get("criteria"), dict)
+            require(whole, f'{path}:{line}: a label must have a "verdict" and "criteria"')
+            labels[name] = row
+    return labels
 
 
 def share(hits: list[bool]) -> str:

@@ -10,7 +10,7 @@ from data.conversations import join_parts
 from lib.args import InputError, require
 from lib.chat import parse_tools
 from lib.files import read_jsonl
-from tasks import ifeval, sandbox
+from tasks import ifeval, sandbox, toy
 from tasks.math_answers import extract_answer
 
 
@@ -164,10 +164,12 @@ def refuse_bad_check(query: dict) -> None:
         program.encode()  # refuses half a surrogate pair, which no file can hold
         lack = sandbox.languages().get(check["language"], "is unknown")
         require(not lack, f"a check in {check['language']}: {lack}")
-    if kind == "ifeval":
+    if kind in ("ifeval", "rules"):
+        follows = ifeval.follows if kind == "ifeval" else toy.follows
         require(check["instruction_id_list"], "no constraint: every response would earn 1.0")
         for rule, arguments in zip(check["instruction_id_list"], check["kwargs"], strict=True):
-            ifeval.follows("text", rule, arguments)
+            require(kind == "ifeval" or rule in toy.RULES, f"unknown rule {rule}")
+            follows("text", rule, arguments)
 
 
 def read_queries(path) -> Iterator[tuple[int, dict]]:

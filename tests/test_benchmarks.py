@@ -94,6 +94,11 @@ def test_readers_by_example(tmp_path):
       "check": {"kind": "math", "answer": "3"}}, ":2: .*image"),
     ({"prompt": "P", "ability": "code", "reward_model": {"ground_truth": "{}"}}, ":2: .*ability"),
     ({"prompt": "P", "instruction_id_list": ["a"], "kwargs": []}, ":2: "),
+    ({"prompt": "P", "domain": "d", "check": {"kind": "rules"}}, ":2: "),
+    ({"prompt": "P", "domain": "d", "check": {
+        "kind": "rules", "instruction_id_list": ["ours:no"], "kwargs": [{}]}}, ":2: .*ours:no"),
+    ({"prompt": "P", "domain": "d", "check": {
+        "kind": "rules", "instruction_id_list": ["ours:exact_words"], "kwargs": [{}]}}, ":2: "),
     ({"Body": "B", "Question": "Q", "Answer": float("inf")}, ":2: ")])
 def test_bad_rows_name_file_and_line(tmp_path, bad, message):
     path = write(tmp_path, {"question": "Q?", "answer": "#### 1"}, bad)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -180,3 +181,13 @@ def test_labels_of_other_pairs_are_refused(tmp_path):
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "x", "chosen": "c", "rejected": "r"}])
     mine = labels(tmp_path, "one", ["chosen"] * 6)
     refuses(lambda: label.main(Args(pairs=other, report=mine)), mine, other)
+
+
+@pytest.mark.parametrize("change", [{"verdict": None}, {"verdict": ["tie"]}, {"criteria": None}])
+def test_a_label_without_verdict_or_criteria_is_refused(tmp_path, change):
+    """A line whose pair is no text is of no pair."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    mine = labels(tmp_path, "one", ["chosen"] * 6)
+    rows = [json.loads(line) for line in Path(mine).read_text("utf-8").splitlines()]
+    write_rows(mine, [{"pair": [1]}, rows[0], rows[1] | change])
+    refuses(lambda: label.main(Args(pairs=pairs, report=mine)), f"{mine}:3")
