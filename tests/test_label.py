@@ -189,5 +189,5 @@ def test_a_label_without_verdict_or_criteria_is_refused(tmp_path, change):
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     mine = labels(tmp_path, "one", ["chosen"] * 6)
     rows = [json.loads(line) for line in Path(mine).read_text("utf-8").splitlines()]
-    write_rows(mine, [{"pair": [1]}, rows[0], rows[1] | change])
+    write_rows(Path(mine), [{"pair": [1]}, rows[0], rows[1] | change])
     refuses(lambda: label.main(Args(pairs=pairs, report=mine)), f"{mine}:3")
