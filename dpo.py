@@ -15,7 +15,7 @@ The report's pairs are reviewed by programs and by people. Here `review` drops p
 nothing should be learned and says why; people's verdicts (data/label.py) come back as a file for
 --data. The report trains on about 150,000 pairs for 1 epoch at a learning rate of 7e-7 with online
 merging. It does not disclose beta, the batch size, the schedule or what a review drops; these, and
-the OnDARE variant with its alpha and share p, are our choice.
+the OnDARE variant with --merge_alpha and --reserve, are our choice.
 
     python dpo.py --init runs/demo/sft --base runs/demo/pretrain --out runs/dpo
     python dpo.py --init Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 7e-7 --out ...
@@ -23,10 +23,11 @@ the OnDARE variant with its alpha and share p, are our choice.
 --data is JSONL of {"prompt": str or messages, "chosen": str or messages, "rejected": ...}.
 
 Expect: the loss starts at ln 2 = 0.693 (plus --rpo_alpha times the loss of the chosen
-answers), and the accuracy, the share of pairs with h > 0, rises to 0.7-0.9. Both log-probabilities
-may fall, the rejected one faster: that is DPO, not a fault. If the chosen one falls by more than a
-few nats, lower --lr, or raise --beta or --rpo_alpha, which holds the chosen answer up. A small
-model needs much of it (docs/LOG.md, "SFT above the base model, DPO above SFT").
+answers), and the accuracy, the share of pairs with h > 0, rises from 0, where all h are equal, to
+0.7-0.9. Both log-probabilities may fall, the rejected one faster: that is DPO, not a fault. If the
+chosen one falls by more than a few nats, lower --lr, or raise --beta or --rpo_alpha, which holds
+the chosen answer up. A small model needs much of it (docs/LOG.md, "SFT above the base model, DPO
+above SFT").
 """
 from dataclasses import dataclass
 
@@ -128,10 +129,11 @@ class OnlineMerging(torch.optim.Optimizer):
         self.seed = seed
         self.betas = betas
         self.eps = eps
-        self.taus = [self.sparsify(tau, -1, i) for i, tau in enumerate(taus)]
+        self.taus = [self.sparsify(tau, 0, i) for i, tau in enumerate(taus)]
 
     def sparsify(self, x, step: int, index: int):
-        """F: keep a random share `reserve` of the entries of tensor number `index`."""
+        """F: keep a random share `reserve` of the entries of tensor number `index`. Step 0 is of
+        tau; updates count from 1."""
         if self.reserve == 1:
             return x
         generator = rng(self.seed, step + 1, index, device=x.device)

@@ -56,8 +56,8 @@ class Args:
     few_shot: int = 0                # worked examples before each query, as plain text: base models
     text: str = ""                   # bits per byte on the held-out documents of this directory
     window: int = 512                # tokens per window that such a document is cut into
-    yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
-    dca: bool = False                # stretch it 4x with dual chunk attention
+    yarn: float = 1.0                # reach this many times the training length with YaRN; 1: off
+    dca: bool = False                # reach 4 times the training length by dual chunk attention
     seed: int = 0                    # of the samples
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16
@@ -106,35 +106,36 @@ def best_of(queries: list[dict], sampled: list[list[Answer]], scorer: RewardMode
     """Return the mean score of the answers that a majority and that the reward model choose, and
     how far the reward model leads over the majority and over chance, query by query. The majority
     votes by equal final answers, or by equal texts where no answer is marked."""
-    prompts = [query["prompt"] for query in queries for _ in sampled[0]]
-    texts = [answer.text for group in sampled for answer in group]
+    prompts = []
+    texts = []
+    for query, group in zip(queries, sampled, strict=True):
+        prompt = scorer.tokenizer.render_prompt(query["prompt"], query.get("tools"))
+        prompts += [prompt] * len(group)
+        texts += [answer.text for answer in group]
     rewards = iter(scorer.score(prompts, texts))
-    by_majority = []
-    by_reward = []
-    leads = []
-    over_chance = []
+    majority = []
+    preferred = []
     for group in sampled:
         finals = [extract_answer(answer.text, strict=True) or answer.text for answer in group]
         votes = [finals.count(final) for final in finals]
-        majority = chosen_score(group, votes)
-        preferred = chosen_score(group, [next(rewards) for _ in group])
-        by_majority.append(majority)
-        by_reward.append(preferred)
-        leads.append(preferred - majority)
-        over_chance.append(preferred - mean_score(group))
+        majority.append(chosen_score(group, votes))
+        preferred.append(chosen_score(group, [next(rewards) for _ in group]))
+    chance = [mean_score(group) for group in sampled]
+    over_majority = [a - b for a, b in zip(preferred, majority, strict=True)]
+    over_chance = [a - b for a, b in zip(preferred, chance, strict=True)]
     return {
-        "majority": interval(by_majority),
-        "reward model": interval(by_reward),
-        "reward model - majority": interval(leads, least=-1.0),
+        "majority": interval(majority),
+        "reward model": interval(preferred),
+        "reward model - majority": interval(over_majority, least=-1.0),
         "reward model - chance": interval(over_chance, least=-1.0),
     }
 
 
-def chosen_score(group: list[Answer], votes: list[float]) -> float:
-    """Return the score of the answer with the most votes. Chance decides between equal ones, so
+def chosen_score(group: list[Answer], points: list[float]) -> float:
+    """Return the score of the answer with the most points. Chance decides between equal ones, so
     their mean counts."""
-    top = max(votes)
-    best = [answer for answer, vote in zip(group, votes, strict=True) if vote == top]
+    top = max(points)
+    best = [answer for answer, point in zip(group, points, strict=True) if point == top]
     return mean_score(best)
 
 
@@ -143,8 +144,8 @@ def chosen_score(group: list[Answer], votes: list[float]) -> float:
 
 def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args, n: int,
                    temperature: float) -> list[list[Answer]]:
-    """Return n scored answers to each query (Rollouts have the fields of an Answer, too). It is
-    asked in a chat or, with args.few_shot, as plain text behind worked examples."""
+    """Return n scored answers to each query (Rollouts have the fields of an Answer, too). A query
+    is asked in a chat or, with args.few_shot, as plain text behind worked examples."""
     if not args.few_shot:
         return rollout(model, tokenizer, queries, n, args.max_new_tokens, temperature, args.seed,
                        tasks.queries.score_many)
@@ -165,7 +166,10 @@ def answer_queries(model, tokenizer: Tokenizer, queries: list[dict], args: Args,
         ended.append(replace(completion, finished=completion.finished or blank != ""))
     asked = [query for query in queries for _ in range(n)]
     scores = tasks.queries.score_many(asked, texts, ended)
-    answers = [Answer(text, score) for text, score in zip(texts, scores, strict=True)]
+    answers = []
+    for text, score, completion in zip(texts, scores, ended, strict=True):
+        parts = getattr(completion, "parts", {})  # set by a --reward
+        answers.append(Answer(text, score, parts))
     return [answers[i:i + n] for i in range(0, len(answers), n)]
 
 

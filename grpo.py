@@ -14,9 +14,10 @@ model r_m (its section 4):
 
     r = sigmoid(r_m / 2) + (r_v - 1):  right answers lie between 0 and 1, wrong ones below 0
 
-With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. Beside
-a graded --reward it can; --reward_model_weight w makes its part smaller: r_v + w (sigmoid(r_m/2) -
-1). With w = 0 it only orders the queries. The report does not disclose learning rate, clip, KL
+With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. With a
+graded --reward, where r_v lies between 0 and 1, it can overturn the order. --reward_model_weight w
+makes its part smaller, r_v + w (sigmoid(r_m / 2) - 1); with w = 0 it only orders the queries. The
+report does not disclose learning rate, clip, KL
 coefficient, temperature, length or number of episodes. These are our choice, as is the factor rho
 of the KL term (see grpo_loss), and how the order of the queries is found (tasks/query_order.py).
 
@@ -31,8 +32,9 @@ there are --loss_type dapo and --clip_high 0.28.
     python grpo.py --init runs/demo/dpo --reward_model runs/demo/reward --out runs/demo/grpo
     python grpo.py inspect --out runs/demo/grpo        # queries, their answers, rewards, advantages
 
-Expect: without --kl, the loss is about 0 at every step, since advantages are centred; its gradient
-is not 0. Watch pass_rate instead, beside first_pass_rate, the initial policy's on the same queries.
+Expect: without --kl, the loss is about 0 at every step, since advantages are centred (with dapo and
+dr_grpo it follows the lengths); its gradient is not 0. Watch pass_rate instead, beside
+first_pass_rate, the initial policy's on the same queries.
 frac_zero_std, the share of groups with equal rewards, grows as queries are solved, unless a reward
 model tells the answers apart. The entropy falls. If it nears 0 while pass_rate stalls, lower --lr.
 """
@@ -40,9 +42,6 @@ import copy
 import math
 import random
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -52,12 +51,12 @@ from lib.args import InputError, cli, positive, require
 from lib.dist import (
     QUIET, WORLD, all_gather, all_reduce_sum, apply_fsdp, full_model, gather_rows, micro_batches,
     rank_slice)
-from lib.files import read_jsonl
+from lib.files import read_jsonl, write_jsonl
 from lib.lora import adapters_off, add_lora, base_dtype
 from lib.optim import adamw, clip_and_step, default_lr, lr_at, setup
 from lib.router import RouterStats
 from lib.run import Run
-from lib.tables import prompt_text
+from lib.tables import print_groups
 from lib.vllm_client import VLLMClient
 from reward import RewardModel
 from sample import Rollout, completion_logprobs, load_policy, part_means, rollout
@@ -89,9 +88,9 @@ class Args:
     lora: int = 0                    # rank of LoRA adapters; 0: train all weights
     lora_alpha: float = 32.0         # the adapters' product is scaled by lora_alpha / lora
     clip_eps: float = 0.2            # the ratio is clipped below 1 - clip_eps
-    clip_high: float = 0.0           # and above 1 + clip_high; 0: clip_eps there too (DAPO: 0.28)
+    clip_high: float = 0.0           # clipped above 1 + clip_high; 0: as clip_eps (DAPO: 0.28)
     kl: float = 0.0                  # weight of the KL divergence from the reference policy
-    query_order: str = "variance"    # variance (the report's) or random
+    query_order: str = "variance"    # variance (the report's; asks all queries first) or random
     scale_rewards: str = "group"     # group: divide advantages by the group's deviation; none
     loss_type: str = "grpo"          # grpo, dapo or dr_grpo: the loss's divisor, see grpo_loss
     lr: float = 0.0                  # peak learning rate; 0: by the size of the model, and printed
@@ -141,26 +140,28 @@ def zero_std(rewards):
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps: float = 0.2,
               clip_high: float = 0.0, kl: float = 0.0, loss_type: str = "grpo",
               count: float | None = None):
-    """Return the negated objective (DeepSeekMath, eq. 3) and a dict to log: sums over tokens, and
-    logprob_gap, the largest difference between the trainer's and the sampler's log-probability.
+    """Return the negated objective (DeepSeekMath, eq. 3) and a dict to log: sums over tokens
+    (clipped counts those whose gradient the clip removes), and logprob_gap, the largest difference
+    between the trainer's and the sampler's log-probability.
 
     logprobs, old_logprobs, ref_logprobs (or None) and mask are (B, R), advantages (B,).
     loss_type: "grpo" averages the tokens of a response, then the responses (the paper: tokens of
     long responses weigh less); "dapo" averages over all tokens; "dr_grpo" divides by responses x
-    --max_new_tokens (without count: x R). count: the divisor of the whole step, if the rows are a
-    micro-batch of it, see `loss_divisor`."""
+    --max_new_tokens. count: that divisor for the whole step, of which the rows are a micro-batch
+    (`loss_divisor`); None: for these rows alone (dr_grpo: B x R)."""
     ratio = (logprobs - old_logprobs).exp()
     low, high = 1 - clip_eps, 1 + (clip_high or clip_eps)
     advantages = advantages[:, None]
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    k3 = torch.zeros_like(logprobs)  # Schulman's estimator of the KL divergence
+    kl_term = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        # The value of k3 is an unbiased estimate of KL(pi || pi_ref), but its gradient is not that
-        # of the KL: the samples come from pi, so the true gradient has the further term k3 * grad
-        # log pi. The factor `ratio`, whose value is 1 on-policy, supplies it.
+        # The value of Schulman's k3 is an unbiased estimate of KL(pi || pi_ref), but its gradient
+        # is not that of the KL: the samples come from pi, so the true gradient has the further term
+        # k3 * grad log pi. The factor `ratio`, whose value is 1 on-policy, supplies it.
         d = ref_logprobs - logprobs
-        k3 = ratio * (d.expm1() - d)  # expm1, because exp(d) - 1 - d can round below 0
-    per_token = (kl * k3 - objective) * mask
+        k3 = d.expm1() - d  # expm1, because exp(d) - 1 - d can round below 0
+        kl_term = ratio * k3
+    per_token = (kl * kl_term - objective) * mask
     if loss_type == "grpo":
         per_response = per_token.sum(1) / mask.sum(1)
         loss = per_response.sum() / (count or len(mask))
@@ -168,11 +169,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ep
         loss = per_token.sum() / (count or mask.sum())
     else:
         loss = per_token.sum() / (count or mask.numel())
-    clipped = ((ratio < low) | (ratio > high)) & mask
+    too_high = (ratio > high) & (advantages > 0)
+    too_low = (ratio < low) & (advantages < 0)
+    clipped = (too_high | too_low) & mask
     gap = (logprobs - old_logprobs).abs() * mask
     return loss, {
         "clipped": clipped.sum().item(),
-        "kl": (k3 * mask).sum().item(),
+        "kl": (kl_term * mask).sum().item(),
         "entropy": -(logprobs * mask).sum().item(),
         "logprob_gap": gap.max().item(),
     }
@@ -213,7 +216,7 @@ class Episode:
         """Return what the log shows of the samples."""
         metrics = {
             "reward": self.rewards.mean().item(),
-            verdict(args): self.verified.mean().item(),
+            score_name(args): self.verified.mean().item(),
         }
         if self.model_scores is not None:
             metrics["model_score"] = self.model_scores.mean().item()
@@ -231,8 +234,8 @@ class Episode:
         return metrics
 
 
-def verdict(args: Args) -> str:
-    """Name the mean of the answers' scores. A reward of your own need not be 0 or 1."""
+def score_name(args: Args) -> str:
+    """Return what the log calls the mean score: a reward of your own need not be 0 or 1."""
     return "own" if args.reward else "pass_rate"
 
 
@@ -308,7 +311,7 @@ def micro_batch_loss(model, reference, episode: Episode, advantages, micro: list
 def load_reward_model(args: Args, tokenizer, device) -> RewardModel:
     """Return the reward model. It reads token ids, so both models must share a tokenizer."""
     reward_model = RewardModel.from_pretrained(args.reward_model, device=device)
-    require(reward_model.tokenizer.special == tokenizer.special,
+    require(reward_model.tokenizer.has_ids_of(tokenizer),
             f"--reward_model {args.reward_model} has another tokenizer than --init")
     return reward_model
 
@@ -327,6 +330,21 @@ def reference_policy(model, args: Args, autocast):
     return apply_fsdp(reference, autocast)
 
 
+def load_queries(args: Args, run: Run, policy, reward_model, tokenizer) -> list[dict]:
+    """Return the queries of --queries in their order. A resumed run keeps the order that it began
+    with: a server would now answer differently."""
+    if run.resumed:
+        queries = [query for _, query in read_jsonl(run.path / "queries.jsonl")]
+    else:
+        queries = tasks.queries.load(
+            args.queries, args.n_queries, args.seed, args.reward, built_in=128,
+            reward_timeout=args.reward_timeout, domain_key=args.domain_key)
+    tasks.queries.require_isolation(queries, args.allow_unsafe_code)
+    if run.resumed:
+        return queries
+    return order_queries(policy, reward_model, tokenizer, queries, args)
+
+
 def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[dict]:
     """Sample each query once with the initial policy and put those of high variance first. With the
     random order only two batches are sampled, to check that there is something to learn."""
@@ -334,10 +352,11 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
     if args.query_order == "random":
         queries = random.Random(args.seed).sample(queries, len(queries))
         asked = queries[:2 * args.batch_queries]
+    print(f"{len(queries)} queries; {args.steps} steps use {args.steps * args.batch_queries}; "
+          f"before them, {len(asked)} are asked {args.num_generations} times each")
     groups = rollout(policy, tokenizer, asked, args.num_generations, args.max_new_tokens,
                      args.temperature, args.seed, verifier(args))
     episode = Episode.from_groups(groups, reward_model, args.reward_model_weight)
-    print(f"{len(queries)} queries; {args.steps} steps use {args.steps * args.batch_queries}")
     check_before_training(episode, args)
     for query, rate in zip(asked, episode.verified.mean(dim=1).tolist(), strict=True):
         query["first_pass_rate"] = rate
@@ -353,15 +372,15 @@ def check_before_training(episode: Episode, args: Args) -> None:
     groups, pass_rate = episode.groups(), episode.verified.mean()
     mixed = 1 - zero_std(episode.verified).float().mean().item()
     truncated = sum(not answer.finished for answer in episode.answers) / len(episode.answers)
-    print(f"before training: {verdict(args)} {pass_rate:.1%}, {mixed:.1%} of queries have better "
-          f"and worse answers, {truncated:.1%} of responses truncated")
+    print(f"before training: {score_name(args)} {pass_rate:.1%}, {mixed:.1%} of queries have "
+          f"better and worse answers, {truncated:.1%} of responses truncated")
     require(truncated <= 0.5, f"{truncated:.0%} of responses are cut: raise --max_new_tokens, or "
             "if the model never stops by itself, train it longer with sft.py")
     same_text = sum(len({answer.text for answer in group}) == 1 for group in groups)
     if same_text > len(groups) / 2:
         advice = "less SFT (a loss near 0 leaves one answer to each), or a higher --temperature"
     elif pass_rate < 0.5:
-        advice = "easier --queries, more SFT, or a --reward with degrees"
+        advice = "easier --queries, more SFT, or a graded --reward"
     else:
         advice = "harder --queries"
     require(mixed > 0, "each query's answers all score alike, so their advantages from the check "
@@ -385,7 +404,7 @@ def check_args(args: Args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# a sampler outside, errors, a look at the result
+# a rollout server, errors
 
 def synced_policy(model, server: VLLMClient | None, run: Run):
     """Return the sampler: the model, or the server once it has loaded the weights. pi_old is then
@@ -404,21 +423,6 @@ def save_and_raise(error: InputError, run: Run, step: int, model, optimizer) -> 
     raise InputError(f"{error}; mend it and --resume goes on after step {step}") from None
 
 
-def inspect(args: Args) -> None:
-    """python grpo.py inspect --out RUN: four groups of its last step, best answer first."""
-    path = Path(args.out) / "samples.jsonl"
-    require(path.is_file(), f"{path}: no such file; a run writes it when it ends")
-    rows = [row for _, row in read_jsonl(path)]
-    require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
-    for prompt, group in groupby(rows, key=itemgetter("prompt")):
-        print(prompt_text(prompt))
-        print(" score  reward  advantage  answer")
-        for row in sorted(group, key=itemgetter("advantage"), reverse=True):
-            numbers = "{score:6.2f} {reward:7.3f} {advantage:+10.3f}".format(**row)
-            print(f"{numbers}  {row['response']!r}")
-        print()
-
-
 # ---------------------------------------------------------------------------------------------
 
 def main(args: Args) -> dict:
@@ -434,12 +438,9 @@ def main(args: Args) -> dict:
     server = VLLMClient(args.rollout_url, tokenizer) if args.rollout_url else None
 
     # data
-    queries = tasks.queries.load(args.queries, args.n_queries, args.seed, args.reward, built_in=128,
-                                 reward_timeout=args.reward_timeout, domain_key=args.domain_key)
-    tasks.queries.require_isolation(queries, args.allow_unsafe_code)
     with autocast:
         policy = synced_policy(model, server, run)
-        queries = order_queries(policy, reward_model, tokenizer, queries, args)
+        queries = load_queries(args, run, policy, reward_model, tokenizer)
     if args.reward_model_weight == 0:
         reward_model = None  # it has ordered the queries
 
@@ -450,6 +451,7 @@ def main(args: Args) -> dict:
     model = apply_fsdp(model, autocast)
     optimizer = adamw(model, peak_lr, weight_decay=0.0)
     start = run.start_or_resume(model, optimizer)
+    write_jsonl(run.path / "queries.jsonl", queries)
 
     # loop
     router = RouterStats(model.config)  # of an MoE; a dense model has none
@@ -497,11 +499,11 @@ def main(args: Args) -> dict:
     shown = slice(0, 4 * args.num_generations)
     run.save_samples(episode.answers[shown], reward=episode.rewards.flatten()[shown].tolist(),
                      advantage=advantages[shown].tolist())
-    result = {verdict(args): episode.verified.mean().item(),
+    result = {score_name(args): episode.verified.mean().item(),
               "reward": episode.rewards.mean().item()}
     run.finish(**result, measured_on="the answers of the last step")
     return result
 
 
 if __name__ == "__main__":
-    cli(main, Args, inspect=inspect)
+    cli(main, Args, inspect=print_groups)

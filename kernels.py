@@ -111,13 +111,7 @@ def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=N
     k = to_autocast_dtype(k)
     v = to_autocast_dtype(v)
     if impl == "auto":
-        impl = "sdpa" if q.shape[2] == 1 else default_impl
-    if impl == "auto" and q.is_cuda:  # first, as torch.compile cannot trace the precision below
-        impl = "sdpa" if segment_ids is None else "flex"
-    if impl == "auto":
-        # On a CPU, bf16 and "medium" fp32 use oneDNN; there our blocks are faster. float64 follows.
-        onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-        impl = "fused" if onednn else "sdpa"
+        impl = pick_impl(q, segment_ids)
     with torch.autocast(q.device.type, enabled=False):
         if impl == "fused":
             return FusedAttention.apply(q, k, v, segment_ids, mask)
@@ -134,6 +128,20 @@ def attention(q, k, v, *, segment_ids=None, impl="auto", mask=None, block_mask=N
             return fast.sdpa(q, k, v, None, is_causal=True)
         allowed = visible(q, k, segment_ids, mask)
         return fast.sdpa(q, k, v, allowed, is_causal=False)
+
+
+def pick_impl(q, segment_ids):
+    """Return the impl that "auto" stands for."""
+    if q.shape[2] == 1:
+        return "sdpa"
+    if default_impl != "auto":
+        return default_impl
+    if q.is_cuda:  # before the precision, which torch.compile cannot trace
+        return "sdpa" if segment_ids is None else "flex"
+    # On a CPU, bf16 and "medium" fp32 use oneDNN (lib.fast.set_cpu_matmul sets "medium" where that
+    # pays off); there our blocks are faster. float64 goes the way of fp32.
+    onednn = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    return "fused" if onednn else "sdpa"
 
 
 def packed_block_mask(segment_ids):
@@ -201,7 +209,7 @@ def block_forward(q_scaled, k_t, v, allowed):
 def block_backward(q_scaled, k_t, q, k, v_t, dout, allowed):
     """Return the block's dq, dk and dv, the first two without the factor `scale`.
 
-    P is computed again. Then (FlashAttention, appendix B.2; S: scores; dS by a private ATen op):
+    P is computed again. Then (FlashAttention, appendix B.2; dS is the gradient of the scores):
         dP = dO v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k,   dk = dS^T q,   dv = P^T dO
     """
     probs = block_probabilities(q_scaled, k_t, allowed)
@@ -353,8 +361,9 @@ def rms_norm_reference(x, weight, eps):
 
 
 def rms_norm(x, weight, eps):
-    """Return rms_norm_reference, cast to autocast's dtype if autocast is on. x (...,C), weight (C,)
-    -> (...,C). On a CPU, the backward pass of lib.fast.RMSNorm keeps its inputs only."""
+    """Return what rms_norm_reference does, cast to autocast's dtype if autocast is on. x (...,C),
+    weight (C,) -> (...,C). On a CPU, the backward pass of lib.fast.RMSNorm keeps its inputs only.
+    """
     if torch.is_grad_enabled() and not x.is_cuda:  # PyTorch's own backward is one kernel on CUDA
         return fast.RMSNorm.apply(x, weight, eps, rms_norm_reference)
     return to_autocast_dtype(rms_norm_reference(x, weight, eps))
@@ -366,8 +375,8 @@ def swiglu_reference(gate, up, weight):
 
 
 def swiglu(gate, up, weight):
-    """Return swiglu_reference. gate, up (...,I), weight (C,I) -> (...,C). The backward pass of
-    lib.fast.SwiGLU keeps gate and up only."""
+    """Return what swiglu_reference does. gate, up (...,I), weight (C,I) -> (...,C). The backward
+    pass of lib.fast.SwiGLU keeps gate and up only."""
     gate = to_autocast_dtype(gate)
     up = to_autocast_dtype(up)
     if torch.is_grad_enabled():
@@ -476,7 +485,7 @@ def main():
             (hidden, head[0]), eps=1e-6)
     compare("swiglu", swiglu_reference, swiglu,
             (hidden, hidden.flip(0), head[:256]))
-    weight, expert = torch.rand(1024, 15).topk(2)
+    weight, expert = torch.rand(1024, 15).topk(2)  # the last of 16 experts gets no token
     gate_up = torch.randn(16, 256, 128) / 8
     down = torch.randn(16, 128, 128) / 8
     compare("experts", experts_reference, experts,

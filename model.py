@@ -119,7 +119,8 @@ def _moe(base: Config, experts, k, inner, shared) -> Config:
 _TINY = _dense(128, 384, 4, 4, 2, V=2048, tied=True, positions=1024, theta=10_000.0)
 _MICRO = _dense(64, 160, 2, 4, 2, V=512, tied=True, positions=512, theta=10_000.0)
 
-PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
+PRESETS = {
+    # Report, Table 1; eps 1e-5 is that of the larger *base* models.
     "0.5B": _dense(896, 4864, 24, 14, 2, tied=True, positions=32768),
     "1.5B": _dense(1536, 8960, 28, 12, 2, tied=True),
     "3B": _dense(2048, 11008, 36, 16, 2, tied=True, positions=32768),
@@ -127,7 +128,7 @@ PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
     "14B": _dense(5120, 13824, 48, 40, 8, V=152064, eps=1e-5),
     "32B": _dense(5120, 27648, 64, 40, 8, V=152064, eps=1e-5),
     "72B": _dense(8192, 29568, 80, 64, 8, V=152064, eps=1e-5),
-    # The two published MoEs that Qwen2.5-Turbo and -Plus follow; their sizes are not disclosed.
+    # Two published MoEs. Qwen2.5-Turbo and -Plus follow them; their own sizes are not disclosed.
     "Qwen1.5-MoE-A2.7B": _moe(_dense(2048, 5632, 24, 16, 16, positions=8192), 60, 4, 1408, 5632),
     "Qwen2-57B-A14B": _moe(_dense(3584, 18944, 28, 28, 4), 64, 8, 2560, 20480),
     # Ours, for a laptop: "tiny" for the demo, "micro" for the tests, and MoEs of equal active size.
@@ -142,8 +143,8 @@ PRESETS = {  # report Table 1; eps 1e-5 is that of the larger *base* models
 
 @functools.cache
 def rope_frequencies(config: Config):
-    """Return the angle per position of each pair, theta^(-2i/D), (D/2,) float32, and a factor for
-    cos and sin, 1. YaRN changes both."""
+    """Return RoPE's frequencies, the angle theta^(-2i/D) that pair i turns per position, (D/2,)
+    float32; and a factor for cos and sin, which is 1 without YaRN."""
     D = config.head_dim
     # The CPU is named because the result is cached: it must not follow `torch.device("meta")`.
     i = torch.arange(D // 2, dtype=torch.float32, device="cpu")
@@ -156,8 +157,8 @@ def rope_frequencies(config: Config):
 def rope(positions, config: Config):
     """Return cos and signed sin, (B|1, 1, T, D) float32, of positions (B|1, T).
 
-    Every forward pass computes them anew. A stored buffer would follow `model.bfloat16()`, and
-    bfloat16 turns position 15,962 into 15,936."""
+    Every forward pass computes them anew. As a buffer, the frequencies would follow
+    `model.bfloat16()`, and three digits are far too few at position 15,962."""
     frequency, factor = rope_frequencies(config)
     angles = positions[..., None].float() * frequency.to(positions.device)  # (B, T, D/2)
     angles = torch.cat((-angles, angles), dim=-1)  # `apply_rope` needs -sin, then sin
@@ -307,7 +308,8 @@ def load_balancing_loss(router: list, all_reduce=lambda x: x):
         assignments = chosen.new_zeros(E).index_add(0, chosen, torch.ones_like(chosen))
         total = all_reduce(N)
         f = all_reduce(assignments) / total
-        # Counts of all processes: the mean of their losses is then the loss of the whole batch.
+        # f and mean_N are of all processes, P is of this one: the mean of the processes' losses is
+        # then the loss of the whole batch.
         mean_N = total / all_reduce(1)
         P = probs.sum(0) / mean_N
         losses.append(E * (f * P).sum())
@@ -354,7 +356,7 @@ class Qwen2(nn.Module):
     kernels.linear_cross_entropy, which never builds the (B, T, V) logits."""
 
     architecture = "ForCausalLM"      # what config.json calls this kind of head
-    on_disk: dict[str, str] = {}      # published names that differ; subclasses override it
+    on_disk: dict[str, str] = {}      # our name -> published name, where subclasses differ
     gradient_checkpointing = False    # recompute a block's activations in the backward pass
 
     def __init__(self, config: Config):
@@ -392,8 +394,9 @@ class Qwen2(nn.Module):
 
         cache: the tokens before ids; ids are added to it. segment_ids (B, T): the documents of a
         packed row; they do not see each other, and positions restart in each. router: its `append`
-        gets the decisions (probs, expert) of every MoE layer, for `load_balancing_loss`, about
-        those tokens only where `counted`, a bool mask (B*T,), is True: False for padding."""
+        gets the decisions (probs, expert) of every MoE layer, for `load_balancing_loss`. counted
+        selects the tokens among B*T that they are about: a bool mask that leaves padding out, or
+        indices, which may repeat a token (`sample.read_prompts`)."""
         config = self.config
         fast.set_cpu_matmul(ids.numel(), config.hidden_size, ids.device)  # only for speed
         start = 0 if cache is None else cache.length
@@ -418,7 +421,7 @@ class Qwen2(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 block = functools.partial(recompute_in_backward, block, use_reentrant=False,
                                           context_fn=fast.keep_cpu_matmul)
-            if cache is not None:
+            if cache is not None:  # `start` is fixed: recomputation comes after cache.length moves
                 append = functools.partial(cache.append, layer, start)
             x, decisions = block(x, cos=cos, sin=sin, append=append, dual=dual,
                                  segment_ids=segment_ids, mask=mask, block_mask=block_mask)
@@ -434,10 +437,11 @@ class Qwen2(nn.Module):
         return F.linear(self.hidden(ids, **kwargs), self.head_weight)
 
     def count_parameters(self) -> dict[str, int]:
-        """Return total, non_embedding (without the head too), active (without unchosen experts)."""
+        """Return total, non_embedding (without embedding and head), active (without the experts
+        that a token does not choose)."""
         total = 0
         embedding = 0
-        idle = 0  # experts that a token does not choose
+        idle = 0
         for name, p in self.named_parameters():
             total += p.numel()
             if "embed_tokens" in name or "lm_head" in name:

@@ -135,7 +135,8 @@ def held_out_loss(model: Qwen2, ids, segment_ids, micro_batch: int, device, auto
 
 def load_model(args: Args, tokenizer: Tokenizer) -> Qwen2:
     """Return the model of --init or a new one of --model, set to --seq_len and --rope_theta."""
-    preset, trained_length = PRESETS[args.model], 0
+    preset = PRESETS[args.model]
+    trained_length = 0
     if args.init:
         model = Qwen2.from_pretrained(args.init)
         require(tokenizer.n_vocab <= model.config.vocab_size, "the tokenizer has "
@@ -148,7 +149,7 @@ def load_model(args: Args, tokenizer: Tokenizer) -> Qwen2:
         require(dense and preset.num_experts > 0, "--upcycle expects a dense --init and a --model "
                 "with experts, such as tiny-moe")
         model = upcycle(model, preset, args.seed)
-    # YaRN and dual chunk attention extend the longest length that the model was trained at.
+    # YaRN and dual chunk attention will extend the longest length of any training so far.
     positions = max(model.config.max_position_embeddings, args.seq_len)
     model.config = replace(
         model.config, original_max_position_embeddings=max(trained_length, args.seq_len),
@@ -180,8 +181,9 @@ def main(args: Args) -> dict:
     # data
     train, held_out, tokenizer = load_tokens(args)
     train, held_out = mixture.hold_out_ends(train, held_out, args.seq_len)
-    train = {name: documents for name, documents in train.items() if len(documents.ids)}
-    sizes = {name: len(documents.ids) for name, documents in train.items()}
+    sizes = {name: int(documents.sizes.sum()) for name, documents in train.items()}
+    sizes = {name: size for name, size in sizes.items() if size > 0}
+    train = {name: train[name] for name in sizes}
     builtin = sizes.keys() == BUILTIN_WEIGHTS.keys()
     weights = mixture.parse_weights(args.weights, BUILTIN_WEIGHTS if builtin else sizes)
     packed, report = mixture.pack(train, weights, args.tokens, args.seq_len, args.seed,

@@ -6,20 +6,20 @@ the response. It is trained so that the better of two responses scores higher:
     L = - log sigmoid(r(x, y_chosen) - r(x, y_rejected))
 
 A pair that is labelled by criteria has a soft label instead of a certain one (`preference_loss`).
-As in the report, responses come from checkpoints of several stages (SFT, DPO, RL), sampled at
-several temperatures, the pairs of DPO are added, and the queries are those of GRPO. Here the check
-of the query labels the responses. The report's labels also weigh helpfulness, conciseness and so
-on, judged by people (data/label.py) and by models. It does not disclose head, loss or learning
-rate, so these are our choice. The head is one bias-free row named score.weight, which transformers
-loads as Qwen2ForSequenceClassification.
+The report's responses come from checkpoints of several stages (SFT, DPO, RL; --policies), sampled
+at several temperatures. The pairs of DPO are added (--pairs), and the queries are those of GRPO.
+Here the check of the query labels the responses. The report's labels also weigh helpfulness,
+conciseness and so on, judged by people (data/label.py) and by models. It does not disclose head,
+loss or learning rate, so these are our choice. The head is one bias-free row named score.weight,
+which transformers loads as Qwen2ForSequenceClassification.
 
     python reward.py --init runs/demo/sft --policies runs/demo/sft,runs/demo/dpo,runs/demo/rl_first
     python reward.py --init Qwen2.5-0.5B-Instruct --pairs mine.jsonl --queries none --eval_data ...
 
-Expect: the loss starts at exactly ln 2, since the head starts at zero, and the held-out accuracy
-reaches 0.7-0.9. Compare it with the rule "the longer one wins", printed beside it for each source
-of answers. A model that does not beat that rule has learned length, and GRPO would learn length
-from it.
+Expect: the loss starts at exactly ln 2 and the accuracy at 0, since the head starts at zero, and
+the held-out accuracy reaches 0.7-0.9. Compare it with the rule "the longer one wins", printed
+beside it for each source of answers. A model that does not beat that rule may have learned no more
+than length, and GRPO would learn length from it.
 """
 from dataclasses import dataclass, replace
 
@@ -33,6 +33,7 @@ import tasks.queries
 from data.pairs import (
     PairFile, PairIds, pair_responses, parse_criteria, read_held_out, tokenize_pairs)
 from lib.args import cli, parse_value, positive, require
+from lib.checkpoint import NoDraws
 from lib.dist import QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches
 from lib.files import write_jsonl
 from lib.optim import adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup
@@ -99,10 +100,13 @@ class RewardModel(Qwen2):
     @classmethod
     def from_language_model(cls, model: Qwen2, tokenizer: Tokenizer) -> "RewardModel":
         """Take over the body of a language model, not a copy of it."""
-        reward_model = cls(model.config)
+        with NoDraws(), torch.device("meta"):  # without memory for another body
+            reward_model = cls(model.config)
         reward_model.model = model.model
         reward_model.tokenizer = tokenizer
-        return reward_model.to(model.head_weight.device)
+        reward_model.head.to_empty(device=model.head_weight.device)
+        nn.init.zeros_(reward_model.head.weight)
+        return reward_model
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "RewardModel":
@@ -116,18 +120,19 @@ class RewardModel(Qwen2):
 
         A reward is read at the last real token of its row, found by lengths (B,) and not by looking
         for a padding id, which may also be a real token."""
-        rows = torch.arange(ids.shape[0], device=ids.device)
         columns = torch.arange(ids.shape[1], device=ids.device)
         real = columns < lengths[:, None]
         hidden = self.hidden(ids, router=router, counted=real.flatten())
-        return self.read(hidden[rows, lengths - 1])
+        return self.read(hidden, lengths)
 
-    def read(self, hidden):
-        """Return the rewards (B,) float32 of the last hidden states (B, C).
+    def read(self, hidden, lengths):
+        """Return the rewards (B,) float32 at the last of `lengths` (B,) tokens of hidden (B, T, C).
 
-        This is head(hidden) written out: autocast would compute a Linear in bfloat16, in which
+        This is head(last) written out: autocast would compute a Linear in bfloat16, in which
         rewards near 4 have steps of 0.03."""
-        return (hidden.float() * self.head.weight).sum(1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = hidden[rows, lengths - 1]
+        return (last.float() * self.head.weight).sum(1)
 
     def rewards(self, rows: list[list[int]], router=None):
         """Return the rewards (B,) of rows of ids of any lengths."""
@@ -146,7 +151,7 @@ class RewardModel(Qwen2):
         device = self.head.weight.device
         rewards = torch.zeros(len(answers))
 
-        def by_prompt(i):  # brings responses to the same prompt into the same batch
+        def by_prompt(i):  # into the same batch; the answers: whatever their order in the input
             return len(prompts[i]), prompts[i], answers[i]
 
         order = sorted(range(len(answers)), key=by_prompt)
@@ -157,10 +162,8 @@ class RewardModel(Qwen2):
             _, cache = read_prompts(self, some_prompts)
             ids = pad_rows(some_answers, 0).to(device)
             hidden = self.hidden(ids, cache=cache)
-            rows = torch.arange(len(batch), device=device)
             lengths = torch.tensor([len(answer) for answer in some_answers], device=device)
-            some_rewards = self.read(hidden[rows, lengths - 1])
-            rewards[batch] = some_rewards.cpu()
+            rewards[batch] = self.read(hidden, lengths).cpu()
         return rewards.tolist()
 
     def prompt_ids(self, prompt) -> tuple[int, ...]:

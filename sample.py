@@ -6,7 +6,8 @@
 A batch of prompts is padded on the *left*: all rows then end at the same column, and one cache
 serves them. The model masks the padding and counts positions from each row's first token
 (KVCache.pads), so that a row in a batch equals the row alone. A prompt that needs n answers is read
-once, and its cache row is repeated. Finished rows leave the batch, once they are enough.
+once, and its cache row is repeated. Finished rows are dropped from the batch once there are enough
+of them to pay for copying the cache.
 """
 import sys
 from collections import defaultdict
@@ -117,8 +118,8 @@ def left_pad(prompts, device):
 
 
 def prefill(model, prompts, n: int, max_new_tokens: int):
-    """Read the prompts. Return the last hidden state of each of their n answers (B, C), and a cache
-    with room for the answers."""
+    """Read the prompts. Return the last hidden state of each prompt, n times (B, C), and a cache
+    with as many rows, and with room for the answers."""
     device, dtype = model.head_weight.device, model.head_weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)  # keys and values have it then
@@ -164,9 +165,9 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
             drop = mass_before > top_p  # so the token that crosses p stays
             logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
         probs = logits.softmax(-1)
-        # Invert the distribution function: one random number per row, where torch.multinomial draws
-        # one per token of the vocabulary (a quarter of all the time at 384 rows). float64 keeps
-        # u < 1 below the last value, so that a token of probability 0 is never drawn.
+        # Invert the distribution function: one random number per row. torch.multinomial draws one
+        # per token of the vocabulary, which took a quarter of the time at 384 rows. In float64,
+        # u * total stays below the total, so a token of probability 0 is never drawn.
         cdf = probs.double().cumsum(-1)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).flatten()
@@ -233,7 +234,7 @@ class Rollout:
     finished: bool
     text: str
     score: float = 0.0     # of the query's check
-    parts: dict[str, float] = field(default_factory=dict)  # of a reward of one's own
+    parts: dict[str, float] = field(default_factory=dict)  # what else a --reward returned
 
 
 def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
@@ -264,7 +265,7 @@ def rollout(model, tokenizer, queries: list[dict], n: int, max_new_tokens: int,
 
 
 def part_means(answers: list) -> dict[str, float]:
-    """Return the means of what a reward of one's own returned besides the reward."""
+    """Return the means of what a --reward returned besides the reward."""
     values = defaultdict(list)
     for answer in answers:
         for name, value in answer.parts.items():
@@ -289,8 +290,8 @@ class Args:
     temperature: float = 0.7         # 0 is greedy; this and the next two are Qwen2.5's defaults
     top_k: int = 20                  # draw among the k likeliest tokens; 0: all
     top_p: float = 0.8               # draw within this share of the probability mass
-    yarn: float = 1.0                # stretch the context by this factor with YaRN; 1: off
-    dca: bool = False                # stretch it 4x with dual chunk attention
+    yarn: float = 1.0                # reach this many times the training length with YaRN; 1: off
+    dca: bool = False                # reach 4 times the training length by dual chunk attention
     seed: int = 0                    # of the draws
     device: str = "auto"             # auto, cpu, cuda[:N]
     dtype: str = "auto"              # auto, float32, bfloat16

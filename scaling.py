@@ -17,9 +17,9 @@ row of rows.csv records its settings.
     python scaling.py fit --data a.csv,b.csv     # fit again, from tables of runs
     python scaling.py plan --model 7B --tokens 18e12 --gpus 64
 
-Expect: the method in small, and no law of the batch, since on so few tokens the smallest batch of
-the grid is best. An optimum on the edge of its grid is no measurement: it is marked, and left out
-of the fit. recipes/scaling.md has a longer sweep, and the fits of published runs.
+Expect: the method on a small scale. No law of the batch comes out, since on so few tokens the
+smallest batch of the grid is best. An optimum on the edge of its grid is no measurement: it is
+marked, and left out of the fit. recipes/scaling.md has a longer sweep and fits of published runs.
 """
 import contextlib
 import io
@@ -123,7 +123,7 @@ def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:
     largest = by_size[-n_held_out:]
     print(f"  the {n_held_out} largest held out")
     others = fit_cells(smaller, args.bootstrap, args.seed)
-    others.pop("batch(D)", None)
+    others.pop("batch(D)", None)  # a cell has one batch
     for c, (name, law) in product(largest, others.items()):
         predicted = law.predict(**c.axes())
         low, high = law.interval(**c.axes())
@@ -213,6 +213,7 @@ def add_preset(name: str) -> None:
     match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)(-moe)?", name)
     require(match, f"--sizes must be presets or WIDTHxLAYERS[-moe], got {name!r}")
     width = int(match[1])
+    require(width % 16 == 0, f"--sizes {name}: the width must be a multiple of 16, a head's size")
     inner = max(1, width // 6) * 16
     config = PRESETS["micro"]
     if match[3]:
@@ -269,7 +270,7 @@ def measure(args: Args, size: str, D: float, lr: float, batch: float, seed: int,
         overwrite=True,
         **settings,
     )
-    loss = math.inf  # of a rate that is too high, which is a result too
+    loss = math.inf  # of a run that diverges: that its rate is too high is a result, too
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(Diverged):
             loss = pretrain.main(asked)["val_loss"]

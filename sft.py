@@ -13,7 +13,7 @@ one by the size of the model, between measured and published rates (lib/optim.py
 
     python sft.py --init runs/demo/pretrain --out runs/demo/sft --lr 2e-4
     python sft.py --init Qwen2.5-7B --data chats.jsonl --n_data 1e6 --lr 7e-6 --max_len 32768 \\
-        --epochs 2 --pack --batch_size 128 --micro_batch 1 --out ...    # the report's, as known
+        --epochs 2 --pack --batch_size 128 --micro_batch 1 --out ...    # the report's, where known
     python tokenizer.py show runs/demo/sft --chat chats.jsonl              # look at the loss mask
 
 --data is JSONL of {"messages": [{"role", "content"}, ...]}, optionally with "tools" and the
@@ -30,16 +30,15 @@ model has memorised the demonstrations and lost some of what the base model coul
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import kernels
-from data.conversations import Conversations, Row
+from data.conversations import Conversations, pack
 from lib.args import cli, positive, require
 from lib.dist import (
-    QUIET, WORLD, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
+    QUIET, all_reduce_sum, apply_fsdp, full_model, micro_batches, rank_slice)
 from lib.lora import add_lora, base_dtype
 from lib.optim import (
     adamw, clip_and_step, default_lr, epoch_order, lr_at, pad_rows, setup, throughput)
@@ -87,13 +86,6 @@ class Args:
 # ---------------------------------------------------------------------------------------------
 # data
 
-class PackedRow(NamedTuple):
-    """Several conversations end to end, see `pack`."""
-    ids: list[int]
-    mask: list[int]
-    segment_ids: list[int]         # number of the conversation that a token belongs to
-
-
 def load_conversations(args: Args, tokenizer: Tokenizer) -> Conversations:
     """Read --data, or generate the built-in demonstrations, and check what is cut."""
     path, n = args.data, args.n_data
@@ -127,29 +119,6 @@ def check_cuts(conversations: Conversations, args: Args) -> None:
             f"{text}: raise --max_len, or add --allow_cut")
     if conversations.cut or conversations.dropped:
         print(text)
-
-
-def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
-    """Pack conversations into fewer, longer rows (sequence packing).
-
-    Longest first, each conversation goes into the first row with room for it. The loss does not
-    change: attention and positions stay inside a conversation (segment_ids), and no conversation
-    predicts the next one's first token, since the mask of <|im_start|> is 0."""
-    packed = []
-    longest_first = sorted(rows, key=lambda row: -len(row.ids))
-    for number, conversation in enumerate(longest_first):
-        room = max_len - len(conversation.ids)
-        fitting = [row for row in packed if len(row.ids) <= room]
-        if not fitting:
-            fitting = [PackedRow([], [], [])]
-            packed += fitting
-        row = fitting[0]
-        row.ids.extend(conversation.ids)
-        row.mask.extend(conversation.mask)
-        row.segment_ids.extend([number] * len(conversation.ids))
-    while len(packed) % WORLD:  # rows without loss: all processes need equally many
-        packed.append(PackedRow([0, 0], [-1, -1], [0, 0]))
-    return packed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ Text becomes ids in five steps:
   2. Unicode NFC: "e" + combining accent and the one-character "é" give the same ids.
   3. A regular expression (lib/tokenizer_files.py) cuts the text into pre-tokens; no token crosses
      a cut. It is GPT-4's (cl100k_base), but digits stand alone: 2025 is 2|0|2|5.
-  4. Pre-tokens become UTF-8 bytes. All 256 bytes are tokens, so nothing is ever unknown.
+  4. Pre-tokens become UTF-8 bytes. All 256 bytes are tokens, so nothing is ever unknown (bytes
+     that a loaded vocabulary lacks are dropped, as in Hugging Face's tokenizers).
   5. BPE merges the adjacent pair that was learned earliest, until no learned pair is left.
 tiktoken (Rust) does step 5; `train_bpe` learns the merges.
 
@@ -140,7 +141,7 @@ def train_bpe(word_counts: dict[bytes, int], n_merges: int) -> list[tuple[bytes,
     the most frequent adjacent pair becomes a token and is replaced everywhere. Return the pairs in
     the order learned, fewer than n_merges if nothing is left to merge. Ties: the greater pair of
     byte strings wins, (b, a) before (a, z), so the order of documents does not matter.
-    Worked example, aaabdaaabac: aa occurs 4 times, merge (a, a) -> Z: ZabdZabac. Now Za and ab
+    Worked example, aaabdaaabac: aa is seen at 4 places, merge (a, a) -> Z: ZabdZabac. Now Za and ab
     occur twice; (aa, a) > (a, b) as byte strings, so (aa, a) -> Y: YbdYbac; then (aaa, b)."""
     corpus = Corpus(word_counts)
     names = [bytes([b]) for b in range(256)]      # id -> bytes
@@ -255,8 +256,9 @@ class Tokenizer:
                  chat_template: str = chat.CHAT_TEMPLATE, files: dict[str, str] | None = None):
         """tokens: regular token -> id. added: Hugging Face's added tokens, {"content", "id"} and
         "special" (skip_special_tokens hides it) and "normalized" (it is looked for after NFC, not
-        before); None: Qwen2.5's 22 control tokens follow. merges: pairs of tokens in the order of
-        the ids that they make. files: texts that `save_pretrained` writes again."""
+        before, as words that users added may be); None: Qwen2.5's 22 control tokens follow. merges:
+        pairs of tokens in the order of the ids that they make. files: texts that `save_pretrained`
+        writes again."""
         if added is None:
             added = []
             for i, name in enumerate(CONTROL_TOKENS):
@@ -312,8 +314,8 @@ class Tokenizer:
                 f"bytes and {len(CONTROL_TOKENS)} control tokens")
         require(not isinstance(texts, str), "texts must be several documents, not one string")
         counts = count_pretokens(texts)
-        # Every conversation holds the template's words, but pre-training text hardly any. So we
-        # count each as a thousandth of all words, or the default system prompt takes 37 tokens.
+        # Every conversation holds the template's words, but pre-training text hardly any of them.
+        # So each counts as 0.1% of all words; else the default system prompt takes 37 tokens.
         per_mille = sum(counts.values()) // 1000
         if per_mille > 0:
             words = count_pretokens([DEFAULT_SYSTEM, "system", "user", "assistant"])
@@ -360,7 +362,8 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         """Return the ids of clean text, in which control tokens are plain text."""
-        if len(text) > SPACE_RUN and re.search(r"\s{%d}" % SPACE_RUN, text):
+        spaces = re.finditer(r"\s+", text)  # r"\s{900000}" would take quadratic time
+        if len(text) > SPACE_RUN and any(len(run[0]) >= SPACE_RUN for run in spaces):
             ids = []
             for piece in regex.findall(self.pattern, text):   # slower, but tiktoken would abort
                 ids += self._bpe._encode_single_piece(piece)
@@ -400,6 +403,10 @@ class Tokenizer:
             ids += self._bpe._encode_bytes(data[start:start + SPACE_RUN])
         return ids
 
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Return whether both give every token the same id."""
+        return self.tokens == other.tokens and self.special == other.special
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's bytes. Over a text their lengths add up to its UTF-8 length."""
         return self.decode_bytes([token_id])
@@ -428,7 +435,8 @@ class Tokenizer:
 
         Text between control tokens is encoded in one piece, across template and content, as HF
         does. Only an answer starts a new piece: generation starts from the ids of "assistant\\n",
-        so training must see them too. (In HF, "\\n" and a blank first line become one token.)"""
+        so training must see them too. (HF encodes both together: with an answer that starts with a
+        newline, the header's "\\n" becomes one token.)"""
         pieces = []
         for segment in chat_segments(messages, add_generation_prompt, tools, self._layout):
             texts = [segment.text]

@@ -2,9 +2,9 @@
 
     messages, tools = to_conversation({"instruction": "Add.", "input": "2 + 2", "output": "4"})
 
-docs/your-data.md shows a line of every shape. What fits none of them is refused, and so is a column
-that would change the meaning: nothing is left out in silence. `Conversations` reads a file of them
-as token ids with their loss mask.
+docs/your-data.md shows a line of every shape. What fits none of them is refused, and so are columns
+that would change what may be learned: none of these is left out in silence. `Conversations` reads a
+file of them as token ids with their loss mask.
 """
 import json
 from array import array
@@ -12,25 +12,32 @@ from itertools import islice
 from typing import NamedTuple
 
 from lib.args import InputError, require
+from lib.dist import WORLD
 from lib.files import JsonlFile, at_line
 
 WANTED = 'expected {"messages": [{"role", "content"}, ...]} or another shape of docs/your-data.md'
+REFUSED = ("history", "images", "rejected", "label", "kto_tag")  # KTO marks bad answers by false
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names -> ours
 
 
 def to_conversation(row: dict) -> tuple[list[dict], list | None]:
     """Return the messages and the tools of a row. tokenizer.render checks the messages."""
     require(isinstance(row, dict), WANTED)
+    for name in REFUSED:
+        value = row.get(name)
+        is_category = name == "label" and not isinstance(value, bool)
+        require(is_category or value in (None, [], ""), f"{WANTED}, without the columns {name}")
     turns = row.get("messages") or row.get("conversations")
     if isinstance(turns, list):
         messages = to_messages(turns)
-    elif "instruction" in row and "output" in row and not row.get("history"):
-        question = row["instruction"]
-        require(isinstance(question, str), "instruction must be a string")
-        if row.get("input"):
-            question += f"\n{row['input']}"
+    elif "instruction" in row and "output" in row:
+        question, context = row["instruction"], row.get("input") or ""
+        require(isinstance(question, str) and isinstance(context, str),
+                "instruction and input must be strings")
+        if context:
+            question += f"\n{context}"
         messages = to_messages(question) + to_messages(row["output"], "assistant")
-    elif "prompt" in row and "completion" in row and "label" not in row:  # KTO labels bad answers
+    elif "prompt" in row and "completion" in row:
         messages = to_messages(row["prompt"]) + to_messages(row["completion"], "assistant")
     else:
         raise InputError(f"{WANTED}, got the columns {', '.join(row)[:200]}")
@@ -51,6 +58,8 @@ def to_messages(turns, role: str = "user") -> list[dict]:
 
 def to_message(turn) -> dict:
     require(isinstance(turn, dict), WANTED)
+    require(turn.get("weight", 1) == 1 and not turn.get("function_call"),
+            "a message may have neither weight nor function_call: leave it out, use tool_calls")
     if "from" not in turn:
         message = {"role": turn.get("role"), "content": join_parts(turn.get("content"))}
         if "tool_calls" in turn:
@@ -88,6 +97,13 @@ class Row(NamedTuple):
     """A tokenized conversation."""
     ids: list[int]
     mask: list[int]                # loss mask m_t: 1 trained, 0 context (and -1 padding)
+
+
+class PackedRow(NamedTuple):
+    """Several conversations end to end, see `pack`."""
+    ids: list[int]
+    mask: list[int]
+    segment_ids: list[int]         # number of the conversation that a token belongs to
 
 
 class Conversations:
@@ -142,3 +158,26 @@ class Conversations:
             if prompt and len(self.tokenizer.render_prompt(prompt, tools)) <= self.max_len:
                 prompts.append({"prompt": prompt} | ({"tools": tools} if tools else {}))
         return prompts
+
+
+def pack(rows: list[Row], max_len: int) -> list[PackedRow]:
+    """Pack conversations into fewer, longer rows (sequence packing).
+
+    Longest first, each conversation goes into the first row with room for it. The loss does not
+    change: attention and positions stay inside a conversation (segment_ids), and no conversation
+    predicts the next one's first token, since the mask of <|im_start|> is 0."""
+    packed = []
+    longest_first = sorted(rows, key=lambda row: -len(row.ids))
+    for number, conversation in enumerate(longest_first):
+        room = max_len - len(conversation.ids)
+        fitting = [row for row in packed if len(row.ids) <= room]
+        if not fitting:
+            fitting = [PackedRow([], [], [])]
+            packed += fitting
+        row = fitting[0]
+        row.ids.extend(conversation.ids)
+        row.mask.extend(conversation.mask)
+        row.segment_ids.extend([number] * len(conversation.ids))
+    while len(packed) % WORLD:  # rows without loss: all processes need equally many
+        packed.append(PackedRow([0, 0], [-1, -1], [0, 0]))
+    return packed

@@ -25,8 +25,8 @@ from tokenizer import Tokenizer
 
 
 def is_held_out(text: str) -> bool:
-    """Say whether a document only measures the loss: one in fifty, chosen by its hash, so that the
-    same ones are held out whatever the order, the mixture or the seed."""
+    """Return whether a document is held out, to measure the loss: one in fifty is, by its hash, so
+    that it is the same ones whatever the order, the mixture or the seed."""
     content = text.encode("utf-8", "replace")
     digest = hashlib.blake2b(content, digest_size=4).digest()
     number = int.from_bytes(digest, "big")
@@ -63,21 +63,21 @@ class Tokens:
         return Tokens(self.ids, self.starts[short], self.ends[short])
 
     def split_end(self, share: float) -> tuple["Tokens", "Tokens"]:
-        """Part the last `share` of all tokens, which must have no gaps, from those before."""
+        """Return the documents without the last `share` of their tokens, and these tokens. There
+        must be no gaps between documents. One that lies across the cut is divided."""
         cut = int(len(self.ids) * (1 - share))
-        before = self.starts < cut
-        ends = self.ends[before].clip(max=cut)
-        after = self.ends > cut
-        starts = self.starts[after].clip(min=cut)
-        first = Tokens(self.ids, self.starts[before], ends)
-        last = Tokens(self.ids, starts, self.ends[after])
-        return first, last
+        starts_before = self.starts < cut
+        ends_after = self.ends > cut
+        ends = self.ends[starts_before].clip(max=cut)
+        starts = self.starts[ends_after].clip(min=cut)
+        before = Tokens(self.ids, self.starts[starts_before], ends)
+        after = Tokens(self.ids, starts, self.ends[ends_after])
+        return before, after
 
 
 def id_type(tokenizer):
     """Return the smallest type that holds every id: int64 takes two to four times the space."""
-    n_ids = max(tokenizer.n_vocab, tokenizer.eos_id + 1)
-    return np.uint16 if n_ids <= 2**16 else np.uint32
+    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
 def encode_documents(texts, tokenizer):
@@ -94,7 +94,8 @@ def tokenize(texts, tokenizer) -> Tokens:
     documents = [np.empty(0, id_type(tokenizer))]
     documents.extend(encode_documents(texts, tokenizer))
     ids = np.concatenate(documents)
-    bounds = np.cumsum([len(document) for document in documents])
+    sizes = [len(document) for document in documents]
+    bounds = np.cumsum(sizes)
     return Tokens(ids, bounds[:-1], bounds[1:])
 
 
@@ -129,9 +130,8 @@ def read_token_files(path: Path, expected: Tokenizer | None):
     """Map the token files of a directory, which must be of the expected tokenizer. Return training
     and held-out documents, {source: Tokens} each, and the tokenizer."""
     tokenizer = Tokenizer.from_pretrained(path)
-    if expected is not None:
-        same = expected.encode(__doc__) == tokenizer.encode(__doc__)  # any text would do
-        require(same, f"--data {path} holds tokens of another tokenizer than --tokenizer or --init")
+    require(expected is None or expected.has_ids_of(tokenizer),
+            f"--data {path} holds tokens of another tokenizer than --tokenizer or --init")
     train, held_out = {}, {}
     for file in sorted(path.glob("*.train.bin")):
         name = file.name.removesuffix(".train.bin")
@@ -162,16 +162,16 @@ def tokenize_documents(paths: str, tokenizer: Tokenizer | None, vocab_size: int)
 
 
 def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict]:
-    """Return both, {source: Tokens}, and see to it that the held-out documents fill a row. Usually
-    one document in fifty is held out. With few documents that may be none, so we also hold out the
-    last 2% of each source, or up to 20% if a row needs it. (A tokenizer that is trained here has
-    seen these ends.)"""
+    """Return both, {source: Tokens}. If the held-out documents do not fill a row, as where there
+    are few, the last 2% of each source are held out too, or up to 20% if a row needs it. (A
+    tokenizer that is trained here has seen these ends.)"""
     if count_tokens(train) == 0:
         train, held_out = held_out, {}
     if count_tokens(held_out) > seq_len:
         return train, held_out
     row = (seq_len + 1) / max(1, count_tokens(train))
-    share = min(max(1 / 50, row), 1 / 5)
+    share = max(1 / 50, row)
+    share = min(share, 1 / 5)
     starts, ends = {}, {}
     for name, documents in train.items():
         starts[name], ends[f"{name}, end"] = documents.split_end(share)
@@ -179,7 +179,7 @@ def hold_out_ends(train: dict, held_out: dict, seq_len: int) -> tuple[dict, dict
 
 
 def count_tokens(sources: dict[str, Tokens]) -> int:
-    return sum(len(documents.ids) for documents in sources.values())
+    return sum(int(documents.sizes.sum()) for documents in sources.values())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,9 +197,10 @@ def parse_weights(text: str, default: dict[str, float]) -> dict[str, float]:
     return weights
 
 
-def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
-        seed: int) -> tuple[np.ndarray, dict]:
-    """Choose and order documents so that each source has its weight's share of `tokens` tokens.
+def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int, seed: int,
+        unit: int = 1) -> tuple[np.ndarray, dict]:
+    """Choose and order documents so that each source has its weight's share of `tokens` tokens, to
+    the nearest multiple of `unit`.
 
     Each source is read in random order, in a new one in each epoch. Its last document is cut to
     meet the share (and keeps its end token). Sources are spread evenly, so that every long stretch
@@ -214,7 +215,8 @@ def mix(sources: dict[str, Tokens], weights: dict[str, float], tokens: int,
     places = []  # of the rows in the stream, from 0 to 1
     report = {}
     for name, weight in weights.items():
-        wanted = round(tokens * weight / total)
+        units = round(tokens * weight / total / unit)
+        wanted = units * unit
         sizes = sources[name].sizes
         available = int(sizes.sum())
         require(available > 0 or wanted == 0, f"source {name} is empty, but its weight is {weight}")
@@ -309,26 +311,29 @@ def pack(sources: dict[str, Tokens], weights: dict[str, float], tokens: int, seq
     row, and the other rows hold shorter documents only: Qwen2.5-Turbo trains 40% of its sequences
     at the full length of each stage (section 3.3). Within both kinds, sources keep their relative
     weights."""
-    if not long_share:
+    require(0 <= long_share < 1, f"--long_share must be a share in [0, 1), got {long_share}")
+    if long_share == 0:
         stream, report = mix(sources, weights, tokens, seed)
         return PackedRows(list(sources.values()), stream, seq_len), report
     width = seq_len + 1
     long_tokens = int(tokens * long_share) // width * width
+    require(long_tokens > 0, f"--long_share {long_share} of --tokens {tokens} is not one row")
+    kinds = (
+        ("longer", Tokens.long_pieces, long_tokens, width),  # whole pieces: each fills its row
+        ("shorter", Tokens.short_documents, tokens - long_tokens, 1),
+    )
     parts = []    # of the sources, one per kind
     streams = []
     report = {}
-    for kind, share in (("longer", long_tokens), ("shorter", tokens - long_tokens)):
+    for kind, select, kind_tokens, unit in kinds:
         documents = {}
         for name, source in sources.items():
-            if kind == "longer":
-                some = source.long_pieces(width)
-            else:
-                some = source.short_documents(width)
+            some = select(source, width)
             if name in weights and len(some.starts):
                 documents[name] = some
         require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
         some_weights = {name: weights[name] for name in documents}
-        stream, part_report = mix(documents, some_weights, share, seed)
+        stream, part_report = mix(documents, some_weights, kind_tokens, seed, unit)
         offset = [len(parts), 0, 0]  # sources are numbered on from those of the other kind
         streams.append(stream + offset)
         parts.extend(documents.values())
@@ -346,9 +351,9 @@ def held_out_rows(held_out: dict[str, Tokens], seq_len: int, tokens: int):
         for document, size in enumerate(documents.sizes):
             stream.append((number, document, size))
     random.Random(0).shuffle(stream)  # so that the rows are of all sources, not of the first
-    enough = sum(size for _, _, size in stream) > seq_len
-    require(enough, "--data is too small: its held-out part, one document in fifty or the last "
-            f"fifth of the tokens, does not fill a row of --seq_len {seq_len}")
+    size = sum(size for _, _, size in stream)
+    require(size > seq_len, "--data is too small: its held-out part, one document in fifty or the "
+            f"last fifth of the tokens, does not fill a row of --seq_len {seq_len}")
     rows = PackedRows(sources, np.array(stream), seq_len)
     most = max(1, tokens // (10 * seq_len))
     count = min(256, most, len(rows))

@@ -51,8 +51,10 @@ def pair_responses(answers: list, per_query: int, seed: int) -> list[dict]:
     pairs = []
     for group in by_prompt.values():
         query = group[0].query
-        passed = sorted({a.text for a in group if a.score == 1})
-        failed = sorted({a.text for a in group if a.score < 1 and a.finished})
+        texts_passed = {a.text for a in group if a.score == 1}
+        texts_failed = {a.text for a in group if a.score < 1 and a.finished}
+        passed = sorted(texts_passed - texts_failed)  # a program's tests may run out of time once
+        failed = sorted(texts_failed - texts_passed)
         n = min(per_query, len(passed), len(failed))
         some_passed = generator.sample(passed, n)
         some_failed = generator.sample(failed, n)
@@ -98,7 +100,7 @@ def to_pair(row: dict) -> dict:
     sides = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(text, str) for text in (prompt, *sides)) and not is_transcript(prompt):
         require(prompt != "", "the prompt is empty")
-        return row
+        return row | {"prompt": prompt}
     question = [] if prompt is None else turns_of(prompt)
     if question and question[-1] == {"role": "assistant", "content": ""}:
         question.pop()  # of a transcript that ends in "Assistant:"
@@ -182,10 +184,15 @@ def soft_label(pair: dict, weights: dict[str, float] | None) -> float:
 
 
 def tokenize_pair(pair: dict, tokenizer: Tokenizer, weights=None) -> PairIds:
+    """Return the token ids of a pair. Where its label prefers the rejected answer, the two change
+    places: "chosen" is what training should prefer."""
     chosen = tokenizer.encode(pair["chosen"]) + [tokenizer.im_end_id]
     rejected = tokenizer.encode(pair["rejected"]) + [tokenizer.im_end_id]
     prompt = tokenizer.render_prompt(pair["prompt"], pair.get("tools"))
-    return PairIds(prompt, chosen, rejected, soft_label(pair, weights))
+    label = soft_label(pair, weights)
+    if label < 0.5:
+        return PairIds(prompt, rejected, chosen, 1 - label)
+    return PairIds(prompt, chosen, rejected, label)
 
 
 class TokenizedPairs:

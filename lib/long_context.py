@@ -1,9 +1,10 @@
 """Beyond the training length, without training: YaRN and dual chunk attention (report, 3.3).
 
 YaRN slows the rotation of those pairs that never turned fully in training. Dual chunk attention
-(An et al. 2024, arXiv 2402.17463) keeps every rotation and cuts positions into chunks: distances
-within a chunk and to the previous chunk are exact, and all older keys get one capped distance, so
-that no distance is longer than in training. Both are switched on by `extended`.
+(An et al. 2024, arXiv 2402.17463) keeps RoPE's frequencies and cuts positions into chunks.
+Distances within a chunk are exact, and so are those from the first queries of a chunk to the chunk
+before. For all other keys the query's position is capped, so that no distance is longer than in
+training. Both are switched on by `extended`.
 
 Letters in shapes: B batch, T queries, S keys, D head width, Hq/Hkv query/kv heads, G = Hq/Hkv.
 """
@@ -23,16 +24,19 @@ def extended(config, yarn: float = 1.0, dca: bool = False):
     """Return a model.Config for longer texts: by the factor `yarn` with YaRN, or 4 times with dual
     chunk attention, as in the report. local_size is then a quarter of the training length, as is
     typical in the DCA paper. The training length comes from the checkpoint, never from the caller,
-    because YaRN over a wrong length would be silently wrong. Raises InputError if
-    max_position_embeddings is over 32768 and the training length is not recorded."""
+    because YaRN over a wrong length would be silently wrong. A model that allows more positions
+    than it was trained at keeps them. Raises InputError if max_position_embeddings is over 32768
+    and the training length is not recorded."""
     if yarn == 1 and not dca:
         return config
     length = config.trained_length
     require(config.original_max_position_embeddings or length <= 32768,
             f"config.json has {length} positions, but not the length of training: add "
             "original_max_position_embeddings (32768 for Qwen2.5)")
+    reach = int(length * (4 if dca else yarn))
+    positions = max(config.max_position_embeddings, reach)
     longer = replace(config, original_max_position_embeddings=length, yarn_factor=yarn,
-                     max_position_embeddings=int(length * (4 if dca else yarn)))
+                     max_position_embeddings=positions)
     if dca and not config.chunk_size:  # a checkpoint that names its own chunks keeps them
         longer = replace(longer, chunk_size=length, local_size=length // 4)
     return longer
@@ -147,8 +151,7 @@ def dual_chunk_attention(q, k, v, chunk, *, pads=None):
             length = S - pad
             first = max(0, T - length)  # the row's first query that is no padding
             queries = [query[row, :, first:] for query in q]
-            row_out = one_row(queries, keys, values, chunk)
-            out[row, :, first:] = row_out
+            out[row, :, first:] = one_row(queries, keys, values, chunk)
     return out
 
 
@@ -157,12 +160,11 @@ def one_row(q, k, v, chunk):
     intra, successive, inter = q
     _, Hq, T, D = intra.shape
     _, Hkv, S, _ = k.shape
-    scores_per_query = max(1, Hq * S)
     most = MAX_SCORES * (64 if k.is_cuda else 1)
-    block = max(1, most // scores_per_query)
+    block = max(1, most // max(1, Hq * S))
     offset = S - T
-    start = offset
     out = torch.zeros_like(intra, dtype=k.dtype)
+    start = offset
     while start < S:
         intra_start = start // chunk * chunk  # the chunk of these queries
         successive_start = max(0, intra_start - chunk)

@@ -4,9 +4,10 @@ W (out, in) is frozen. A (r, in) and B (out, r) are trained, in float32. B start
 first step sees the frozen model. Gradients and Adam's moments are kept for A and B only.
 
 Reading a projection's `weight` gives the sum above (a torch parametrization), so no other code need
-know of adapters. The price: the sum is rounded to the dtype of W and kept until the backward pass,
-and its whole gradient is computed, so a step is not faster than full fine-tuning. All projections
-are adapted, which matters most (QLoRA, Dettmers et al. 2023), but not an MoE's routed experts.
+know of adapters. The price: the sum is rounded to the dtype of W, so in bfloat16 a change far below
+2^-9 |W| has no effect until it has grown; it is kept until the backward pass; and its whole
+gradient is computed, so a step is not faster than full fine-tuning. All projections are adapted,
+which matters most (QLoRA, Dettmers et al. 2023), but not an MoE's routed experts.
 lib/checkpoint.py reads and writes adapters in PEFT's format.
 """
 from contextlib import contextmanager

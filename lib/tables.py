@@ -1,8 +1,14 @@
-"""Means with their intervals and tables of them, for evaluate.py and lib/report.py."""
+"""Means with their intervals, and tables of results."""
 import math
 import re
 from html import escape
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
+
+from lib.args import require
+from lib.files import read_jsonl
 
 MARKDOWN = str.maketrans({"|": "\\|", "\n": "\\n"})  # in the cells of a table
 CODE = re.compile(r"\A`(.*)`\Z", re.DOTALL)
@@ -76,3 +82,18 @@ def metric_tables(stages: dict[str, dict]) -> list[Table]:
         title = f"{label} on {n} held-out queries, % [95% interval]"
         tables.append(Table(title, [f"{label}, %", *domains], rows))
     return tables
+
+
+def print_groups(args) -> None:
+    """python grpo.py inspect --out RUN: four groups of its last step, best answer first."""
+    path = Path(args.out) / "samples.jsonl"
+    require(path.is_file(), f"{path}: no such file; a run writes it when it ends")
+    rows = [row for _, row in read_jsonl(path)]
+    require(rows and "advantage" in rows[0], f"{path} is of no GRPO run")
+    for prompt, group in groupby(rows, key=itemgetter("prompt")):
+        print(prompt_text(prompt))
+        print(" score  reward  advantage  answer")
+        for row in sorted(group, key=itemgetter("advantage"), reverse=True):
+            numbers = "{score:6.2f} {reward:7.3f} {advantage:+10.3f}".format(**row)
+            print(f"{numbers}  {row['response']!r}")
+        print()

@@ -305,6 +305,7 @@ def set_domains(queries: list[dict], path: str, key: str) -> None:
     for query, (line, row) in zip(queries, read_jsonl(path), strict=False):
         require(isinstance(row.get(key), str | int),
                 f"{path}:{line}: --domain_key: no text or number under {key!r}")
+        require(row[key] != "total", f"{path}:{line}: no domain may be called total")
         query["domain"] = str(row[key])
 
 

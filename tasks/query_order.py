@@ -3,8 +3,9 @@
 The report takes queries by the variance of the reward model's scores over their responses, highest
 first. Three points are our choice. The variances are those of the initial policy's responses. The
 domains take turns, because scores spread more in one domain than in another, so that a single order
-would put whole stretches of one domain together. And where a variance says as little as chance, it
-does not decide (docs/LOG.md, docs/findings.md).
+would put whole stretches of one domain together. And a variance that does not repeat between the
+two halves of the responses does not decide (docs/LOG.md, docs/findings.md). For that, each query
+needs four responses or more.
 """
 import random
 from collections import defaultdict
@@ -46,16 +47,15 @@ def order_by_domain(queries: list[dict], verdicts, model_scores, rewards, seed: 
     place = {}  # of a query within its own domain
     for domain, members in by_domain.items():
         order = random.Random(seed).sample(members, len(members))
-        found = "chance"  # a later, better order replaces it
-        for name, values in (("the verdicts' variance", verdicts),
-                             ("the scores' variance", model_scores)):
+        found = "chance"  # the verdicts replace it, and the scores replace both
+        for name, values in (("verdicts", verdicts), ("scores", model_scores)):
             if values is None:
                 continue
             correlation = split_half_correlation(values[members])
-            print(f"{domain}: split-half correlation of {name} {correlation:.2f}")
+            print(f"{domain}: split-half correlation of the {name}' variance {correlation:.2f}")
             if correlation >= MIN_CORRELATION:
                 order = [members[i] for i in query_order(values[members])]
-                found = name
+                found = f"the {name}' variance"
         print(f"{domain}: queries ordered by {found}")
         place |= {i: rank for rank, i in enumerate(order)}
     # All first places, then all second ones, ...; among equal places, by variance of the rewards.

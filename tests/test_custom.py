@@ -121,6 +121,8 @@ def test_domains_from_a_column(tmp_path):
     assert query["domain"] == "sums"
     refuses(lambda: tasks.queries.load(path, domain_key="topic"), "q.jsonl:2", "--domain_key")
     refuses(lambda: tasks.queries.load("rl", domain_key="topic"), "--domain_key topic", "rl")
+    write_rows(tmp_path / "q.jsonl", [{"prompt": "P", "answer": "1", "topic": "total"}])
+    refuses(lambda: tasks.queries.load(path, domain_key="topic"), "q.jsonl:1", "total")
 
 
 def test_a_reward_changes_neither_the_query_nor_the_working_directory(tmp_path):

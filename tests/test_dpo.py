@@ -282,6 +282,8 @@ def test_pairs_are_passing_against_failing():
             assert p["rejected"] != "cut"
         assert len({(p["prompt"], p["chosen"]) for p in pairs}) == 3
     assert pair_responses(sum(groups, []), 2, 5) == pair_responses(sum(groups, []), 2, 5)
+    late = answers(q[0], ("a", 1.0, True), ("a", 0.0, True), ("b", 0.0, True))  # out of time once
+    assert pair_responses(late, 2, 0) == []
 
 
 def test_trl_files_load_unchanged(tokenizer, tmp_path):
@@ -356,6 +358,8 @@ def test_texts_are_taken_as_they_are(tmp_path):
     """Spaces, an answer that looks like a transcript, a prompt that only mentions one."""
     rows = [{"prompt": " a\n\nHuman: b", "chosen": " c\n", "rejected": "\n\nHuman: r", "n": 1}]
     assert list(PairFile(write_rows(tmp_path / "pairs.jsonl", rows))) == rows
+    rows = [{"conversations": "p", "chosen": "c", "rejected": "r"}]
+    assert list(PairFile(write_rows(tmp_path / "pairs.jsonl", rows))) == [rows[0] | {"prompt": "p"}]
 
 
 def test_pairs_are_found_again_in_every_kind_of_file(tmp_path):

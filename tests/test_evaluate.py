@@ -143,15 +143,22 @@ def test_best_of_by_hand():
     """Three queries of four answers: the majority counts equal final answers, however they are
     reached, and chance decides a draw; the reward model takes its favourite."""
     class Scorer:
+        def __init__(self):
+            self.tokenizer = self
+
+        def render_prompt(self, prompt, tools):
+            return f"{tools}{prompt}"
+
         def score(self, prompts, responses):
-            assert prompts == ["p"] * 4 + ["q"] * 4 + ["r"] * 4
+            assert prompts == ["Nonep"] * 4 + ["[f]q"] * 4 + ["Noner"] * 4
             return [text.count("!") - 2 * text.count("?") for text in responses]
     sampled = [[("1 + 6 = 7! The answer is \\boxed{7}.", 1.0), ("The answer is \\boxed{7}.", 1.0),
                 ("no", 0.0), ("no?", 0.0)],
                [("a?", 0.0), ("a?", 0.0), ("b!!!", 1.0), ("c?", 0.0)],
                [("a", 1.0), ("a", 1.0), ("b!", 0.0), ("a", 1.0)]]
     sampled = [[Answer(text, score) for text, score in group] for group in sampled]
-    got = evaluate.best_of([{"prompt": p} for p in "pqr"], sampled, Scorer())
+    queries = [{"prompt": "p"}, {"prompt": "q", "tools": "[f]"}, {"prompt": "r"}]
+    got = evaluate.best_of(queries, sampled, Scorer())
     assert {name: value["mean"] for name, value in got.items()} == pytest.approx({
         "majority": 2 / 3, "reward model": 2 / 3, "reward model - majority": 0.0,
         "reward model - chance": (1 / 2 + 3 / 4 - 3 / 4) / 3})
@@ -210,6 +217,8 @@ def test_a_reward_of_ones_own_is_averaged(micro_run, tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Write 0.", "topic": t} for t in "xy"])
     metrics = run(micro_run, tmp_path, **own, queries=path, domain_key="topic")
     assert metrics["greedy"].keys() == {"total", "x", "y"}
+    metrics = run(micro_run, tmp_path, **own, few_shot=1, n_queries=4)
+    assert metrics["parts"] == {"half": 0.5}
 
 
 def test_few_shot_of_a_foreign_domain_is_refused(micro_run, tmp_path):

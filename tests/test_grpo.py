@@ -3,6 +3,7 @@ an enumerable policy, a bandit that must be learned, pre-flight refusals, resume
 docs/requirements.md."""
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import (
 
 import lib.args
 import tasks.custom
+import tasks.queries
 import grpo
 from grpo import (
     group_advantages, grpo_loss, sample_episode, shaped_reward)
@@ -96,7 +98,7 @@ def by_hand(logprobs, old, ref, advantages, mask, eps, high, kl, loss_type):
             ratio = math.exp(logprobs[i, t].item() - old[i, t].item())
             a = advantages[i].item()
             value = min(ratio * a, max(min(ratio, 1 + high), 1 - eps) * a)
-            clipped += ratio > 1 + high or ratio < 1 - eps
+            clipped += value < ratio * a
             if ref is not None:
                 x = ref[i, t].item() - logprobs[i, t].item()
                 value -= kl * ratio * (math.exp(x) - x - 1)
@@ -199,7 +201,7 @@ def test_clip_by_hand():
     want = [1.2, -1.5, 0.5, -0.8]
     mask = torch.ones(4, 1, dtype=torch.bool)
     loss, logs = grpo_loss(logprobs, old, None, advantages, mask)
-    assert loss.item() == pytest.approx(-sum(want) / 4, abs=1e-6) and logs["clipped"] == 4
+    assert loss.item() == pytest.approx(-sum(want) / 4, abs=1e-6) and logs["clipped"] == 2
     loss.backward()
     assert logprobs.grad.flatten().tolist() == pytest.approx([0, 1.5 / 4, -0.5 / 4, 0], abs=1e-6)
 
@@ -388,7 +390,7 @@ def test_stage_learns_a_word(policy, tmp_path, values, capsys):
     torch.testing.assert_close(advantages, group_advantages(
         rewards, values.get("scale_rewards", "group")))
     capsys.readouterr()
-    grpo.inspect(stage_args(grpo, out=str(tmp_path / "run")))
+    grpo.print_groups(stage_args(grpo, out=str(tmp_path / "run")))
     shown = capsys.readouterr().out
     assert shown.count("advantage") == 2 and shown.count("'") == 64
     best = [float(line.split()[2]) for line in shown.splitlines()[2:18]]
@@ -453,17 +455,17 @@ def test_an_error_in_a_reward_loses_no_step(policy, tmp_path):
 
 def test_inspect_tells_what_it_wants(tmp_path, monkeypatch, capsys):
     """A run never started, one that was no GRPO, and --help: what inspect wants, in one line."""
-    refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no such file", "ends")
+    refuses(lambda: grpo.print_groups(stage_args(grpo, out=str(tmp_path))), "no such file", "ends")
     write_rows(tmp_path / "samples.jsonl", [])
-    refuses(lambda: grpo.inspect(stage_args(grpo, out=str(tmp_path))), "no GRPO run")
+    refuses(lambda: grpo.print_groups(stage_args(grpo, out=str(tmp_path))), "no GRPO run")
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
     write_rows(tmp_path / "samples.jsonl", [
         {"prompt": talk, "response": "2", "score": 1.0, "reward": 1.0, "advantage": 0.5}])
-    grpo.inspect(stage_args(grpo, out=str(tmp_path)))
+    grpo.print_groups(stage_args(grpo, out=str(tmp_path)))
     assert capsys.readouterr().out.startswith("system: Be brief.\nuser: 1 + 1?\n score  reward")
     monkeypatch.setattr("sys.argv", ["grpo.py", "inspect", "--help"])
-    lib.args.cli(grpo.main, grpo.Args, inspect=grpo.inspect)
-    assert capsys.readouterr().out == grpo.inspect.__doc__ + "\n"
+    lib.args.cli(grpo.main, grpo.Args, inspect=grpo.print_groups)
+    assert capsys.readouterr().out == grpo.print_groups.__doc__ + "\n"
 
 
 @pytest.mark.parametrize("values", [{"kl": 0.01}, {"query_order": "random"}],
@@ -573,6 +575,15 @@ def test_preflight_orders_by_variance(monkeypatch):
         monkeypatch.setattr(grpo, "rollout", fake_rollout(scores))
         ordered = grpo.order_queries(None, None, None, queries, stage_args(grpo, num_generations=4))
         assert "".join(query["prompt"] for query in ordered) == want
+
+
+def test_a_resumed_run_keeps_the_order_of_its_queries(tmp_path):
+    """A server would answer differently now. Nothing is asked: there is no policy."""
+    queries = tasks.queries.load("rl", 6, 1)[::-1]
+    write_rows(tmp_path / "queries.jsonl", queries)
+    run = types.SimpleNamespace(resumed=True, path=tmp_path)
+    args = stage_args(grpo, allow_unsafe_code=True)
+    assert grpo.load_queries(args, run, None, None, None) == queries
 
 
 def test_first_pass_rate(monkeypatch):

@@ -58,6 +58,8 @@ def test_yarn_factor_1_is_the_identity():
     """R7.1."""
     config = PRESETS["0.5B"]
     assert extended(config, yarn=1.0) == config
+    roomy = replace(config, original_max_position_embeddings=16, max_position_embeddings=1024)
+    assert extended(roomy, yarn=2.0).max_position_embeddings == 1024  # and not 32
     for a, b in zip(
         M.rope_frequencies(replace(config, yarn_factor=1.0)),
         M.rope_frequencies(config),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from data import mixture
+from data.mixture import Tokens, pack
+from helpers import refuses
 from lib.args import InputError
 
 
@@ -167,6 +169,28 @@ def test_pieces_of_longer_documents():
     pieces = [long.ids[a:b].tolist() for a, b in zip(long.starts, long.ends, strict=True)]
     assert pieces == [[0, 1, 2, 3], [4, 5, 6, 26], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 26]]
     assert short.sizes.tolist() == [3, 1]
+
+
+def test_each_long_row_is_one_piece_whatever_the_weights():
+    """A source's share of the longer rows is a whole number of rows, or it would shift the rows of
+    all sources behind it."""
+    sizes = np.array([1000] * 40 + [50] * 200)
+    ends = sizes.cumsum()
+    source = Tokens(np.zeros(ends[-1], np.uint16), ends - sizes, ends)
+    weights = {"a": 0.9, "b": 0.025, "c": 0.025, "d": 0.025, "e": 0.025}
+    rows, report = pack(dict.fromkeys(weights, source), weights, 20_000, 128, 0, 0.5)
+    _, segments = rows[range(len(rows))]
+    n_long = sum(row["tokens"] for name, row in report.items() if "longer" in name) // 129
+    assert 75 <= n_long <= 79
+    assert (segments[:n_long] == segments[:n_long, :1]).all()
+
+
+@pytest.mark.parametrize("share", [-0.5, 1.0, 1.5, 0.001])
+def test_a_long_share_that_fills_no_row_is_refused(share):
+    sizes = np.array([300] * 5 + [50] * 20)
+    ends = sizes.cumsum()
+    source = Tokens(np.zeros(ends[-1], np.uint16), ends - sizes, ends)
+    refuses(lambda: pack({"a": source}, {"a": 1.0}, 1290, 128, 0, share), "--long_share")
 
 
 def test_the_end_of_the_tokens():

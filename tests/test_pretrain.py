@@ -410,6 +410,9 @@ def test_token_files_train_the_same_model(args, texts, tmp_path):
             tokenizer=args.tokenizer,
         )
     )
+    Tokenizer.train([text[::-1] for text in texts[:50]], 300).save_pretrained(tmp_path / "like")
+    with pytest.raises(InputError, match="tokens of another tokenizer"):  # of as many ids
+        pretrain.main(replace(mapped, tokenizer=str(tmp_path / "like"), overwrite=True))
     with pytest.raises(InputError, match="tokens of another tokenizer"):
         pretrain.main(replace(mapped, tokenizer=str(tmp_path / "other"), overwrite=True))
 
@@ -427,7 +430,7 @@ def test_long_share_of_the_rows_is_one_piece_each(args, corpus):
     short = segments[80:].flatten().unique_consecutive(return_counts=True)[1]
     assert short.max() < SEQ + 1
     with pytest.raises(InputError, match="no document is longer than 5001"):
-        pack(train, replace(args, seq_len=5000))
+        pack(train, replace(args, seq_len=5000, tokens=10**5))
     pretrain.main(replace(args, tokens=2 * ROWS * (SEQ + 1)))
 
 

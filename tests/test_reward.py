@@ -104,7 +104,7 @@ def test_the_head_keeps_float32_under_autocast(tokenizer):
     rows = torch.randn(64, model.config.hidden_size)
     want = (rows.double() @ model.head.weight.double().T).flatten()
     with torch.autocast("cpu", torch.bfloat16):
-        got = model.read(rows)
+        got = model.read(rows[:, None], torch.ones(64, dtype=torch.long))
     assert got.dtype == torch.float32
     assert torch.allclose(got.double(), want, atol=1e-5)
 
@@ -277,7 +277,9 @@ def test_weights_decide_what_is_learned(micro_run, tmp_path):
         model = RewardModel.from_pretrained(tmp_path / chosen)
         yes, no = model.score(["Is 3 even?"] * 2, ["yes, it is", "no"])
         gaps[chosen] = yes - no
-        assert set(result) == ({measured} if chosen == "truthfulness=2" else set())
+        assert set(result) == ({measured} if chosen != all_equal else set())
+        if chosen != all_equal:  # the better answer by the weights counts, whatever it is called
+            assert result[measured]["accuracy"] == 1.0
     assert gaps["truthfulness=2"] > 1 and gaps["conciseness=1"] < -1
     assert abs(gaps[all_equal]) < 0.01
     assert log(tmp_path / all_equal)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -12,7 +12,8 @@ from lib.router import RouterStats
 from model import load_balancing_loss
 from reward import RewardModel, pair_rewards
 from sample import completion_logprobs
-from sft import PackedRow, Row, pack, sft_loss
+from data.conversations import PackedRow, Row, pack
+from sft import sft_loss
 
 PROMPTS = [[5, 9, 2, 7], [8, 8, 1], [5, 9, 2, 7]]  # one twice: it is read once, and counts twice
 ANSWERS = [[3, 4], [60, 61, 62, 63, 64], [31, 32, 33]]

@@ -199,6 +199,8 @@ def test_sizes():
     assert moe["total"] > dense["total"]
     with pytest.raises(InputError, match="WIDTHxLAYERS"):
         scaling.add_preset("32by2")
+    with pytest.raises(InputError, match="multiple of 16"):
+        scaling.add_preset("24x2")
 
 
 def test_sweep_in_small(tmp_path, capsys):

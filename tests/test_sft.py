@@ -18,6 +18,7 @@ from helpers import (
 
 import kernels
 import sft
+from data.conversations import Row, pack
 from data.documents import read_documents
 from data.pairs import PairFile, tokenize_pair
 from lib import fast, files
@@ -53,7 +54,7 @@ def random_batch(seed=0, lengths=(12, 5, 9, 3, 12, 7, 4)):
     for n in lengths:
         mask = (torch.rand(n, generator=g) < 0.5).long()
         mask[-1] = 1
-        rows.append(sft.Row(torch.randint(97, (n,), generator=g).tolist(), mask.tolist()))
+        rows.append(Row(torch.randint(97, (n,), generator=g).tolist(), mask.tolist()))
     return rows
 
 
@@ -128,7 +129,7 @@ def test_micro_batch_without_targets_adds_nothing():
 # packing
 
 def packed_batch(rows, max_len):
-    packed = sft.pack(rows, max_len)
+    packed = pack(rows, max_len)
     return tuple(pad_rows([row[k] for row in packed], pad) for k, pad in enumerate((3, 0, -1)))
 
 
@@ -137,7 +138,7 @@ def packed_batch(rows, max_len):
 def test_packed_is_unpacked(impl, max_len):
     """R8.6: loss and gradient of packed rows are those of one conversation at a time, to 1e-12."""
     rows = [
-        sft.Row(ids, [0, *mask[1:]]) for ids, mask in random_batch()
+        Row(ids, [0, *mask[1:]]) for ids, mask in random_batch()
     ]  # a header is never a target
     count, old = sum(sum(mask) for _, mask in rows), kernels.set_default_impl(impl)
     try:
@@ -160,8 +161,8 @@ def test_packed_is_unpacked(impl, max_len):
 
 def test_packed_rows_are_shared_by_processes(monkeypatch):
     """As many for each of four, by rows of nothing; their loss is 0."""
-    monkeypatch.setattr(sft, "WORLD", 4)
-    packed = sft.pack(random_batch(), 20)
+    monkeypatch.setattr("data.conversations.WORLD", 4)
+    packed = pack(random_batch(), 20)
     assert len(packed) == 4 and packed[3].mask == [-1, -1]
     ids, mask, segments = (torch.tensor([part]) for part in packed[3])
     assert sft.sft_loss(tiny_model(), ids, mask, 1, segments).item() == 0
@@ -180,7 +181,7 @@ def test_packed_conversations_do_not_see_each_other():
 def test_pack_keeps_every_token_and_the_length():
     """Whatever the lengths: no row above max_len, each conversation whole and in one row."""
     rows = random_batch(1, (40, 3, 17, 22, 40, 9, 31, 5))
-    packed = sft.pack(rows, 40)
+    packed = pack(rows, 40)
     found = []
     for ids, mask, numbers in packed:
         assert len(ids) == len(mask) == len(numbers) <= 40
@@ -241,6 +242,7 @@ SHAPES = [
     ({"instruction": "Say hi.", "input": "", "output": "Hi", "system": "s", "history": []},
      say("Say hi.", "Hi", system="s")),
     ({"prompt": "q", "completion": "a"}, say("q", "a")),
+    ({"messages": say("q", "a"), "label": "chemistry", "images": None}, say("q", "a")),
     ({"prompt": say("q", "a", "r"), "completion": say("", "b")[1:]}, say("q", "a", "r", "b")),
 ]
 
@@ -266,6 +268,15 @@ def test_every_shape_becomes_messages(row, messages, tokenizer):
     ({"instruction": "q", "output": 5}, "messages"), ({"instruction": 5, "output": "a"}, "string"),
     ({"instruction": "r", "output": "b", "history": [["q", "a"]]}, "columns"),
     ({"prompt": "q", "completion": "bad", "label": False}, "columns"),
+    ({"messages": say("q", "bad"), "label": False}, "columns label"),
+    ({"messages": say("q", "a"), "kto_tag": True}, "columns kto_tag"),
+    ({"conversations": say("q", "a"), "images": ["a.png"]}, "columns images"),
+    ({"prompt": "q", "completion": "a", "history": [["q", "a"]]}, "columns history"),
+    ({"prompt": "q", "completion": "a", "rejected": "b"}, "columns rejected"),
+    ({"messages": [say("q")[0], {"role": "assistant", "content": "a", "weight": 0}]}, "weight"),
+    ({"messages": [say("q")[0], {"role": "assistant", "content": "a",
+                                 "function_call": {"name": "f"}}]}, "function_call"),
+    ({"instruction": "q", "input": ["a"], "output": "b"}, "strings"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "columns")])
 def test_other_shapes_are_refused_with_the_shape_wanted(row, word, tokenizer):
     refuses(lambda: read([{"prompt": "q", "completion": "a"}, row], tokenizer), ":2:", word)
