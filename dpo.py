@@ -131,12 +131,12 @@ class OnlineMerging(torch.optim.Optimizer):
         self.eps = eps
         self.taus = [self.sparsify(tau, 0, i) for i, tau in enumerate(taus)]
 
-    def sparsify(self, x, step: int, index: int):
-        """F: keep a random share `reserve` of the entries of tensor number `index`. Step 0 is of
-        tau; updates count from 1."""
+    def sparsify(self, x, draw: int, index: int):
+        """F: keep a random share `reserve` of the entries of tensor number `index`, another one at
+        every draw."""
         if self.reserve == 1:
             return x
-        generator = rng(self.seed, step + 1, index, device=x.device)
+        generator = rng(self.seed, draw, index, device=x.device)
         keep = torch.rand(x.shape, device=x.device, generator=generator) < self.reserve
         return x * shard_like(keep, x) / self.reserve
 
@@ -159,7 +159,7 @@ class OnlineMerging(torch.optim.Optimizer):
             m = state["m"] / (1 - beta1**t)
             v = state["v"] / (1 - beta2**t)
             delta = -group["lr"] * m / (v.sqrt() + self.eps)
-            delta = self.sparsify(delta, t, i)
+            delta = self.sparsify(delta, t + 1, i)  # draw 0 was tau's
             p += (1 - self.alpha) * delta + self.alpha * tau
 
 

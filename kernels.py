@@ -158,8 +158,9 @@ def query_blocks(q, k, segment_ids, mask):
 
     block_rows: slice of R rows of the folded queries (B,Hkv,T*G,D). keys: slice; no query of the
     block sees a key outside it. allowed: bool (B|1,1,R,n), covers only the last n keys of `keys`;
-    every query sees the ones before. None: every query sees all. blind: bool (B|1,1,R,1), the
-    queries that see no key; None: there are none.
+    every query sees the ones before. Without segment_ids and mask, these n are the causal triangle
+    at the end of `keys`. None: every query sees all. blind: bool (B|1,1,R,1), the queries that see
+    no key; None: there are none.
     """
     T = q.shape[2]
     S = k.shape[2]
