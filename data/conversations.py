@@ -25,7 +25,7 @@ def to_conversation(row: dict) -> tuple[list[dict], list | None]:
     require(isinstance(row, dict), WANTED)
     for name in REFUSED:
         value = row.get(name)
-        is_category = name == "label" and not isinstance(value, bool)
+        is_category = name == "label" and isinstance(value, str)
         require(is_category or value in (None, [], ""), f"{WANTED}, without the columns {name}")
     turns = row.get("messages") or row.get("conversations")
     if isinstance(turns, list):
