@@ -26,7 +26,7 @@ def to_conversation(row: dict) -> tuple[list[dict], list | None]:
     for name in REFUSED:
         value = row.get(name)
         is_category = name == "label" and isinstance(value, str)
-        require(is_category or value in (None, [], ""), f"{WANTED}, without the columns {name}")
+        require(is_category or value in (None, [], ""), f"{WANTED}, without columns such as {name}")
     turns = row.get("messages") or row.get("conversations")
     if isinstance(turns, list):
         messages = to_messages(turns)
