@@ -44,11 +44,13 @@ def matmul_fp32(a, b):
 
 
 def add_matmul(total, a, b):
-    """Add a @ b to total in place."""
+    """Add a @ b to total in place. torch.compile fails on addmm's out_dtype (its issue 163880)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda and a.dtype == torch.bfloat16:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.add_(matmul_fp32(a, b))
+        total.add_(fp32(a @ b))
 
 
 def fold_groups(x, Hkv):
