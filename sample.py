@@ -149,7 +149,7 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
         token = logits.argmax(-1)
         probs = logits.softmax(-1)
     else:
-        logits = logits / temperature
+        logits = logits / temperature if temperature != 1 else logits
         if top_k:
             kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
