@@ -10,8 +10,8 @@ reading the code. Training is one micro-batch of 32,768 tokens per GPU and an Ad
 Plain rows take SDPA's flash kernel. Packed rows took, before, its memory-efficient kernel with a
 dense (B,1,T,T) mask, which skips nothing; after, they take FlexAttention. "Blocked" is
 kernels.FusedAttention on a GPU instead: 64 queries at a time, all scores in memory. The head before
-computes its logits twice, and adds the gradient of its weight in fp32 by a product and a sum. After,
-it is lib/chunked_loss.py: logits once, and a product that itself adds in fp32. Nothing else
+computes its logits twice, and adds the gradient of its weight in fp32 by a product and a sum. The
+one after is lib/chunked_loss.py: logits once, and a product that itself adds in fp32. Nothing else
 differs. The last table says what the head and the sampler could still gain.
 """
 import sys
