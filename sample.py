@@ -153,7 +153,7 @@ def sample_token(logits, temperature: float, top_k: int, top_p: float, generator
         token = logits.argmax(-1)
         probs = logits.softmax(-1)
     else:
-        logits = logits / temperature
+        logits = logits / temperature if temperature != 1 else logits
         if top_k:
             k = min(top_k, logits.shape[-1])
             largest = logits.topk(k).values

@@ -10,8 +10,9 @@ reading the code. Training is one micro-batch of 32,768 tokens per GPU and an Ad
 Plain rows take SDPA's flash kernel. Packed rows took, before, its memory-efficient kernel with a
 dense (B,1,T,T) mask, which skips nothing; after, they take FlexAttention. "Blocked" is
 kernels.FusedAttention on a GPU instead: 64 queries at a time, all scores in memory. The head before
-has fp32 logits, and adds the gradient of its weight in fp32 by a product and a sum; after, it has
-bf16 logits, and the product adds in fp32 by itself. Nothing else differs.
+computes its logits twice, and adds the gradient of its weight in fp32 by a product and a sum. The
+one after is lib/chunked_loss.py: logits once, and a product that itself adds in fp32. Nothing else
+differs. The last table says what the head and the sampler could still gain.
 """
 import sys
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ TOKENS = 32_768                      # per micro-batch
 DOCUMENT = 1_024                     # tokens per packed document
 BLOCK = 64                           # queries per block of kernels.FusedAttention
 FLEX_BLOCK = 128
-HEAD_ROWS = 1_024                    # rows per chunk of the head
+HEAD_ROWS = 1_024                    # rows per chunk of the head before
+HEAD_LOGITS = 2**27                  # logits in memory, of the head after
 PROMPT, NEW = 256, 256               # tokens per rollout
 
 
@@ -120,21 +122,35 @@ def block_without_attention(config: Config, tokens: int) -> list[Work]:
     return works
 
 
-def head(config: Config, tokens: int, after: bool) -> list[Work]:
+def head_before(config: Config, tokens: int) -> list[Work]:
     """Four products: logits, logits again, gradients of the hidden state and of the weight."""
     C, V = config.hidden_size, config.vocab_size
     chunks = tokens / HEAD_ROWS
-    products = [product(HEAD_ROWS, C, V)] * 4
-    if after:
-        per_row, per_weight = 16 * V, 8 * V * C       # bf16 logits; the product adds in fp32
-    else:
-        per_row, per_weight = 74 * V, 16 * V * C      # fp32 logits; product, then sum
-    works = []
-    for work in products:
-        works.append(Work(work.flops * chunks, work.bytes * chunks, chunks))
-    works.append(Work(bytes=per_row * tokens, kernels=20 * chunks))
-    works.append(Work(bytes=per_weight * chunks, kernels=2 * chunks))
-    return works
+    work = product(HEAD_ROWS, C, V)
+    return [Work(work.flops * chunks, work.bytes * chunks, chunks)] * 4 + [
+        Work(bytes=74 * V * tokens, kernels=20 * chunks),
+        Work(bytes=16 * V * C * chunks, kernels=2 * chunks)]  # product, then sum
+
+
+def head(config: Config, tokens: int, logit_bytes=4, passes=30, sum_apart=False) -> list[Work]:
+    """Three products: logits, gradients of the hidden state and of the weight.
+
+    logit_bytes: 4 in fp32. passes: bytes per logit of the elementwise kernels: maximum 4,
+    difference 8, exp 8, sum 4, cast 6. sum_apart: a product, then a sum."""
+    C, V = config.hidden_size, config.vocab_size
+    rows = HEAD_LOGITS // V
+    chunks = tokens / rows
+    flops = 2 * rows * C * V
+    works = [
+        Work(flops, 2 * rows * C + 2 * C * V + logit_bytes * rows * V),
+        Work(flops, 2 * rows * V + 2 * C * V + 8 * rows * C),
+        Work(flops, 2 * rows * V + 2 * rows * C + (4 if sum_apart else 8) * C * V),
+        Work(bytes=passes * rows * V, kernels=20),
+    ]
+    if sum_apart:
+        works.append(Work(bytes=12 * C * V))
+    return [Work(work.flops * chunks, work.bytes * chunks, work.kernels * chunks)
+            for work in works]
 
 
 def training(config: Config, T: int, packed: bool, kind: str, after: bool, gpus: int) -> dict:
@@ -144,7 +160,7 @@ def training(config: Config, T: int, packed: bool, kind: str, after: bool, gpus:
     return {
         "attention": layers * seconds(attention(config, TOKENS // T, T, packed, kind)),
         "blocks": layers * seconds(block_without_attention(config, TOKENS)),
-        "head": seconds(head(config, TOKENS, after)),
+        "head": seconds(head(config, TOKENS) if after else head_before(config, TOKENS)),
         "AdamW": seconds([adam]),
     }
 
@@ -153,9 +169,18 @@ def seconds(works: list[Work]) -> float:
     return sum(work.seconds() for work in works)
 
 
-def decoding(config: Config, batch: int, launched: bool) -> float:
+def sampler(config: Config, batch: int, fused: bool) -> Work:
+    """sample.sample_token with neither top-k nor top-p. Per logit: softmax reads three times and
+    writes (16 bytes), then float64 (12) and its running sum (16). fused, as a compiler could at
+    best: three reads, and the running sum is written."""
+    per_logit = 20 if fused else 44
+    return Work(bytes=per_logit * batch * config.vocab_size, kernels=4 if fused else 10)
+
+
+def decoding(config: Config, batch: int, launched: bool, fused=False) -> float:
     """Seconds per token of all rows, halfway through an answer. launched: each kernel from Python,
-    25 per layer and 30 for the sampler; else only what must be read and computed."""
+    25 per layer and 20 besides the sampler; else only what must be read and computed. The host
+    waits for the token, so the sampler's work cannot hide behind the launches of the blocks."""
     sizes = count(config)
     layers = config.num_hidden_layers
     cached = PROMPT + NEW / 2
@@ -164,9 +189,11 @@ def decoding(config: Config, batch: int, launched: bool) -> float:
     blocks = Work(2 * sizes["N"] * batch, 2 * sizes["N"])
     cache = Work(bytes=layers * token_bytes * cached * batch)
     logits = Work(2 * (weights - sizes["N"]) * batch,
-                  2 * (weights - sizes["N"]) + 24 * batch * config.vocab_size)
+                  2 * (weights - sizes["N"]) + 4 * batch * config.vocab_size)
     work = seconds([blocks, cache, logits])
-    return max(work, LAUNCH * (25 * layers + 30)) if launched else work
+    if launched:
+        return max(work, LAUNCH * (25 * layers + 20)) + sampler(config, batch, fused).seconds()
+    return work + sampler(config, batch, fused).bytes / BANDWIDTH
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -198,6 +225,30 @@ def lines() -> list[str]:
             launched = batch / decoding(PRESETS[name], batch, True)
             bound = batch / decoding(PRESETS[name], batch, False)
             out.append(f"| {name}, batch {batch} | *{launched:,.0f}* | *{bound:,.0f}* |")
+    return out + [""] + possible()
+
+
+def possible() -> list[str]:
+    """What the head and the sampler take, and what they would take otherwise."""
+    configs = [PRESETS[name] for name in ("0.5B", "1.5B", "7B")]
+    out = ["| ms, all *modelled* | 0.5B | 1.5B | 7B |", "|---|---|---|---|"]
+
+    def row(what, fn):
+        values = " | ".join(f"*{1e3 * fn(config):.2f}*" for config in configs)
+        out.append(f"| {what} | {values} |")
+    row("head of 32,768 tokens: a product, then a sum",
+        lambda config: seconds(head(config, TOKENS, sum_apart=True)))
+    row("as it is: the product adds by itself", lambda config: seconds(head(config, TOKENS)))
+    row("with bf16 logits", lambda config: seconds(head(config, TOKENS, 2, 26)))
+    row("fused by `--compile`: maximum 4 bytes, exp and sum 8, cast 6",
+        lambda config: seconds(head(config, TOKENS, 4, 18)))
+    row("both", lambda config: seconds(head(config, TOKENS, 2, 14)))
+    for batch in (64, 512):
+        row(f"one token of {batch} rows, from Python",
+            lambda config, batch=batch: decoding(config, batch, True))
+        row("its sampler", lambda config, batch=batch: sampler(config, batch, False).seconds())
+        row("its sampler, fused",
+            lambda config, batch=batch: sampler(config, batch, True).seconds())
     return out
 
 

@@ -72,6 +72,8 @@ def tile_size(h, vocab, chunk_rows):
         chunk_rows = max(128, tile // vocab) if one_tile else 1024
     chunk_rows = min(chunk_rows, max(1, len(h)))
     columns = vocab if chunk_rows * vocab <= 4 * tile else max(1, tile // chunk_rows)
+    if h.is_cuda:  # each row begins at 16 bytes, as tensor cores want it, also at V 151,665
+        columns = max(8, columns // 8 * 8)
     return chunk_rows, columns
 
 
@@ -97,28 +99,20 @@ def forward_tile(h, weight, target, softmax):
     return (new_max, running_sum, target_logit), exps
 
 
-def backward_tile(h, weight, target, softmax, exps, h_scaled, dh, dweight):
-    """Add one tile's part of the gradients to dh (n,C) and, unless it is None, dweight (v,C).
+def backward_tile(h, weight, target, softmax, exps):
+    """Return l times the gradient of one tile's logits (n,v), in the dtype of h.
 
-    The gradient of the logits is p - (1 at the target), where p = exp(logit - m) / l, with m and l
-    as in forward_tile after the last tile. We compute l times it:
-        dlogits = exp(logit - m) - (l at the target)
-        dh += dlogits weight,    dweight += dlogits^T h_scaled
-    h_scaled is h times the factor upstream gradient / l. The caller multiplies dh by the same
-    factor at the end. exp(logit - (m + log l)) would be p at once, but at logits of 1e4 the sum in
-    brackets is rounded to 5e-4.
+    That gradient is p - (1 at the target), where p = exp(logit - m) / l, with m and l as in
+    forward_tile after the last tile. exp(logit - (m + log l)) would be p at once, but at logits of
+    1e4 the sum in brackets is rounded to 5e-4.
     exps: exp(logit - m), if forward_tile's is still there; None: it is computed again.
     """
     row_max, row_sum, _ = softmax
-    weight = weight.to(h.dtype)
     if exps is None:
         exps = matmul_fp32(h, weight.mT).sub_(row_max).exp_()
     column = target.clamp(0, len(weight) - 1)
     sum_at_target = row_sum * (column == target)
-    dlogits = exps.scatter_add_(1, column, -sum_at_target).to(h.dtype)
-    add_matmul(dh, dlogits, weight)
-    if dweight is not None:
-        add_matmul(dweight, dlogits.mT, h_scaled)
+    return exps.scatter_add_(1, column, -sum_at_target).to(h.dtype)
 
 
 # --- one chunk of rows ----------------------------------------------------------------------------
@@ -135,19 +129,23 @@ def forward_chunk(h, target, weight, columns):
 
 
 def backward_chunk(h, target, weight, columns, softmax, exps, upstream, dweight):
-    """Return the gradient of rows h (n,C), and add to dweight (V,C) unless it is None.
+    """Return the gradient of rows h (n,C), and add to dweight (V,C) unless it is None:
+        dh = f dlogits weight,    dweight += dlogits^T (f h),    f = upstream / l
 
     softmax, exps: what forward_chunk returned; exps may be None. upstream: the gradient of the loss
     with respect to -log p of each row, (n,1) fp32, or one number for all.
     """
-    add_tile = maybe_compiled(backward_tile)
+    # Compiled, a tile that changes its argument exps in place would copy it twice.
+    differentiate = maybe_compiled(backward_tile) if exps is None else backward_tile
     factor = upstream / softmax[1]
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
     for first in range(0, len(weight), columns):
-        tile = slice(first, first + columns)
-        dtile = None if dweight is None else dweight[tile]
-        add_tile(h, weight[tile], target - first, softmax, exps, h_scaled, dh, dtile)
+        tile = weight[first:first + columns].to(h.dtype)
+        dlogits = differentiate(h, tile, target - first, softmax, exps)  # times l
+        add_matmul(dh, dlogits, tile)
+        if dweight is not None:
+            add_matmul(dweight[first:first + columns], dlogits.mT, h_scaled)
     return dh.mul_(factor).to(h.dtype)
 
 
@@ -228,5 +226,5 @@ def zero_gradient(weight):
 
 
 def cast_if_small(weight, h, columns):
-    """Return the head's weight as tiles read it. Each tile of a large one is cast in cache."""
-    return weight.to(h.dtype) if columns >= len(weight) else weight
+    """Return the head's weight as tiles read it. A CPU casts each tile of a large one in cache."""
+    return weight.to(h.dtype) if h.is_cuda or columns >= len(weight) else weight

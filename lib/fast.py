@@ -44,11 +44,13 @@ def matmul_fp32(a, b):
 
 
 def add_matmul(total, a, b):
-    """Add a @ b to total in place."""
+    """Add a @ b to total in place. torch.compile fails on addmm's out_dtype (its issue 163880)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda and a.dtype == torch.bfloat16:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.add_(matmul_fp32(a, b))
+        total.add_(fp32(a @ b))
 
 
 def fold_groups(x, Hkv):
@@ -300,5 +302,5 @@ def experts_grouped(x, weight, gate_up, down, expert):
     ends = torch.searchsorted(chosen[order], every_expert, right=True, out_int32=True)
     gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
-    y = y * weight.flatten()[order, None].to(y.dtype)
-    return torch.zeros_like(x).index_add(0, token, y)
+    y = y.index_select(0, order.argsort()).view(*expert.shape, -1)  # (N,A,C)
+    return (y * weight[..., None].to(y.dtype)).sum(1)  # index_add would round A times, in any order

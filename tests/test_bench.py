@@ -117,8 +117,10 @@ def test_the_gpu_model(harness, monkeypatch):
     assert gpu_model.causal_pairs(4, False) == 1 + 2 + 3 + 4
     T = 4096
     blocks = sum(work.flops for work in gpu_model.block_without_attention(config, T))
-    logits = sum(work.flops for work in gpu_model.head(config, T, True))
-    total = config.num_hidden_layers * blocks + 3 / 4 * logits  # the head computes logits twice
+    logits = sum(work.flops for work in gpu_model.head(config, T))
+    assert sum(work.flops for work in gpu_model.head_before(config, T)) == pytest.approx(
+        4 / 3 * logits)  # logits twice
+    total = config.num_hidden_layers * blocks + logits
     assert total == pytest.approx(flops(count(config)["N"], T, config), rel=0.001)
     dense, flex = (sum(work.flops for work in gpu_model.attention(config, 1, T, False, kind))
                    for kind in ("dense", "flex"))

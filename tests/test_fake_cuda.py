@@ -93,6 +93,30 @@ def test_decoding_waits_once_per_token(kind, autocast):
         assert (casts > 0) == (kind == "moe")
 
 
+def test_the_head_on_a_gpu_is_three_products_per_chunk_of_rows():
+    """Of 883 rows at V 151,936: the logits in fp32, kept for the gradients, which are added in fp32
+    by the products themselves. The head's weight is cast once."""
+    N, C, V = 2000, 896, 151_936
+    added = []
+    addmm = torch.addmm
+
+    def noted_addmm(total, a, b, **options):
+        added.append((tuple(a.shape), a.dtype, b.dtype, total.dtype, options["out"] is total))
+        return addmm(total, a, b, **options)
+
+    with fake_cuda() as gpu, bf16(), mock.patch.object(torch, "addmm", noted_addmm):
+        hidden = torch.empty(N, C, device="cuda", requires_grad=True)
+        weight = torch.empty(V, C, device="cuda", requires_grad=True)
+        targets = torch.zeros(N, dtype=torch.long, device="cuda")
+        loss = kernels.linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype == torch.float32 and gpu.cast.count((V, C)) == 1
+    kinds = (torch.bfloat16, torch.bfloat16, torch.float32, True)
+    expected = []
+    for n in (883, 883, 234):
+        expected += [((n, V), *kinds), ((V, n), *kinds)]
+    assert added == expected and gpu.calls.count("mm") == 3
+
+
 def test_dual_chunks_on_a_gpu_come_in_large_blocks():
     with fake_cuda() as gpu, torch.no_grad(), bf16():
         model = fake_model(Qwen2, replace(CONFIGS["dense"], chunk_size=16, local_size=4))

@@ -471,6 +471,66 @@ def test_bf16_logits_are_rounded_in_the_loss_and_not_in_log_probs():
         assert (got - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.fixture
+def cuda_products(monkeypatch):
+    """CPU tensors that say is_cuda, and CUDA's two products that a CPU lacks, with its demands.
+    Any other bf16 product fails."""
+    rows = []  # of each product's bf16 operands: the bytes from one row to the next
+    matmul = torch.Tensor.__matmul__
+
+    def checked_matmul(a, b):
+        assert a.dtype != torch.bfloat16, "this product would be rounded"
+        return matmul(a, b)
+
+    def product(a, b, out_dtype):
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        rows.extend(2 * max(x.stride()) for x in (a, b) if min(x.shape) > 1)
+        return a.double() @ b.double()
+
+    def mm(a, b, *, out_dtype):
+        return product(a, b, out_dtype).float()
+
+    def addmm(total, a, b, *, out_dtype, out):
+        assert out is total and total.dtype == torch.float32 and total.is_contiguous()
+        return total.add_(product(a, b, out_dtype))
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", checked_matmul)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    return rows
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("N, V, chunk_rows", ((37, 64, None), (37, 61, None), (37, 61, 8),
+                                              (1, 5, None), (0, 64, None)))
+def test_the_head_on_cuda_adds_bf16_products_in_fp32(cuda_products, monkeypatch, autocast, N, V,
+                                                     chunk_rows):
+    """Numbers against float64 from the same bf16 inputs: fp32 logits, and gradients rounded once.
+    Rows of more than 7 columns begin at multiples of 16 bytes, also where the vocabulary is odd."""
+    monkeypatch.setattr(chunked_loss, "TILE", 16)  # 2048 logits per tile with the 64 of CUDA
+    h, w, t = head(N, 16, 64)
+    t = t % V
+    h = h.detach().bfloat16().double().requires_grad_()
+    w = w.detach().bfloat16().double().requires_grad_()
+    kind = torch.float32 if autocast else torch.bfloat16
+    leaves = [x.detach().to(kind).requires_grad_() for x in (h, w)]
+    for reduction in ("sum", "none"):
+        upstream = 0.3 if reduction == "sum" else torch.linspace(-1, 2, N).bfloat16().double()
+        want = upstream * F.cross_entropy(h @ w[:V].T, t, reduction=reduction)
+        want_grads = torch.autograd.grad(want.sum(), (h, w))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = K.linear_cross_entropy(*leaves, t, reduction=reduction, valid_vocab=V,
+                                          chunk_rows=chunk_rows)
+        got = upstream * loss
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, check_dtype=False)
+        got_grads = torch.autograd.grad(got.sum(), leaves)
+        for ours, exact in zip(got_grads, want_grads, strict=True):
+            assert ours.dtype == kind and (ours - exact).norm() <= 0.01 * exact.norm()
+    assert all(stride % 16 == 0 for stride in cuda_products if stride >= 16)
+
+
 def test_frozen_sides_and_no_grad():
     h, w, t = head()
     want = torch.autograd.grad(K.linear_cross_entropy(h, w, t), (h, w))
