@@ -22,7 +22,7 @@ from scaling import fit_cells
 
 def from_bench(monkeypatch, name):
     """Import a module of bench/ for one test."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    monkeypatch.syspath_prepend(ROOT / "bench")  # undone at the end, with what the module changes
     yield importlib.import_module(name)
     sys.modules.pop(name)
 
