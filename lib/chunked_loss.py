@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lib.fast import add_matmul, fp32, matmul_fp32, maybe_compiled, to_autocast_dtype
 
-TILE = 2**21  # logits in memory at a time: 8 MiB; on CUDA 64 times as many
+TILE = 2**21  # logits in memory at a time: 8 to 32 MiB; on CUDA 64 times as many
 
 
 def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1.0,
@@ -60,16 +60,14 @@ def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1
 def tile_size(h, vocab, chunk_rows):
     """Choose how many rows a chunk has, and how many columns a tile.
 
-    Up to 2^16 ids, the whole vocabulary is one tile. Its probabilities can then be kept from the
-    forward pass to the gradient, which on a CPU helps while they stay in cache. Of 64 to 4096 rows,
-    the best are 512 at V 4096 and 128 at V 32,000; from V 2^16 on keeping never helps. At V 151,936
-    in bf16, C 512, chunks of 64, 128 and 256 rows without tiles take 1.7, 1.18 and 1.06 times as
-    long as 1024 rows in tiles, and a gigabyte more.
+    On a CPU, up to 2^16 ids, the whole vocabulary is one tile, of 128 rows or more. Its
+    probabilities are then kept from the forward pass to the gradient, which helps while they stay
+    in cache. Above, 1024 rows in tiles are faster than fewer whole rows (docs/LOG.md, "cuts, a
+    tokenizer that had learned JSON"). On CUDA, any vocabulary up to 2^22 is one tile; a guess.
     """
-    tile = TILE * (64 if h.is_cuda else 1)  # CUDA: a guess
+    tile = TILE * (64 if h.is_cuda else 1)
     if not chunk_rows:
-        one_tile = 128 * vocab <= 4 * tile
-        chunk_rows = max(128, tile // vocab) if one_tile else 1024
+        chunk_rows = max(128, tile // vocab) if 128 * vocab <= 4 * tile else 1024
     chunk_rows = min(chunk_rows, max(1, len(h)))
     columns = vocab if chunk_rows * vocab <= 4 * tile else max(1, tile // chunk_rows)
     if h.is_cuda:  # each row begins at 16 bytes, as tensor cores want it, also at V 151,665
@@ -78,17 +76,17 @@ def tile_size(h, vocab, chunk_rows):
 
 
 # --- one tile: the two functions that torch.compile may get ---------------------------------------
-def forward_tile(h, weight, target, softmax):
+def forward_tile(h, weight, target, running):
     """Fold one tile of logits into the running softmax of each row (FlashAttention, Dao et al.
     2022, arXiv 2205.14135, section 3.1).
 
     h (n,C); weight (v,C); target (n,1): the target's column, which lies outside 0..v-1 if another
-    tile has it. softmax, of all logits so far: the maximum m, the sum l of exp(logit - m), and the
+    tile has it. running, of all logits so far: the maximum m, the sum l of exp(logit - m), and the
     target's logit, (n,1) each. With this tile's logits s:
         m' = max(m, max s),    l' = l exp(m - m') + sum exp(s - m')
-    Returns the new softmax, and exp(s - m') (n,v).
+    Returns the new `running`, and exp(s - m') (n,v).
     """
-    running_max, running_sum, target_logit = softmax
+    running_max, running_sum, target_logit = running
     logits = matmul_fp32(h, weight.to(h.dtype).mT)
     column = target.clamp(0, len(weight) - 1)
     target_logit = torch.where(column == target, logits.gather(1, column), target_logit)
@@ -99,7 +97,7 @@ def forward_tile(h, weight, target, softmax):
     return (new_max, running_sum, target_logit), exps
 
 
-def backward_tile(h, weight, target, softmax, exps):
+def backward_tile(h, weight, target, running, exps):
     """Return l times the gradient of one tile's logits (n,v), in the dtype of h.
 
     That gradient is p - (1 at the target), where p = exp(logit - m) / l, with m and l as in
@@ -107,7 +105,7 @@ def backward_tile(h, weight, target, softmax, exps):
     1e4 the sum in brackets is rounded to 5e-4.
     exps: exp(logit - m), if forward_tile's is still there; None: it is computed again.
     """
-    row_max, row_sum, _ = softmax
+    row_max, row_sum, _ = running
     if exps is None:
         exps = matmul_fp32(h, weight.mT).sub_(row_max).exp_()
     column = target.clamp(0, len(weight) - 1)
@@ -117,32 +115,33 @@ def backward_tile(h, weight, target, softmax, exps):
 
 # --- one chunk of rows ----------------------------------------------------------------------------
 def forward_chunk(h, target, weight, columns):
-    """Return the softmax of rows h (n,C) as in forward_tile, and exps of backward_tile if there is
-    only one tile, else None."""
+    """Return `running` of forward_tile for rows h (n,C) after the last tile, and exps of
+    backward_tile if there is only one tile, else None."""
     fold_tile = maybe_compiled(forward_tile)
     zero = torch.zeros_like(fp32(h[:, :1]))
-    softmax = (zero - 1e30, zero, zero)
+    running = (zero - 1e30, zero, zero)  # the maximum of nothing; -inf could give NaN
     for first in range(0, len(weight), columns):
         tile = weight[first:first + columns]
-        softmax, exps = fold_tile(h, tile, target - first, softmax)
-    return softmax, exps if len(tile) == len(weight) else None
+        running, exps = fold_tile(h, tile, target - first, running)
+    return running, exps if columns >= len(weight) else None
 
 
-def backward_chunk(h, target, weight, columns, softmax, exps, upstream, dweight):
+def backward_chunk(h, target, weight, columns, running, exps, upstream, dweight):
     """Return the gradient of rows h (n,C), and add to dweight (V,C) unless it is None:
         dh = f dlogits weight,    dweight += dlogits^T (f h),    f = upstream / l
 
-    softmax, exps: what forward_chunk returned; exps may be None. upstream: the gradient of the loss
+    running, exps: what forward_chunk returned; exps may be None. upstream: the gradient of the loss
     with respect to -log p of each row, (n,1) fp32, or one number for all.
     """
     # Compiled, a tile that changes its argument exps in place would copy it twice.
     differentiate = maybe_compiled(backward_tile) if exps is None else backward_tile
-    factor = upstream / softmax[1]
+    row_sum = running[1]
+    factor = upstream / row_sum
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
     for first in range(0, len(weight), columns):
         tile = weight[first:first + columns].to(h.dtype)
-        dlogits = differentiate(h, tile, target - first, softmax, exps)  # times l
+        dlogits = differentiate(h, tile, target - first, running, exps)  # times l
         add_matmul(dh, dlogits, tile)
         if dweight is not None:
             add_matmul(dweight[first:first + columns], dlogits.mT, h_scaled)
@@ -166,7 +165,7 @@ class ChunkedNLL(torch.autograd.Function):
         gradient_now = want_sum and grad_enabled and any(ctx.needs_input_grad)
         ctx.sizes = chunk_rows, columns
         ctx.want_sum = want_sum
-        ctx.softmaxes = []
+        ctx.running = []
         if not want_sum:
             ctx.save_for_backward(h, weight, target)
         dweight = zero_gradient(weight) if gradient_now and ctx.needs_input_grad[1] else None
@@ -178,16 +177,16 @@ class ChunkedNLL(torch.autograd.Function):
         chunks = zip(h.detach().split(chunk_rows), target.split(chunk_rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
             for h_chunk, target_chunk in chunks:
-                softmax, exps = forward_chunk(h_chunk, target_chunk, weight, columns)
-                row_max, row_sum, target_logit = softmax
+                running, exps = forward_chunk(h_chunk, target_chunk, weight, columns)
+                row_max, row_sum, target_logit = running
                 # In this order: the logits' difference is exact where their size would swallow the
                 # logarithm.
                 nll.append((row_max - target_logit) + row_sum.log())
                 if gradient_now:
                     dh.append(backward_chunk(
-                        h_chunk, target_chunk, weight, columns, softmax, exps, 1.0, dweight))
+                        h_chunk, target_chunk, weight, columns, running, exps, 1.0, dweight))
                 elif not want_sum:
-                    ctx.softmaxes.append(softmax)
+                    ctx.running.append(running)
                 del exps  # the next chunk's go into its memory
         nll = torch.cat(nll)[:, 0]
         if not want_sum:
@@ -212,11 +211,11 @@ class ChunkedNLL(torch.autograd.Function):
         dweight = zero_gradient(weight) if ctx.needs_input_grad[1] else None
         weight = cast_if_small(weight, h, columns)
         dh = []
-        chunks = zip(h.split(chunk_rows), target.split(chunk_rows), ctx.softmaxes,
+        chunks = zip(h.split(chunk_rows), target.split(chunk_rows), ctx.running,
                      upstream[:, None].split(chunk_rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
-            for h_chunk, target_chunk, softmax, upstream_chunk in chunks:
-                dh.append(backward_chunk(h_chunk, target_chunk, weight, columns, softmax, None,
+            for h_chunk, target_chunk, running, upstream_chunk in chunks:
+                dh.append(backward_chunk(h_chunk, target_chunk, weight, columns, running, None,
                                          upstream_chunk, dweight))
         return torch.cat(dh), dweight, None, None, None, None, None
 
