@@ -46,11 +46,9 @@ def chunked_nll(hidden, weight, targets, *, want_sum, valid_vocab, temperature=1
     h = to_autocast_dtype(h)
     if not want_sum and not h.is_cuda:
         h = fp32(h)  # a CPU's bf16 product would round the log-probabilities
-    if temperature != 1:
-        h = fp32(h) / temperature  # in bf16 it would be rounded once more
     chunk_rows, columns = tile_size(h, len(weight), chunk_rows)
     nll = ChunkedNLL.apply(h, weight, target[:, None], chunk_rows, columns, want_sum,
-                           torch.is_grad_enabled())
+                           torch.is_grad_enabled(), 1 / temperature)
     if not want_sum:
         every_row = nll.new_zeros(targets.numel())
         nll = every_row.index_copy(0, supervised, nll).view(targets.shape)
@@ -76,18 +74,18 @@ def tile_size(h, vocab, chunk_rows):
 
 
 # --- one tile: the two functions that torch.compile may get ---------------------------------------
-def forward_tile(h, weight, target, running):
+def forward_tile(h, weight, target, running, scale):
     """Fold one tile of logits into the running softmax of each row (FlashAttention, Dao et al.
     2022, arXiv 2205.14135, section 3.1).
 
     h (n,C); weight (v,C); target (n,1): the target's column, which lies outside 0..v-1 if another
     tile has it. running, of all logits so far: the maximum m, the sum l of exp(logit - m), and the
-    target's logit, (n,1) each. With this tile's logits s:
+    target's logit, (n,1) each. scale: 1 / temperature. With this tile's logits s:
         m' = max(m, max s),    l' = l exp(m - m') + sum exp(s - m')
     Returns the new `running`, and exp(s - m') (n,v).
     """
     running_max, running_sum, target_logit = running
-    logits = matmul_fp32(h, weight.to(h.dtype).mT)
+    logits = scaled_logits(h, weight.to(h.dtype), scale)
     column = target.clamp(0, len(weight) - 1)
     target_logit = torch.where(column == target, logits.gather(1, column), target_logit)
     new_max = torch.maximum(running_max, logits.amax(-1, keepdim=True))
@@ -97,7 +95,13 @@ def forward_tile(h, weight, target, running):
     return (new_max, running_sum, target_logit), exps
 
 
-def backward_tile(h, weight, target, running, exps):
+def scaled_logits(h, weight, scale):
+    """Return the logits of h in fp32, divided after the product, as the sampler does."""
+    logits = matmul_fp32(h, weight.mT)
+    return logits if scale == 1 else logits.mul_(scale)
+
+
+def backward_tile(h, weight, target, running, scale, exps):
     """Return l times the gradient of one tile's logits (n,v), in the dtype of h.
 
     That gradient is p - (1 at the target), where p = exp(logit - m) / l, with m and l as in
@@ -107,14 +111,15 @@ def backward_tile(h, weight, target, running, exps):
     """
     row_max, row_sum, _ = running
     if exps is None:
-        exps = matmul_fp32(h, weight.mT).sub_(row_max).exp_()
+        exps = scaled_logits(h, weight, scale).sub_(row_max).exp_()
     column = target.clamp(0, len(weight) - 1)
     sum_at_target = row_sum * (column == target)
-    return exps.scatter_add_(1, column, -sum_at_target).to(h.dtype)
+    dlogits = exps.scatter_add_(1, column, -sum_at_target)
+    return dlogits.to(h.dtype)
 
 
 # --- one chunk of rows ----------------------------------------------------------------------------
-def forward_chunk(h, target, weight, columns):
+def forward_chunk(h, target, weight, columns, scale):
     """Return `running` of forward_tile for rows h (n,C) after the last tile, and exps of
     backward_tile if there is only one tile, else None."""
     fold_tile = maybe_compiled(forward_tile)
@@ -122,13 +127,13 @@ def forward_chunk(h, target, weight, columns):
     running = (zero - 1e30, zero, zero)  # the maximum of nothing; -inf could give NaN
     for first in range(0, len(weight), columns):
         tile = weight[first:first + columns]
-        running, exps = fold_tile(h, tile, target - first, running)
+        running, exps = fold_tile(h, tile, target - first, running, scale)
     return running, exps if columns >= len(weight) else None
 
 
-def backward_chunk(h, target, weight, columns, running, exps, upstream, dweight):
+def backward_chunk(h, target, weight, columns, running, scale, exps, upstream, dweight):
     """Return the gradient of rows h (n,C), and add to dweight (V,C) unless it is None:
-        dh = f dlogits weight,    dweight += dlogits^T (f h),    f = upstream / l
+        dh = f dlogits weight,    dweight += dlogits^T (f h),    f = scale upstream / l
 
     running, exps: what forward_chunk returned; exps may be None. upstream: the gradient of the loss
     with respect to -log p of each row, (n,1) fp32, or one number for all.
@@ -136,12 +141,12 @@ def backward_chunk(h, target, weight, columns, running, exps, upstream, dweight)
     # Compiled, a tile that changes its argument exps in place would copy it twice.
     differentiate = maybe_compiled(backward_tile) if exps is None else backward_tile
     row_sum = running[1]
-    factor = upstream / row_sum
+    factor = scale * upstream / row_sum
     dh = torch.zeros_like(fp32(h))
     h_scaled = (h * factor).to(h.dtype)
     for first in range(0, len(weight), columns):
         tile = weight[first:first + columns].to(h.dtype)
-        dlogits = differentiate(h, tile, target - first, running, exps)  # times l
+        dlogits = differentiate(h, tile, target - first, running, scale, exps)  # times l
         add_matmul(dh, dlogits, tile)
         if dweight is not None:
             add_matmul(dweight[first:first + columns], dlogits.mT, h_scaled)
@@ -150,7 +155,7 @@ def backward_chunk(h, target, weight, columns, running, exps, upstream, dweight)
 
 # --- all rows -------------------------------------------------------------------------------------
 class ChunkedNLL(torch.autograd.Function):
-    """-log p of each row's target, where p = softmax(h weight^T), or their sum.
+    """-log p of each row's target, where p = softmax(scale h weight^T), or their sum.
 
     h (N,C), weight (V,C), target (N,1). There are two ways to the gradient.
     The sum: the upstream gradient is one number for all rows, so it can be multiplied in later. The
@@ -161,9 +166,9 @@ class ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, target, chunk_rows, columns, want_sum, grad_enabled):
+    def forward(ctx, h, weight, target, chunk_rows, columns, want_sum, grad_enabled, scale):
         gradient_now = want_sum and grad_enabled and any(ctx.needs_input_grad)
-        ctx.sizes = chunk_rows, columns
+        ctx.sizes = chunk_rows, columns, scale
         ctx.want_sum = want_sum
         ctx.running = []
         if not want_sum:
@@ -177,14 +182,15 @@ class ChunkedNLL(torch.autograd.Function):
         chunks = zip(h.detach().split(chunk_rows), target.split(chunk_rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
             for h_chunk, target_chunk in chunks:
-                running, exps = forward_chunk(h_chunk, target_chunk, weight, columns)
+                running, exps = forward_chunk(h_chunk, target_chunk, weight, columns, scale)
                 row_max, row_sum, target_logit = running
                 # In this order: the logits' difference is exact where their size would swallow the
                 # logarithm.
                 nll.append((row_max - target_logit) + row_sum.log())
                 if gradient_now:
-                    dh.append(backward_chunk(
-                        h_chunk, target_chunk, weight, columns, running, exps, 1.0, dweight))
+                    gradient = backward_chunk(h_chunk, target_chunk, weight, columns, running,
+                                              scale, exps, 1.0, dweight)
+                    dh.append(gradient)
                 elif not want_sum:
                     ctx.running.append(running)
                 del exps  # the next chunk's go into its memory
@@ -205,9 +211,9 @@ class ChunkedNLL(torch.autograd.Function):
             dh.mul_(upstream)
             if dweight is not None:
                 dweight.mul_(upstream)
-            return dh, dweight, None, None, None, None, None
+            return dh, dweight, None, None, None, None, None, None
         h, weight, target = ctx.saved_tensors
-        chunk_rows, columns = ctx.sizes
+        chunk_rows, columns, scale = ctx.sizes
         dweight = zero_gradient(weight) if ctx.needs_input_grad[1] else None
         weight = cast_if_small(weight, h, columns)
         dh = []
@@ -215,9 +221,10 @@ class ChunkedNLL(torch.autograd.Function):
                      upstream[:, None].split(chunk_rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
             for h_chunk, target_chunk, running, upstream_chunk in chunks:
-                dh.append(backward_chunk(h_chunk, target_chunk, weight, columns, running, None,
-                                         upstream_chunk, dweight))
-        return torch.cat(dh), dweight, None, None, None, None, None
+                gradient = backward_chunk(h_chunk, target_chunk, weight, columns, running, scale,
+                                          None, upstream_chunk, dweight)
+                dh.append(gradient)
+        return torch.cat(dh), dweight, None, None, None, None, None, None
 
 
 def zero_gradient(weight):

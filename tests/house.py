@@ -24,7 +24,7 @@ BELOW_ROOMS = ("model", "kernels", "tokenizer")  # root files that rooms may imp
 BUDGETS = {
     "files at the root": 12,
     "lines at the root": 4200,
-    "lines in all": 15130,
+    "lines in all": 15140,
     "lines of a file": 550,
     "density of a root file": 7.0,
     "mean density at the root": 6.6,

@@ -15,6 +15,8 @@ from data.pairs import PairIds
 from dpo import dpo_loss, sequence_logprobs
 from grpo import grpo_loss
 from lib.checkpoint import save_adapter
+from lib import chunked_loss
+from lib.fast import matmul_fp32
 from lib.lora import add_lora
 from lib.optim import throughput
 from model import PRESETS, Qwen2, load_balancing_loss
@@ -160,3 +162,20 @@ def test_an_adapter_is_merged_on_the_gpu(tmp_path):
         opened.keys.return_value = weights.keys()
         opened.get_tensor = weights.get
         lib.checkpoint.merge_adapter(fake_model(Qwen2, CONFIGS["dense"]), tmp_path)
+
+
+def test_a_temperature_keeps_the_products_of_the_sampler():
+    """In bfloat16 with fp32 logits: other weights would show in GRPO's ratio."""
+    dtypes = []
+
+    def product(a, b):
+        dtypes.append((a.dtype, b.dtype))
+        return matmul_fp32(a, b)
+    with fake_cuda(), bf16(), mock.patch.object(chunked_loss, "matmul_fp32", product):
+        hidden = torch.empty(6, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(32, 16, device="cuda", requires_grad=True)
+        targets = torch.zeros(6, dtype=torch.long, device="cuda")
+        logprobs = kernels.token_logprobs(hidden, weight, targets, 0.7)
+        logprobs.sum().backward()
+    assert logprobs.dtype == torch.float32
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)} and len(dtypes) == 2
