@@ -16,10 +16,10 @@ which transformers loads as Qwen2ForSequenceClassification.
     python reward.py --init runs/demo/sft --policies runs/demo/sft,runs/demo/dpo,runs/demo/rl_first
     python reward.py --init Qwen2.5-0.5B-Instruct --pairs mine.jsonl --queries none --eval_data ...
 
-Expect: the loss starts at exactly ln 2 and the accuracy at 0, since the head starts at zero, and
-the held-out accuracy reaches 0.7-0.9. Compare it with the rule "the longer one wins", printed
-beside it for each source of answers. A model that does not beat that rule may have learned no more
-than length, and GRPO would learn length from it.
+Expect: the loss starts at exactly ln 2 and the accuracy at 0, since the head starts at zero. The
+held-out accuracy comes to 0.7-0.8 from 900 pairs, and stays near a half with 200. Compare it with
+the rule "the longer one wins", printed beside it for each source of answers. A model that does not
+beat that rule may have learned no more than length, and GRPO would learn length from it.
 """
 from dataclasses import dataclass, replace
 
