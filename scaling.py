@@ -102,7 +102,10 @@ def describe(name: str, law: Law) -> None:
     for key in law.names:
         value = law[key]
         low, high = law.ci(key)
-        print(f"    {key:<7}{value:>10.4g}  [{low:.4g}, {high:.4g}]")
+        interval = f"[{low:.4g}, {high:.4g}]"
+        if key in law.scales and high > 1e9 * low:  # such as E where 0 fits as well
+            interval = "not determined by these cells"
+        print(f"    {key:<7}{value:>10.4g}  {interval}")
 
 
 def report_runs(kind: str, cells: list[Cell], args: Args) -> dict[str, Law]:

@@ -273,3 +273,16 @@ def test_committed_sweep(capsys):
         for name in ("lr", "batch"):
             assert all(f" {tables[table][name][axis]:.2f} [" in said for axis in "ND"), name
     assert capsys.readouterr().out.count("MISSED") == 1  # the dense batch, as the recipe says
+
+
+def test_a_coefficient_that_nothing_determines_has_no_interval(capsys):
+    """E, where 0 fits as well: its logarithm has no end below."""
+    class Stub(dict):
+        y, edges, spread, names, scales = [1.0] * 9, 0, 0.01, ("E", "alpha"), ("E",)
+
+        def ci(self, name):
+            return {"E": (1e-20, 3.0), "alpha": (0.1, 0.3)}[name]
+    scaling.describe("loss", Stub(E=1e-9, alpha=0.2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split(maxsplit=2) == ["E", "1e-09", "not determined by these cells"]
+    assert lines[2].split() == ["alpha", "0.2", "[0.1,", "0.3]"]
