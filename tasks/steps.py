@@ -12,7 +12,8 @@ from tasks.answer_spelling import boxes
 from tasks.answer_values import Value
 
 PLAIN = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-",
-         r"\left": "", r"\right": "", r"\$": "", "$": "", r"\,": "", r"\!": ""}
+         r"\left": "", r"\right": "", r"\$": "", "$": "", r"\,": "", r"\!": "",
+         r"\(": "", r"\)": "", r"\[": "", r"\]": ""}
 FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
 TERM = rf"[\s(]*{NUMBER}[\s)]*"
@@ -22,7 +23,9 @@ AT_THE_START = re.compile(rf"\s*{EXPRESSION}")
 # What may stand before and after a whole expression. In "2x + 3 + 4 = 9" nothing is judged, since
 # "2x" stands before "3 + 4".
 BEFORE = re.compile(r"(^|[A-Za-z]{2}|[.,:;!?)\]])\s+$|(^|\*\*|\()$")
-AFTER = re.compile(r"$|\s+(?!remainder|r\b|mod|[\d^%\\])|[.,:;!?)\]*]+(\s|$)", re.IGNORECASE)
+AFTER = re.compile(
+    r"$|\s+(?!remainder|r\b|mod|x\b|[-+*/\d^%\\])|[.,:;!?)\]*]+(\s|$)", re.IGNORECASE)
+BULLET = re.compile(r"^\s*[-*•]\s+")  # of a list; its "-" is no minus
 LONGEST = 100  # characters of a side of an equation
 
 
@@ -41,7 +44,7 @@ def false_equations(text: str) -> list[str]:
     text = re.sub(r"[=<>!]=", "?", text)  # these are comparisons
     found = []
     for line in text.splitlines():
-        for before, after in pairwise(line.split("=")):
+        for before, after in pairwise(BULLET.sub("", line).split("=")):
             left = expression_before(before)
             right = expression_after(after)
             has_operator = re.search(r"\d[\s)]*[-+*/]", f"{left} ; {right}")

@@ -21,7 +21,9 @@ from tasks.steps import boxes_are_whole, false_equations, steps_hold
     ("10 / 4 = 2", ["10 / 4 = 2"]),
     ("-3 + 1 = -4", ["-3 + 1 = -4"]),
     ("It costs 3 + 4 = 8 dollars.", ["3 + 4 = 8"]),
-    ("15 = 3 * 4", ["15 = 3 * 4"])])
+    ("15 = 3 * 4", ["15 = 3 * 4"]),
+    ("- 3 + 4 = 8\n* 2 + 2 = 5", ["3 + 4 = 8", "2 + 2 = 5"]),
+    ("so \\(3 + 4 = 9\\), and \\[2 + 2 = 5\\]", ["3 + 4 = 9", "2 + 2 = 5"])])
 def test_false_equations_are_found(text, false):
     assert false_equations(text) == false
     assert not steps_hold(text)
@@ -36,7 +38,9 @@ def test_false_equations_are_found(text, false):
     "\\frac{1}{2} + \\frac{1}{4} = \\frac{3}{4}", "1 / 0 = 5", "2 ** 3 = 8", "2 + 2 = 2^2",
     "(3 + 4) * (5 - 2) = 21", "((3 + 4)) = 7", "1. 3 + 4 = 7", "there are 3 * 12 = 36 eggs",
     "16 kg - 6 kg = 20 kg", "4! + 1 = 25", "1 + 4! = 25", "a_1 + 2 = 5", "1,200 - 200 = 1,000",
-    "\\boxed{\\frac{1}{2}}", "no numbers", "=", "= =", "3 +", "+ 3 = 3"])
+    "\\boxed{\\frac{1}{2}}", "no numbers", "=", "= =", "3 +", "+ 3 = 3",
+    "- 3 + 4 = 7\n* 3 + 4 = 7\n• 3 + 4 = 7", "12 + 4 = 2 * x", "10 + 2 = 6 + x", "6 + 6 = 4 x 3",
+    "3 + 4 = 10 - x", "\\(3 + 4 = 7\\), \\[2 + 2 = 4\\]", "\\(x + 3\\) + 4 = 9"])
 def test_what_holds_or_is_no_arithmetic_is_left_alone(text):
     assert false_equations(text) == []
 
