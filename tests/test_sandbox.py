@@ -293,6 +293,25 @@ def test_patched_builtins_are_put_back():
 
 
 @pytest.mark.parametrize("tests", [
+    "assert set(f((3, 4))) == set((3,))", "def check(g):\n    assert set(g((3, 4))) == {3}\ncheck(f)",
+    "for i in range(3):\n    assert f([i]) == [i + 1]", "assert abs(f([2])) == 3",
+    "def test():\n    assert all(f([i]) == i for i in range(3))\ntest()"])
+def test_a_builtin_that_the_code_hides_is_there_for_the_tests(tests):
+    code = ("def f(x): return ()\ndef set(x): return 0\nrange = lambda *x: []\n"
+            "def abs(x): return 3\ndef all(x): return True")
+    assert not sandbox.run(code, tests=tests).passed
+
+
+def test_a_function_may_have_the_name_of_a_builtin():
+    """The tests may ask for it, and helpers of the code may have such a name."""
+    code = "def sum(a, b): return a * b\ndef f(a): return sum(a, a)"
+    assert sandbox.run(code, tests="assert sum(3, 4) == 12").passed
+    assert sandbox.run(code, tests="def check(g):\n    assert g(3, 4) == 12\ncheck(sum)").passed
+    assert sandbox.run(code, tests="assert f(3) == 9 and sum([1, 2]) == 3").passed
+    assert sandbox.run(code, tests="import math\nassert f(math.floor(3.5)) == 9").passed
+
+
+@pytest.mark.parametrize("tests", [
     "assert f(1) == 2", "assert 2 == f(1)", "assert not f(1) != 2", "assert f(1) in [2, 3]",
     "assert 2 in f(1)", "assert 1 < f(1) < 3", "assert [f(1)] == [2]", "assert (1, f(1)) == (1, 2)",
     "assert {'a': [f(1)]} == {'a': [2]}", "assert {f(1)} == {2}", "def check(g):\n"

@@ -296,6 +296,29 @@ def bind_guard(code, mark, guard):
     return code.replace(co_consts=tuple(constants))
 
 
+def names_in(code):
+    """Return the names that a code object and the functions in it use or define as globals."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if type(constant) is type(code):
+            names |= names_in(constant)
+    return names
+
+
+def without_shadows(namespace, tests, original_builtins):
+    """Return the variables of the code without those that hide a builtin from the tests.
+
+    With `def set(x): return 0` any f would pass `assert set(f(a)) == set(b)`. The functions of the
+    code keep what they see. If the tests use nothing else of the code, they may ask for a function
+    called `sum`, so nothing is taken away.
+    """
+    shadows = {name for name in namespace if name in original_builtins and name[:2] != "__"}
+    asked = names_in(tests) - original_builtins.keys()
+    if not shadows or asked.isdisjoint(namespace):
+        return namespace
+    return {name: value for name, value in namespace.items() if name not in shadows}
+
+
 def run_python(job, link):
     """Run the code, then its tests; send both keys only if the last test has passed."""
     tests = None
@@ -326,6 +349,7 @@ def run_python(job, link):
         names.update(original_builtins)
         if tests:
             write(link, b".")
+            namespace = without_shadows(namespace, tests, original_builtins)
             # A copy, which the code cannot patch while the tests call it.
             namespace["__builtins__"] = dict(original_builtins)
             for folder in job["packages"]:  # of numpy, which the tests of HumanEval+ import
