@@ -37,19 +37,28 @@ def plain_characters(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # units
 
+SMALL_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen "
+                 "fourteen fifteen sixteen seventeen eighteen nineteen twenty").split()
+NUMBER_WORD = (rf"\b(?:{'|'.join(SMALL_NUMBERS)}|(?:thir|for|fif|six|seven|eigh|nine)ty"
+               r"|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|twelf|een|ie|dred|sand)ths?)\b")
 COMMANDS = "frac|sqrt|alpha|beta|theta|lambda|omega|infty|pi"
 FUNCTIONS = "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|lg|log|exp"
 # Words behind a number that are no unit: otherwise "5 dozen" would be 5, and "3 or 4" be 3.
 NOT_UNIT = (rf"(?:{COMMANDS}|sin|cos|tan|ln|log|exp|or|and|not|but|mod|more|less|than|pct|percent"
-            r"|percentage|[ap]\.? ?m|[a-z]*illion|hundred|thousand|dozens?|half|halves|thirds?"
-            r"|quarters?|factorial|squared|cubed)\b")
+            r"|percentage|per cent|[ap]\.? ?m|[a-z]*illion|hundred|thousand|lakh|crore|grand|dozens?"
+            r"|gross|score|tens|half|halves|thirds?|quarters?|factorial|squared|cubed|plus|minus"
+            rf"|negative|below|{NUMBER_WORD})\b")
 # These may touch the number: 35cm. Others would look like a product: 3pa. From three letters on,
 # any word behind a blank is a unit.
 GLUED_UNIT = ("(?:mm|cm|km/h|km|m/s|kg|mg|ml|mph|lbs?|oz|ft|yd|hrs?|min|sec|[kmg]?hz|gb|tb|kwh?)")
 UNIT = (rf"(?:{GLUED_UNIT}|(?!{NOT_UNIT})(?:in|of|sq|mi|nm|dm|dl|cl|ha|cc|qt|pt|rs|mb|kb|mw|gw|kj"
         r"|mj|kn|kv|ev|pa|db|μ[gms]|[a-z]{3,}))")
+# Chinese words behind a number are one, too: 18美元. No sign of arithmetic or of a number may be
+# among them: 5万, 5个半, 3点一刻, 5的平方.
+CHINESE_UNIT = ("(?:(?![零〇一二两三四五六七八九十百万亿半几多余折成倍打又加减乘除或和以的负]"
+                "|千(?![克米])|分(?!钟)|方(?![米厘分]))[一-鿿]){1,4}")
 # "5 apples", "60 miles per hour", "5 dollars an hour", "\frac{1}{2}cm^2", "3 kg/m^3"
-WITH_UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{GLUED_UNIT}|(?<=[ )}}]){UNIT})"
+WITH_UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?(?:{CHINESE_UNIT}|{GLUED_UNIT}|(?<=[ )}}]){UNIT})"
                         rf"(?:[ /](?:an? )?{UNIT}|/[a-z]){{0,3}}(?:\^\d)?\.?")
 TEXT = re.compile(r"\\(?:text|mbox|hbox|math)(?:rm|bf|it|sf|tt|normal)?\s*\{([^{}]*)\}"
                   r"(\s*\^\s*\{?\d\}?)?")
@@ -59,17 +68,18 @@ def text_command(match) -> str:
     r"""Drop \text{m} behind a number: it is a unit. Elsewhere \text{} holds the answer."""
     before = match.string[:match.start()]
     behind_number = re.search(r"(?:[\d)}]|\\pi)(?:\\[,;:! ]|[~\s])*$", before)
-    if behind_number and not re.match(rf"\s*{NOT_UNIT}|.*\d", match[1]):
+    unit = match[1].strip()
+    is_more = re.match(rf"{NOT_UNIT}|.*(?:[\d一-鿿]|{NUMBER_WORD})", unit)
+    is_unit = not is_more or re.fullmatch(CHINESE_UNIT, unit)
+    if behind_number and is_unit:
         return ""
-    return f" {match[1].strip()}{match[2] or ''} "
+    return f" {unit}{match[2] or ''} "
 
 
 # ---------------------------------------------------------------------------------------------
 # rewriting
 
 CURRENCY = "(?:usd|us|eur|gbp|inr|rs|cny|rmb|jpy|aud|cad|hkd)"
-SMALL_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen "
-                 "fourteen fifteen sixteen seventeen eighteen nineteen twenty").split()
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(,\d{3})+(?!,?\d)")
 
 
@@ -114,7 +124,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)e([+-]?\d+)\b", r"*10^\1"), (r"(?<=\d) x (?=10\^)", "*"),
     (r"(?<=\d)\s*hundred\b", "*10^2"), (r"(?<=\d)\s*thousand\b", "*10^3"),
     (r"(?<=\d)\s*million\b", "*10^6"), (r"(?<=\d)\s*billion\b", "*10^9"),
-    (r"(?<=\d)\s*(?:percent(?:age)?|pct)\b|\s*\\?%", "%"),
+    (r"(?<=\d)\s*(?:per ?cent(?:age)?|pct)\b|\s*\\?%", "%"),
     # Times of day: 5 p.m. -> 5:00 pm, and 09:05 -> 9:05
     (r"^(\d\d?(?::\d\d)?) ?([ap])\.? ?m\.?$", r"\1 \2m"),
     (r"^(\d\d?)(?= [ap]m$)", r"\1:00"), (r"^0(?=\d:\d\d)", ""),
@@ -140,6 +150,7 @@ def normal_text(answer: str) -> str:
     text = plain_characters(answer)
     if not re.search("matrix|array", text):
         text = re.sub(r"\\\\(?=[a-z]{2})", r"\\", text)  # \\frac was escaped once too often
+    text = re.sub(r"(?<!\\)\\\s", " ", text)  # a blank of TeX
     text = TEXT.sub(text_command, " ".join(text.split())).strip()
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)

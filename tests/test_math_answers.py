@@ -148,6 +148,11 @@ EQUAL = [  # (prediction, gold)
     # more choices
     ("F) none of them", "F"), ("J. all of the above", "J"), ("C: a polygenic score", "C"),
     ("C - a polygenic score", "C"), ("(C): a circle", "C"), ("C (a circle)", "C"),
+    # units behind a blank of TeX, and in Chinese
+    (r"5\ \text{cm}", "5"), (r"5\ \mathrm{cm}", "5"), (r"5\ cm", "5"), ("5 times", "5"),
+    ("27 cubes", "27"), ("5 months", "5"), ("5 per cent", "5%"), (r"\boxed{18美元}", "18"),
+    ("5个", "5"), ("18 元", "18"), (r"18\text{元}", "18"), ("5千克", "5"), ("20分钟", "20"),
+    ("12平方米", "12"), (r"12\text{平方米}", "12"),
 ]
 DIFFERENT = [
     # R9.5: blank, dumps, echoes
@@ -225,6 +230,13 @@ DIFFERENT = [
     ("red and blue", "blue, red"), ("10:30 a.m.", "10:30 p.m."), ("3 PM", "3"), ("10:30", "10.3"),
     (r"10:30 \text{ a.m.}", r"10:30 \text{ p.m.}"), ("b - 12", "b"), (r"e - \sin x", "e"),
     ("e - sin x", "e"), ("b - c", "b"), ("C: x, D: y", "C"), ("b(cos x)", "b"), ("F or G", "F"),
+    # arithmetic in words is no unit
+    ("5 times two", "5"), ("5 minus two", "5"), ("3 out of ten", "3"), ("3 over five", "3"),
+    ("3 fifths", "3"), ("2 tenths", "2"), ("2 hundredths", "2"), ("5 lakh", "5"), ("5 grand", "5"),
+    ("5 below zero", "5"), ("5 below", "5"), ("2 gross", "2"), ("5 plus", "5"), ("3 choose two", "3"),
+    (r"5\text{ times two}", "5"), (r"3\text{ fifths}", "3"), ("5 to the power three", "5"),
+    ("5万", "5"), ("5个半", "5"), (r"5\text{个半}", "5"), ("5加三", "5"), ("3点一刻", "3"), ("5的平方", "5"),
+    ("3又二分之一", "3"), ("5千", "5"), ("5倍", "5"), ("5或六", "5"), ("2的5次方", "2"),
 ]
 
 
