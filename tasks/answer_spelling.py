@@ -45,8 +45,8 @@ COMMANDS = "frac|sqrt|alpha|beta|theta|lambda|omega|infty|pi"
 FUNCTIONS = "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|lg|log|exp"
 # Words behind a number that are no unit: otherwise "5 dozen" would be 5, and "3 or 4" be 3.
 NOT_UNIT = (rf"(?:{COMMANDS}|sin|cos|tan|ln|log|exp|or|and|not|but|mod|more|less|than|pct|percent"
-            r"|percentage|per cent|[ap]\.? ?m|[a-z]*illion|hundred|thousand|lakh|crore|grand|dozens?"
-            r"|gross|score|tens|half|halves|thirds?|quarters?|factorial|squared|cubed|plus|minus"
+            r"|percentage|per cent|[ap]\.? ?m|[a-z]*illion|hundred|thousand|lakh|crore|grand|gross"
+            r"|dozens?|score|tens|half|halves|thirds?|quarters?|factorial|squared|cubed|plus|minus"
             rf"|negative|below|{NUMBER_WORD})\b")
 # These may touch the number: 35cm. Others would look like a product: 3pa. From three letters on,
 # any word behind a blank is a unit.

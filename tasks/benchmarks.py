@@ -4,6 +4,7 @@ A reader turns a row into a query {"prompt", "domain", "check"}. Where we add wo
 a key "item" holds the question alone, so that contamination is measured on that. The words are our
 choice. A key "solution" holds a right program, which must pass the tests (check_tests.py).
 """
+import re
 from collections.abc import Iterator
 
 from data.conversations import join_parts
@@ -40,9 +41,11 @@ def final_answer(text) -> str:
     if not isinstance(text, str):
         return gold_text(text)
     if "####" in text:
-        return text.split("####")[1]
-    found = extract_answer(text, strict=True)
+        return text.rsplit("####", 1)[1].strip().partition("\n")[0]
     is_short = len(text) <= 100 and "\n" not in text
+    if is_short and re.match(r"\s*A\s*:", text):
+        return text  # as "B: 12" is; in a response "A:" stands for "Answer:"
+    found = extract_answer(text, strict=True)
     require(found or is_short, "a long answer needs ####, or a box, before the final answer")
     return found or text
 
@@ -148,16 +151,33 @@ def contents(prompt: str | list[dict]) -> list[str]:
     return [message["content"] or "" for message in prompt]
 
 
+def require_texts(texts: dict) -> None:
+    """Raise an error if one of the values is no text, or is empty."""
+    for name, text in texts.items():
+        require(isinstance(text, str), f"{name} must be a text, got {type(text).__name__}")
+        require(text.strip(), f"the {name} must not be empty")
+
+
+def clean_prompt(query: dict) -> None:
+    """Make texts of the messages of a prompt; raise an error for a bad prompt or domain."""
+    prompt = query["prompt"]
+    require(isinstance(prompt, str | list),
+            f"prompt must be a text or messages, got {type(prompt).__name__}")
+    if isinstance(prompt, list):
+        query["prompt"] = [text_message(message) for message in prompt]
+    require_texts({"domain": query["domain"], "prompt": "".join(contents(query["prompt"]))})
+    require(query["domain"] != "total", "no domain may be called total")
+
+
 def refuse_bad_check(query: dict) -> None:
     """Raise an error now for what could not be scored later, in training."""
     check = query["check"]
     kind = check["kind"]
     require(kind in TEXTS, f"check.kind must be one of {', '.join(TEXTS)}")
-    texts = {"domain": query["domain"], "prompt": "".join(contents(query["prompt"]))}
-    texts |= {name: check[name] for name in TEXTS[kind]}
-    for name, text in texts.items():
-        require(isinstance(text, str), f"{name} must be a text, got {type(text).__name__}")
-        require(text.strip(), f"the {name} must not be empty")
+    require_texts({name: check[name] for name in TEXTS[kind]})
+    if "system_rule" in check:
+        rule, arguments = check["system_rule"]
+        refuse_bad_rule(rule, arguments)
     if kind == "code":
         program = check.get("prefix", "") + check["tests"]
         program += query.get("solution") or ""
@@ -165,11 +185,19 @@ def refuse_bad_check(query: dict) -> None:
         lack = sandbox.languages().get(check["language"], "is unknown")
         require(not lack, f"a check in {check['language']}: {lack}")
     if kind in ("ifeval", "rules"):
-        follows = ifeval.follows if kind == "ifeval" else toy.follows
         require(check["instruction_id_list"], "no constraint: every response would earn 1.0")
         for rule, arguments in zip(check["instruction_id_list"], check["kwargs"], strict=True):
-            require(kind == "ifeval" or rule in toy.RULES, f"unknown rule {rule}")
-            follows("text", rule, arguments)
+            if kind == "ifeval":
+                ifeval.follows("text", rule, arguments)
+            else:
+                refuse_bad_rule(rule, arguments)
+
+
+def refuse_bad_rule(rule: str, arguments: dict) -> None:
+    require(rule in toy.RULES, f"unknown rule {rule}")
+    for name, value in arguments.items():
+        ifeval.clean_argument(name, value)
+    toy.follows("text", rule, arguments)
 
 
 def read_queries(path) -> Iterator[tuple[int, dict]]:
@@ -184,8 +212,8 @@ def read_queries(path) -> Iterator[tuple[int, dict]]:
                              f'have a "prompt", else all columns of one of {known}')
         try:
             query = readers[0](row)
+            clean_prompt(query)
             if isinstance(query["prompt"], list):
-                query["prompt"] = [text_message(message) for message in query["prompt"]]
                 asked = [message for message in query["prompt"] if message["role"] == "user"]
                 query.setdefault("item", "\n".join(contents(asked)))
             if parse_tools(row.get("tools")):

@@ -31,7 +31,7 @@ LANGUAGES = sorted({name for names in SCRIPTS.values() for name in names.split()
 CHOICES = {"relation": RELATIONS, "let_relation": RELATIONS, "capital_relation": RELATIONS,
            "language": LANGUAGES}
 NUMBERS = ("num_words num_sentences num_paragraphs nth_paragraph num_placeholders num_bullets "
-           "num_highlights num_sections frequency let_frequency capital_frequency").split()
+           "num_highlights num_sections frequency let_frequency capital_frequency n").split()
 LISTS = ["keywords", "forbidden_words"]
 
 

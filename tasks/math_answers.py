@@ -67,6 +67,7 @@ PHRASE = re.compile(r"""(?:
      (?:[:：=]|(?i:is(?:\ equal\ to|\ therefore|\ thus)?|are|equals|(?:would|must)\ be)\b)
     |答案[是为：:]
     )[\s:：*]*(?=\S)""", re.M | re.X)
+BARE_BOX = re.compile(r"\\boxed\s+(\w)(?=\.?\s*(?:\$|\\[)\]]|$))", re.M)  # \boxed 2
 DISPLAY = re.compile(r"\$\$[^$]+\$\$|\\\[.{1,300}?\\\]", re.S)
 SENTENCE_END = re.compile(r"\n|。|(?<!\bRs)\.(?:\s|$)")
 REASON = re.compile(r",? \(?(?:because|since|as|which|so|where|given|due to|thus|hence|therefore|"
@@ -88,6 +89,7 @@ def extract_answer(text: str, strict: bool = False) -> str | None:
     _, tag, tagged = text.rpartition("<answer>")
     if tag:
         text = tagged.partition("</answer>")[0]
+    text = BARE_BOX.sub(r"\\boxed{\1}", text)
     answer = last_box(text)
     if answer is None:  # an empty box gets no second chance elsewhere
         text = BOLD.sub(r"\1", text)

@@ -30,7 +30,7 @@ from lib.args import InputError, require
 from lib.chat import parse_tools
 from lib.files import read_jsonl
 from tasks import ifeval, sandbox, toy, variants
-from tasks.benchmarks import contents, read_queries
+from tasks.benchmarks import clean_prompt, contents, read_queries
 from tasks.check_tests import find_problems
 from tasks.code_blocks import whole_program
 from tasks.custom import own_reward, own_score, sees_truncated
@@ -356,7 +356,12 @@ def load_prompts(path: str, n: int) -> list[dict]:
     for line, row in islice(read_jsonl(path), n or None):
         require(row.get("prompt"),
                 f'{path}:{line}: a row must have a "prompt", got {", ".join(row)}')
-        parse_tools(row.get("tools"))  # refuse bad ones now
-        queries.append({"domain": "own"} | row)
+        query = {"domain": "own"} | row
+        try:
+            clean_prompt(query)
+            parse_tools(row.get("tools"))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}:{line}: {type(error).__name__}: {error}") from None
+        queries.append(query)
     require(len(queries) > 0, f"{path}: the file holds no queries")
     return queries

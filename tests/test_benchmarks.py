@@ -72,6 +72,12 @@ def test_readers_by_example(tmp_path):
     assert load_file(path) == [own]
 
 
+BAD_RULES = [
+    ("keywords:existence", {"keywords": "sea"}, "keywords must be a list"),
+    ("ours:exact_words", {"n": "5"}, "n must be a whole number"),
+    ("ours:start_word", {"word": 3}, "word must be a text")]
+
+
 @pytest.mark.parametrize("bad, message", [
     ('{"question": ', ":2: "),
     ({"foo": 1}, ":2: .*foo.*question, answer.*test_list.*instruction_id_list"),
@@ -99,6 +105,15 @@ def test_readers_by_example(tmp_path):
         "kind": "rules", "instruction_id_list": ["ours:no"], "kwargs": [{}]}}, ":2: .*ours:no"),
     ({"prompt": "P", "domain": "d", "check": {
         "kind": "rules", "instruction_id_list": ["ours:exact_words"], "kwargs": [{}]}}, ":2: "),
+    ({"prompt": "P", "domain": "total", "check": {"kind": "math", "answer": "3"}}, ":2: .*total"),
+    *[({"prompt": "P", "domain": "d", "check": {
+        "kind": "rules", "instruction_id_list": [rule], "kwargs": [arguments]}}, f":2: .*{words}")
+      for rule, arguments, words in BAD_RULES],
+    *[({"prompt": "P", "domain": "d", "check": {
+        "kind": "math", "answer": "3", "system_rule": [rule, arguments]}}, f":2: .*{words}")
+      for rule, arguments, words in [*BAD_RULES, ("ours:no", {}, "ours:no")]],
+    ({"prompt": "P", "domain": "d", "check": {
+        "kind": "math", "answer": "3", "system_rule": "Sure"}}, ":2: "),
     ({"Body": "B", "Question": "Q", "Answer": float("inf")}, ":2: ")])
 def test_bad_rows_name_file_and_line(tmp_path, bad, message):
     path = write(tmp_path, {"question": "Q?", "answer": "#### 1"}, bad)
@@ -140,8 +155,12 @@ def test_final_answers(tmp_path):
     rows = [{"problem": "P", "solution": solution}, {"prompt": "P", "answer": solution},
             {"question": "P", "answer": solution}, {"question": "P", "answer": "180"},
             {"question": "P", "answer": "90 * 2\n#### 180"},
-            {"problem": "P", "solution": "So \\boxed{180}.", "answer": None}]
-    assert [q["check"]["answer"].strip() for q in load_file(write(tmp_path, *rows))] == ["180"] * 6
+            {"problem": "P", "solution": "So \\boxed{180}.", "answer": None},
+            {"problem": "P", "solution": "So $\\boxed 8$."},
+            {"question": "P", "answer": "Behind #### it stands.\n#### 180\nI checked it."},
+            {"prompt": "P", "answer": "A: 12"}, {"prompt": "P", "answer": "B: 12"}]
+    answers = [q["check"]["answer"].strip() for q in load_file(write(tmp_path, *rows))]
+    assert answers == ["180"] * 6 + ["8", "180", "A: 12", "B: 12"]
 
 
 def test_arrays_and_byte_order_marks(tmp_path):

@@ -109,6 +109,20 @@ def test_a_third_argument_decides(tmp_path):
         assert cut.ids == [7, 8] and cut.parts == ({"first": 7.0} if takes else {})
 
 
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a", "domain": 7}, "domain must be a text"), ({"prompt": 5}, "prompt must be"),
+    ({"prompt": "a", "domain": "total"}, "total"), ({"prompt": [{"role": "user"}]}, "content"),
+    ({"prompt": [{"role": "user", "content": 5}]}, "content"), ({"prompt": [5]}, "TypeError"),
+    ({"prompt": {"role": "user"}}, "prompt must be"), ({"prompt": " "}, "empty"),
+    ({"prompt": "a", "tools": [5]}, "tools")])
+def test_bad_prompts_are_refused_with_their_line(row, words, tmp_path):
+    """In training they would be a traceback, or a prompt that says nothing."""
+    query = own_query(tmp_path, "return 1")
+    write_rows(tmp_path / "q.jsonl", [{"prompt": "Say it."}, row])
+    refuses(lambda: tasks.queries.load(str(tmp_path / "q.jsonl"),
+                                       reward=query["check"]["function"]), "q.jsonl:2: ", words)
+
+
 def test_domains_from_a_column(tmp_path):
     """In files of any shape, in several sources, and for the rows that are read only."""
     rows = [{"question": "1 + 1?", "answer": "#### 2", "level": 3, "topic": "sums"},

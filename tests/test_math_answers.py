@@ -233,10 +233,11 @@ DIFFERENT = [
     # arithmetic in words is no unit
     ("5 times two", "5"), ("5 minus two", "5"), ("3 out of ten", "3"), ("3 over five", "3"),
     ("3 fifths", "3"), ("2 tenths", "2"), ("2 hundredths", "2"), ("5 lakh", "5"), ("5 grand", "5"),
-    ("5 below zero", "5"), ("5 below", "5"), ("2 gross", "2"), ("5 plus", "5"), ("3 choose two", "3"),
+    ("5 below zero", "5"), ("5 below", "5"), ("2 gross", "2"), ("5 plus", "5"),
+    ("3 choose two", "3"),
     (r"5\text{ times two}", "5"), (r"3\text{ fifths}", "3"), ("5 to the power three", "5"),
-    ("5万", "5"), ("5个半", "5"), (r"5\text{个半}", "5"), ("5加三", "5"), ("3点一刻", "3"), ("5的平方", "5"),
-    ("3又二分之一", "3"), ("5千", "5"), ("5倍", "5"), ("5或六", "5"), ("2的5次方", "2"),
+    ("5万", "5"), ("5个半", "5"), (r"5\text{个半}", "5"), ("5加三", "5"), ("3点一刻", "3"),
+    ("5的平方", "5"), ("3又二分之一", "3"), ("5千", "5"), ("5倍", "5"), ("5或六", "5"), ("2的5次方", "2"),
 ]
 
 
@@ -347,6 +348,8 @@ def test_not_a_text():
     ("Answer: x = 2", True, "x = 2"),
     ("the answer is 1. No, the answer is 2.", True, "2"), ("答案是 18。", True, "18"),
     ("答案：18", True, "18"),
+    (r"So $\boxed 2$.", True, "2"), (r"It is $\boxed  C.$", True, "C"), (r"\boxed 25", True, None),
+    (r"\boxed 2.5", True, None), (r"\boxed 3 or 4", True, None),
     ("we get 3, so 12,345 apples", False, "12,345"), ("we get 3", True, None),
     ("x-3", False, "x-3"),
     ("it is -3", False, "-3"), ("half is 1/2", False, "1/2"), ("about 50%", False, "50%"),
