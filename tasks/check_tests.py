@@ -18,6 +18,9 @@ EXIT = re.compile(
     r"(?:^|[;{}:)]|&&|\b(?:then|else|do|raise)\b)\s*(?:sys\.|os\.|process\.|System\.|POSIX::|"
     r"std::process::)?(?:_?exit!?(?!\w|\s*=)|Exit\b|quit\(|SystemExit\b)"
     r"(?!\s*\(?\s*(?:[1-9'\"-]|EXIT_FAILURE|false))|unittest\.main\b", re.M)
+COMMENTS = dict.fromkeys(("python", "bash", "perl", "ruby", "php"), "#") | {"lua": "--"}
+# The key is printed before a promise settles, and a promise that never settles ends node with 0.
+PROMISE = re.compile(r"\b(?:async|await)\b|\.then\(")
 # What fails however right the answer is. A syntax error does too, but not behind a prefix, whose
 # last function may be open.
 NEVER_PASSES = re.compile(
@@ -55,13 +58,18 @@ def problem_of(query: dict) -> str:
     check = query["check"]
     if check["kind"] != "code":
         return ""
-    if EXIT.search(check["tests"]):
+    language = check["language"]
+    comment = COMMENTS.get(language, "//")
+    statements = re.sub(rf"(?:^|\s){comment}.*", "", check["tests"], flags=re.M)
+    if EXIT.search(statements):
         return "its tests end the program, but must reach their last line; an assert can decide"
-    if check["language"] in COMPILED and not re.search(r"\bmain\s*\(", check["tests"]):
+    if language in ("javascript", "typescript") and PROMISE.search(statements):
+        return "its tests wait for a promise, which may never settle; they must be synchronous"
+    if language in COMPILED and not re.search(r"\bmain\s*\(", check["tests"]):
         return "its tests must hold main()"
-    if check["language"] == "bash" and re.search(r"\bset\s+\+\w*e", check["tests"]):
+    if language == "bash" and re.search(r"\bset\s+\+\w*e", check["tests"]):
         return "its tests turn off `set -e`, and no answer passes without it"
-    for template in IDLE.get(check["language"], ["//"]):
+    for template in IDLE.get(language, ["//"]):
         idle = run(check, idle_program(check, template))
         if not idle.passed:
             break

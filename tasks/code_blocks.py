@@ -19,7 +19,7 @@ ALIASES = {"py": "python", "ipython": "python", "js": "javascript", "node": "jav
            "ts": "typescript", "cpp": "c++", "cc": "c++", "cxx": "c++", "sh": "bash",
            "shell": "bash", "rs": "rust", "golang": "go", "rb": "ruby", "pl": "perl"}
 THINK = re.compile("<(/?)think(?:ing)?>")
-FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^\n(]*)\n?", re.M)
+FUTURE = re.compile(r"^from __future__ import (?:\([^)]{0,500}\)|[^\n(]*)\n?", re.M)
 WORD = re.compile(r"\w+")
 
 # Definitions at the start of a line: by a keyword, C's functions, values, imports.
@@ -32,6 +32,7 @@ C_FUNCTION = re.compile(
     r"([A-Za-z_]\w{0,80})[ \t]*\([^;{}]{0,200}\)[\w\s]{0,60}\{", re.M)
 VALUE = re.compile(r"^(?:export[ \t]+)?(?:(?:const|let|var|local|my|auto)[ \t]+)?\$?([A-Za-z_]\w*)"
                    r"[ \t]*(?::[^=\n]{0,80})?=(?![=~>])", re.M)
+STAR_IMPORT = re.compile(r"^from[ \t]+\S+[ \t]+import[ \t]*\*", re.M)
 IMPORT = re.compile(r"^(?:from[ \t]+\S+[ \t]+)?import[ \t]+([^\n]+)", re.M)
 
 
@@ -130,6 +131,9 @@ def join_blocks(blocks: list[str], asked: frozenset[str], definitions) -> str:
         last.update(dict.fromkeys(definitions(code) & asked, i))
         offered_by.update(dict.fromkeys(offers(code, asked), i))
     taken = set(last.values())
+    for i, code in enumerate(blocks):  # `from math import *` offers names that we do not know
+        if taken and STAR_IMPORT.search(code) and asked.isdisjoint(WORD.findall(code)):
+            taken.add(i)
     queue = list(taken)
     while queue:
         code = blocks[queue.pop()]
@@ -165,6 +169,7 @@ def extract_code(response: str, language: str = "python", tests: str = "", prefi
     choices = [
         join_blocks(fitting, asked, functions), *bodies[-1:], join_blocks(fitting, asked, values),
         join_blocks(everything, asked, functions),  # the fence may name a wrong language
+        text if functions(text) & asked else "",  # only a docstring of the code is fenced
         (fitting or everything)[-1]]
     return next(filter(None, choices), "")
 

@@ -26,9 +26,11 @@ DECIDE = {
         "assert f(3) == 9", "def test_f():\n    assert f(3) == 9\ntest_f()", "assert not f(3) - 9",
         "def check(g):\n    assert g(3) == 9\ncheck(f)", "if f(3) != 9:\n    raise SystemExit(1)",
         "import sys\nif f(3) != 9:\n    sys.exit('bad')", "assert f(3) == 9  # exit early",
+        "x = f(3)\n# if it is 9, then exit\nassert x == 9",
         f"{UNIT}assert {RUN}.wasSuccessful()", "import numpy as np\nassert np.isclose(f(3), 9)"],
     "javascript": [
-        "console.assert(f(3) === 9)", "const assert = require('assert');\nassert.equal(f(3), 9)",
+        "console.assert(f(3) === 9) // async, then exit",
+        "const assert = require('assert');\nassert.equal(f(3), 9)",
         "if (f(3) !== 9) process.exit(1)", "const y = f(3);\nif (y !== 9) throw new Error('no')"],
     "bash": ["[ $(f 3) = 9 ]", "[ $(f 3) = 9 ] || exit 1", "[ $(f 3) = 9 ] || exit",
              "t() { [ $(f 3) = 9 ]; }\nt", "! [ $(f 3) = 6 ]", "[ $(f 3) = 9 ] && echo ok"],
@@ -99,6 +101,8 @@ def test_what_decides_is_accepted():
 @pytest.mark.parametrize("kind, words", [
     (NOTHING, "an answer pass that does nothing"), (NEVER, "let no answer pass: "),
     ({"bash": ["set +e\n[ $(f 3) = 9 ]\necho done", "set +eu; f 3"]}, "turn off `set -e`"),
+    ({"javascript": ["f(3).then(y => console.assert(y === 9))",
+                     "(async () => { console.assert(await f(3) === 9) })()"]}, "a promise"),
     (ENDS, "end the program"), (NO_MAIN, "must hold main()")])
 def test_what_decides_nothing_is_refused(kind, words):
     queries = all_of(kind)

@@ -43,6 +43,8 @@ FENCES = {
     "in a line": f"I say ```python\n{F}``` and end", "span before": f"Call ```f```\n{RIGHT}",
     "fence in a docstring": "```python\ndef f(x):\n    '''\n    ```\n    f(3)\n    ```\n    '''\n"
                             "    return x * x\n```",
+    "only the docstring's": "def f(x):\n    \"\"\"Square.\n\n    ```python\n    >>> g(3)\n    ```\n"
+                            "    \"\"\"\n    return x * x\n",
 }
 
 
@@ -56,6 +58,7 @@ def test_fences(name):
 @pytest.mark.parametrize("after", [
     "```python\nprint(g(3))\n```", "```python\nassert f(3) == 10\n```", "```\n9\n```",
     "```python\nresult = f(int(input()))\n```", "```python\nfrom solution import f\nf(3)\n```",
+    "```python\nfrom solution import *\nprint(f(3))\n```",
     "```python\n>>> f(3)\n9\n```", "```bash\npython f.py\n```", '```json\n{"f": 9}\n```',
     "```console\n$ f 3\n```", "```text\nf(3) is 9\n```", "```python\ndef test_f():\n    f()\n```",
     "```js\nconst f = x => x + x;\n```", "```python\n# Example\nx = [3]\nprint(x)\n```"])
@@ -80,6 +83,7 @@ def test_the_last_definition_counts():
     ["def g(x):\n    return x * x", "def f(x):\n    return g(x)"],
     ["def f(x):\n    return g(x)", "def g(x):\n    return x * x"],
     ["import math\nfrom functools import reduce as r", "def f(x):\n    return int(math.pow(x, 2))"],
+    ["from math import *", "def f(x):\n    return int(pow(x, 2) + floor(0.5))"],
     ["POWER = 2", "def f(x):\n    return x ** POWER"],
     ["def h(x):\n    return x", "def g(x):\n    return h(x) * x", "def f(x):\n    return g(x)"],
     ["def g(x):\n    return x * x\n\ndef f(x):\n    return -g(x)", "def f(x):\n    return g(x)"]])
@@ -162,6 +166,7 @@ def test_other_languages(language, response, tests):
 @pytest.mark.parametrize("text", [
     "`" * 100_000, " " * 100_000, "```\n" * 25_000, "f(" * 50_000, "<think>" * 20_000,
     "a " * 50_000, "```\n" + "f(\n" * 20_000, "from __future__ import (" * 4_000,
+    "from __future__ import (\n" * 4_000,
     "```\nx:" + "a" * 100_000,
     RIGHT + ("\n" + "a*" * 40 + "(") * 1_000,
     "".join(f"```\ndef g{i}(): return g{i + 1}()\n```\n" for i in range(1_000))])

@@ -1001,6 +1001,9 @@ BASH_LISTS = [  # tests that f passes if it squares, and that it fails if it dou
     "x=0\n[ -n \"$y\" ] && x=1\n[ $(f 3) = 9 ]", "[ $(f 3) = 9 ] || exit 1",
     "[ $(f 3) = 6 ] && { echo no; exit 1; }\ntrue", "if [ $(f 3) = 6 ]; then\n  exit 1\nelse\n"
     "  # no && test\n  true\nfi", "case $(f 3) in\n  9) true && echo ok ;;\n  *) false ;;\nesac",
+    "t=$(cat <<'E'\n! a\nb && true\nE\n)\n[ \"$t\" = $'! a\\nb && true' ]\n[ $(f 3) = 9 ]",
+    "x=$((1 << y))\n[ $(f 3) = 9 ] && true",
+    "cat <<-E > t\n\t! $(f 3)\n\tE\n! [ \"$(cat t)\" = '! 6' ]",
     "[ $(f 3) = 9 ] || [ $(f 3) = 8 ]", "for i in 1 3; do\n  [ $i = 1 ] && continue\n"
     "  [ $(f $i) = $((i * i)) ]\ndone"]
 
@@ -1102,6 +1105,7 @@ def test_bash_keeps_errexit():
     tests = "f 3\n[ $r = 9 ]"
     assert not sandbox.run("f() { set +e; r=$(($1 + $1)); }", "bash", tests).passed
     assert sandbox.run("f() { r=$(($1 * $1)); }", "bash", tests).passed
+    assert not sandbox.run("f() { :; }; grep() { :; }", "bash", "f 3 | grep -q 9").passed
 
 
 FOREIGN = {

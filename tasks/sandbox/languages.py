@@ -39,15 +39,23 @@ BASH_EXEMPT = re.compile(
     r"^\s*!\s|[&|]\s*(?:[!\[{]|\(\(|(?:test|true|echo|printf|grep|diff|cmp)\b)[^&|]*$")
 # Lines with another meaning: "[ a ] && exit 1", comments, and lines that the next one continues.
 BASH_OTHER = re.compile(r"\bexit\b|^\s*#|(?:\b(?:then|do)|;;|[{(\\|&])\s*$")
+HERE_DOCUMENT = re.compile(r"(?<!<)<<-?\s*['\"\\]?([A-Za-z_]\w*)")
 
 
 def check_lists(tests: str) -> str:
     """Return bash tests in which `[ a ] && echo ok` and `! [ a ]` end the program if they fail."""
     joined = re.sub(r"\\\n[ \t]*(?=&&)|(?<=&&)[ \t]*\n[ \t]*", " ", tests)
+    old_lines = joined.split("\n")
     lines = []
-    for line in joined.split("\n"):
+    document_end = None  # the line that ends the here-document of this line, which is no code
+    for i, line in enumerate(old_lines):
         lines.append(line)
-        if BASH_EXEMPT.search(line) and not BASH_OTHER.search(line):
+        opening = HERE_DOCUMENT.search(line)
+        if document_end:
+            document_end = None if line.strip() == document_end else document_end
+        elif opening and opening[1] in map(str.strip, old_lines[i:]):
+            document_end = opening[1]
+        elif BASH_EXEMPT.search(line) and not BASH_OTHER.search(line):
             lines.append("[ $? = 0 ]")
     if any(line.lstrip().startswith("! ") for line in lines):  # a missing function satisfies none
         lines.insert(0, "command_not_found_handle() { : > .not_found; return 127; }")
@@ -106,7 +114,7 @@ BASH_BEFORE = "readonly SANDBOX_PATH=$PATH\n"
 BASH_BETWEEN = """
 PATH=$SANDBOX_PATH
 POSIXLY_CORRECT=1
-\\unset -f [ test printf echo set builtin command unalias true false let return eval || exit 1
+\\unset -f [ test printf echo set builtin command unalias true false let return eval grep || exit 1
 \\unalias -a
 \\unset POSIXLY_CORRECT
 trap - EXIT ERR DEBUG; set -e
