@@ -1,8 +1,8 @@
 """A reward of your own: --reward my_reward.py:score of grpo.py and evaluate.py.
 
-The function gets the query, as it stands in its file, and the response. If it has a third argument,
-this is a Sample, and responses that were cut reach it too. It returns a number from 0 to 1, or
-{"reward": number, NAME: value, ...}, whose other values GRPO logs.
+The function gets the query, as it stands in its file, and the response. If it has a third argument
+without a default, this is a Sample, and responses that were cut reach it too. It returns a number
+from 0 to 1, or {"reward": number, NAME: value, ...}, whose other values GRPO logs.
 
 It runs with all your rights, so its name comes from the command line only, never from a file of
 queries. It gets copies, a time limit (--reward_timeout), and may change the working directory.
@@ -113,14 +113,21 @@ def own_code(name: str, path: str, about: str = "", timeout: float = 60.0):
     has_alarm = is_main and hasattr(signal, "setitimer")
     directory = os.getcwd()
 
+    late = TimeoutError(f"no answer within {timeout:g} seconds (--reward_timeout)")
+    was_stopped = False
+
     def stop(*_):
-        raise TimeoutError(f"no answer within {timeout:g} seconds (--reward_timeout)")
+        nonlocal was_stopped
+        was_stopped = True
+        raise late
 
     if has_alarm:
         before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
         yield
+        if was_stopped:  # the code has caught what `stop` raised
+            raise late
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: it would end the run as if it had succeeded

@@ -146,6 +146,7 @@ def follows(text: str, kind: str, kw: dict) -> bool:
 
 
 def related(count: int, relation: str, bound: int) -> bool:
+    require(bound > 0 or relation != "less than", "no response has less than 0")
     return count < bound if relation == "less than" else count >= bound
 
 
@@ -169,6 +170,8 @@ def has_paragraphs(text: str, num_paragraphs: int) -> bool:
 def paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     require(1 <= nth_paragraph <= num_paragraphs,
             f"nth_paragraph must be from 1 to {num_paragraphs}, not {nth_paragraph}")
+    require(not re.search(r"[\s.,?!'\"]", first_word),
+            f"first_word must be one word without signs, not {first_word!r}")
     parts = [part.strip() for part in text.split("\n\n")]
     if sum(part != "" for part in parts) != num_paragraphs:
         return False
@@ -186,6 +189,12 @@ def has_postscript(text: str, postscript_marker: str) -> bool:
 def highlights(text: str) -> int:
     parts = re.findall(r"\*([^\n*]*)\*", text) + re.findall(r"\*\*([^\n*]*)\*\*", text)
     return sum(part.strip() != "" for part in parts)
+
+
+def has_title(text: str) -> bool:
+    """Return whether a line holds <<a title>>. (A pattern would take quadratic time.)"""
+    titles = [line.partition("<<")[2].rpartition(">>")[0] for line in text.split("\n")]
+    return any(title.strip("<> ") for title in titles)
 
 
 def is_json(text: str) -> bool:
@@ -230,15 +239,14 @@ CHECKS = {  # kind: the check of a text, whose arguments have IFEval's names
     "length_constraints:nth_paragraph_first_word": paragraph_starts,
     "detectable_content:postscript": has_postscript,
     "detectable_content:number_placeholders": lambda text, num_placeholders:
-        len(re.findall(r"\[.*?\]", text)) >= num_placeholders,
+        len(re.findall(r"\[[^\[\]\n]*\]", text)) >= num_placeholders,
     "detectable_format:number_bullet_lists": lambda text, num_bullets:
-        len(re.findall(r"^\s*(?:\*[^*\n]|-).*$", text, re.M)) == num_bullets,
+        len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-).*$", text, re.M)) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights:
         highlights(text) >= num_highlights,
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", text)) >= num_sections,
-    "detectable_format:title": lambda text:
-        any(title.strip("<> ") for title in re.findall(r"<<[^\n]+>>", text)),
+    "detectable_format:title": has_title,
     "detectable_format:json_format": is_json,
     "detectable_format:constrained_response": lambda text:
         any(option in text for option in OPTIONS),

@@ -12,6 +12,7 @@ one is our choice.
     10%                     0.1                   yes
     10%                     10                    yes too: "what percent?" is answered either way
     $5                      5 apples              yes: currency, units, degrees are dropped
+    5 dozen                 5                     no: a word for a number is no unit
     0.\overline{3}          1/3                   yes
     x = 3                   3                     yes: so is the name
     x = 3 = 4               3                     no
@@ -162,7 +163,8 @@ LONE_LETTER = re.compile(r"\(?[a-j]\)?")
 def math_equal(prediction: str, gold: str) -> bool:
     """Return whether two final answers mean the same. Blank never matches. Never raises or hangs.
 
-    If the gold is worked out, the prediction must be, too: 2^10 is not 1024, but 1024 is 2^10.
+    If the gold is worked out, the prediction must be, too: 2^10 is not 1024, but 1024 is 2^10. A
+    fraction need not be reduced, and a number times a power of ten is worked out: 10^3 is 1000.
     Algebra has no such test: x(x+1) equals x^2+x, so do not use it for "expand" and "factor"."""
     if not (isinstance(prediction, str) and isinstance(gold, str)):
         return False

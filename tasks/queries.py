@@ -1,6 +1,7 @@
 """Queries whose answers a program can check: their splits, their sources and their scores.
 
-A query is {"prompt": str, "domain": str, "check": {...}}, and score(query, response) is 1.0 or 0.0.
+A query is {"prompt": str, "domain": str, "check": {...}}, and score(query, response) is 1.0 or 0.0;
+only a reward of one's own may give a number between.
 The report checks answers in the same way for rejection sampling, DPO's pairs and GRPO's rewards
 (sections 4.1 to 4.3). Queries come from the built-in generators (toy.py) and their variants
 (variants.py), and from the public benchmark files (benchmarks.py).
@@ -90,6 +91,9 @@ def run_programs(programs: list[Program]) -> list[bool]:
     for program, result in zip(new, results, strict=True):
         VERDICTS[program] = result.passed
     passed = [VERDICTS[program] for program in programs]
+    for program, result in zip(new, results, strict=True):
+        if "time limit" in result.reason:  # it may be right, on a machine that is less busy
+            del VERDICTS[program]
     for oldest in list(VERDICTS)[:-MAX_VERDICTS]:
         del VERDICTS[oldest]
     return passed

@@ -490,7 +490,7 @@ RULES = {  # rule: the check of a text, its words in small letters, and the rule
     "change_case:english_capital": lambda text, words, kw: text.isupper(),
     "change_case:english_lowercase": lambda text, words, kw: text.islower(),
     "detectable_format:number_bullet_lists": lambda text, words, kw:
-        len(re.findall(r"^\s*[*-]\s+\S", text, re.M)) == kw["num_bullets"],
+        len(re.findall(r"^[^\S\n]*[*-]\s+\S", text, re.M)) == kw["num_bullets"],
     "ours:items": lambda text, words, kw: lists_items(text, kw["category"], kw["n"])}
 
 

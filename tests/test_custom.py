@@ -81,6 +81,8 @@ def own_query(tmp_path, body: str, timeout: float = 60.0) -> dict:
     ("return b'1'", ["gave b'1'"]),
     ("return 1j", ["complex"]),
     ("time.sleep(60)", ["TimeoutError: no answer within 0.2 seconds (--reward_timeout)"]),
+    ("exec('try:\\n    time.sleep(60)\\nexcept Exception:\\n    pass'); return 1",
+     ["TimeoutError: no answer within 0.2 seconds (--reward_timeout)"]),
     ("re.match('(x+x+)+y', 'x' * 60)", ["TimeoutError"])])
 def test_a_reward_that_goes_wrong_is_one_line(body, words, tmp_path):
     query = own_query(tmp_path, body, 0.2)

@@ -10,7 +10,7 @@ from helpers import refuses, write_rows
 from bench import ifeval as bench_ifeval
 from bench.ifeval import loose
 from data.language import language
-from tasks import ifeval
+from tasks import ifeval, toy
 from tasks.benchmarks import load_file
 from tasks.ifeval import follows, sentences
 
@@ -133,7 +133,10 @@ WORDS, FIRST = "length_constraints:number_words", "length_constraints:nth_paragr
     *(("keywords:existence", {"keywords": words}) for words in ("sea", [], [" "], [5], None)),
     ("keywords:forbidden_words", {"forbidden_words": [""]}),
     ("startend:end_checker", {"end_phrase": " "}), ("startend:end_checker", {"phrase": "a"}),
-    *((FIRST, {"num_paragraphs": 2, "nth_paragraph": nth, "first_word": "so"}) for nth in (0, 3))])
+    *((FIRST, {"num_paragraphs": 2, "nth_paragraph": nth, "first_word": "so"}) for nth in (0, 3)),
+    *((FIRST, {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": word})
+      for word in ("don't", "so it", "so,")), (WORDS, {"relation": "less than", "num_words": 0}),
+    ("keywords:frequency", {"keyword": "a", "relation": "less than", "frequency": 0})])
 def test_what_no_response_can_meet_is_refused_at_loading(tmp_path, kind, kw):
     """Refused with the line, and refused where it would be scored."""
     with pytest.raises((ValueError, TypeError)):
@@ -170,6 +173,12 @@ def test_hostile_arguments_and_texts_take_no_time():
     for part in ("a.", "a. ", "*", '"', "'s", "A-", "1.", "。"):
         sentences(part * 50_000)
         ifeval.capital_words(part * 50_000)
+    for part in ("\n", "[", "<<", "*", "- ", "[a", "<<>"):
+        for kind, kw in (("detectable_format:number_bullet_lists", {"num_bullets": 9}),
+                         ("detectable_content:number_placeholders", {"num_placeholders": 9}),
+                         ("detectable_format:title", {})):
+            assert not follows(f"a{part * 50_000}b", kind, kw)
+            assert not toy.follows(f"a{part * 50_000}b", kind, kw)
     assert time.monotonic() - start < 5
 
 

@@ -251,3 +251,9 @@ def test_a_program_runs_once(monkeypatch):
     assert len(tasks.queries.VERDICTS) == 1  # the latest: a long run must not keep all its programs
     assert score(other, text) == 0.0 and len(ran) == 2
     assert score(query, text) == 0.0 and len(ran) == 3
+    late = tasks.sandbox.Result(False, "tests", "time limit of 3 s", "", "", 3.0)
+    monkeypatch.setattr(tasks.queries.sandbox, "run_many", lambda jobs: [late for _ in jobs])
+    answer = next(tasks.queries.items("val", "code", 9)).answer
+    assert score_many([query, query], [answer, answer]) == [0.0, 0.0]
+    monkeypatch.setattr(tasks.queries.sandbox, "run_many", run_many)
+    assert score(query, answer) == 1.0  # a busy machine's verdict is not remembered

@@ -15,15 +15,22 @@ from . import sibling
 SCALE = 3
 
 
+def doubled(function):
+    return lambda *given: 2 * function(*given)
+
+
+@doubled
 def helper(x):
     return x * SCALE
 
 
 def area(r, *, digits=2):
-    """Return the area of a circle, thrice.
+    """Return the area of a circle, six times.
 
     >>> area(1)
-    9.42
+    18.85
+    >>> print(area(2))
+    75.4
     >>> y = area(0)
     >>> y  # not printed
     0.0
@@ -93,13 +100,13 @@ def test_functions_become_tasks(tmp_path):
     (tmp_path / "python2.py").write_text("print 1", "utf-8")
     (task,), dropped = kept_tasks(snippet_tasks(str(tmp_path)))
     assert task["prompt"] == ("Write a Python function `area(r, *, digits=2)`.\n\nReturn the area "
-                              "of a circle, thrice.\n\nFor example:\n>>> area(1)\n9.42")
-    assert task["check"]["tests"] == ("assert repr(area(1)) == '9.42'\ny = area(0)\n"
+                              "of a circle, six times.\n\nFor example:\n>>> area(1)\n18.85")
+    assert task["check"]["tests"] == ("assert repr(area(1)) == '18.85'\ny = area(0)\n"
                                       "assert repr(y) == '0.0'")
     parts = [part.split("(")[0] for part in task["solution"].split("\n\n")]
-    assert parts[:4] == ["import math", "SCALE = 3", "def helper", "def area"]
+    assert parts[:4] == ["import math", "SCALE = 3", "def doubled", "@doubled\ndef helper"]
     assert tasks.queries.score(task, task["solution"]) == 1
-    assert tasks.queries.score(task, "def area(r): return 9.42") == 0
+    assert tasks.queries.score(task, "def area(r): return 18.85") == 0
     assert dropped == {"its solution fails without its module": 2, "no example shows a value": 2,
                        "its tests let an answer pass that does nothing": 1}
 
