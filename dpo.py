@@ -187,10 +187,10 @@ def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
 
 def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocast):
     """Read the pairs of --data, or sample answers of --init to queries and pair them."""
+    if run.resumed:  # a server, or another number of processes, would now answer differently
+        return PairFile(str(run.path / "pairs.jsonl"))
     if args.data:
         return PairFile(args.data)
-    if args.rollout_url and run.resumed:  # a server would now answer differently
-        return PairFile(str(run.path / "pairs.jsonl"))
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     policy = rollout_backend(args.rollout_url, model, tokenizer)
     with autocast:

@@ -23,6 +23,7 @@ import kernels
 from lib.args import InputError, require
 from lib.decode import Completion
 from lib.dist import RANK, all_gather
+from lib.lora import merged_state_dict
 from model import Qwen2
 from tokenizer import Tokenizer
 
@@ -201,7 +202,8 @@ def untied(model: Qwen2) -> Qwen2:
     """Return a model of tied embeddings with a copy of them as its head."""
     with torch.device("meta"):
         copy = Qwen2(replace(model.config, tie_word_embeddings=False))
-    weights = model.state_dict() | {"lm_head.weight": model.head_weight.detach().clone()}
+    head = {"lm_head.weight": model.head_weight.detach().clone()}
+    weights = merged_state_dict(model) | head
     copy.load_state_dict(weights, assign=True)
     return copy
 

@@ -20,7 +20,8 @@ import tasks.queries
 import sample
 from model import Qwen2
 from sample import generate, load_policy
-from lib.vllm_client import VLLMClient, rollout_backend
+from lib.lora import adapters, add_lora
+from lib.vllm_client import VLLMClient, rollout_backend, untied
 
 NAN = float("nan")
 PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
@@ -345,6 +346,10 @@ def test_the_directory_for_the_server_has_a_head_of_its_own(policy, peer, tokeni
     assert its_tokenizer.n_vocab == tokenizer.n_vocab
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(ids), served(ids))
+    add_lora(model, 4, 32.0)
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.B)
+    assert torch.equal(model(ids), untied(model)(ids)) and not torch.equal(model(ids), served(ids))
 
 
 def test_a_key_comes_from_the_environment(policy, peer, tokenizer, monkeypatch):
