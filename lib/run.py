@@ -94,7 +94,8 @@ class Run:
         self.skipped_steps = 0  # how many were not finite in all
         self.stopping = False
         init = self.args.get("init")
-        require(not init or Path(init).resolve() != self.path.resolve(),
+        replaced = (self.path.resolve(), (self.path / "adapter").resolve())
+        require(not init or Path(init).resolve() not in replaced,
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
         require_writable(self.path)
         if self.state_file.parent.exists():  # a run is going on here, or was killed
@@ -192,11 +193,17 @@ class Run:
         self.bad_steps = rows[-1].get("skipped", 0) if rows else 0
 
     def clear(self) -> None:
-        """Create the directory, and remove what belongs to an earlier run in it."""
+        """Create the directory, and remove what belongs to an earlier run in it. If this run is
+        killed, --init must not load the model of the earlier one."""
         if RANK > 0:
             return
         with disk_errors(f"--out {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / "run.json").exists():
+                for pattern in ("config.json", "*.safetensors*", "samples.jsonl"):
+                    for file in self.path.glob(pattern):
+                        file.unlink()
+                shutil.rmtree(self.path / "adapter", ignore_errors=True)
             self.state_file.unlink(missing_ok=True)
             self.log_file.write_text("", encoding="utf-8")
 
@@ -299,6 +306,7 @@ class Run:
             model.save_pretrained(self.path, dtype)
             if adapters(model):
                 save_adapter(model, self.path / "adapter", self.args["init"])
+                tokenizer.save_pretrained(self.path / "adapter")
         tokenizer.save_pretrained(self.path)
 
     def finish(self, **result) -> None:
