@@ -255,7 +255,7 @@ def main(args: Args) -> dict:
     run = Run(args, "dpo")
     device, autocast = setup(args, args.batch_size)
     positive(args, "responses", "temperature", "max_new_tokens", "epochs", "batch_size",
-             "micro_batch", "eval_every", "save_every")
+             "micro_batch", "eval_every", "save_every", "max_grad_norm")
     require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
     shown = tasks.queries.builtin("val", 32, args.seed)
     tasks.queries.require_isolation(shown, args.allow_unsafe_code)  # `shown` holds code

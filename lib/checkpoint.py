@@ -357,7 +357,7 @@ def adapter_chain(path: str | Path) -> list[Path]:
     while (chain[0] / "adapter_config.json").exists() and not (chain[0] / "config.json").exists():
         file = chain[0] / "adapter_config.json"
         base = read_json(file).get("base_model_name_or_path")
-        require(isinstance(base, str) and base, f"{file} does not name the model that it belongs to")
+        require(isinstance(base, str) and base, f"{file} does not name its base model")
         require(Path(base) not in chain, f"{file}: {base} is the base of its own base")
         chain.insert(0, Path(base))
     return chain

@@ -176,10 +176,14 @@ class Run:
         """Load state.pt into model and optimizer, and return its step."""
         try:
             # weights_only: a state is tensors and numbers; any other pickle could run any code.
-            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            # Of several processes, each maps the file into memory and reads its own parts.
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True,
+                               mmap=WORLD > 1)
             load_full_state(state, self.model, self.optimizer)
             self.previous_seconds = state["seconds"]
             return state["step"]
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # the state may be whole
+            raise InputError(f"{self.state_file}: cannot be loaded ({error})") from None
         except Exception as error:  # a torn or foreign file can raise almost anything
             raise InputError(f"{self.state_file}: not a whole state of this run "
                              f"({type(error).__name__}); delete it, and --resume starts again "

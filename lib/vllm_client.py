@@ -167,9 +167,11 @@ class VLLMClient:
         def answer(i: int) -> list[Completion]:
             if failed.is_set():  # a frozen server would let each request wait for its timeout
                 return []
-            # vLLM counts up from a request's seed, so that each of the n has its own. Its seeds end
-            # at 2**63, and -1 would be none.
-            request = body | {"prompt": prompts[i], "seed": (seed + i * n) % 2**62}
+            # vLLM counts up from a request's seed, so that each of the n has its own. Those of the
+            # next seed, as in GRPO's next step, begin a million prompts further on. vLLM's seeds
+            # end at 2**63, and -1 would be none.
+            first_seed = (seed * 1_000_003 + i) * n % 2**62
+            request = body | {"prompt": prompts[i], "seed": first_seed}
             try:
                 return self.ask("v1/completions", request, read)
             except InputError:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    interrupt_at, letter_queries, log, micro_model, refuses, same_weights, stage_args, teach_letters,
-    tiny_model, weights, write_rows)
+    interrupt_at, letter_queries, log, micro_model, refuses, same_weights, stage_args,
+    teach_letters, tiny_model, weights, write_rows)
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -49,6 +49,10 @@ def test_the_sum_by_hand():
     weight = torch.full((2, 3), 10.0)
     expected = torch.tensor([[14.0, 18.0, 22.0], [6.0, 2.0, -2.0]])  # 10 + 4/1 * B A
     assert torch.equal(low_rank(weight), expected)
+    low_rank.A.data += 1 / 1024  # what is trained under autocast is what is saved: not rounded
+    saved = low_rank(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low_rank(weight), saved) and not torch.equal(saved, expected)
 
 
 def test_the_first_forward_pass_is_the_base_model_bit_for_bit():

@@ -163,6 +163,20 @@ def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "state").exists()
 
 
+@pytest.mark.parametrize("error", [
+    OSError(5, "Input/output error"), MemoryError("no room"), torch.OutOfMemoryError("no room")])
+def test_a_state_that_may_be_whole_is_not_to_be_deleted(error, tmp_path, monkeypatch):
+    interrupted(tmp_path / "run")
+
+    def failing(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(torch, "load", failing)
+    run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
+    with pytest.raises(InputError, match="cannot be loaded .*(no room|Input/output)") as told:
+        run.start_or_resume(*small())
+    assert "delete" not in str(told.value)
+
+
 def test_the_log_keeps_small_numbers(tmp_path):
     """A learning rate of 7e-7 is not 1e-6, nor 0."""
     run = begun(Args(out=str(tmp_path / "run")))

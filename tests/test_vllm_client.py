@@ -120,7 +120,7 @@ def test_ids_logprobs_and_order_are_those_of_local_sampling(policy, peer):
     peer.asked.clear()
     drawn = generate(there, prompts, 12, 1.0, seed=5, n=3, **stops)
     seeds = {tuple(body["prompt"]): body["seed"] for body in peer.asked}
-    assert sorted(seeds.values()) == [5, 8, 11, 14]
+    assert sorted(seeds.values()) == [3 * (5 * 1_000_003 + i) for i in range(4)]
     for i, prompt in enumerate(prompts):
         alone = generate(model, [prompt], 12, 1.0, seed=seeds[tuple(prompt)], n=3, **stops)
         assert [c.ids for c in drawn[3 * i:3 * i + 3]] == [c.ids for c in alone]
@@ -192,7 +192,7 @@ def test_a_resumed_run_has_the_pairs_that_it_had(stage, few, peer, tmp_path, mon
 def one_by_one(model, prompts, *args, seed, n, **kwargs):
     """sample.generate with the seeds that a server gets."""
     return [c for i, p in enumerate(prompts)
-            for c in generate(model, [p], *args, seed=seed + i * n, n=n, **kwargs)]
+            for c in generate(model, [p], *args, seed=(seed * 1_000_003 + i) * n, n=n, **kwargs)]
 
 
 @pytest.fixture
