@@ -187,10 +187,10 @@ def make_optimizer(model: Qwen2, args: Args, peak_lr: float, device):
 
 def load_pairs(args: Args, run: Run, model: Qwen2, tokenizer: Tokenizer, autocast):
     """Read the pairs of --data, or sample answers of --init to queries and pair them."""
+    if run.resumed:  # a server, or another number of processes, would now answer differently
+        return PairFile(str(run.path / "pairs.jsonl"))
     if args.data:
         return PairFile(args.data)
-    if args.rollout_url and run.resumed:  # a server would now answer differently
-        return PairFile(str(run.path / "pairs.jsonl"))
     queries = tasks.queries.load(args.queries, args.n_queries, args.seed, built_in=256)
     policy = rollout_backend(args.rollout_url, model, tokenizer)
     with autocast:
@@ -255,7 +255,7 @@ def main(args: Args) -> dict:
     run = Run(args, "dpo")
     device, autocast = setup(args, args.batch_size)
     positive(args, "responses", "temperature", "max_new_tokens", "epochs", "batch_size",
-             "micro_batch", "eval_every", "save_every")
+             "micro_batch", "eval_every", "save_every", "max_grad_norm")
     require(not (args.data and args.rollout_url), "--data and --rollout_url: take one")
     shown = tasks.queries.builtin("val", 32, args.seed)
     tasks.queries.require_isolation(shown, args.allow_unsafe_code)  # `shown` holds code

@@ -391,7 +391,7 @@ def check_before_training(episode: Episode, args: Args) -> None:
 
 def check_args(args: Args) -> None:
     positive(args, "steps", "batch_queries", "temperature", "max_new_tokens", "inner_steps",
-             "micro_batch", "save_every")
+             "micro_batch", "save_every", "max_grad_norm")
     choices = {"loss_type": ("grpo", "dapo", "dr_grpo"), "scale_rewards": ("group", "none"),
                "query_order": ("variance", "random")}
     for name, values in choices.items():

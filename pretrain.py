@@ -165,7 +165,8 @@ def check_args(args: Args, device) -> None:
             f"{', '.join(kernels.IMPLS)}, got {args.attention!r}")
     require(args.attention != "flex" or device.type == "cuda", "--attention flex: PyTorch has its "
             "gradient on a GPU only; fused skips other documents on a CPU")
-    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every", "peak_tflops")
+    positive(args, "seq_len", "micro_batch", "tokens", "eval_every", "save_every", "peak_tflops",
+             "max_grad_norm")
     require(args.batch_tokens >= args.seq_len, f"--batch_tokens {args.batch_tokens} is less than "
             f"one row of --seq_len {args.seq_len}")
 

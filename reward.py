@@ -302,7 +302,7 @@ def main(args: Args) -> dict:
     run = Run(args, "reward")
     device, autocast = setup(args, args.batch_size)
     positive(args, "responses", "max_new_tokens", "epochs", "batch_size", "micro_batch",
-             "eval_every", "save_every")
+             "eval_every", "save_every", "max_grad_norm")
     if args.queries != "none":
         positive(args, "n_held_out")
     parse_temperatures(args)  # a bad one is refused before anything is sampled

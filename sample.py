@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import kernels
 from lib.args import cli, positive, require
-from lib.checkpoint import adapter_base, merge_adapter
+from lib.checkpoint import adapter_chain, last_with_tokenizer, merge_adapter
 from lib.decode import Completion, DecodeStep, rows_to_keep
 from lib.dist import RANK, gather_rows, rank_slice
 from lib.long_context import extended
@@ -29,13 +29,13 @@ from tokenizer import Tokenizer
 
 def load_policy(path, device, dtype=torch.float32) -> tuple[Qwen2, Tokenizer]:
     """Load model and tokenizer of a directory; InputError if the two do not belong together. A
-    directory with a LoRA adapter alone gives its base model with the adapter merged."""
-    base = adapter_base(path)
-    require(base != "", f"{path}: adapter_config.json does not name the model that it belongs to")
-    model = Qwen2.from_pretrained(base or path, dtype, device)
-    tokenizer = Tokenizer.from_pretrained(base or path)
-    if base:
-        merge_adapter(model, path)
+    directory with a LoRA adapter alone gives its base model with the adapter merged, and its own
+    tokenizer if it has one, else the base's."""
+    base, *adapters = adapter_chain(path)
+    model = Qwen2.from_pretrained(base, dtype, device)
+    for adapter in adapters:
+        merge_adapter(model, adapter)
+    tokenizer = Tokenizer.from_pretrained(last_with_tokenizer(base, adapters))
     require(tokenizer.n_vocab <= model.config.vocab_size,
             f"{path}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
             f"{model.config.vocab_size}")

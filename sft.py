@@ -164,7 +164,7 @@ def main(args: Args) -> dict:
     run = Run(args, "sft")
     device, autocast = setup(args, args.batch_size)
     positive(args, "epochs", "batch_size", "micro_batch", "max_new_tokens", "eval_every",
-             "save_every", "peak_tflops")
+             "save_every", "peak_tflops", "max_grad_norm")
     require(args.max_len >= 8, f"--max_len {args.max_len} is too short for a conversation")
 
     # model

@@ -184,7 +184,10 @@ def run_until_stopped(main, Args, argv: list[str]) -> None:
         peer_failed = is_peer_failure(error)
         if isinstance(error, RuntimeError) and not peer_failed:
             raise
-        message = "stopped: another process is gone" if peer_failed else "stopped"
+        message = "stopped"
+        if peer_failed:
+            reason, _, _ = str(error).partition("\n")
+            message = f"stopped: another process is gone ({printable(reason)})"
         if hasattr(args, "resume"):
             has_begun = (Path(args.out) / "run.json").exists()
             advice = "continue with the same command and --resume"

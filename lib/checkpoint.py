@@ -350,13 +350,25 @@ def save_adapter(model, path: Path, base: str) -> None:
     write_atomic(path / "adapter_config.json", json.dumps(config, indent=1) + "\n")
 
 
-def adapter_base(path: str | Path) -> str | None:
-    """Return the base model's directory if `path` holds an adapter and no model, else None. The
-    directory is "" if the adapter does not name it."""
-    file = Path(path) / "adapter_config.json"
-    if not file.exists() or (Path(path) / "config.json").exists():
-        return None
-    return read_json(file).get("base_model_name_or_path") or ""
+def adapter_chain(path: str | Path) -> list[Path]:
+    """Return the directory of a model and, after it, those of the adapters to merge into it, in
+    their order. `path` is the last: a model, or an adapter, whose base may be an adapter too."""
+    chain = [Path(path)]
+    while (chain[0] / "adapter_config.json").exists() and not (chain[0] / "config.json").exists():
+        file = chain[0] / "adapter_config.json"
+        base = read_json(file).get("base_model_name_or_path")
+        require(isinstance(base, str) and base, f"{file} does not name its base model")
+        require(Path(base) not in chain, f"{file}: {base} is the base of its own base")
+        chain.insert(0, Path(base))
+    return chain
+
+
+def last_with_tokenizer(base: Path, adapters: list[Path]) -> Path:
+    """Return the last of the adapters' directories that holds a tokenizer, or else the base's."""
+    for path in reversed(adapters):
+        if (path / "tokenizer.json").exists() or (path / "vocab.json").exists():
+            return path
+    return base
 
 
 @torch.no_grad()
@@ -369,10 +381,16 @@ def merge_adapter(model, path: str | Path) -> None:
     plain = config.get("bias", "none") == "none" and not any(config.get(name) for name in others)
     require(plain and config.get("peft_type") == "LORA",
             f"{path}: only plain LoRA of weights can be merged, see adapter_config.json")
+    for name in ("lora_alpha", "r"):
+        value = config.get(name)
+        good = isinstance(value, (int, float)) and 0 < value < math.inf
+        require(good, f"{path}/adapter_config.json: {name} is {value!r}, not a positive number")
     file = Path(path) / "adapter_model.safetensors"
     require(file.is_file(), f"{file}: no such file")
     with open_weights(file) as opened:
         weights = {name: opened.get_tensor(name) for name in opened.keys()}
+    for name, weight in weights.items():
+        require(weight.float().isfinite().all(), f"{file}: weight {name} holds NaN or infinity")
     modules = dict(model.named_modules())
     for name in sorted({name.partition(".lora_")[0] for name in weights}):
         try:

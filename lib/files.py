@@ -214,10 +214,12 @@ def write_atomic(path: str | Path, content: str) -> None:
 
 
 def write_jsonl(path: str | Path, rows) -> None:
-    """Write one JSON object per line."""
+    """Write one JSON object per line. Half of a surrogate pair, which UTF-8 cannot hold, becomes
+    JSON's escape for it, such as \\ud83d."""
     if RANK > 0:
         return
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8",
+                                              errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

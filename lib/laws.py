@@ -196,6 +196,10 @@ def fit_loss(N, D, loss, bootstrap=200, seed=0, R=None) -> LossLaw:
     n = len(loss)
     k = 3 + len(axes)
     require(n > k, f"no loss law: {n} cells do not determine {k} coefficients")
+    sizes = len(set(N))
+    lengths = len(set(D))
+    require(min(sizes, lengths) > 2,  # of two, a term's exponent may be anything
+            f"no loss law: {sizes} different N and {lengths} different D, but it needs 3 of each")
     if R is None:
         R = np.ones(n)
     x = np.stack([N, D, R], -1)

@@ -35,7 +35,9 @@ class LowRank(nn.Module):
     def forward(self, weight):
         if not self.active:
             return weight
-        return (weight + self.alpha / self.rank * (self.B @ self.A)).to(weight.dtype)
+        # Autocast would compute B A in bfloat16, but Run.save adds it to the weight in float32.
+        with torch.autocast(weight.device.type, enabled=False):
+            return (weight + self.alpha / self.rank * (self.B @ self.A)).to(weight.dtype)
 
 
 def base_dtype(rank: int, autocast) -> torch.dtype:

@@ -94,7 +94,8 @@ class Run:
         self.skipped_steps = 0  # how many were not finite in all
         self.stopping = False
         init = self.args.get("init")
-        require(not init or Path(init).resolve() != self.path.resolve(),
+        replaced = (self.path.resolve(), (self.path / "adapter").resolve())
+        require(not init or Path(init).resolve() not in replaced,
                 f"--out {self.path} is --init too, which would be lost: choose another --out")
         require_writable(self.path)
         if self.state_file.parent.exists():  # a run is going on here, or was killed
@@ -175,10 +176,14 @@ class Run:
         """Load state.pt into model and optimizer, and return its step."""
         try:
             # weights_only: a state is tensors and numbers; any other pickle could run any code.
-            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            # Of several processes, each maps the file into memory and reads its own parts.
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True,
+                               mmap=WORLD > 1)
             load_full_state(state, self.model, self.optimizer)
             self.previous_seconds = state["seconds"]
             return state["step"]
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # the state may be whole
+            raise InputError(f"{self.state_file}: cannot be loaded ({error})") from None
         except Exception as error:  # a torn or foreign file can raise almost anything
             raise InputError(f"{self.state_file}: not a whole state of this run "
                              f"({type(error).__name__}); delete it, and --resume starts again "
@@ -192,11 +197,17 @@ class Run:
         self.bad_steps = rows[-1].get("skipped", 0) if rows else 0
 
     def clear(self) -> None:
-        """Create the directory, and remove what belongs to an earlier run in it."""
+        """Create the directory, and remove what belongs to an earlier run in it. If this run is
+        killed, --init must not load the model of the earlier one."""
         if RANK > 0:
             return
         with disk_errors(f"--out {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / "run.json").exists():
+                for pattern in ("config.json", "*.safetensors*", "samples.jsonl"):
+                    for file in self.path.glob(pattern):
+                        file.unlink()
+                shutil.rmtree(self.path / "adapter", ignore_errors=True)
             self.state_file.unlink(missing_ok=True)
             self.log_file.write_text("", encoding="utf-8")
 
@@ -299,6 +310,7 @@ class Run:
             model.save_pretrained(self.path, dtype)
             if adapters(model):
                 save_adapter(model, self.path / "adapter", self.args["init"])
+                tokenizer.save_pretrained(self.path / "adapter")
         tokenizer.save_pretrained(self.path)
 
     def finish(self, **result) -> None:

@@ -23,6 +23,7 @@ import kernels
 from lib.args import InputError, require
 from lib.decode import Completion
 from lib.dist import RANK, all_gather
+from lib.lora import merged_state_dict
 from model import Qwen2
 from tokenizer import Tokenizer
 
@@ -166,9 +167,11 @@ class VLLMClient:
         def answer(i: int) -> list[Completion]:
             if failed.is_set():  # a frozen server would let each request wait for its timeout
                 return []
-            # vLLM counts up from a request's seed, so that each of the n has its own. Its seeds end
-            # at 2**63, and -1 would be none.
-            request = body | {"prompt": prompts[i], "seed": (seed + i * n) % 2**62}
+            # vLLM counts up from a request's seed, so that each of the n has its own. Those of the
+            # next seed, as in GRPO's next step, begin a million prompts further on. vLLM's seeds
+            # end at 2**63, and -1 would be none.
+            first_seed = (seed * 1_000_003 + i) * n % 2**62
+            request = body | {"prompt": prompts[i], "seed": first_seed}
             try:
                 return self.ask("v1/completions", request, read)
             except InputError:
@@ -201,7 +204,8 @@ def untied(model: Qwen2) -> Qwen2:
     """Return a model of tied embeddings with a copy of them as its head."""
     with torch.device("meta"):
         copy = Qwen2(replace(model.config, tie_word_embeddings=False))
-    weights = model.state_dict() | {"lm_head.weight": model.head_weight.detach().clone()}
+    head = {"lm_head.weight": model.head_weight.detach().clone()}
+    weights = merged_state_dict(model) | head
     copy.load_state_dict(weights, assign=True)
     return copy
 

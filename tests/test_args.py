@@ -144,6 +144,17 @@ def test_an_interrupted_stage_says_how_to_go_on(begun, words, capsys, monkeypatc
     assert words in capsys.readouterr().err
 
 
+def test_the_loss_of_another_process_keeps_its_cause(capsys, monkeypatch):
+    def main(args):
+        raise RuntimeError("[gloo/tcp.cc:9] Connection closed by peer\nsecond line")
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(SystemExit) as stopped:
+        lib.args.cli(main, Choice)
+    assert stopped.value.code == 130
+    expected = "stopped: another process is gone ([gloo/tcp.cc:9] Connection closed by peer)\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", "--what", "bug"])
     with pytest.raises(IndexError):

@@ -177,7 +177,9 @@ def test_bad_data_with_overwrite_leaves_the_old_run(stage, refused, tmp_path, mi
 @pytest.mark.parametrize("stage,flag", [
     ("sft", "batch_size"), ("sft", "micro_batch"), ("sft", "save_every"), ("sft", "epochs"),
     ("sft", "max_len"), ("dpo", "batch_size"), ("dpo", "responses"), ("dpo", "temperature"),
-    ("reward", "batch_size"), ("grpo", "group"), ("grpo", "inner_steps"), ("evaluate", "samples")])
+    ("reward", "batch_size"), ("grpo", "group"), ("grpo", "inner_steps"), ("evaluate", "samples"),
+    ("pretrain", "max_grad_norm"), ("sft", "max_grad_norm"), ("dpo", "max_grad_norm"),
+    ("reward", "max_grad_norm"), ("grpo", "max_grad_norm")])
 def test_zero_is_refused(stage, flag, refused, tmp_path, micro_run):
     """A size of 0 or less: one line with the flag, not a ZeroDivisionError."""
     for value in (0, -1):

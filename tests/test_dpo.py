@@ -533,6 +533,19 @@ def test_resume_is_bit_exact(micro_run, base_run, tmp_path, monkeypatch, merging
     assert not same_weights(tmp_path / "whole", micro_run)
 
 
+def test_a_resumed_run_reads_its_pairs(micro_run, tmp_path, monkeypatch):
+    """Another number of processes would sample other answers, and a file may have changed."""
+    no_samples(monkeypatch, dpo)
+    path = pairs(tmp_path / "mine.jsonl")
+    run(micro_run, tmp_path, "whole", data=path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, dpo, 4)
+        run(micro_run, tmp_path, "halves", data=path)
+    pairs(tmp_path / "mine.jsonl", n=3)
+    run(micro_run, tmp_path, "halves", data=path, resume=True)
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+
+
 def test_reference_is_the_policy_before_its_first_step(micro_run, tmp_path, monkeypatch):
     """R10.3: what training compares with is what a forward pass of --init gives, to 1e-6, whatever
     the micro-batch."""

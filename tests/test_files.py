@@ -13,7 +13,7 @@ from lib.files import read_jsonl
 
 
 def test_jsonl_round_trip_with_line_numbers(tmp_path):
-    rows = [{"text": "a\nb\u2028c \"é🙂\""}, {"n": 1.5}]
+    rows = [{"text": "a\nb\u2028c \"é🙂\""}, {"n": 1.5}, {"half": "\ud83d"}]
     files.write_jsonl(tmp_path / "x.jsonl", rows)
     assert [row for _, row in read_jsonl(tmp_path / "x.jsonl")] == rows
     with gzip.open(tmp_path / "x.jsonl.gz", "wt", encoding="utf-8") as file:

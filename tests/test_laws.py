@@ -40,6 +40,16 @@ def test_too_few_cells():
     assert scaling.fit_power("D", [1e9, 2e9, 4e9], [1, 2, 4])["D"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("axis", "ND")
+def test_a_loss_law_of_two_sizes_is_refused(axis):
+    """Its start would be printed as if it were measured."""
+    N, D = grid_points()
+    few = {"N": N, "D": D}[axis] <= {"N": 4e7, "D": 4e9}[axis]
+    loss = EPOCH.predict(N=N, D=D)
+    with pytest.raises(InputError, match=f" 2 different {axis}.* needs 3 of each"):
+        scaling.fit_loss(N[few], D[few], loss[few])
+
+
 def test_exact_loss_law_is_recovered():
     N, D = grid_points()
     for true in (CHINCHILLA, EPOCH):

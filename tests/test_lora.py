@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    interrupt_at, letter_queries, log, micro_model, same_weights, stage_args, teach_letters,
-    tiny_model, weights, write_rows)
+    interrupt_at, letter_queries, log, micro_model, refuses, same_weights, stage_args,
+    teach_letters, tiny_model, weights, write_rows)
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -49,6 +49,10 @@ def test_the_sum_by_hand():
     weight = torch.full((2, 3), 10.0)
     expected = torch.tensor([[14.0, 18.0, 22.0], [6.0, 2.0, -2.0]])  # 10 + 4/1 * B A
     assert torch.equal(low_rank(weight), expected)
+    low_rank.A.data += 1 / 1024  # what is trained under autocast is what is saved: not rounded
+    saved = low_rank(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low_rank(weight), saved) and not torch.equal(saved, expected)
 
 
 def test_the_first_forward_pass_is_the_base_model_bit_for_bit():
@@ -126,6 +130,37 @@ def test_a_run_directory_is_a_merged_model_beside_its_adapter(base, tmp_path):
     frozen = weights(base)["model.embed_tokens.weight"]
     assert torch.equal(weights(tmp_path / "run")["model.embed_tokens.weight"], frozen)
     assert log(tmp_path / "run")[-1]["loss"] < log(tmp_path / "run")[0]["loss"]
+    sft.main(stage_args(sft, init=base, out=str(tmp_path / "run"), data=data, epochs=0.4,
+                        batch_size=4, max_len=128, overwrite=True))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_adapter_can_be_the_base_of_the_next(base, tmp_path):
+    """The second adapter's base is the first; a base that comes round again is one line. Each has
+    the tokenizer of its run, with its system prompt."""
+    data = chats(tmp_path / "chats.jsonl")
+    run_sft(base, tmp_path / "one", data, lr=0.01, system="Be brief.")
+    first = str(tmp_path / "one" / "adapter")
+    run_sft(first, tmp_path / "two", data, lr=0.01)
+    whole, _ = load_policy(tmp_path / "two", "cpu")
+    rebuilt, tokenizer = load_policy(tmp_path / "two" / "adapter", "cpu")
+    assert (Qwen2.from_pretrained(base)(IDS) - whole(IDS)).abs().max() > 0.01
+    torch.testing.assert_close(rebuilt(IDS), whole(IDS), rtol=0, atol=1e-5)
+    asked = [{"role": "user", "content": "Hi"}]
+    for path in (first, tmp_path / "two" / "adapter"):
+        _, tokenizer = load_policy(path, "cpu")
+        assert "Be brief." in tokenizer.decode(tokenizer.render(asked)[0])
+        for file in Path(path).glob("*token*"):  # as PEFT's directories may be: the base's is read
+            file.unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (Path(first) / name).unlink()
+    _, tokenizer = load_policy(first, "cpu")
+    assert "Be brief." not in tokenizer.decode(tokenizer.render(asked)[0])
+    file = Path(first) / "adapter_config.json"
+    for base, words in ((str(tmp_path / "two" / "adapter"), "own base"), (None, "does not name")):
+        file.write_text(json.dumps(json.loads(file.read_text())
+                                   | {"base_model_name_or_path": base}))
+        refuses(lambda: load_policy(first, "cpu"), words)
 
 
 def test_an_interrupted_run_continues_bit_for_bit(base, tmp_path, monkeypatch):
@@ -173,7 +208,8 @@ def test_the_reference_policy_of_grpo_is_the_model_without_its_adapters(tokenize
 
 @pytest.mark.parametrize("change, message", [
     ({"use_dora": True}, "only plain LoRA"),
-    ({"peft_type": "IA3"}, "only plain LoRA"), ({"bias": "all"}, "only plain LoRA")])
+    ({"peft_type": "IA3"}, "only plain LoRA"), ({"bias": "all"}, "only plain LoRA"),
+    ({"lora_alpha": None}, "lora_alpha is None"), ({"r": 0}, "r is 0, not a positive number")])
 def test_an_adapter_of_another_kind_is_refused(base, tmp_path, change, message):
     run_sft(base, tmp_path / "run", chats(tmp_path / "chats.jsonl"))
     file = tmp_path / "run" / "adapter" / "adapter_config.json"
@@ -197,7 +233,10 @@ def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path, change):
     save_file(weights, file)
     with pytest.raises(InputError, match="does not fit the base model"):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
-    file.write_bytes(file.read_bytes()[:100])
+    save_file({"x": torch.tensor([[1.0, math.nan]])}, file)
+    with pytest.raises(InputError, match="weight x holds NaN or infinity"):
+        merge_adapter(Qwen2.from_pretrained(base), file.parent)
+    file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(InputError, match="not a safetensors file"):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
     file.unlink()

@@ -71,6 +71,9 @@ def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path):
     for out in ("run", "other/../run"):
         with pytest.raises(InputError, match="is --init too"):
             Run(Args(out=str(tmp_path / out), init=str(tmp_path / "run"), overwrite=True), "test")
+    with pytest.raises(InputError, match="is --init too"):
+        Run(Args(out=str(tmp_path), init=str(tmp_path / "adapter"), overwrite=True), "test")
+    Run(Args(out=str(tmp_path), init=str(tmp_path / "other"), overwrite=True), "test")
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
@@ -85,8 +88,19 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         Run(Args(out=args.out, seed=7, resume=True), "stage")
     run = Run(Args(out=args.out, overwrite=True), "stage")
     assert json.loads((run.path / "run.json").read_text())["finished"]  # nothing is lost yet
+    (run.path / "adapter").mkdir()
+    (run.path / "model.safetensors.index.json").write_text("{}")
     run.start_or_resume()
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    # Until the new model is there, --init must not load the old one.
+    left = {file.name for file in run.path.iterdir()}
+    assert left == {"run.json", "log.jsonl", "state"}
+
+
+def test_a_model_from_elsewhere_is_not_removed(tmp_path):
+    (tmp_path / "model.safetensors").write_text("precious")
+    begun(Args(out=str(tmp_path)))
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
 def interrupted(path, saves=1):
@@ -147,6 +161,20 @@ def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
     assert run.start_or_resume(*small()) == 1
     finish(run)
     assert not (tmp_path / "run" / "state").exists()
+
+
+@pytest.mark.parametrize("error", [
+    OSError(5, "Input/output error"), MemoryError("no room"), torch.OutOfMemoryError("no room")])
+def test_a_state_that_may_be_whole_is_not_to_be_deleted(error, tmp_path, monkeypatch):
+    interrupted(tmp_path / "run")
+
+    def failing(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(torch, "load", failing)
+    run = Run(Args(out=str(tmp_path / "run"), resume=True), "stage")
+    with pytest.raises(InputError, match="cannot be loaded .*(no room|Input/output)") as told:
+        run.start_or_resume(*small())
+    assert "delete" not in str(told.value)
 
 
 def test_the_log_keeps_small_numbers(tmp_path):

@@ -20,7 +20,8 @@ import tasks.queries
 import sample
 from model import Qwen2
 from sample import generate, load_policy
-from lib.vllm_client import VLLMClient, rollout_backend
+from lib.lora import adapters, add_lora
+from lib.vllm_client import VLLMClient, rollout_backend, untied
 
 NAN = float("nan")
 PROMPTS = [{"prompt": q} for q in ("Pick A.", "Choose A.", "Who?", "Pick A. Choose A.")]
@@ -119,7 +120,7 @@ def test_ids_logprobs_and_order_are_those_of_local_sampling(policy, peer):
     peer.asked.clear()
     drawn = generate(there, prompts, 12, 1.0, seed=5, n=3, **stops)
     seeds = {tuple(body["prompt"]): body["seed"] for body in peer.asked}
-    assert sorted(seeds.values()) == [5, 8, 11, 14]
+    assert sorted(seeds.values()) == [3 * (5 * 1_000_003 + i) for i in range(4)]
     for i, prompt in enumerate(prompts):
         alone = generate(model, [prompt], 12, 1.0, seed=seeds[tuple(prompt)], n=3, **stops)
         assert [c.ids for c in drawn[3 * i:3 * i + 3]] == [c.ids for c in alone]
@@ -191,7 +192,7 @@ def test_a_resumed_run_has_the_pairs_that_it_had(stage, few, peer, tmp_path, mon
 def one_by_one(model, prompts, *args, seed, n, **kwargs):
     """sample.generate with the seeds that a server gets."""
     return [c for i, p in enumerate(prompts)
-            for c in generate(model, [p], *args, seed=seed + i * n, n=n, **kwargs)]
+            for c in generate(model, [p], *args, seed=(seed * 1_000_003 + i) * n, n=n, **kwargs)]
 
 
 @pytest.fixture
@@ -345,6 +346,10 @@ def test_the_directory_for_the_server_has_a_head_of_its_own(policy, peer, tokeni
     assert its_tokenizer.n_vocab == tokenizer.n_vocab
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(ids), served(ids))
+    add_lora(model, 4, 32.0)
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.B)
+    assert torch.equal(model(ids), untied(model)(ids)) and not torch.equal(model(ids), served(ids))
 
 
 def test_a_key_comes_from_the_environment(policy, peer, tokenizer, monkeypatch):
