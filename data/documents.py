@@ -58,6 +58,7 @@ def read_all(paths: str):
     others. Its .json files are reports and settings, and merges.txt is a tokenizer's: these are
     left out."""
     for name in paths.split(","):
+        require(name != "", f"{paths!r} names a file that has no name: is a comma too many?")
         path = Path(name)
         if not path.is_dir():
             yield from read_documents(path)
@@ -72,15 +73,24 @@ def read_all(paths: str):
 # ---------------------------------------------------------------------------------------------
 # writing
 
-def new_directory(path: str, overwrite: bool) -> Path:
+def new_directory(path: str, overwrite: bool, *inputs: str) -> Path:
     """Return --out as a Path, without what a former run left there. A finished run has a
-    report.json, which is written last; only --overwrite removes such a run."""
+    report.json, which is written last. A run that was killed has none, and its files would mix with
+    the next run's. Only --overwrite removes either, and never `inputs`, paths joined by commas."""
     out = Path(path)
-    if (out / "report.json").exists():
-        require(overwrite, f"{out} holds a finished run: pass --overwrite or another --out")
-        for pattern in ("report.json", "*.jsonl", "*.bin", "*.ends"):
-            for file in out.glob(pattern):
-                file.unlink()
+    place = out.resolve()
+    for name in filter(None, ",".join(inputs).split(",")):
+        given = Path(name).resolve()
+        overlap = place == given or place in given.parents or given in place.parents
+        require(not overlap, f"--out {out} overlaps with what is read, {name}: pass another --out")
+    require(not (out / "run.json").exists(), f"{out} holds a training run: pass another --out")
+    old = []
+    for pattern in ("report.json", "*.jsonl", "*.jsonl.tmp", "*.bin", "*.ends"):
+        old.extend(out.glob(pattern))
+    require(overwrite or not old, f"{out} holds a run, finished or not, or other data: pass "
+            "--overwrite, which deletes its files, or another --out")
+    for file in old:
+        file.unlink()
     return out
 
 

@@ -129,6 +129,8 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
 def read_token_files(path: Path, expected: Tokenizer | None):
     """Map the token files of a directory, which must be of the expected tokenizer. Return training
     and held-out documents, {source: Tokens} each, and the tokenizer."""
+    require((path / "report.json").exists(),
+            f"--data {path}: python -m data has not finished there (no report.json)")
     tokenizer = Tokenizer.from_pretrained(path)
     require(expected is None or expected.has_ids_of(tokenizer),
             f"--data {path} holds tokens of another tokenizer than --tokenizer or --init")
