@@ -104,7 +104,8 @@ def write_sources(out: Path, documents) -> dict[str, int]:
             source = document["source"]
             if source not in files:
                 temporary = stack.enter_context(atomic_path(out / f"{source}.jsonl"))
-                files[source] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+                files[source] = stack.enter_context(
+                    open(temporary, "w", encoding="utf-8", errors="backslashreplace"))
             files[source].write(json.dumps(document, ensure_ascii=False) + "\n")
             counts[source] += 1
     return dict(counts)

@@ -101,7 +101,8 @@ def test_what_a_killed_run_left_does_not_stay(tmp_path):
 def test_a_document_is_no_duplicate_of_a_contaminated_one(tmp_path, fake_tasks):
     """The first holds the test item and is dropped; the second, nearly the same, does not."""
     (item,), r = [query["prompt"] for query in fake_tasks.load("test")], random.Random(1)
-    page = " ".join("The " + " ".join(nonsense(r, 9)) + "." for _ in range(60))
+    words = ["".join(r.choices("abdefilmorstu", k=7)) for _ in range(600)]
+    page = " ".join(" ".join(["The", *words[i:i + 9]]) + "." for i in range(0, 600, 9))
     write_rows(tmp_path / "in.jsonl", [{"text": f"{page} {item}"}, {"text": page}])
     result = data.__main__.main(
         data.__main__.Args(out=str(tmp_path / "d"), input=str(tmp_path / "in.jsonl")))
