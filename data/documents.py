@@ -47,9 +47,13 @@ def to_document(row: dict, where: str, default_source: str) -> dict:
     kind = row.get("kind") or "prose"
     require(isinstance(row.get("text"), str), f'{where}: "text" must be a string')
     require(kind in list(LIMITS), f'{where}: "kind" must be one of {list(LIMITS)}')
-    source = str(row.get("source") or default_source)
-    source = re.sub(r"[^\w-]", "_", source)  # it becomes a file name: no slashes, no dots
+    source = as_source(str(row.get("source") or default_source))
     return {"text": row["text"], "source": source, "kind": kind}
+
+
+def as_source(name: str) -> str:
+    """Return a name that can be a source, and so a file's: without slashes and dots."""
+    return re.sub(r"[^\w-]", "_", name)
 
 
 def read_all(paths: str):
