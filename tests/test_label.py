@@ -40,6 +40,8 @@ def test_each_reason_drops_its_pair(tokenizer):
     assert label == 1
     assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == (
         "good one<|im_end|>", "bad<|im_end|>")
+    opposite = [pair(" ", "good"), pair("good", " "), pair(" ", "good")]
+    assert list(review(opposite, tokenizer, 120).pairs) == opposite[1:2]
     kept, _, dropped = review(pairs, tokenizer, 120, check_format=True)
     assert list(kept) == [pairs[i] for i in (0, 6, 9)]
     assert {reason: dropped[reason] for reason in list(dropped)[4:]} == {
