@@ -432,7 +432,7 @@ TURNS = "\n\nHuman: Hi\n\nAssistant:"
     ({"prompt": [HI], "chosen": [HELLO, MORE, GOOD], "rejected": [BAD, MORE, BAD]}, "last one"),
     ({"chosen": f"{TURNS} Good", "rejected": "\n\nHuman: Ho\n\nAssistant: Bad"}, "last one"),
     # another prompt, another system message, columns that would be lost
-    ({"prompt": "Ho", "chosen": f"{TURNS} Good", "rejected": f"{TURNS} Bad"}, "begin with the prom"),
+    ({"prompt": "Ho", "chosen": f"{TURNS} Good", "rejected": f"{TURNS} Bad"}, "begin with"),
     ({"prompt": "Ho", "chosen": [HI, GOOD], "rejected": [HI, BAD]}, "begin with the prompt"),
     ({"prompt": "More", "chosen": [HI, HELLO, MORE, GOOD], "rejected": [HI, HELLO, MORE, BAD]},
      "begin with the prompt"),

@@ -53,7 +53,7 @@ def test_each_reason_drops_its_pair(tokenizer):
 
 @pytest.fixture
 def session(tmp_path, monkeypatch, capsys):
-    """session(keys): a run that gets each key as a line from a pipe. -> what it showed, all labels."""
+    """session(keys): each key is a line from a pipe. -> what the run showed, all labels."""
     def session(typed, pairs=PAIRS, out="labels.jsonl", seed=0):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
         label.main(Args(pairs=write_rows(tmp_path / "pairs.jsonl", pairs),
