@@ -116,6 +116,18 @@ def spread(values, digits=3):
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
 
 
+def round_ratios(rows, base):
+    """The ratios of rates, of the rounds in which both ran. A result without a "round" is of the
+    round of its place."""
+    others = {b.get("round", i): b for i, b in enumerate(base)}
+    found = []
+    for i, a in enumerate(rows):
+        b = others.get(a.get("round", i))
+        if b:
+            found.append(a.get("work", 1) / a["cpu"] * b["cpu"] / b.get("work", 1))
+    return found
+
+
 def table(unit, runs, top, targets=()):
     """runs {case: {system: [result of each round]}} -> lines of a Markdown table. targets: {case:
     the ratio that the first system wants}."""
@@ -129,12 +141,12 @@ def table(unit, runs, top, targets=()):
         first, base = (list(systems.values())[i] if systems else [] for i in (0, -1))
         for system, rows in systems.items():
             rate, wall = ([r.get("work", 1) / r[k] for r in rows] for k in ("cpu", "wall"))
-            pairs = [b["cpu"] / b.get("work", 1) * a for a, b in zip(rate, base, strict=False)]
+            pairs = round_ratios(rows, base)
             cells = [case, system, spread(rate), spread(wall)]
-            cells.append("1" if rows is base else spread(pairs, 2))
+            cells.append("1" if rows is base else spread(pairs, 2) if pairs else "none")
             if targets:
                 aim = targets.get(case) if rows is first and rows is not base else None
-                met = aim and statistics.median(pairs) >= aim
+                met = aim and pairs and statistics.median(pairs) >= aim
                 cells.append(f"{aim} {'met' if met else 'missed'}" if aim else "")
             if gemm:
                 speed = statistics.median(r["flops"] / r["cpu"] / 1e9 for r in rows)
@@ -152,7 +164,9 @@ def machine():
     if path.exists():
         wanted = [line.split(":")[1].strip() for line in path.read_text().splitlines()
                   if line.startswith(("model name", "cpu family", "model\t"))]
-        info = "{1}, family {0} model {2}".format(wanted[0], wanted[2], wanted[1])
+        info = platform.machine()  # ARM's has none of these lines
+        if len(wanted) > 2:
+            info = "{1}, family {0} model {2}".format(wanted[0], wanted[2], wanted[1])
     return f"{info}; python {platform.python_version()}, torch {metadata.version('torch')}"
 
 
@@ -214,7 +228,7 @@ def main(title, unit, systems, cases, prepare=None, targets=()):
             for turn in range(args.processes):
                 for system in [name for name in rows if turn == 0 or rows[name]]:
                     result = run(system, case, systems[system][1], directory, args)
-                    rows[system] += [result] if result else []
+                    rows[system] += [result | {"round": turn}] if result else []
         runs[case] = {system: found for system, found in rows.items() if found}
     top = {kind: statistics.median(t[kind] for t in tops if t) for kind in ("fp32", "bf16")}
     peers = {r["version"] for found in runs.values() for rs in found.values() for r in rs} - {""}

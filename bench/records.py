@@ -53,7 +53,10 @@ def run_for(command: list, flag: str, probe: int, budget: float, threads: int) -
         probe_command = [*command, "--out", Path(scratch) / "run", "--overwrite", flag]
         short = run([*probe_command, probe], threads).seconds
         long = run([*probe_command, 3 * probe], threads).seconds
-    unit = max(1e-9, long - short) / (2 * probe)
+    if long <= 1.2 * short:
+        raise SystemExit(f"{command[0]}: probes of {probe} and {3 * probe} {flag} took {short:.1f} "
+                         f"and {long:.1f} s, too close to tell the speed; try again")
+    unit = (long - short) / (2 * probe)
     start = max(0.0, short - unit * probe)
     amount = max(probe, int((budget * SPARE - start) / unit))
     return run([*command, flag, amount, "--out", out_of(command), "--overwrite"], threads)
@@ -128,8 +131,11 @@ BUDGET_SECONDS = 180.0       # one thread each; the two runs share the machine
 
 # ---------------------------------------------------------------------------------------------
 
-def append(name: str, result: str, done: Run) -> None:
-    """Append a row to the table at the end of RECORDS.md."""
+def append(name: str, result: str, done: Run, budget: float) -> None:
+    """Append a row to the table at the end of RECORDS.md, unless the run took too long."""
+    if done.seconds > budget:
+        print(f"{name}: {result}, but in {done.seconds:.0f} s instead of {budget:.0f}: no record")
+        return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()
     shown = done.command.replace(f"{ROOT}/", "")
@@ -151,15 +157,15 @@ def main() -> None:
     if not (ROOT / demo / "sft" / "run.json").exists():
         raise SystemExit(f"--demo {demo}: no finished SFT model in it; run `make demo` first")
     if args.only == "pretraining":
-        append(*pretraining(demo))
+        append(*pretraining(demo), BUDGET_SECONDS)
     elif args.only == "reinforcement":
-        append(*reinforcement(demo))
+        append(*reinforcement(demo), BUDGET_SECONDS)
     else:
         each = [sys.executable, __file__, "--demo", args.demo, "--only"]
         both = [subprocess.Popen([*each, name]) for name in ("pretraining", "reinforcement")]
         failed = [process.wait() for process in both]
         if args.shakespeare:
-            append(*shakespeare(args.shakespeare))
+            append(*shakespeare(args.shakespeare), SHAKESPEARE_SECONDS)
         if any(failed):
             raise SystemExit(1)
 

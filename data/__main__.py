@@ -11,7 +11,8 @@ contamination.py). data/quality.py scores by models. Personal data and licences 
     python -m data --input web/ --tokenizer runs/demo/tokenizer --out runs/web    # and tokens
 
 --out gets one {source}.jsonl per source, report.json, and with --tokenizer the token files that
-pretrain.py maps into memory. The memory does not grow with the input.
+pretrain.py maps into memory. The memory does not grow with the input; what the search for
+duplicates must remember, 1.5 KB per document, lies in a temporary file.
 """
 import json
 import time
@@ -63,7 +64,7 @@ def load_tests(names: str) -> list[str]:
     """Return the test items that no document may hold, without our prompt's words around them."""
     items = []
     for name in filter(None, names.split(",")):
-        for query in tasks.queries.load(name):
+        for query in tasks.queries.load(name, built_in=480):  # as many as evaluate.py asks
             item = query.get("item", query["prompt"])  # a text or messages
             items.append("\n".join(contents(item)))
     return items
@@ -113,10 +114,11 @@ def write_token_files(out: Path, source: str, tokenizer: Tokenizer) -> None:
 
 def main(args: Args) -> dict:
     started = time.time()
-    out = new_directory(args.out, args.overwrite)
+    out = new_directory(args.out, args.overwrite, args.input)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
-    stages = FILTERS | {"duplicate": NearDuplicates(args.threshold, seed=args.seed),
-                        "contaminated": Contamination(load_tests(args.evals))}
+    # Duplicates come last: else a document could be one of another that is dropped as contaminated.
+    stages = FILTERS | {"contaminated": Contamination(load_tests(args.evals)),
+                        "duplicate": NearDuplicates(args.threshold, seed=args.seed)}
     sources = {}
     dropped = Counter()
     samples = defaultdict(list)

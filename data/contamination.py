@@ -17,6 +17,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from data.dedup import ngram_hashes, word_ids
+from data.filters import normalise
 
 MIN_COMMON = 13  # tokens
 MIN_SHARE = 0.6  # of the shorter sequence
@@ -47,7 +48,7 @@ class Contamination:
 
     def __init__(self, tests: list[str]):
         self.tests = tests
-        self.ids = [word_ids(text) for text in tests]
+        self.ids = [word_ids(normalise(text)) for text in tests]  # as documents are
         self.places = defaultdict(list)  # 13-gram -> [(test item, position in it)]
         for item, ids in enumerate(self.ids):
             for position, gram in enumerate(ngram_hashes(ids, MIN_COMMON).tolist()):

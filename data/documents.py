@@ -47,9 +47,13 @@ def to_document(row: dict, where: str, default_source: str) -> dict:
     kind = row.get("kind") or "prose"
     require(isinstance(row.get("text"), str), f'{where}: "text" must be a string')
     require(kind in list(LIMITS), f'{where}: "kind" must be one of {list(LIMITS)}')
-    source = str(row.get("source") or default_source)
-    source = re.sub(r"[^\w-]", "_", source)  # it becomes a file name: no slashes, no dots
+    source = as_source(str(row.get("source") or default_source))
     return {"text": row["text"], "source": source, "kind": kind}
+
+
+def as_source(name: str) -> str:
+    """Return a name that can be a source, and so a file's: without slashes and dots."""
+    return re.sub(r"[^\w-]", "_", name)
 
 
 def read_all(paths: str):
@@ -58,6 +62,7 @@ def read_all(paths: str):
     others. Its .json files are reports and settings, and merges.txt is a tokenizer's: these are
     left out."""
     for name in paths.split(","):
+        require(name != "", f"{paths!r} names a file that has no name: is a comma too many?")
         path = Path(name)
         if not path.is_dir():
             yield from read_documents(path)
@@ -72,15 +77,24 @@ def read_all(paths: str):
 # ---------------------------------------------------------------------------------------------
 # writing
 
-def new_directory(path: str, overwrite: bool) -> Path:
+def new_directory(path: str, overwrite: bool, *inputs: str) -> Path:
     """Return --out as a Path, without what a former run left there. A finished run has a
-    report.json, which is written last; only --overwrite removes such a run."""
+    report.json, which is written last. A run that was killed has none, and its files would mix with
+    the next run's. Only --overwrite removes either, and never `inputs`, paths joined by commas."""
     out = Path(path)
-    if (out / "report.json").exists():
-        require(overwrite, f"{out} holds a finished run: pass --overwrite or another --out")
-        for pattern in ("report.json", "*.jsonl", "*.bin", "*.ends"):
-            for file in out.glob(pattern):
-                file.unlink()
+    place = out.resolve()
+    for name in filter(None, ",".join(inputs).split(",")):
+        given = Path(name).resolve()
+        overlap = place == given or place in given.parents or given in place.parents
+        require(not overlap, f"--out {out} overlaps with what is read, {name}: pass another --out")
+    require(not (out / "run.json").exists(), f"{out} holds a training run: pass another --out")
+    old = []
+    for pattern in ("report.json", "*.jsonl", "*.jsonl.tmp", "*.bin", "*.ends"):
+        old.extend(out.glob(pattern))
+    require(overwrite or not old, f"{out} holds a run, finished or not, or other data: pass "
+            "--overwrite, which deletes its files, or another --out")
+    for file in old:
+        file.unlink()
     return out
 
 
@@ -94,7 +108,8 @@ def write_sources(out: Path, documents) -> dict[str, int]:
             source = document["source"]
             if source not in files:
                 temporary = stack.enter_context(atomic_path(out / f"{source}.jsonl"))
-                files[source] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+                files[source] = stack.enter_context(
+                    open(temporary, "w", encoding="utf-8", errors="backslashreplace"))
             files[source].write(json.dumps(document, ensure_ascii=False) + "\n")
             counts[source] += 1
     return dict(counts)

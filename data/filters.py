@@ -59,11 +59,10 @@ GENERATED = re.compile(r"auto-?\s?generated|generated (by|from|automatically)|do
 
 
 def normalise(text: str) -> str:
-    """Return the text in NFC (as the tokenizer has it), with \\n as its only line end, without
-    control characters or trailing spaces, and with at most two blank lines in a row."""
-    text = unicodedata.normalize("NFC", text)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = CONTROL.sub("", text)
+    """Return the text in NFC (as the tokenizer has it), with \\n for any line end or form feed,
+    without controls and trailing spaces, and with at most two blank lines in a row."""
+    text = re.sub("\r\n|[\r\x0b\x0c]", "\n", text)
+    text = unicodedata.normalize("NFC", CONTROL.sub("", text))  # what a control parted may compose
     text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 

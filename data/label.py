@@ -27,11 +27,12 @@ from tqdm import tqdm
 from data.judge import Judge
 from data.pairs import CRITERIA, PairFile
 from lib.args import cli, require
-from lib.files import disk_errors, read_jsonl, write_jsonl
+from lib.files import as_row, disk_errors, parse_json, read_jsonl, write_jsonl
 from lib.optim import setup
 
 LETTERS = dict(zip("thcrsd", CRITERIA, strict=True))
 VOTES = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
+VERDICTS = (*VOTES, "skip")
 TIE = 0.05  # points between two scores of a judge; our choice
 HELP = """A or B is the better one: a, b. Equally good: =   Neither should be learned from: x
 Before that you may note criteria: small letter, A is better by it; capital, B is
@@ -61,7 +62,10 @@ def by_id(path: str) -> dict[str, dict]:
     """Return the pairs by a hash of their text: labels survive another order of the file."""
     pairs = {}
     for pair in PairFile(path):
-        said = json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True)
+        parts = [pair["prompt"], pair["chosen"], pair["rejected"]]
+        if pair.get("tools"):
+            parts.append(pair["tools"])
+        said = json.dumps(parts, sort_keys=True)
         name = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
         pairs[name] = pair
     return pairs
@@ -74,16 +78,17 @@ def text_of(prompt) -> str:
     """Return a text, or messages as one text. `cli` makes control characters visible."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content'] or message['tool_calls']}"
+    return "\n".join(f"{message['role']}: {message.get('content') or message.get('tool_calls', '')}"
                      for message in prompt)
 
 
-def judge(keys, a: str, b: str) -> dict:
-    """Read letters up to a verdict: `ha` notes a criterion, then judges. `a` and `b` say which of
-    the pair, "chosen" or "rejected", is A and B; the label is in these terms."""
+def judge(lines, a: str, b: str) -> dict:
+    """Read letters up to a verdict: `ha` notes a criterion, then judges. The rest of the line is
+    not read: it would judge the next pair, which nobody has seen yet. `a` and `b` say which of the
+    pair, "chosen" or "rejected", is A and B; the label is in these terms."""
     verdicts = {"a": a, "b": b, "=": "tie", "x": "skip", "q": "quit"}
     noted = {}
-    for key in keys:
+    for key in chain.from_iterable(lines):
         if key in verdicts:
             return {"verdict": verdicts[key], "criteria": noted}
         if key.lower() in LETTERS:
@@ -93,11 +98,25 @@ def judge(keys, a: str, b: str) -> dict:
 
 def labelled_pairs(path: Path) -> set[str]:
     """Return the pairs that a label file holds, after cutting off half a last line: what a full
-    disk or a crash leaves. Creates the file."""
+    disk or a crash leaves. Creates the file. Refuses a file of anything else, and leaves it as it
+    was."""
     with disk_errors(path):
         path.touch()
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return {row.get("pair") for _, row in read_jsonl(path)}
+        lines = path.read_bytes().split(b"\n")
+    torn = lines.pop()
+    found = set()
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row = as_row(parse_json(line, path, number), path, number)
+            require(isinstance(row.get("pair"), str), f'{path}:{number}: no label: no "pair"')
+            found.add(row["pair"])
+    if torn:
+        start = b'{"pair"'
+        require(torn[:len(start)] == start[:len(torn)],
+                f"--out {path}: its last line is not the beginning of a label")
+        with disk_errors(path):
+            os.truncate(path, path.stat().st_size - len(torn))
+    return found
 
 
 def append_label(path: Path, row: dict) -> None:
@@ -113,7 +132,6 @@ def label(args: Args) -> None:
     seed = f"{args.seed} {path.name}"
     todo = sorted(pairs.keys() - labelled_pairs(path), key=lambda name: draw(seed, name))
     print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs are labelled in {path}\n{HELP}")
-    keys = chain.from_iterable(sys.stdin)
     while todo:
         name = todo[0]
         pair = pairs[name]
@@ -121,7 +139,7 @@ def label(args: Args) -> None:
         print(f"\n---- question, {len(todo)} left ----\n{text_of(pair['prompt'])}")
         print(f"\n---- A ----\n{pair[a]}\n\n---- B ----\n{pair[b]}")
         print("\na b = x q, then Enter > ", end="", flush=True)
-        row = judge(keys, a, b)
+        row = judge(sys.stdin, a, b)
         if row["verdict"] == "quit":
             break
         append_label(path, {"pair": name, "a": a} | row)
@@ -184,8 +202,11 @@ def read_labels(path: str, pairs: dict[str, dict]) -> dict[str, dict]:
     for line, row in read_jsonl(path):
         name = str(row.get("pair"))
         if name in pairs:
-            whole = isinstance(row.get("verdict"), str) and isinstance(row.get("criteria"), dict)
-            require(whole, f'{path}:{line}: a label must have a "verdict" and "criteria"')
+            criteria = row.get("criteria")
+            require(row.get("verdict") in VERDICTS and isinstance(criteria, dict)
+                    and all(value in VERDICTS for value in criteria.values()),
+                    f'{path}:{line}: a label must have a "verdict" and "criteria", and each must '
+                    f"be one of {', '.join(VERDICTS)}")
             labels[name] = row
     return labels
 
@@ -241,6 +262,8 @@ def mean_votes(labels: list[dict]) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    require(args.report or Path(args.out).resolve() != Path(args.pairs).resolve(),
+            f"--out {args.out} is --pairs: labels need a file of their own")
     if args.report:
         report(args)
     elif args.judge or args.judge_url:

@@ -129,6 +129,8 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
 def read_token_files(path: Path, expected: Tokenizer | None):
     """Map the token files of a directory, which must be of the expected tokenizer. Return training
     and held-out documents, {source: Tokens} each, and the tokenizer."""
+    require((path / "report.json").exists(),
+            f"--data {path}: python -m data has not finished there (no report.json)")
     tokenizer = Tokenizer.from_pretrained(path)
     require(expected is None or expected.has_ids_of(tokenizer),
             f"--data {path} holds tokens of another tokenizer than --tokenizer or --init")
@@ -334,6 +336,7 @@ def pack(sources: dict[str, Tokens], weights: dict[str, float], tokens: int, seq
         require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
         some_weights = {name: weights[name] for name in documents}
         stream, part_report = mix(documents, some_weights, kind_tokens, seed, unit)
+        require(len(stream) > 0, f"--long_share {long_share}: no source's share is a {kind} row")
         offset = [len(parts), 0, 0]  # sources are numbered on from those of the other kind
         streams.append(stream + offset)
         parts.extend(documents.values())

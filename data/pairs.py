@@ -98,7 +98,8 @@ def to_pair(row: dict) -> dict:
     parse_tools(row.get("tools"))  # refuse bad ones now
     prompt = row.get("prompt", row.get("conversations"))
     sides = [row.get("chosen"), row.get("rejected")]
-    if all(isinstance(text, str) for text in (prompt, *sides)) and not is_transcript(prompt):
+    texts = all(isinstance(text, str) for text in (prompt, *sides))
+    if texts and not is_transcript(prompt) and not all(map(is_transcript, sides)):
         require(prompt != "", "the prompt is empty")
         return row | {"prompt": prompt}
     question = [] if prompt is None else turns_of(prompt)
@@ -170,7 +171,7 @@ def soft_label(pair: dict, weights: dict[str, float] | None) -> float:
     "criteria", of the share of judges who prefer chosen (our choice).
 
     No weights mean equal ones. A pair without a weighted criterion has label 1."""
-    shares = pair.get("criteria", {})
+    shares = {} if pair.get("criteria") is None else pair["criteria"]
     valid = isinstance(shares, dict) and all(
         isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares.values())
     require(valid, '"criteria" must be {name: share of judges who prefer chosen, 0 to 1}')
@@ -269,7 +270,7 @@ def review(pairs, tokenizer: Tokenizer, max_len: int, check_format: bool = False
         else:
             reason = ""
             kept.append(i)
-        seen.add(both)
+            seen.add(both)
         if reason:
             dropped[reason] += 1
     return Review(Subset(pairs, kept), Subset(rows, kept), dict(dropped))

@@ -78,7 +78,9 @@ def read_labels(path: str, field: str) -> tuple[list[str], torch.Tensor, list[st
     texts = []
     labels = []
     for number, row in read_jsonl(path):
-        row = row | row.get("scores", {})  # written by an earlier run with a judge
+        scores = row.get("scores")  # written by an earlier run with a judge
+        if isinstance(scores, dict):
+            row = row | scores
         text = row.get("text")
         label = row.get(field)
         require(isinstance(text, str) and isinstance(label, (int, float, str)),
@@ -164,10 +166,11 @@ def auc(scores, labels) -> float:
     """Return the probability that a good document outscores a bad one; ties count half."""
     scores = np.asarray(scores)
     good = np.asarray(labels, dtype=bool)
-    gap = scores[good][:, None] - scores[~good]
-    wins = (gap > 0).mean()
-    ties = (gap == 0).mean()
-    return float(wins + ties / 2)
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (count.cumsum() - (count - 1) / 2)[place]  # from 1; equal scores share their mean
+    n_good = good.sum()
+    wins = ranks[good].sum() - n_good * (n_good + 1) / 2
+    return float(wins / (n_good * (len(good) - n_good)))
 
 
 def agreement(probs, targets, classes) -> dict:
@@ -184,11 +187,13 @@ def agreement(probs, targets, classes) -> dict:
 
 def best(scores, sizes, keep: float) -> np.ndarray:
     """Select the documents of highest score that hold a share `keep` of all the text: (n,) bool.
-    By number of documents, a score that prefers long ones would hardly drop anything."""
+    The one in which the share is reached is the last. By number of documents, a score that prefers
+    long ones would hardly drop anything."""
     order = np.argsort(-np.asarray(scores), kind="stable")
-    text_so_far = np.asarray(sizes)[order].cumsum()
+    sizes = np.maximum(sizes, 1)[order]  # so that with keep=1 empty documents stay
+    text_before = sizes.cumsum() - sizes
     kept = np.zeros(len(order), dtype=bool)
-    kept[order] = text_so_far <= keep * np.sum(sizes)
+    kept[order] = text_before < keep * sizes.sum()
     return kept
 
 
@@ -210,7 +215,8 @@ def best_documents(args: Args, scorers: list, classes: list[str], autocast):
     for document, scores, good in zip(documents.read_all(args.data), rows, kept, strict=True):
         if good:
             if classes and QUALITY not in classes:
-                document["source"] = max(classes, key=scores.get)
+                domain = max(classes, key=scores.get)
+                document["source"] = documents.as_source(domain)
             yield document | {"scores": scores}
 
 
@@ -240,7 +246,7 @@ def generated(args: Args, device, autocast):
         for i in sorted(chosen, key=rewards.__getitem__):
             best[prompts[i]] = i  # the later one has the higher reward
         chosen = sorted(best.values(), key=rewards.__getitem__, reverse=True)
-        chosen = chosen[:round(args.keep * len(chosen))]
+        chosen = chosen[:max(1, round(args.keep * len(chosen)))]
     for i, form in zip(chosen, cycle(tasks.queries.FORMS), strict=False):
         yield {"text": form.format(prompts[i], answers[i]), "kind": "synthetic",
                "source": f"generated_{domains[prompts[i]]}", "scores": {"reward": rewards[i]}}
@@ -253,7 +259,13 @@ def main(args: Args) -> dict:
     positive(args, "judge_chars", "keep", "responses")
     judged = args.judge or args.judge_url
     require(args.labels or judged or args.generate, "pass --labels, --judge or --generate")
-    out = documents.new_directory(args.out, args.overwrite)
+    require(not args.generate or not (args.labels or judged or args.data),
+            "--generate makes documents: pass it without --data, --labels and --judge")
+    require(not args.generate or args.keep == 1 or args.reward_model,
+            "--generate with --keep needs --reward_model, which says what is best")
+    require(args.generate or args.labels or args.data,
+            "--judge has nothing to score: pass --data or --labels")
+    out = documents.new_directory(args.out, args.overwrite, args.data, args.labels)
     report = {"args": asdict(args)}
     scorers = []
     classes = []
@@ -264,6 +276,8 @@ def main(args: Args) -> dict:
         scorers.append(judge.score_document)
     if args.labels:
         texts, targets, classes = read_labels(args.labels, args.label)
+        require(args.keep == 1 or judged or QUALITY in classes,
+                f'--keep needs scores to go by, but "{args.label}" holds names: pass --judge')
         bags = [features(text) for text in texts]
         probs = cross_validate(bags, targets, FOLDS, args.seed)
         report["classifier"] = agreement(probs, targets, classes)
@@ -279,6 +293,7 @@ def main(args: Args) -> dict:
     if args.data:
         kept = best_documents(args, scorers, classes, autocast)
         report["sources"] = documents.write_sources(out, kept)
+        require(len(report["sources"]) > 0, f"--data {args.data} holds no document")
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"quality: {out} ready: {report.get('sources', {})}")
     return report

@@ -118,8 +118,11 @@ def main(args: Args) -> None:
             for name in ("all", "best half")]
     runs += [("mixture", name, "mixed", weights, "mixed", args.mixture_tokens, held_out)
              for name, weights in MIXTURES.items()]
+    # What decides the numbers of a row; rows of another --model or --tokens are done again.
+    same = {key: getattr(args, key) for key in ("model", "data", "filter_tokens", "mixture_tokens")}
     rows = [row for _, row in read_jsonl(out / "rows.jsonl")] if (
         out / "rows.jsonl").exists() else []
+    rows = [row for row in rows if row.get("args") == same]
     for kind, name, folder, weights, tokenizer, tokens, texts in runs:
         for seed in range(args.seed, args.seed + args.seeds):
             if any((row["name"], row["seed"]) == (name, seed) for row in rows):
@@ -134,7 +137,7 @@ def main(args: Args) -> None:
                 bits = {key: evaluate.bits_per_byte(model, tok, value)["bits_per_byte"]
                         for key, value in texts.items()}
             rows.append({"kind": kind, "name": name, "seed": seed, "bits": bits,
-                         "loss": result["loss"]})
+                         "loss": result["loss"], "args": same})
             print(rows[-1], flush=True)
             write_atomic(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     lines = []

@@ -19,6 +19,7 @@ a reward model learn from the criteria of the judge?
 
 Measured: LOG.md, "a reward model of the real 135M model on public preferences".
 """
+import json
 import random
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.label import draw  # noqa: E402
 from data.pairs import PairFile  # noqa: E402
 from lib.args import cli, require  # noqa: E402
 from lib.files import read_jsonl, write_jsonl  # noqa: E402
@@ -39,7 +41,7 @@ from reward import RewardModel  # noqa: E402
 class Args:
     files: str = ""                  # preference files, joined by commas: convert them
     out: str = "runs/pref"           # where train.jsonl and held_out.jsonl go
-    held_out: int = 8                # one of so many pairs is held out
+    held_out: int = 8                # one of so many prompts is held out, with all its pairs
     model: str = ""                  # a reward model to compare with the scores in --solutions
     solutions: str = ""              # scored solutions
     seed: int = 0                    # of the split
@@ -83,9 +85,13 @@ def main(args: Args) -> None:
         return
     require(bool(args.files), "nothing to do: give --files or --model and --solutions")
     pairs = [pair for path in args.files.split(",") for pair in PairFile(path)]
+    require(args.held_out > 1, f"--held_out {args.held_out}: must be 2 or more")
     random.Random(args.seed).shuffle(pairs)
-    for name, some in (("train", [p for i, p in enumerate(pairs) if i % args.held_out]),
-                       ("held_out", pairs[::args.held_out])):
+    parts = {"train": [], "held_out": []}
+    for pair in pairs:
+        number = draw(args.seed, json.dumps(pair["prompt"], sort_keys=True))
+        parts["train" if number % args.held_out else "held_out"].append(pair)
+    for name, some in parts.items():
         write_jsonl(Path(args.out) / f"{name}.jsonl", some)
         print(f"{args.out}/{name}.jsonl: {len(some)} pairs")
 

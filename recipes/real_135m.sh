@@ -116,8 +116,8 @@ stage reward reward --init "$OUT/sft" --policies "$OUT/sft,$OUT/dpo" --temperatu
 import json, sys
 from pathlib import Path
 out = Path(sys.argv[1])
-pairs, rows = ((out / name).read_text("utf-8").splitlines(keepends=True)
-               for name in ("dpo/pairs.jsonl", "rl.jsonl"))
+# Lines of the files: splitlines() would also cut at U+2028, which a JSON text may hold.
+pairs, rows = (list(open(out / name, encoding="utf-8")) for name in ("dpo/pairs.jsonl", "rl.jsonl"))
 mixed = {json.loads(line)["prompt"] for line in pairs}
 kept = [line for line in rows if json.loads(line)["prompt"] in mixed]
 (out / "mixed.jsonl").write_text("".join(kept), "utf-8")

@@ -136,7 +136,7 @@ def fake_tasks(monkeypatch):
     test = next(documents("logic", 0)).removeprefix("logic: ")
     fake = types.SimpleNamespace(
         DOMAINS=("mathematics", "code", "instruction", "logic"),
-        documents=documents, load=lambda name: [{"prompt": test}])
+        documents=documents, load=lambda name, **_: [{"prompt": test}])
     for name in ("DOMAINS", "documents", "load"):
         monkeypatch.setattr(tasks.queries, name, getattr(fake, name))
     return fake

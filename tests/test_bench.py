@@ -58,6 +58,23 @@ def test_table_takes_ratios_round_by_round_to_the_last_system(harness):
     assert peer == "| x | peer | 4 (4–4) | 2 (2–2) | 1 | 2 | 25% | 100.0% of 2 equal |"
 
 
+def test_a_round_that_failed_shifts_no_other(harness):
+    """Ours has lost round 0, the peer round 1; both ran in round 2 only: 6 s against 3."""
+    ours = [{"cpu": 1.0, "wall": 1, "round": 1}, {"cpu": 3.0, "wall": 1, "round": 2}]
+    peer = [{"cpu": 9.0, "wall": 1, "round": 0}, {"cpu": 6.0, "wall": 1, "round": 2}]
+    assert harness.round_ratios(ours, peer) == [2.0]
+    row = harness.table("steps", {"x": {"ours": ours[:1], "peer": peer}}, {}, {"x": 1.5})[2]
+    assert "| none | 1.5 missed |" in row
+
+
+def test_a_machine_whose_cpuinfo_is_arms(harness, monkeypatch):
+    text = "processor\t: 0\nBogoMIPS\t: 48.00\nCPU implementer\t: 0x41\n"
+    monkeypatch.setattr(harness.Path, "exists", lambda self: True)
+    monkeypatch.setattr(harness.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(harness.metadata, "version", lambda name: "2")
+    assert harness.machine().startswith(harness.platform.machine() + "; python ")
+
+
 def test_timed_leaves_the_warm_up_out(harness):
     calls = []
     out = harness.timed(lambda: calls.append(0) or len(calls), repeats=2, warmup=1)
@@ -205,3 +222,16 @@ def test_a_record_fills_its_budget_by_two_probes(records, monkeypatch):
     monkeypatch.setattr(records, "run", run)
     done = records.run_for(["grpo.py"], "--steps", 3, budget=30.0, threads=1)
     assert asked == [3, 9, 53] and done.seconds == 28.5
+
+
+def test_no_record_without_a_speed_or_over_its_time(records, monkeypatch, tmp_path, capsys):
+    """Two probes of nearly equal time would ask for any number of steps."""
+    monkeypatch.setattr(records, "run", lambda command, threads: records.Run("", 10.0, 0.0))
+    with pytest.raises(SystemExit, match="too close to tell the speed"):
+        records.run_for(["grpo.py"], "--steps", 3, budget=30.0, threads=1)
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "RECORDS.md")
+    records.append("a", "1.0", records.Run("", 31.0, 0.0), 30.0)
+    assert "in 31 s instead of 30" in capsys.readouterr().out
+    assert not records.RECORDS.exists()
+    records.append("a", "1.0", records.Run("", 29.0, 0.0), 30.0)
+    assert "| a | **1.0** | 29 |" in records.RECORDS.read_text()

@@ -58,6 +58,14 @@ def test_r24_planted_items_are_found_and_listed():
     )
 
 
+def test_test_items_are_normalised_as_documents_are():
+    """A test item with combining accents is found in NFC."""
+    words = nonsense(random.Random(8), 30)
+    item = " ".join(f"{word}e\u0301" for word in words)  # two characters
+    planted = " ".join(f"{word}\u00e9" for word in words)
+    assert decontaminate([doc(planted)], [item])[1] == [(0, 0, 30)]
+
+
 def test_r24_innocent_similar_documents_are_kept():
     r = random.Random(5)
     test = nonsense(r, 60)

@@ -4,13 +4,15 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import PROSE, filler, nonsense
+from helpers import PROSE, filler, nonsense, refuses, write_rows
 
 import data.__main__
 import data.documents
+import tasks.queries
 from lib.args import InputError, parse_args
 
 
@@ -66,6 +68,51 @@ def test_test_items_come_without_our_words_around_them(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert data.__main__.load_tests(f"{tmp_path / 't.jsonl'},") == [
         "def f(x):\n", "Double it.\nassert f(1) == 2", "How many?"]
+
+
+def test_an_out_that_overlaps_with_an_input_is_refused(tmp_path):
+    """As itself, around it or inside it; --overwrite would delete what is to be read."""
+    run = tmp_path / "a" / "run"
+    run.mkdir(parents=True)
+    (run / "report.json").write_text("{}")
+    (run / "in.jsonl").write_text(json.dumps({"text": PROSE}) + "\n")
+    for given, out in ((run, run), (run / "in.jsonl", run), (run, run.parent), (run, run / "b"),
+                       (run, tmp_path / "a" / "." / "run")):
+        args = data.__main__.Args(input=f"{given}", out=f"{out}", evals="", overwrite=True)
+        refuses(lambda args=args: data.__main__.main(args), "overlaps")
+    assert (run / "in.jsonl").exists() and (run / "report.json").exists()
+
+
+def test_what_a_killed_run_left_does_not_stay(tmp_path):
+    """It is refused without --overwrite, and gone with it; a training run is never touched."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": PROSE}) + "\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("old.jsonl", "old.train.bin", "old.train.ends", "new.jsonl.tmp"):
+        (out / name).write_text("")
+    args = data.__main__.Args(input=f"{tmp_path / 'in.jsonl'}", out=f"{out}", evals="")
+    refuses(lambda: data.__main__.main(args), "--overwrite")
+    data.__main__.main(replace(args, overwrite=True))
+    assert sorted(path.name for path in out.iterdir()) == ["in.jsonl", "report.json"]
+    (out / "run.json").write_text("{}")
+    refuses(lambda: data.__main__.main(replace(args, overwrite=True)), "training run")
+
+
+def test_a_document_is_no_duplicate_of_a_contaminated_one(tmp_path, fake_tasks):
+    """The first holds the test item and is dropped; the second, nearly the same, does not."""
+    (item,), r = [query["prompt"] for query in fake_tasks.load("test")], random.Random(1)
+    words = ["".join(r.choices("abdefilmorstu", k=7)) for _ in range(600)]
+    page = " ".join(" ".join(["The", *words[i:i + 9]]) + "." for i in range(0, 600, 9))
+    write_rows(tmp_path / "in.jsonl", [{"text": f"{page} {item}"}, {"text": page}])
+    result = data.__main__.main(
+        data.__main__.Args(out=str(tmp_path / "d"), input=str(tmp_path / "in.jsonl")))
+    assert result["dropped"] == {"contaminated": 1} and result["sources"]["in"]["kept"] == 1
+
+
+def test_as_many_test_items_are_kept_out_as_are_asked():
+    """evaluate.py asks 480 queries of a built-in split."""
+    asked = tasks.queries.load("test", built_in=480)
+    assert data.__main__.load_tests("test") == [query["prompt"] for query in asked]
 
 
 def test_arguments():

@@ -71,6 +71,21 @@ def test_r23_templates_are_not_all_dropped_but_copies_are():
     assert len(bare) < 350  # the curve alone loses many: what deduplicate's docstring warns of
 
 
+def test_pages_of_one_template_take_linear_time(monkeypatch):
+    """Each shares some band with nearly all before it, but is compared with at most 50 per band; a
+    copy of the last page is found nonetheless."""
+    r = random.Random(3)
+    frame = nonsense(r, 300)
+    pages = [" ".join(frame + nonsense(r, 30)) for _ in range(900)]  # pairwise s = 0.82
+    compared = []
+    real = np.frombuffer
+    monkeypatch.setattr(dedup.np, "frombuffer", lambda *args: compared.append(1) or real(*args))
+    stage = dedup.NearDuplicates(1.0)
+    assert all(stage.find(page).index < 0 for page in pages)
+    assert len(compared) < 900 * 14 * 50 / 2 < 900 * 899 / 2
+    assert stage.find(pages[-1].replace(" ", ", ")).index == 899
+
+
 def test_r23_exact_duplicates_first_one_wins_and_nothing_is_lost():
     texts = [PROSE, CODE, PROSE.replace(" ", "\n  "), "???", "!!!", "", "  ", "a b", "a c", CODE]
     kept, dropped = deduplicate(map(doc, texts))

@@ -25,6 +25,13 @@ def test_reads_text_and_jsonl(tmp_path):
     assert [d["source"] for d in found] == [tmp_path.name] * 3 + ["x____y_z", "book", "book"]
 
 
+@pytest.mark.parametrize("names", ["", "{0},", ",{0}", "{0},,{0}"])
+def test_an_empty_name_is_not_the_working_directory(tmp_path, names):
+    (tmp_path / "book.txt").write_text("one")
+    with pytest.raises(InputError, match="no name"):
+        list(data.documents.read_all(names.format(tmp_path / "book.txt")))
+
+
 def test_a_separator_line_is_no_text(tmp_path):
     """Nor is its line end; lines with more on them are text, and \\r\\n ends a line as \\n does."""
     (tmp_path / "a.txt").write_bytes(

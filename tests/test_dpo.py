@@ -336,6 +336,8 @@ PAIR_SHAPES = [
       "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: Bad"},
      [HI, HELLO, MORE]),
     ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Good", "rejected": "Bad"}, [HI]),
+    ({"prompt": "Hi", "chosen": "\n\nHuman: Hi\n\nAssistant: Good", "criteria": None,
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Bad"}, [HI]),
     # ShareGPT's names, one message as an object, a text in parts
     ({"conversations": [{"from": "human", "value": "Hi"}],
       "chosen": {"from": "gpt", "value": "Good"},
@@ -430,6 +432,7 @@ TURNS = "\n\nHuman: Hi\n\nAssistant:"
     ({"prompt": [HI], "chosen": [HELLO, MORE, GOOD], "rejected": [BAD, MORE, BAD]}, "last one"),
     ({"chosen": f"{TURNS} Good", "rejected": "\n\nHuman: Ho\n\nAssistant: Bad"}, "last one"),
     # another prompt, another system message, columns that would be lost
+    ({"prompt": "Ho", "chosen": f"{TURNS} Good", "rejected": f"{TURNS} Bad"}, "begin with"),
     ({"prompt": "Ho", "chosen": [HI, GOOD], "rejected": [HI, BAD]}, "begin with the prompt"),
     ({"prompt": "More", "chosen": [HI, HELLO, MORE, GOOD], "rejected": [HI, HELLO, MORE, BAD]},
      "begin with the prompt"),

@@ -201,6 +201,8 @@ def test_normalise():
     raw = "\ufeffe\u0301a  \r\nb\tc\t \x0c\r\n\n\n\n\n\nd\x00 \udce9\u200d\n"
     assert filters.normalise(raw) == "\u00e9a\nb\tc\n\n\nd \u200d"
     assert filters.normalise(filters.normalise(raw)) == filters.normalise(raw)
+    assert filters.normalise("e\x00\u0301") == "\u00e9"  # nor is there more to do the second time
+    assert filters.normalise("one\x0ctwo\x0bthree") == "one\ntwo\nthree"
     documents = [doc(PROSE + "\r\n")]
     clean(documents)
     assert documents[0]["text"] == PROSE + "\r\n"  # the caller's document is left alone

@@ -40,6 +40,8 @@ def test_each_reason_drops_its_pair(tokenizer):
     assert label == 1
     assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == (
         "good one<|im_end|>", "bad<|im_end|>")
+    opposite = [pair(" ", "good"), pair("good", " "), pair(" ", "good")]
+    assert list(review(opposite, tokenizer, 120).pairs) == opposite[1:2]
     kept, _, dropped = review(pairs, tokenizer, 120, check_format=True)
     assert list(kept) == [pairs[i] for i in (0, 6, 9)]
     assert {reason: dropped[reason] for reason in list(dropped)[4:]} == {
@@ -51,9 +53,9 @@ def test_each_reason_drops_its_pair(tokenizer):
 
 @pytest.fixture
 def session(tmp_path, monkeypatch, capsys):
-    """session(keys): a run that gets its keys from a pipe. -> what it showed, all labels."""
+    """session(keys): each key is a line from a pipe. -> what the run showed, all labels."""
     def session(typed, pairs=PAIRS, out="labels.jsonl", seed=0):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
         label.main(Args(pairs=write_rows(tmp_path / "pairs.jsonl", pairs),
                         out=str(tmp_path / out), seed=seed))
         rows = [json.loads(line) for line in (tmp_path / out).open(encoding="utf-8")]
@@ -64,12 +66,12 @@ def session(tmp_path, monkeypatch, capsys):
 def test_verdicts_are_of_the_pair_and_not_of_the_place():
     """a is what A was; a criterion's small letter is A's, its capital B's; other letters mean
     nothing; no letter is no verdict."""
-    assert judge(iter("tHz a"), "rejected", "chosen") == {
+    assert judge(iter(["tHz a"]), "rejected", "chosen") == {
         "verdict": "rejected", "criteria": {"truthfulness": "rejected", "helpfulness": "chosen"}}
-    assert judge(iter("cCb"), "rejected", "chosen") == {
+    assert judge(iter(["cC", "b"]), "rejected", "chosen") == {
         "verdict": "chosen", "criteria": {"conciseness": "chosen"}}
-    assert judge(iter("="), "chosen", "rejected")["verdict"] == "tie"
-    assert judge(iter("t\x1b"), "chosen", "rejected") == {"verdict": "quit"}
+    assert judge(iter(["="]), "chosen", "rejected")["verdict"] == "tie"
+    assert judge(iter(["t\x1b"]), "chosen", "rejected") == {"verdict": "quit"}
 
 
 def test_a_session_is_blind_shuffled_and_goes_on(session, tmp_path):
@@ -111,6 +113,40 @@ def test_half_a_line_is_cut_off(session, tmp_path):
     assert again[1]["pair"] == rows[1]["pair"]
 
 
+@pytest.mark.parametrize("content", [
+    '[{"pair": "a"}]', "notes", '{"prompt": "p"}\n', '{"pair": "a"}\n5\n', '{"pair": "a"}\n{"prom',
+    '{"pair": [1]}\n', '{"pair": "a"}\n{"text": "b"}\n{"pair": "a'])
+def test_a_file_of_anything_but_labels_stays_as_it_is(session, tmp_path, content):
+    (tmp_path / "mine").write_text(content)
+    refuses(lambda: session("a", out="mine"), "mine")
+    assert (tmp_path / "mine").read_text() == content
+
+
+@pytest.mark.parametrize("torn", ["{", '{"pa', '{"pair": "3f'])
+def test_the_first_label_may_be_torn(session, tmp_path, torn):
+    (tmp_path / "mine").write_text(torn)
+    assert len(session("aq", out="mine")[1]) == 1
+
+
+def test_labels_are_not_appended_to_the_pairs(session, tmp_path):
+    refuses(lambda: session("a", out="./pairs.jsonl"), "--pairs")
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_line_judges_one_pair(session):
+    """The rest would judge a pair that nobody has seen."""
+    typed = ["aa", "b="]
+    assert [row["verdict"] == row["a"] for row in session(typed)[1]] == [True, False]
+
+
+def test_pairs_with_other_tools_are_other_pairs(tmp_path):
+    """Without tools an id is what it always was."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    rows = [PAIRS[0], PAIRS[0] | {"tools": tools[:1]}, PAIRS[0] | {"tools": tools[1:]}]
+    ids = list(by_id(write_rows(tmp_path / "pairs.jsonl", rows)))
+    assert len(ids) == 3 and ids[0] == "c6b3ff17d18dd19f"
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="terminals of Unix")
 def test_a_session_at_a_terminal(tmp_path):
     """Each label is on disk before the next pair is shown."""
@@ -141,6 +177,7 @@ def test_an_answer_cannot_write_on_the_terminal(tmp_path):
         stdout=subprocess.PIPE, cwd=ROOT).stdout
     assert "a\\x1b[2Jb\\rc" in said and "\\u202ed\te" in said
     assert text_of([{"role": "user", "content": "Hi"}]) == "user: Hi"
+    assert text_of([{"role": "assistant", "content": ""}]) == "assistant: "
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,7 +220,8 @@ def test_labels_of_other_pairs_are_refused(tmp_path):
     refuses(lambda: label.main(Args(pairs=other, report=mine)), mine, other)
 
 
-@pytest.mark.parametrize("change", [{"verdict": None}, {"verdict": ["tie"]}, {"criteria": None}])
+@pytest.mark.parametrize("change", [{"verdict": None}, {"verdict": ["tie"]}, {"criteria": None},
+                                    {"verdict": "A"}, {"criteria": {"helpfulness": "yes"}}])
 def test_a_label_without_verdict_or_criteria_is_refused(tmp_path, change):
     """A line whose pair is no text is of no pair."""
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)

@@ -193,6 +193,16 @@ def test_a_long_share_that_fills_no_row_is_refused(share):
     refuses(lambda: pack({"a": source}, {"a": 1.0}, 1290, 128, 0, share), "--long_share")
 
 
+def test_long_rows_that_no_source_gets_are_refused():
+    """One long row for three sources of a third each rounds to none."""
+    sizes = np.array([300] * 5 + [50] * 20)
+    ends = sizes.cumsum()
+    source = Tokens(np.zeros(ends[-1], np.uint16), ends - sizes, ends)
+    weights = {"a": 1.0, "b": 1.0, "c": 1.0}
+    refuses(lambda: pack(dict.fromkeys(weights, source), weights, 1290, 128, 0, 0.1),
+            "--long_share 0.1")
+
+
 def test_the_end_of_the_tokens():
     """Of 4 + 3 + 3 tokens: the cut falls into a document, between two, or after none of them."""
     docs = mixture.tokenize(["abc", "de", "fg"], Letters())

@@ -41,11 +41,20 @@ def test_auc_counts_pairs():
     assert quality.auc([3, 1, 2, 0], [1, 0, 1, 0]) == 1.0
     assert quality.auc([0, 1, 2, 3], [1, 0, 1, 0]) == 0.25  # of four pairs, only 2 over 1
     assert quality.auc([5, 5, 5], [1, 0, 1]) == 0.5
+    r = random.Random(0)
+    scores, good = ([r.randrange(n) for _ in range(60)] for n in (9, 2))
+    pairs = [(a > b) + (a == b) / 2 for a, x in zip(scores, good, strict=True) if x
+             for b, y in zip(scores, good, strict=True) if not y]
+    assert quality.auc(scores, good) == pytest.approx(sum(pairs) / len(pairs))
+    many = list(range(400_000))  # pair by pair, these would be 40,000,000,000 numbers
+    assert quality.auc(many, [i % 2 for i in many]) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_best_keeps_a_share_of_the_text_not_of_the_documents():
     assert quality.best([1, 9, 5, 7], [10, 50, 20, 20], 0.7).tolist() == [False, True, False, True]
-    assert quality.best([1, 1, 1], [1, 1, 1], 1.0).all()
+    assert quality.best([1, 1, 1], [1, 1, 0], 1.0).all()
+    # the best document alone is more than the share: it stays, and only it
+    assert quality.best([1, 9, 5], [10, 80, 10], 0.5).tolist() == [False, True, False]
 
 
 def test_classifier_learns_words_that_decide(args):
@@ -89,6 +98,24 @@ def test_domains_become_sources(args, tmp_path):
     shop = list(data.documents.read_documents(tmp_path / "out" / "shop.jsonl"))
     right = sum("buy" in doc["text"] or "click" in doc["text"] for doc in shop)
     assert right > 0.9 * len(shop) and all(doc["source"] == "shop" for doc in shop)
+
+
+def test_a_domain_that_is_a_path_becomes_a_name(args, tmp_path):
+    names = {"shop": "../x", "maths": "AI/ML"}
+    rows = [row | {"domain": names[row["domain"]]} for row in pages(200)]
+    labels = write_rows(tmp_path / "named.jsonl", rows)
+    report = quality.main(replace(args, labels=labels, data=labels.replace("named", "labels"),
+                                  label="domain"))
+    assert set(report["sources"]) == {"___x", "AI_ML"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "AI_ML.jsonl", "___x.jsonl", "report.json"]
+
+
+def test_a_lone_surrogate_is_written_and_read_again(args, tmp_path):
+    source = write_rows(tmp_path / "web.jsonl", [{"text": "a \ud800 b"}])
+    quality.main(replace(args, data=source))
+    assert [doc["text"] for doc in data.documents.read_documents(tmp_path / "out" / "web.jsonl")
+            ] == ["a \ud800 b"]
 
 
 def test_judged_documents(args, micro_run, tmp_path):
@@ -140,9 +167,25 @@ def test_bad_labels_are_named(rows, match, tmp_path):
         quality.read_labels(write_rows(tmp_path / "x.jsonl", rows), "label")
 
 
-def test_nothing_to_do_is_refused(args):
-    with pytest.raises(InputError, match="--labels, --judge or --generate"):
-        quality.main(replace(args, labels=""))
+@pytest.mark.parametrize("values, match", [
+    ({"labels": ""}, "--labels, --judge or --generate"),
+    ({"labels": "", "judge": "x"}, "pass --data or --labels"),
+    ({"generate": 2}, "without --data, --labels"),
+    ({"generate": 2, "labels": "", "data": "x"}, "without --data, --labels"),
+    ({"generate": 2, "labels": "", "keep": 0.5}, "needs --reward_model"),
+    ({"label": "domain", "keep": 0.5}, "holds names"),
+    ({"out": "labels.jsonl"}, "overlaps")])
+def test_nothing_to_do_or_too_much_is_refused(args, values, match, tmp_path):
+    if "out" in values:
+        values = {"out": str(tmp_path)}
+    with pytest.raises(InputError, match=match):
+        quality.main(replace(args, **values))
+
+
+def test_scores_that_are_null_are_none(tmp_path):
+    rows = [{"text": "a", "label": 1, "scores": None}, {"text": "b", "scores": {"label": 2}}]
+    _, targets, _ = quality.read_labels(write_rows(tmp_path / "x.jsonl", rows), "label")
+    assert targets[:, 1].tolist() == [0, 1]
 
 
 def test_published_labels_are_foretold(shared, tmp_path):

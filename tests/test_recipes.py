@@ -119,6 +119,20 @@ def test_preferences_of_both_shapes():
         "conversations": said, "prompt": asked, "chosen": "a", "rejected": "b"}
 
 
+def test_the_pairs_of_a_prompt_are_held_out_together(tmp_path):
+    """Nothing of a held-out prompt is trained on; every pair is in one of the files."""
+    rows = [{"prompt": f"q{i % 40}", "chosen": f"c{i}", "rejected": "r"} for i in range(200)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    P.main(P.Args(files=path, out=str(tmp_path / "out"), held_out=4))
+    parts = [[json.loads(line) for line in open(tmp_path / "out" / f"{name}.jsonl")]
+             for name in ("train", "held_out")]
+    train, held_out = ({row["prompt"] for row in part} for part in parts)
+    assert not train & held_out and 4 <= len(held_out) <= 16 and len(train | held_out) == 40
+    assert sum(map(len, parts)) == 200
+    with pytest.raises(InputError, match="--held_out 1"):
+        P.main(P.Args(files=path, out=str(tmp_path / "out"), held_out=1))
+
+
 def test_beside_qwens_scores_by_hand():
     """One problem with right and wrong solutions, one without. Ours likes the last best, Qwen the
     first, both linear in the rank, so the correlation is -1."""
