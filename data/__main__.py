@@ -11,8 +11,7 @@ contamination.py). data/quality.py scores by models. Personal data and licences 
     python -m data --input web/ --tokenizer runs/demo/tokenizer --out runs/web    # and tokens
 
 --out gets one {source}.jsonl per source, report.json, and with --tokenizer the token files that
-pretrain.py maps into memory. The memory does not grow with the input; what the search for
-duplicates must remember, 1.5 KB per document, lies in a temporary file.
+pretrain.py maps. Memory stays flat; a temporary file takes 1.5 KB per document (dedup.py).
 """
 import json
 import time

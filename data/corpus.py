@@ -50,9 +50,9 @@ def docstrings(node: ast.AST, name: str):
 
 def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
     """Return {source: documents}: the language reference, and the docstrings and code of up to
-    `max_mb` of standard library files, sampled by `seed`. (Each docstring is also in the code.)
-    The corpus depends on the Python version, not on the machine. Raises InputError if this Python
-    comes without its sources, as embedded distributions do."""
+    `max_mb` of standard library files, sampled by `seed`. (Each docstring is also in the code, so
+    one that is held out may be in a training document.) The corpus depends on the Python version,
+    not on the machine. Raises InputError if this Python comes without its sources."""
     try:
         from pydoc_data.topics import topics  # what `help("topics")` shows
     except ImportError:  # some distributions package it apart

@@ -98,8 +98,7 @@ def judge(lines, a: str, b: str) -> dict:
 
 def labelled_pairs(path: Path) -> set[str]:
     """Return the pairs that a label file holds, after cutting off half a last line: what a full
-    disk or a crash leaves. Creates the file. Refuses a file of anything else, and leaves it as it
-    was."""
+    disk or a crash leaves. Creates the file. A file of anything else is refused and not touched."""
     with disk_errors(path):
         path.touch()
         lines = path.read_bytes().split(b"\n")

@@ -48,7 +48,7 @@ def main_script(text: str) -> str:
 
 
 def language(text: str) -> str:
-    """Return the ISO code of the text's main language, or "" if we do not know it."""
+    """Return the ISO code of the text's main language, or "" if we do not know its script."""
     text = unicodedata.normalize("NFC", text)
     candidates = SCRIPTS.get(main_script(text), "").split()
     if len(candidates) < 2:

@@ -336,7 +336,8 @@ def pack(sources: dict[str, Tokens], weights: dict[str, float], tokens: int, seq
         require(len(documents) > 0, f"--long_share: no document is {kind} than {width} tokens")
         some_weights = {name: weights[name] for name in documents}
         stream, part_report = mix(documents, some_weights, kind_tokens, seed, unit)
-        require(len(stream) > 0, f"--long_share {long_share}: no source's share is a {kind} row")
+        require(len(stream) > 0,
+                f"--long_share {long_share}: no source's share is a {kind} row")
         offset = [len(parts), 0, 0]  # sources are numbered on from those of the other kind
         streams.append(stream + offset)
         parts.extend(documents.values())

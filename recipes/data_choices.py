@@ -118,11 +118,12 @@ def main(args: Args) -> None:
             for name in ("all", "best half")]
     runs += [("mixture", name, "mixed", weights, "mixed", args.mixture_tokens, held_out)
              for name, weights in MIXTURES.items()]
-    # What decides the numbers of a row; rows of another --model or --tokens are done again.
+    # What decides the numbers of a row. Rows of other arguments stay in the file, uncounted.
     same = {key: getattr(args, key) for key in ("model", "data", "filter_tokens", "mixture_tokens")}
-    rows = [row for _, row in read_jsonl(out / "rows.jsonl")] if (
+    found = [row for _, row in read_jsonl(out / "rows.jsonl")] if (
         out / "rows.jsonl").exists() else []
-    rows = [row for row in rows if row.get("args") == same]
+    rows = [row for row in found if row.get("args") == same]
+    others = [row for row in found if row.get("args") != same]
     for kind, name, folder, weights, tokenizer, tokens, texts in runs:
         for seed in range(args.seed, args.seed + args.seeds):
             if any((row["name"], row["seed"]) == (name, seed) for row in rows):
@@ -139,7 +140,8 @@ def main(args: Args) -> None:
             rows.append({"kind": kind, "name": name, "seed": seed, "bits": bits,
                          "loss": result["loss"], "args": same})
             print(rows[-1], flush=True)
-            write_atomic(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomic(out / "rows.jsonl", "".join(
+                json.dumps(row) + "\n" for row in others + rows))
     lines = []
     for kind, texts in (("filter", clean), ("mixture", held_out)):
         lines += ["| " + " | ".join([kind, *texts]) + " |", "|---" * (1 + len(texts)) + "|"]

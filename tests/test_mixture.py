@@ -137,6 +137,12 @@ def test_token_files_are_the_tokens(tmp_path):
         mixture.read_tokens(tmp_path / "0.train", Letters())
 
 
+def test_token_files_of_a_killed_run_are_refused(tmp_path):
+    """report.json is written last."""
+    mixture.write_tokens(tmp_path / "a.train", ["abc"], Letters())
+    refuses(lambda: mixture.read_token_files(tmp_path, None), "has not finished", str(tmp_path))
+
+
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 1000])
 def test_r26_packed_rows_are_the_stream(seq_len):
     """Against concatenation, with a second source and a document that is cut."""
