@@ -1002,7 +1002,7 @@ BASH_LISTS = [  # tests that f passes if it squares, and that it fails if it dou
     "[ $(f 3) = 6 ] && { echo no; exit 1; }\ntrue", "if [ $(f 3) = 6 ]; then\n  exit 1\nelse\n"
     "  # no && test\n  true\nfi", "case $(f 3) in\n  9) true && echo ok ;;\n  *) false ;;\nesac",
     "t=$(cat <<'E'\n! a\nb && true\nE\n)\n[ \"$t\" = $'! a\\nb && true' ]\n[ $(f 3) = 9 ]",
-    "x=$((1 << y))\n[ $(f 3) = 9 ] && true",
+    "! grep -q 6 <<E\n$(f 3)\nE\necho done", "x=$((1 << y))\n[ $(f 3) = 9 ] && true",
     "cat <<-E > t\n\t! $(f 3)\n\tE\n! [ \"$(cat t)\" = '! 6' ]",
     "[ $(f 3) = 9 ] || [ $(f 3) = 8 ]", "for i in 1 3; do\n  [ $i = 1 ] && continue\n"
     "  [ $(f $i) = $((i * i)) ]\ndone"]

@@ -47,15 +47,18 @@ def check_lists(tests: str) -> str:
     joined = re.sub(r"\\\n[ \t]*(?=&&)|(?<=&&)[ \t]*\n[ \t]*", " ", tests)
     old_lines = joined.split("\n")
     lines = []
-    document_end = None  # the line that ends the here-document of this line, which is no code
+    document_end = None  # the word that ends a here-document, whose lines are no statements
     for i, line in enumerate(old_lines):
         lines.append(line)
-        opening = HERE_DOCUMENT.search(line)
-        if document_end:
-            document_end = None if line.strip() == document_end else document_end
-        elif opening and opening[1] in map(str.strip, old_lines[i:]):
-            document_end = opening[1]
-        elif BASH_EXEMPT.search(line) and not BASH_OTHER.search(line):
+        if document_end is None:
+            statement = line
+            opening = HERE_DOCUMENT.search(line)
+            if opening and opening[1] in map(str.strip, old_lines[i:]):
+                document_end = opening[1]
+        elif line.strip() == document_end:
+            document_end = None
+        is_whole = document_end is None
+        if is_whole and BASH_EXEMPT.search(statement) and not BASH_OTHER.search(statement):
             lines.append("[ $? = 0 ]")
     if any(line.lstrip().startswith("! ") for line in lines):  # a missing function satisfies none
         lines.insert(0, "command_not_found_handle() { : > .not_found; return 127; }")
