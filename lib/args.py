@@ -88,6 +88,8 @@ def parse_value(name: str, text: str, kind: type):
     # No flag has a use for a negative number, for nan, or for more than a machine can count.
     limit = math.inf if kind is float else 2**63
     require(0 <= number < limit, f"--{name} must be at least 0 and below {limit:.3g}, got {text}")
+    if kind is int and text.isdecimal():
+        return int(text)  # a float holds 53 bits
     return kind(number)
 
 
@@ -137,6 +139,8 @@ def printable(text: str) -> str:
 def filter_output() -> None:
     """Make all that is printed from now on `printable`: a model's answer, or a stranger's file,
     could otherwise send commands to the terminal."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal's encoding may lack a letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     write = sys.stdout.write
     sys.stdout.write = lambda text: write(printable(text))
 

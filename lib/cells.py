@@ -5,7 +5,6 @@ A cell is one model size N on D tokens; its runs differ in learning rate, batch 
 import csv
 import io
 import math
-import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -63,7 +62,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV in UTF-8 as {column: text}, without the blanks that people put
     around commas. InputError if there is no row."""
     with files.open_text(path) as file:
-        lines = [re.sub(r"\s*,\s*", ",", line.strip()) for line in file]
+        lines = [",".join(part.strip() for part in line.split(",")) for line in file]
     try:
         rows = list(csv.DictReader(filter(None, lines)))
     except csv.Error as error:
@@ -80,19 +79,20 @@ def grid_rows(path: Path) -> list[Row]:
     small batches."""
     rows = []
     for number, values in enumerate(read_table(path), 2):
-        if "Na" in values:
-            values |= {"kind": "moe", "total": values["N"], "N": values["Na"]}
         try:
+            if "Na" in values:
+                values |= {"kind": "moe", "total": values["N"], "N": values["Na"]}
             if "bs" in values:
                 values["batch_tokens"] = 2048 * float(values["bs"])
                 values["loss"] = values["smooth loss"]
             known = [field for field in fields(Row) if field.name in values]
             row = Row(**{field.name: field.type(values[field.name]) for field in known})
             good = all(0 < x < math.inf for x in (row.N, row.D, row.lr, row.batch_tokens))
+            good = good and not row.loss <= 0 and row.kind in ("dense", "moe")
         except (KeyError, TypeError, ValueError):
             good = False
         require(good, f"{path}:{number}: N, D, lr, batch_tokens (or Step Law's bs) and loss must "
-                "be positive numbers")
+                "be positive numbers, and kind dense or moe")
         rows.append(row)
     return rows
 

@@ -25,12 +25,14 @@ def check_messages(messages) -> None:
         content = message.get("content")
         calls = message.get("tool_calls") or []
         require(isinstance(calls, list), f"messages[{i}]: tool_calls must be a list")
+        require(role == "assistant" or not calls, f"messages[{i}]: a {role} calls no tools")
         only_calls = role == "assistant" and content is None and len(calls) > 0
         require(isinstance(content, str) or only_calls,
                 f"messages[{i}]: content must be a string, got {type(content).__name__}")
         for n, call in enumerate(calls):
             function = called_function(call)
-            require(isinstance(function, dict) and {"name", "arguments"} <= function.keys(),
+            require(isinstance(function, dict) and {"name", "arguments"} <= function.keys()
+                    and isinstance(function["name"], str),
                     f"messages[{i}]: tool_calls[{n}] must have a name and arguments")
 
 
@@ -94,6 +96,7 @@ def chat_layout(template) -> ChatLayout | None:
     """Return the layout of a chat template, None if it is none that we know."""
     if not isinstance(template, str):
         return None
+    template = template.removesuffix("\n")  # as Jinja does
     try:
         if template.startswith(BEFORE_SYSTEM) and template.endswith(AFTER_SYSTEM):
             system = json.loads(template[len(BEFORE_SYSTEM):-len(AFTER_SYSTEM)])
@@ -129,7 +132,7 @@ def check_layout(layout: ChatLayout | None, messages: list[dict], tools: list[di
 def canonical(template: str) -> str:
     """Return a template without differences that change nothing: blanks around a tag with "-" and
     inside tags, x['y'] for x.y, 'a' + 'b' for 'ab', a line end in a string for \\n."""
-    text = re.sub(r"\s*\{([{%])-", r"{\1", template.removesuffix("\n"))
+    text = re.sub(r"\s*\{([{%])-", r"{\1", template)
     text = re.sub(r"-([%}])\}\s*", r"\1}", text)
     string_or_blank = r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\s+"""
     text = re.sub(r"(?s)\{[{%].*?[%}]\}", lambda tag: re.sub(string_or_blank, r"\1", tag[0]), text)

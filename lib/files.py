@@ -43,7 +43,7 @@ def read_jsonl(path: str | Path):
             for number, item in enumerate(read_array(file, path), start=1):
                 yield number, as_row(item, path, number)
             return
-        for number, line in json_lines(file, path):
+        for number, line in bounded_lines(file, path):
             yield number, as_row(parse_json(line, path, number), path, number)
 
 
@@ -62,14 +62,14 @@ def read_array(file, path) -> list:
     return parse_json(text, path, 1)
 
 
-def json_lines(file, path):
-    """Yield (number, line) of a file that is open for text or bytes, without blank lines."""
+def bounded_lines(file, path, blank=False):
+    """Yield (number, line) of a file that is open for text or bytes; blank: with blank lines."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         require(len(line) <= MAX_LINE,
                 f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
-        if line.strip():
+        if blank or line.strip():
             yield number, line
 
 
@@ -124,7 +124,7 @@ class JsonlFile:
 
     def rows(self):
         """Yield (line number, place, object), with the errors of read_jsonl."""
-        for number, line in json_lines(self.file, self.path):
+        for number, line in bounded_lines(self.file, self.path):
             place = self.file.tell() - len(line)
             yield number, place, as_row(parse_json(line, self.path, number), self.path, number)
 
@@ -139,7 +139,7 @@ def read_texts(*paths):
     for path in paths:
         lines = []
         with open_text(path) as file:
-            for line in file:
+            for _, line in bounded_lines(file, path, blank=True):
                 if line.rstrip() != "<|endoftext|>":
                     lines.append(line)
                     continue
@@ -173,7 +173,7 @@ def disk_errors(path):
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
         if is_peer_failure(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         for cause in (error.__context__, error):
             if isinstance(cause, OSError):
                 reason = cause.strerror or str(cause)
@@ -184,6 +184,7 @@ def disk_errors(path):
 @contextlib.contextmanager
 def atomic_path(path: str | Path):
     """Give a temporary path to write to, then rename it: readers see the old file or the new one.
+    Two processes must not write one path at a time.
 
     We create the temporary file ourselves: with O_EXCL a link that somebody has put there is never
     followed. fsync makes the promise hold when the machine crashes too. Without it, the rename may

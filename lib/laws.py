@@ -116,8 +116,11 @@ class LossLaw(Law):
 
 
 def student(freedom: int) -> float:
-    """Return the 97.5% quantile of Student's t over the normal one, by its series (within 2% from
-    4 degrees of freedom on)."""
+    """Return the 97.5% quantile of Student's t over the normal one: below 4 degrees of freedom from
+    a table, above by its series (within 2%)."""
+    table = [math.nan, 6.483, 2.195, 1.624]
+    if freedom < len(table):
+        return table[freedom]
     # (z^2 + 1) / 4 and (5 z^4 + 16 z^2 + 3) / 96, where z = 1.96
     return 1 + 1.2104 / freedom + 1.4402 / freedom ** 2
 

@@ -64,7 +64,7 @@ def setup(args, rows: int = 0) -> tuple[torch.device, torch.amp.autocast]:
     require(rows % WORLD == 0, f"a batch of {rows} rows does not divide by {WORLD} processes")
     torch.manual_seed(args.seed)
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no effect on a CPU
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, and on CPUs that have it
     # CUDA: cuDNN's attention plans anew for every shape, and returned NaN gradients with a mask.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device, dtype = pick_device(args.device, args.dtype)
@@ -90,7 +90,8 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, final: float) -> floa
     """Return the learning rate of a step: linear warm-up, then cosine from `peak` to exactly
     `final * peak` at the last step.
 
-    The warm-up takes at most half of the steps, so that a short run reaches its peak too. A `final`
+    The warm-up takes at most half of the steps, so that a short run reaches its peak too. A run of
+    one step, or of two with a warm-up, ends at the peak. A `final`
     of 0.1 is used by Qwen1's pre-training and by Qwen2.5's SFT (7e-6 to 7e-7)."""
     warmup = min(warmup, steps // 2)
     if step < warmup:

@@ -65,7 +65,8 @@ def collect(root: Path) -> list[Stage]:
             require(not record or scored.get("run") == record, f"{root / name} was trained again "
                     "after its evaluation; run evaluate.py again")
             settings = scored["settings"]
-            question = (settings.get("queries"), settings.get("n"), settings.get("reward"))
+            question = (settings.get("queries"), settings.get("n"), settings.get("reward"),
+                        settings.get("domain_key", ""))
             asked[question] = name
             if not record:
                 command = f"evaluate.py --init {settings['init']}"
@@ -76,7 +77,7 @@ def collect(root: Path) -> list[Stage]:
     require(len(stages) > 0, f"--run {root}: must be a directory that holds those of stages "
             f"({', '.join(CURVES)})")
     require(len(asked) < 2, f"--run {root}: {' and '.join(asked.values())} were evaluated on other "
-            "queries or by another --reward; run evaluate.py again")
+            "queries or by another --reward or --domain_key; run evaluate.py again")
     return stages
 
 
@@ -235,7 +236,7 @@ def as_html(title: str, tables: list[Table], stages: list[Stage]) -> str:
     for stage in stages:
         if not stage.log:
             continue
-        figures = "".join(curve(stage.log, metric) for metric in CURVES[stage.name])
+        figures = "".join(curve(stage.log, metric) for metric in CURVES.get(stage.name, ()))
         parts.append(f'<h3>{stage.name}</h3><div class="grid">{figures}</div>')
     for table in tables[2:]:
         parts.append(section(table))

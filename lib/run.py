@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def build_once(path: str | Path, *command) -> None:
         line = "python -m " + " ".join(words)
         print(f"$ {line}", flush=True)
         here = Path(__file__).resolve().parents[1]
-        environment = os.environ | {"PYTHONPATH": str(here)}
+        path_before = os.environ.get("PYTHONPATH")
+        paths = [str(here), path_before] if path_before else [str(here)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         for name in ("RANK", "WORLD_SIZE"):  # torchrun's: the program must not join the group
             environment.pop(name, None)
         done = subprocess.run([sys.executable, "-m", *words], env=environment)
@@ -77,8 +80,8 @@ class Run:
     "finished", so a run killed while it saves its model can be resumed too."""
 
     def __init__(self, args, stage: str):
-        """Check --out, --resume and --overwrite. Nothing is written yet, so a refusal loses
-        nothing."""
+        """Check --out, --resume and --overwrite. Nothing but state/lock is written yet, so
+        a refusal loses nothing."""
         self.path = Path(args.out)
         self.log_file = self.path / "log.jsonl"
         self.state_file = self.path / "state" / "state.pt"
@@ -148,9 +151,10 @@ class Run:
             return
         except OSError:  # a file system without locks, as some clusters have
             return
-        self.lock_file.truncate(0)
-        self.lock_file.write(this)
-        self.lock_file.flush()
+        with disk_errors(f"--out {self.path}"):
+            self.lock_file.truncate(0)
+            self.lock_file.write(this)
+            self.lock_file.flush()
 
     def start_or_resume(self, model=None, optimizer=None) -> int:
         """Create the directory and return step 0. With --resume, load the last state, drop the log
@@ -296,7 +300,7 @@ class Run:
         except OSError:
             git = ""  # not installed
         record = {"stage": self.stage, "args": self.args, "git": git,
-                  "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                  "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                   "python": platform.python_version(), "torch": torch.__version__,
                   "seed": self.args["seed"]}
         record |= result
@@ -331,5 +335,5 @@ def peak_rss_mb() -> float:
     status = Path("/proc/self/status")
     if not status.exists():  # getrusage would also count the program that started this one
         return 0.0
-    kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
-    return int(kilobytes) * 1024 / 1e6
+    _, found, rest = status.read_text().partition("VmHWM:")  # some containers do not have it
+    return int(rest.split()[0]) * 1024 / 1e6 if found else 0.0

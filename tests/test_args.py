@@ -38,6 +38,7 @@ def test_flags_become_typed_fields():
     assert parse_args(Args, []) == Args() and parse_args(Args, ["--lr", "1e21"]).lr == 1e21
     assert parse_args(Args, ["--doc_mask=TRUE", "--seed", "0", "--lr", ".5"]) == Args(
         doc_mask=True, seed=0, lr=0.5)
+    assert parse_args(Args, ["--seed", "9007199254740993"]).seed == 2**53 + 1  # no float is
     assert parse_args(Args, ["--doc_mask", "1", "--overwrite"]) == Args(doc_mask=True,
                                                                         overwrite=True)
 
@@ -153,6 +154,13 @@ def test_the_loss_of_another_process_keeps_its_cause(capsys, monkeypatch):
     assert stopped.value.code == 130
     expected = "stopped: another process is gone ([gloo/tcp.cc:9] Connection closed by peer)\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_letter_that_stdout_does_not_have_is_escaped():
+    code = "import lib.args; lib.args.filter_output(); print('caf\\u00e9 \\u4e16 \\ud83d')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout == "caf\\xe9 \\u4e16 \\ud83d\n", done.stderr
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -101,8 +101,15 @@ def test_rows_are_read_back_or_refused(tmp_path):
     (tmp_path / "a.csv").write_text("N,D,lr,loss\n1,2,3,4\n")
     (tmp_path / "b.csv").write_text("N,D,lr,batch_tokens,loss\n1,2,3,4,5\n1,2,x,4,5\n")
     (tmp_path / "d.csv").write_text("N,D\n")
+    head = "kind,N,D,lr,batch_tokens,loss\n"
+    (tmp_path / "f.csv").write_text(f"{head}dense,1,2,3,4,nan\nsparse,1,2,3,4,5\n")
+    (tmp_path / "g.csv").write_text(f"{head}dense,1,2,3,4,inf\ndense,1,2,3,4,0\n")
+    (tmp_path / "h.csv").write_text("Na,D,lr,bs,smooth loss\n1,2,3,4,5\n")
+    (tmp_path / "i.csv").write_text("N,D\n1" + " " * 100_000 + "x\n")  # in linear time
     for name, message in (("a.csv", "a.csv:2: .*batch_tokens"), ("b.csv", "b.csv:3"),
-                          ("d.csv", "no rows"), ("e.csv", "no such file")):
+                          ("d.csv", "no rows"), ("e.csv", "no such file"),
+                          ("f.csv", "f.csv:3: .*kind"), ("g.csv", "g.csv:3"), ("h.csv", "h.csv:2"),
+                          ("i.csv", "i.csv:2")):
         with pytest.raises(InputError, match=message):
             scaling.fit(scaling.Args(data=str(tmp_path / name)))
 

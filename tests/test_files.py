@@ -92,6 +92,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
 
 
+def test_an_error_without_a_text_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot be written .RuntimeError"):
+        with files.disk_errors(tmp_path):
+            raise RuntimeError
+
+
 def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
     """Somebody who may write to the directory links the name that we are about to write to."""
     precious = tmp_path / "precious"
@@ -122,6 +128,8 @@ def test_endless_lines_are_refused_before_they_fill_the_memory(tmp_path):
             file.write(b" " * 2**20)
     with pytest.raises(InputError, match="x.jsonl.gz:2: a line of more than 67,108,864"):
         list(read_jsonl(path))
+    with pytest.raises(InputError, match="x.jsonl.gz:2: a line of more than 67,108,864"):
+        list(files.read_texts(path))
     with gzip.open(path, "wb") as file:  # the longest line that is read
         file.write(b'{"a": 1}' + b" " * (files.MAX_LINE - 9) + b"\n")
     assert [row for _, row in read_jsonl(path)] == [{"a": 1}]

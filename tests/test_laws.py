@@ -30,7 +30,8 @@ def test_interval_covers_a_new_cell():
 
 
 def test_student():
-    for dof, quantile in {4: 2.776, 9: 2.262, 19: 2.093, 235: 1.970}.items():
+    quantiles = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 19: 2.093, 235: 1.970}
+    for dof, quantile in quantiles.items():
         assert 1.96 * student(dof) == pytest.approx(quantile, rel=0.02)
 
 

@@ -145,6 +145,23 @@ def test_evaluations_by_different_rewards_are_not_compared(tmp_path):
     refuses(lambda: report.main(report.Args(run=str(tmp_path))), "sft and grpo", "--reward")
 
 
+def test_evaluations_by_different_domains_are_not_compared(tmp_path):
+    for name, key in (("sft", ""), ("grpo", "topic")):
+        fake_stage(tmp_path, name, [0.0])
+        path = tmp_path / "evaluation" / name / "eval.json"
+        path.write_text(path.read_text().replace('"settings": {}',
+                                                 f'"settings": {{"domain_key": "{key}"}}')
+                        .replace("logic", key or "logic"))
+    refuses(lambda: report.main(report.Args(run=str(tmp_path))), "sft and grpo", "--domain_key")
+
+
+def test_the_base_model_has_no_curves(tmp_path):
+    """Not even if a log lies there."""
+    fake_stage(tmp_path, "base", [0.0])
+    report.main(report.Args(run=str(tmp_path)))
+    assert "svg" not in {tag for tag, _ in Page((tmp_path / "report.html").read_text("utf-8")).tags}
+
+
 def test_of_graded_answers_those_that_rose_most_are_shown(tmp_path):
     fake_stage(tmp_path, "sft", [0.2, 0.1, 0.5])
     fake_stage(tmp_path, "grpo", [0.3, 0.9, 0.4])

@@ -1,4 +1,5 @@
 """lib/run.py: the run directory. R numbers: docs/requirements.md."""
+import io
 import json
 import os
 import signal
@@ -276,6 +277,38 @@ def test_nohup_stays_in_force(tmp_path):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_the_command_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/sft.py", "--system", "Be brief; be kind."])
+    begun(Args(out=str(tmp_path / "run")))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["command"] == "sft.py --system 'Be brief; be kind.'"
+
+
+def test_what_is_built_sees_the_users_modules(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("import sys, lib.run\nopen(sys.argv[1], 'w').close()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lib.run.build_once(tmp_path / "made", "mine", tmp_path / "made")
+    assert (tmp_path / "made").exists()
+
+
+def test_a_full_disk_under_the_lock_is_one_line(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def fileno(self):
+            return os.open(tmp_path / "lock", os.O_CREAT)
+
+        def flush(self):
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(lib.run, "open", lambda *args, **kwargs: Full(), raising=False)
+    with pytest.raises(InputError, match="cannot be written .No space left"):
+        begun(Args(out=str(tmp_path / "run")))
+
+
+def test_a_system_without_vmhwm_has_no_peak(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: "Name: x\n")
+    assert lib.run.peak_rss_mb() == 0.0
 
 
 def test_git_is_not_needed(tmp_path, monkeypatch):

@@ -553,6 +553,9 @@ def test_user_text_never_becomes_control(small):
     ([{"role": "assistant"}], r"messages\[0\]: content"),
     ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], r"messages\[0\]: tool_calls\[0\]"),
     ([{"role": "assistant", "tool_calls": ["f"]}], r"messages\[0\]: tool_calls\[0\]"),
+    ([{"role": "assistant", "tool_calls": [{"name": None, "arguments": {}}]}], r"tool_calls\[0\]"),
+    ([{"role": "user", "content": "u", "tool_calls": [{"name": "f", "arguments": {}}]}],
+     r"messages\[0\]: a user calls no tools"),
 ])
 def test_bad_messages_are_named(small, messages, says):
     with pytest.raises(InputError, match=says):
@@ -586,6 +589,12 @@ def with_template(tokenizer, path, template):
     tokenizer.save_pretrained(path)
     change_json(path / "tokenizer_config.json", lambda d: d.update(chat_template=template))
     return Tokenizer.from_pretrained(path)
+
+
+def test_a_final_line_end_changes_no_template():
+    for template in (chat.CHAT_TEMPLATE, loop_template("F")):
+        layout = chat.chat_layout(template)
+        assert layout is not None and chat.chat_layout(template + "\n") == layout
 
 
 @pytest.mark.parametrize("spelled", DEFAULTS)
