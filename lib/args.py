@@ -19,8 +19,9 @@ from lib.dist import RANK, init_distributed, is_first_to_report, is_peer_failure
 RENAMED = {"recompute": "gradient_checkpointing", "clip": "max_grad_norm",
            "aggregate": "loss_type", "normalise": "scale_rewards", "group": "num_generations",
            "order": "query_order", "nll": "rpo_alpha", "held_out": "eval_data"}
-# Control characters but tab and newline, and direction marks: they command a terminal.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters but tab and newline, and direction marks: they command a terminal. Half a
+# surrogate pair, which cannot be printed.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 

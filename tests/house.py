@@ -20,11 +20,11 @@ BELOW_ROOMS = ("model", "kernels", "tokenizer")  # root files that rooms may imp
 # sft loads. Lower these two. They were raised twice, for verdicts, files as people have them, and
 # isolation, then for LoRA, FlexAttention, held-out data, a judge, MoE in all stages, a real vLLM
 # (docs/LOG.md, "verdicts and trust" and "from a laptop to a rack"), and lowered since. Code in long
-# hand at the root, and the faults that two readers found, cost a hundred lines on 2026-11-30.
+# hand at the root, and some eighty faults that five readers found, cost 350 lines on 2026-11-30.
 BUDGETS = {
     "files at the root": 12,
     "lines at the root": 4200,
-    "lines in all": 15140,
+    "lines in all": 15390,
     "lines of a file": 550,
     "density of a root file": 7.0,
     "mean density at the root": 6.6,
@@ -32,7 +32,7 @@ BUDGETS = {
     "golf per 100 code lines": 1.0,
     "lines of a main": 80,
     "lines of another function": 60,
-    "lines that sft loads": 5440,
+    "lines that sft loads": 5491,
 }
 
 

@@ -188,3 +188,8 @@ def test_what_is_printed_cannot_command_the_terminal(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "\\x1b[2J\\x1b]0;title\\x07 caf\u00e9\tsure\\u202e\\r \u0645 \\x9b\n"
     assert err == "error: file \\x1b[31mred\n"
+
+
+def test_half_a_surrogate_pair_can_be_printed():
+    """As emoji that were cut leave it in a JSON file."""
+    assert lib.args.printable("a\ud83d b") == "a\\ud83d b"
