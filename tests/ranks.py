@@ -29,6 +29,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     import lib.run
     import model
     from lib import dist
+    from lib.args import handle_stop_signals
     import sample
     from tasks import queries
     stage = importlib.import_module(stage)
@@ -76,6 +77,7 @@ def run(stage: str, args: dict, stop: int = 0, nan=()) -> None:
     finally:
         for change in old:
             setattr(*change)
+        handle_stop_signals()  # or the handler keeps the run, and with it its lock
     assert bool(recomputed) == args.get("gradient_checkpointing", False)
 
 
