@@ -17,9 +17,9 @@ model r_m (its section 4):
 With r_v 0 or 1, the reward model ranks answers but never lets a wrong one beat a right one. With a
 graded --reward, where r_v lies between 0 and 1, it can overturn the order. --reward_model_weight w
 makes its part smaller, r_v + w (sigmoid(r_m / 2) - 1); with w = 0 it only orders the queries. The
-report does not disclose learning rate, clip, KL
-coefficient, temperature, length or number of episodes. These are our choice, as is the factor rho
-of the KL term (see grpo_loss), and how the order of the queries is found (tasks/query_order.py).
+report does not disclose learning rate, clip, KL coefficient, temperature, length or number of
+episodes. These are our choice, as is the factor rho of the KL term (see grpo_loss), and how the
+order of the queries is found (tasks/query_order.py).
 
 A reward of your own: --reward my.py:score, with a function score(query, response) -> 0 to 1 in
 my.py. Each row of --queries then needs only a "prompt", and the function gets the whole row. The
