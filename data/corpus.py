@@ -1,15 +1,14 @@
 """The built-in corpus: real text that comes with every Python, and generated questions.
 
 With it every stage runs on any machine, without a network. The real text is Python's language
-reference, and the docstrings and code of its standard library. The generated documents are
-questions with answers from tasks/: the report's synthetic data (section 3.1) at a small scale.
+reference and the code of its standard library, which holds its documentation. The generated
+documents are questions with answers from tasks/: the report's synthetic data (section 3.1) at a
+small scale.
 
     python -m data --max_mb 6 --synthetic_mb 2 --out runs/data
 """
-import ast
 import os
 import sysconfig
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", 
            "pydoc_data", "__pycache__"}
 
 # Shares of tokens, our choice: a little real text, the rest generated questions.
-BUILTIN_WEIGHTS = {"stdlib_reference": 0.01, "stdlib_docstrings": 0.02, "stdlib_code": 0.01,
+BUILTIN_WEIGHTS = {"stdlib_reference": 0.02, "stdlib_code": 0.02,
                    "mathematics": 0.34, "code": 0.12, "instruction": 0.24, "logic": 0.26}
 
 
@@ -38,21 +37,10 @@ def stdlib_files(root: str) -> list[str]:
     return sorted(found)
 
 
-def docstrings(node: ast.AST, name: str):
-    """Yield the name and the docstring of a module, then of all it defines, in order."""
-    text = ast.get_docstring(node)
-    if text:
-        yield f"{name}\n{text}"
-    for child in node.body:
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield from docstrings(child, f"{name}.{child.name}")
-
-
 def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
-    """Return {source: documents}: the language reference, and the docstrings and code of up to
-    `max_mb` of standard library files, sampled by `seed`. (Each docstring is also in the code, so
-    one that is held out may be in a training document.) The corpus depends on the Python version,
-    not on the machine. Raises InputError if this Python comes without its sources."""
+    """Return {source: documents}: the language reference, and up to `max_mb` of standard library
+    files, sampled by `seed`. The corpus depends on the Python version, not on the machine. Raises
+    InputError if this Python comes without its sources."""
     try:
         from pydoc_data.topics import topics  # what `help("topics")` shows
     except ImportError:  # some distributions package it apart
@@ -62,7 +50,6 @@ def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
     root = sysconfig.get_path("stdlib")
     names = stdlib_files(root)
     require(len(names) > 0, "this Python has no standard library sources: pass --input")
-    docs = []
     code = []
     size = 0
     for i in np.random.default_rng(seed).permutation(len(names)):
@@ -71,13 +58,8 @@ def builtin_corpus(seed: int = 0, max_mb: float = 6.0) -> dict[str, list[dict]]:
         size += len(text)
         if size > max_mb * 1e6:
             break
-        module = name.removesuffix(".py").replace("/", ".")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules
-            documentation = "\n\n".join(docstrings(ast.parse(text), module))
         code.append({"text": text, "source": "stdlib_code", "kind": "code", "name": name})
-        docs.append({"text": documentation, "source": "stdlib_docstrings", "name": name})
-    return {"stdlib_reference": reference, "stdlib_docstrings": docs, "stdlib_code": code}
+    return {"stdlib_reference": reference, "stdlib_code": code}
 
 
 def synthetic(domain: str, n_bytes: int, seed: int) -> list[str]:

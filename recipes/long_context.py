@@ -111,8 +111,7 @@ def training_documents(r, tokenizer, book: str, longest: int, n_tokens: int):
 def write_data(args: Args, tokenizer) -> list[str]:
     """-> real texts that nothing here trains on; writes the training files of all stages."""
     demo, more = (corpus.builtin_corpus(args.seed, mb) for mb in (3.0, 8.0))  # one begins the other
-    train = [doc["text"] for name in ("stdlib_code", "stdlib_docstrings") for doc in demo[name]]
-    train = [text for text in train if len(text) > 300]
+    train = [doc["text"] for doc in demo["stdlib_code"] if len(doc["text"]) > 300]
     unseen = [doc["text"] for doc in more["stdlib_code"][len(demo["stdlib_code"]):]]
     # Whole files for the rows of full length, and their functions for the shorter documents.
     parts = [part for text in train for part in text.split("\n\n\n") if len(part) > 100]

@@ -1,6 +1,5 @@
 """data/corpus.py: real text that every Python has, and generated documents. R2.1 is a number of
 docs/requirements.md."""
-import ast
 import sysconfig
 
 import data.corpus
@@ -9,7 +8,7 @@ import data.corpus
 def test_r21_builtin_corpus_is_real_deterministic_and_without_tests():
     corpus = data.corpus.builtin_corpus(0, max_mb=1.0)
     assert corpus == data.corpus.builtin_corpus(0, max_mb=1.0)
-    assert list(corpus) == ["stdlib_reference", "stdlib_docstrings", "stdlib_code"]
+    assert list(corpus) == ["stdlib_reference", "stdlib_code"]
     assert all(docs and all(d["source"] == name for d in docs) for name, docs in corpus.items())
     assert 0.5e6 < sum(len(d["text"]) for d in corpus["stdlib_code"]) <= 1e6
     assert corpus != data.corpus.builtin_corpus(1, max_mb=1.0)
@@ -18,14 +17,6 @@ def test_r21_builtin_corpus_is_real_deterministic_and_without_tests():
     for name in names:
         assert not {"test", "tests", "idlelib", "lib2to3", "site-packages"} & set(name.split("/"))
         assert not name.split("/")[-1].startswith("test_")
-
-
-def test_docstrings_are_dedented_and_in_order():
-    source = ('"""Top."""\nclass A:\n    """A.\n\n    Two.\n    """\n    def f(self):\n'
-              '        "F."\n        def g(): "G."\n'
-              'def h(): pass\nasync def k():\n    """K."""\n')
-    assert list(data.corpus.docstrings(ast.parse(source), "m")) == [
-        "m\nTop.", "m.A\nA.\n\nTwo.", "m.A.f\nF.", "m.A.f.g\nG.", "m.k\nK."]
 
 
 def test_synthetic_fills_the_bytes_asked_for(fake_tasks):
