@@ -31,12 +31,12 @@ class Run:
     cpu_seconds: float
 
 
-def run(command: list, threads: int) -> Run:
+def run(command: list, threads: int, show: bool = False) -> Run:
     """Run a program of the project. Its CPU seconds are known when it has ended."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment,
-                               stdout=subprocess.DEVNULL)
+                               stdout=None if show else subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(map(str, command))} ended with status {status}")
@@ -69,8 +69,9 @@ def out_of(command: list) -> Path:
 # ---------------------------------------------------------------------------------------------
 # the three records
 
-def shakespeare(text_file: str) -> tuple[str, str, Run]:
-    """Bits per character of the last tenth of tinyshakespeare, nanoGPT's validation part."""
+def shakespeare(text_file: str, budget: float) -> tuple[str, str, Run]:
+    """Bits per character of the last tenth of tinyshakespeare, nanoGPT's validation part, after
+    `budget` seconds."""
     text = Path(text_file).read_text(encoding="utf-8")
     cut = len(text) * 9 // 10
     train = ROOT / "runs" / "record-shakespeare.jsonl"
@@ -80,7 +81,7 @@ def shakespeare(text_file: str) -> tuple[str, str, Run]:
             file.write(json.dumps({"text": document}) + "\n")
     command = ["pretrain.py", "--data", train, "--vocab_size", 1024, "--seq_len", 128,
                "--lr", 1.5e-3]
-    done = run_for(command, "--tokens", 60_000, SHAKESPEARE_SECONDS, threads=2)
+    done = run_for(command, "--tokens", 60_000, budget, threads=2)
     bits = bits_per_byte(out_of(command), speeches(text[cut:]), window=128)
     return "tinyshakespeare, bits per character", f"{bits:.3f}", done
 
@@ -165,7 +166,7 @@ def main() -> None:
         both = [subprocess.Popen([*each, name]) for name in ("pretraining", "reinforcement")]
         failed = [process.wait() for process in both]
         if args.shakespeare:
-            append(*shakespeare(args.shakespeare), SHAKESPEARE_SECONDS)
+            append(*shakespeare(args.shakespeare, SHAKESPEARE_SECONDS), SHAKESPEARE_SECONDS)
         if any(failed):
             raise SystemExit(1)
 
