@@ -45,7 +45,7 @@ stage pretrain pretrain.py --data "$RUN/data" --tokenizer "$RUN/tokenizer" --tok
 evaluate pretrain --few_shot 1 --text "$RUN/data"
 
 BASE=pretrain
-SFT_DATA="--n_data 600"  # both unquoted below: several words, or none
+SFT_DATA="--n_data 1200"  # both unquoted below: several words, or none
 RL_QUERIES=""
 N_QUERIES=1200  # of DPO, the reward model and GRPO: as in the report, they share their queries
 if [ -n "${REAL:-}" ]; then
@@ -63,7 +63,7 @@ if [ -n "${REAL:-}" ]; then
 fi
 
 say "4. SFT on verified demonstrations"
-stage sft sft.py --init "$RUN/$BASE" $SFT_DATA --epochs 8 --lr 2e-4
+stage sft sft.py --init "$RUN/$BASE" $SFT_DATA --epochs 4 --lr 5e-4
 evaluate sft
 
 # From here one core trains on, stage by stage, and the other runs the control: more SFT on the same
@@ -71,7 +71,7 @@ evaluate sft
 export OMP_NUM_THREADS=1
 say "(in the background) control: the time of stages 5 to 8 spent on more SFT"
 (
-stage sft_control sft.py --init "$RUN/sft" $SFT_DATA --epochs 115 --lr 2e-4
+stage sft_control sft.py --init "$RUN/sft" $SFT_DATA --epochs 57 --lr 2e-4
 evaluate sft_control
 
 # The report's further stages of pre-training, beside the road: nothing below starts from them, for
