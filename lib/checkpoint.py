@@ -389,6 +389,7 @@ def merge_adapter(model, path: str | Path) -> None:
     require(file.is_file(), f"{file}: no such file")
     with open_weights(file) as opened:
         weights = {name: opened.get_tensor(name) for name in opened.keys()}
+    require(weights, f"{file} holds no adapter")
     for name, weight in weights.items():
         require(weight.float().isfinite().all(), f"{file}: weight {name} holds NaN or infinity")
     modules = dict(model.named_modules())
@@ -397,7 +398,10 @@ def merge_adapter(model, path: str | Path) -> None:
             A = weights[f"{name}.lora_A.weight"].float()
             B = weights[f"{name}.lora_B.weight"].float()
             weight = modules[name.removeprefix("base_model.model.")].weight
-            delta = config["lora_alpha"] / config["r"] * (B @ A)
-            weight.add_(delta.to(weight.device))
-        except (KeyError, AttributeError, RuntimeError):
+            out_features, in_features = weight.shape
+        except (KeyError, AttributeError, ValueError):
             raise InputError(f"{path}: {name} does not fit the base model") from None
+        r = config["r"]
+        require(A.shape == (r, in_features) and B.shape == (out_features, r),
+                f"{path}: {name} does not fit the base model, or r is not {r}")
+        weight.add_((config["lora_alpha"] / r * (B @ A)).to(weight.device))

@@ -222,7 +222,7 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gate_up, down, expert):
+    def forward(ctx, x, weight, gate_up, down, expert, grad_enabled):
         chosen = expert.flatten()
         mean_share = len(chosen) // len(down)
         unit = EXPERT_ROWS << max(0, mean_share.bit_length() - 8)
@@ -246,7 +246,7 @@ class Experts(torch.autograd.Function):
             gate, up = h.chunk(2)
             product = F.silu(gate).mul_(up)
             torch.mm(product.mT, down_e.to(x.dtype).mT, out=y_e)
-            if any(ctx.needs_input_grad):
+            if grad_enabled:
                 kept.append(h)
         ctx.sizes = sizes
         ctx.save_for_backward(x, weight, gate_up, down, position, token, *kept)
@@ -262,8 +262,9 @@ class Experts(torch.autograd.Function):
         row_weights = row_weight.split(ctx.sizes)
         drow_weight = []
         dx = []                                    # one row per pair
-        dgate_up = torch.empty_like(gate_up)
-        ddown = torch.empty_like(down)
+        _, _, trains_gate_up, trains_down, _, _ = ctx.needs_input_grad  # LoRA freezes both
+        dgate_up = torch.empty_like(gate_up) if trains_gate_up else None
+        ddown = torch.empty_like(down) if trains_down else None
         for e, (rows, h) in enumerate(zip(token.split(ctx.sizes), kept, strict=True)):
             dy = dout.index_select(0, rows)
             gate, up = h.chunk(2)
@@ -271,18 +272,20 @@ class Experts(torch.autograd.Function):
             product = silu * up
             dproduct = down[e].to(x.dtype).mT @ dy.mT  # the rows' weights follow below
             drow_weight.append((dproduct * product).sum(0))
-            ddown[e] = dy.mT @ product.mul_(row_weights[e]).mT
+            if trains_down:
+                ddown[e] = dy.mT @ product.mul_(row_weights[e]).mT
             dproduct.mul_(row_weights[e])
             dh = torch.empty_like(h)
             dgate, dup = dh.chunk(2)
             torch.mul(dproduct, silu, out=dup)
             torch.ops.aten.silu_backward.grad_input(dproduct.mul_(up), gate, grad_input=dgate)
-            dgate_up[e] = dh @ x.index_select(0, rows)
+            if trains_gate_up:
+                dgate_up[e] = dh @ x.index_select(0, rows)
             dx.append(dh.mT @ gate_up[e].to(x.dtype))
         position = position.view(weight.shape)
         dx = F.embedding_bag(position, torch.cat(dx), mode="sum")
         dweight = torch.cat(drow_weight)[position].to(weight.dtype)
-        return dx, dweight, dgate_up, ddown, None
+        return dx, dweight, dgate_up, ddown, None, None
 
 
 def grouped_matmul_fits(x, down):

@@ -25,10 +25,12 @@ def extended(config, yarn: float = 1.0, dca: bool = False):
     chunk attention, as in the report. local_size is then a quarter of the training length, as is
     typical in the DCA paper. The training length comes from the checkpoint, never from the caller,
     because YaRN over a wrong length would be silently wrong. A model that allows more positions
-    than it was trained at keeps them. Raises InputError if max_position_embeddings is over 32768
-    and the training length is not recorded."""
+    than it was trained at keeps them. Raises InputError if the checkpoint has YaRN with another
+    factor, or if max_position_embeddings is over 32768 and the training length is not recorded."""
     if yarn == 1 and not dca:
         return config
+    require(config.yarn_factor in (1, yarn),
+            f"config.json has YaRN with factor {config.yarn_factor:g}, so pass the same --yarn")
     length = config.trained_length
     require(config.original_max_position_embeddings or length <= 32768,
             f"config.json has {length} positions, but not the length of training: add "

@@ -666,6 +666,28 @@ def test_experts_odd_sizes_no_rows_and_errors():
         K.experts(x, weight, gate_up, down, expert, impl="triton")
 
 
+@pytest.mark.parametrize("frozen", [(2, 3), (2,), (3,)])
+def test_frozen_experts_cost_no_gradients(frozen):
+    """LoRA freezes the routed experts: the other gradients are the same, theirs are not computed.
+    Without gradients nothing is kept for a backward pass."""
+    leaves, expert = experts(dtype=torch.float64)
+    _, *full = values_and_grads(lambda *x: K.experts(*x, expert, impl="fused"), leaves)
+    for i in frozen:
+        leaves[i].grad = None
+        leaves[i].requires_grad_(False)
+    y = K.experts(*leaves, expert, impl="fused")
+    grads = fast.Experts.backward(y.grad_fn, torch.ones_like(y))
+    assert [i for i in range(4) if grads[i] is None] == list(frozen)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    part = values_and_grads(lambda *x: K.experts(*leaves, expert, impl="fused"), trained)[1:]
+    close(part, [grad for i, grad in enumerate(full) if i not in frozen], 1e-12)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.no_grad():
+            K.experts(*leaves, expert, impl="fused")
+    assert kept == []
+
+
 @pytest.mark.parametrize("N", [300, 3000])
 def test_experts_of_many_tokens(N):
     """Against the twin, with strides: float64 to rounding, under autocast no further from it than

@@ -255,6 +255,15 @@ def test_a_length_that_is_not_recorded_is_asked_for():
     assert extended(unknown) == unknown
 
 
+@pytest.mark.parametrize("change", [{"yarn": 2.0}, {"dca": True}])
+def test_the_yarn_of_a_checkpoint_is_not_replaced(change):
+    """It was trained so; another factor would be another model at every position."""
+    config = extended(PRESETS["0.5B"], yarn=4.0)
+    with pytest.raises(InputError, match="YaRN with factor 4, so pass the same --yarn"):
+        extended(config, **change)
+    assert extended(config, yarn=4.0) == config == extended(config)
+
+
 def test_chunks_of_the_checkpoint_are_kept():
     config = replace(PRESETS["7B"], max_position_embeddings=1_010_000, chunk_size=262_144,
                      local_size=8192, original_max_position_embeddings=262_144)

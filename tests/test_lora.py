@@ -218,7 +218,7 @@ def test_an_adapter_of_another_kind_is_refused(base, tmp_path, change, message):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
 
 
-@pytest.mark.parametrize("change", ["another name", "no B", "another shape"])
+@pytest.mark.parametrize("change", ["another name", "no B", "another shape", "one row", "another r", "a vector"])
 def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path, change):
     run_sft(base, tmp_path / "run", chats(tmp_path / "chats.jsonl"))
     file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
@@ -228,10 +228,20 @@ def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path, change):
         weights["base_model.model.lm_head.weight"] = weights.pop(name)
     elif change == "no B":
         del weights[name]
-    else:
+    elif change == "another shape":
         weights[name] = weights[name][:5]
+    elif change == "one row":  # which would be added to all rows
+        weights[name] = weights[name][:1]
+    elif change == "another r":  # which would weaken the adapter
+        weights = {n: torch.cat([w, w], int("lora_B" in n)) for n, w in weights.items()}
+    else:  # a weight without rows: a norm
+        norm = "base_model.model.model.norm.lora_"
+        weights |= {f"{norm}{x}.weight": torch.ones(4, 4) for x in "AB"}
     save_file(weights, file)
     with pytest.raises(InputError, match="does not fit the base model"):
+        merge_adapter(Qwen2.from_pretrained(base), file.parent)
+    save_file({}, file)
+    with pytest.raises(InputError, match="holds no adapter"):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
     save_file({"x": torch.tensor([[1.0, math.nan]])}, file)
     with pytest.raises(InputError, match="weight x holds NaN or infinity"):
