@@ -218,7 +218,8 @@ def test_an_adapter_of_another_kind_is_refused(base, tmp_path, change, message):
         merge_adapter(Qwen2.from_pretrained(base), file.parent)
 
 
-@pytest.mark.parametrize("change", ["another name", "no B", "another shape", "one row", "another r", "a vector"])
+@pytest.mark.parametrize("change", ["another name", "no B", "another shape", "one row",
+                                    "another r", "a vector"])
 def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path, change):
     run_sft(base, tmp_path / "run", chats(tmp_path / "chats.jsonl"))
     file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
