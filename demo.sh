@@ -84,6 +84,7 @@ stage long pretrain.py --data "$RUN/data" --init "$RUN/maths" --tokens 1.5e5 --l
 evaluate maths --few_shot 1 --samples 1 --text "$RUN/data"
 evaluate long --few_shot 1 --samples 1 --text "$RUN/data"
 ) > "$RUN/background.log" 2>&1 &
+BACKGROUND=$!
 
 say "5. DPO on the SFT model's own passing and failing answers to new queries"
 stage dpo dpo.py --init "$RUN/sft" --base "$RUN/$BASE" $RL_QUERIES --n_queries $N_QUERIES \
@@ -112,7 +113,11 @@ stage grpo grpo.py --init "$RUN/dpo" --reward_model "$RUN/reward" --reward_model
   --kl 0.03 --scale_rewards none
 evaluate grpo
 
-wait
+if ! wait "$BACKGROUND"; then
+  tail -5 "$RUN/background.log"
+  echo "the runs in the background stopped: the same command goes on"
+  exit 1
+fi
 grep -vE "^(pretrain|sft) [0-9]" "$RUN/background.log"  # all but the lines of single steps
 
 say "report"

@@ -417,7 +417,6 @@ def experts(x, weight, gate_up, down, expert, impl="auto"):
     if impl == "auto":
         impl = "grouped" if fast.grouped_matmul_fits(x, down) else "fused"
     if impl == "fused":
-        # It casts expert by expert, and keeps nothing where no gradient is wanted.
         return fast.Experts.apply(x, weight, gate_up, down, expert, torch.is_grad_enabled())
     gate_up = gate_up.to(x.dtype)
     down = down.to(x.dtype)

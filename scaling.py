@@ -317,7 +317,7 @@ def main(args: Args) -> dict:
             f"--resume: {path} has rows of another --seq_len: take another --out")
 
     # rows.csv is all the state of a sweep, so Run must not look for a state of its own.
-    run = Run(replace(args, resume=False, overwrite=args.overwrite or args.resume), "scaling")
+    run = Run(replace(args, resume=False, overwrite=args.overwrite or len(rows) > 0), "scaling")
     run.start_or_resume()
     prepare(args, tokens[-1])
     done = {(row.size, row.D, row.lr, row.batch_tokens, row.seed) for row in rows}

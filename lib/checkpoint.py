@@ -43,7 +43,11 @@ def load_model(Model, Config, path: str | Path, dtype, device):
         what = "is missing" if name in targets else "does not belong to this architecture"
         raise InputError(f"{path}: weight {name} {what}")
     for name, target in targets.items():
-        check_shape(target, stored[name], name)
+        with open_weights(stored[name]) as opened:
+            stored_shape = tuple(opened.get_slice(name).get_shape())
+        shape = tuple(target.shape)
+        require(stored_shape == shape, f"{stored[name]}: weight {name} has shape {stored_shape}, "
+                f"but config.json implies {shape}")
     empty = {}
     for name, weight in model.state_dict().items():
         empty[name] = torch.empty(weight.shape, dtype=dtype, device=device)
@@ -274,14 +278,6 @@ def open_weights(file: Path):
         raise InputError(f"{file}: not a safetensors file ({error})") from None
 
 
-def check_shape(target: torch.Tensor, file: Path, name: str) -> None:
-    with open_weights(file) as opened:
-        found = tuple(opened.get_slice(name).get_shape())
-    shape = tuple(target.shape)
-    require(found == shape, f"{file}: weight {name} has shape {found}, but config.json implies "
-            f"{shape}")
-
-
 def read_weight(target: torch.Tensor, file: Path, name: str) -> torch.dtype:
     """Copy a stored weight into `target` and return the stored dtype.
 
@@ -404,4 +400,5 @@ def merge_adapter(model, path: str | Path) -> None:
         r = config["r"]
         require(A.shape == (r, in_features) and B.shape == (out_features, r),
                 f"{path}: {name} does not fit the base model, or r is not {r}")
-        weight.add_((config["lora_alpha"] / r * (B @ A)).to(weight.device))
+        delta = config["lora_alpha"] / r * (B @ A)
+        weight.add_(delta.to(weight.device))

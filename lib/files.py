@@ -40,7 +40,10 @@ def read_jsonl(path: str | Path):
     more than MAX_LINE characters, and for an array of more than MAX_ARRAY."""
     with open_text(path) as file:
         if is_array(file.buffer):
-            for number, item in enumerate(read_array(file, path), start=1):
+            text = file.read(MAX_ARRAY + 1)
+            require(len(text) <= MAX_ARRAY, f"{path}: an array of more than {MAX_ARRAY:,} "
+                    "characters: write one object per line instead, as `jq -c .[]` does")
+            for number, item in enumerate(parse_json(text, path, 1), start=1):
                 yield number, as_row(item, path, number)
             return
         for number, line in bounded_lines(file, path):
@@ -52,14 +55,6 @@ def is_array(binary) -> bool:
     start = binary.read(1000)
     binary.seek(0)
     return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def read_array(file, path) -> list:
-    """Return the items of a JSON array that a file holds."""
-    text = file.read(MAX_ARRAY + 1)
-    require(len(text) <= MAX_ARRAY, f"{path}: an array of more than {MAX_ARRAY:,} characters: "
-            "write one object per line instead, as `jq -c .[]` does")
-    return parse_json(text, path, 1)
 
 
 def bounded_lines(file, path, blank=False):

@@ -166,7 +166,11 @@ class Run:
         step = 0
         if self.resumed:
             step = self.load_state()
-            self.load_log(step)
+            # Keep the log of the steps until then; the lines after them may be torn.
+            rows = [row for _, row in islice(read_jsonl(self.log_file), step)]
+            write_jsonl(self.log_file, rows)
+            self.skipped_steps = sum("skipped" in row for row in rows)
+            self.bad_steps = rows[-1].get("skipped", 0) if rows else 0
         else:
             self.clear()
             self.write_record({"finished": False})
@@ -192,13 +196,6 @@ class Run:
             raise InputError(f"{self.state_file}: not a whole state of this run "
                              f"({type(error).__name__}); delete it, and --resume starts again "
                              "from step 0") from None
-
-    def load_log(self, steps: int) -> None:
-        """Keep the log of the first `steps` steps; the lines after them may be torn."""
-        rows = [row for _, row in islice(read_jsonl(self.log_file), steps)]
-        write_jsonl(self.log_file, rows)
-        self.skipped_steps = sum("skipped" in row for row in rows)
-        self.bad_steps = rows[-1].get("skipped", 0) if rows else 0
 
     def clear(self) -> None:
         """Create the directory, and remove what belongs to an earlier run in it. If this run is
@@ -243,6 +240,7 @@ class Run:
                 file.write(json.dumps(json_safe(row)) + "\n")
         self.show(step, steps, bar, metrics)
         if self.bad_steps == MAX_BAD_STEPS:
+            handle_stop_signals()  # a sweep goes on: Ctrl-C must not ask this run to stop
             raise Diverged(f"step {step}: loss or gradient not finite {MAX_BAD_STEPS} times in a "
                            f"row; the batches are in {self.log_file}. Lower --lr, or look at these "
                            "rows")

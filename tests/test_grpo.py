@@ -598,6 +598,8 @@ def test_first_pass_rate(monkeypatch):
     for order, known in (("variance", 5), ("random", 4)):
         args = stage_args(grpo, num_generations=4, batch_queries=2, query_order=order)
         queries = [{"prompt": prompt, "domain": "d"} for prompt in rates]
+        for query in queries:
+            query["first_pass_rate"] = 0.9  # as in the queries.jsonl of another run
         queries = grpo.order_queries(None, None, None, queries, args)
         for step in range(5):
             places = [2 * step % 5, (2 * step + 1) % 5]

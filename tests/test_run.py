@@ -1,6 +1,7 @@
 """lib/run.py: the run directory. R numbers: docs/requirements.md."""
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import lib.run
 from lib.args import InputError
 from lib.files import read_jsonl
 from lib.optim import adamw, clip_and_step
-from lib.run import Run
+from lib.run import Diverged, Run
 from model import PRESETS, Qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,6 +263,18 @@ def test_a_finished_run_takes_no_signals(tmp_path):
     run = Run(Args(out=str(tmp_path / "run")), "stage")
     run.start_or_resume(*small())
     finish(run)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_diverged_run_takes_no_signals(tmp_path):
+    """A sweep notes such a run without a loss and goes on."""
+    run = Run(Args(out=str(tmp_path / "run")), "stage")
+    run.start_or_resume(*small())
+    bar = tqdm(disable=True)
+    with pytest.raises(Diverged):
+        for step in range(1, 6):
+            run.log(step, 9, bar, grad_norm=math.nan)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -238,6 +238,15 @@ def test_sweep_in_small(tmp_path, capsys):
     assert len(both) >= 4 and all(0 < abs(two[0] - two[1]) < 0.5 for two in both)
 
 
+def test_a_sweep_resumes_no_other_run(tmp_path):
+    """--resume on the directory of a finished run without rows.csv leaves it as it is."""
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "finished": True}))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(InputError, match="holds a finished run"):
+        scaling.main(scaling.Args(out=str(tmp_path), resume=True, device="cpu"))
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_a_sweep_trains_its_whole_grid_once(tmp_path, monkeypatch):
     """Every setting with every seed, then, with --resume, what a larger grid lacks and no more."""
     asked = []
