@@ -498,9 +498,9 @@ def demo() -> None:
 
 
 def training_texts(paths: list[Path]):
-    """Yield the texts of files: of .jsonl the "text" of each row, else the documents in them."""
+    """Yield the texts of files: of .jsonl and .json each row's "text", else their documents."""
     for path in paths:
-        if not path.name.removesuffix(".gz").endswith(".jsonl"):
+        if not path.name.lower().removesuffix(".gz").endswith((".jsonl", ".json")):
             yield from read_texts(path)
             continue
         for number, row in read_jsonl(path):

@@ -113,7 +113,7 @@ def write_token_files(out: Path, source: str, tokenizer: Tokenizer) -> None:
 
 def main(args: Args) -> dict:
     started = time.time()
-    out = new_directory(args.out, args.overwrite, args.input)
+    out = new_directory(args.out, args.overwrite, args.input, args.evals)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
     # Duplicates come last: else a document could be one of another that is dropped as contaminated.
     stages = FILTERS | {"contaminated": Contamination(load_tests(args.evals)),
@@ -131,7 +131,7 @@ def main(args: Args) -> dict:
     seconds = round(time.time() - started, 1)
     result = {"args": asdict(args), "seconds": seconds, "sources": sources, "dropped": dropped,
               "samples": samples}
-    write_atomic(out / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "report.json", json.dumps(result, indent=1) + "\n")
     print(f"data: {out} ready after {seconds:.0f} s")
     return result
 

@@ -70,6 +70,14 @@ def test_test_items_come_without_our_words_around_them(tmp_path):
         "def f(x):\n", "Double it.\nassert f(1) == 2", "How many?"]
 
 
+def test_a_file_name_that_is_no_utf_8_stands_in_the_report(tmp_path):
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    source.write_text(json.dumps({"text": PROSE}) + "\n")
+    data.__main__.main(data.__main__.Args(input=f"{source}", out=f"{tmp_path / 'out'}", evals=""))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["args"]["input"] == f"{source}"
+
+
 def test_an_out_that_overlaps_with_an_input_is_refused(tmp_path):
     """As itself, around it or inside it; --overwrite would delete what is to be read."""
     run = tmp_path / "a" / "run"
@@ -79,7 +87,9 @@ def test_an_out_that_overlaps_with_an_input_is_refused(tmp_path):
     for given, out in ((run, run), (run / "in.jsonl", run), (run, run.parent), (run, run / "b"),
                        (run, tmp_path / "a" / "." / "run")):
         args = data.__main__.Args(input=f"{given}", out=f"{out}", evals="", overwrite=True)
+        tests = replace(args, input=f"{tmp_path / 'other.jsonl'}", evals=f"{given}")
         refuses(lambda args=args: data.__main__.main(args), "overlaps")
+        refuses(lambda args=tests: data.__main__.main(args), "overlaps")
     assert (run / "in.jsonl").exists() and (run / "report.json").exists()
 
 

@@ -738,10 +738,13 @@ def test_training_reads_the_documents_of_a_file(tmp_path, monkeypatch):
     """Separator lines are no text, here as in pretrain.py: else "endoftext" becomes a token. Nor is
     the syntax of JSON, or a line end is learned as a backslash and an n."""
     texts = [CORPUS[0].replace("\r", "") + f"{i}\n" for i in range(40)]
-    for name, some in (("a.txt", texts[:20]), ("b.txt", texts[20:30])):
+    for name, some in (("a.txt", texts[:10]), ("b.txt", texts[10:20])):
         (tmp_path / name).write_text("<|endoftext|>\n".join(some), "utf-8")
-    write_rows(tmp_path / "c.jsonl", [{"text": text} for text in texts[30:]])
-    files = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl")]
+    (tmp_path / "c.json").write_text(json.dumps([{"text": text} for text in texts[20:30]]), "utf-8")
+    write_rows(tmp_path / "d.JSONL", [{"text": text} for text in texts[30:35]])
+    write_rows(tmp_path / "e.jsonl", [{"text": text} for text in texts[35:]])
+    names = ("a.txt", "b.txt", "c.json", "d.JSONL", "e.jsonl")
+    files = [str(tmp_path / name) for name in names]
     monkeypatch.setattr(sys, "argv", ["tokenizer.py", "train", "--input", *files, "--vocab_size",
                                       "330", "--out", str(tmp_path / "t")])
     tok.main()
