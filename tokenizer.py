@@ -424,7 +424,7 @@ class Tokenizer:
         if skip_special_tokens:
             hidden = {self.special[name] for name in self.hidden}
             hidden.add(self.pad_id)
-            ids = [i for i in ids if i not in hidden]
+            ids = [i for i in map(int, ids) if i not in hidden]
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data.documents import read_all
-from lib.args import parse_value, require
+from lib.args import InputError, parse_value, require
 from lib.files import atomic_path
 from tokenizer import Tokenizer
 
@@ -114,12 +114,14 @@ def read_tokens(stem: Path, tokenizer) -> Tokens:
     """Map the files of `write_tokens` into memory. Raises InputError if they do not match."""
     path = Path(f"{stem}.bin")
     ids = np.empty(0, id_type(tokenizer))
-    if path.stat().st_size > 0:  # an empty file cannot be mapped
-        ids = np.memmap(path, id_type(tokenizer), "r")
-    ends = np.fromfile(f"{stem}.ends", np.int64)
-    bounds = np.append(0, ends)
-    require(len(ids) == bounds[-1],
-            f"{stem}.bin and {stem}.ends are not of one piece: run python -m data again")
+    try:
+        if path.stat().st_size > 0:  # an empty file cannot be mapped
+            ids = np.memmap(path, id_type(tokenizer), "r")
+        bounds = np.append(0, np.fromfile(f"{stem}.ends", np.int64))
+        require(len(ids) == bounds[-1], "they have different lengths")
+    except (OSError, ValueError) as error:  # InputError is a ValueError
+        raise InputError(f"{stem}.bin and {stem}.ends are not of one piece ({error}): run "
+                         "python -m data again") from None
     return Tokens(ids, bounds[:-1], bounds[1:])
 
 

@@ -198,8 +198,10 @@ def plan_machines(args, config: Config, D: float) -> dict:
               "--gradient_checkpointing")
 
     work = flops(count(config)["N"], D, config, seq_len)
-    if args.gradient_checkpointing:
-        work *= 4 / 3                 # one more forward pass
+    if args.gradient_checkpointing:  # one more forward pass, of the blocks only
+        head = 6 * config.vocab_size * config.hidden_size * D
+        blocks = work - head
+        work += blocks / 3
     flops_per_second = args.gpus * args.peak_tflops * 1e12 * args.mfu
     days = work / flops_per_second / 86400
     print(f"  time: {work:.3g} FLOPs with head and attention = {days:.1f} days ({args.gpus} GPUs, "

@@ -135,6 +135,12 @@ def test_token_files_are_the_tokens(tmp_path):
         file.write(b"ab")
     with pytest.raises(InputError, match="not of one piece"):
         mixture.read_tokens(tmp_path / "0.train", Letters())
+    with open(tmp_path / "0.train.bin", "ab") as file:
+        file.write(b"c")  # half an id
+    with pytest.raises(InputError, match="not of one piece"):
+        mixture.read_tokens(tmp_path / "0.train", Letters())
+    with pytest.raises(InputError, match="not of one piece"):
+        mixture.read_tokens(tmp_path / "missing", Letters())
 
 
 def test_token_files_of_a_killed_run_are_refused(tmp_path):

@@ -95,6 +95,14 @@ def test_memory_of_lora_by_hand(capsys):
         plan({}, model="7B", tokens="1e6", lora=-1)
 
 
+def test_recomputing_the_blocks_costs_a_third_of_their_flops():
+    """By hand, of the 0.5B: a token takes 6 N of weights, 6 V C of the head, and 12 L C T."""
+    once = plan({}, model="0.5B", tokens="1e6", seq_len=4096)["training_flops"]
+    twice = plan({}, model="0.5B", tokens="1e6", seq_len=4096, gradient_checkpointing=True)
+    head = 6 * 151_936 * 896 * 1e6
+    assert twice["training_flops"] - once == pytest.approx((once - head) / 3)
+
+
 @pytest.mark.parametrize("name", ["micro", "micro-moe"])
 def test_flops_against_a_counter(name, monkeypatch):
     """R6.1: within 1%; what is left are norms and biases, in N but in no matrix product. torch's

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import tokenizer as tok
 from helpers import chat_text, refuses, write_rows
@@ -234,6 +235,8 @@ def test_control_tokens_only_on_request(small):
     assert small.encode("<|im_end|>\u0338", allow_special=True)[0] == small.im_end_id
     ids = small.encode("<|im_end|>a<tool_call>b<|fim_pad|><|fim_prefix|>", allow_special=True)
     assert small.decode(ids, skip_special_tokens=True) == "a<tool_call>b<|fim_prefix|>"
+    same = small.decode(torch.tensor(ids), skip_special_tokens=True)
+    assert same == "a<tool_call>b<|fim_prefix|>"
 
 
 def test_ids_are_checked(small):
