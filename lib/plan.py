@@ -4,6 +4,8 @@
 trained. tests/test_plan.py compares FLOPs with PyTorch's counter, activations with what autograd
 saves, and memory with the measured peak of a process.
 """
+import functools
+
 import torch
 
 from lib.laws import PUBLISHED, Law
@@ -13,6 +15,7 @@ from model import Config, Qwen2
 HEAD_CHUNK = {"cuda": 2**27, "cpu": 2**21}  # numbers per buffer of the head's loss; it has three
 
 
+@functools.cache
 def count(config: Config) -> dict[str, int]:
     """Return Qwen2.count_parameters without making the parameters, and N: the parameters that a
     token meets, without embedding and head."""

@@ -531,7 +531,7 @@ def test_bad_input(line, words, world, monkeypatch, capsys):
     assert contents(world) == before
 
 
-@pytest.mark.parametrize("line, words", [(line, words) for line, *words in CASES[::97]])
+@pytest.mark.parametrize("line, words", [(line, words) for line, *words in CASES[::400]])
 def test_bad_input_in_a_process_of_its_own(line, words, world):
     script, *argv = arguments(line, world)
     shutil.rmtree(world / "out", ignore_errors=True)
