@@ -119,7 +119,7 @@ class Run:
             require(isinstance(before, dict), f"{self.path}/run.json: no args")
             changes = []
             for name, value in self.args.items():
-                if name not in ("resume", "overwrite") and before.get(name) != value:
+                if name not in ("resume", "overwrite", "out") and before.get(name) != value:
                     changes.append(f"{name} {before.get(name)!r} -> {value!r}")
             shown = ", ".join(changes[:10])
             require(not changes, f"{self.path}: a resumed run takes the steps of an uninterrupted "
@@ -190,9 +190,10 @@ class Run:
             load_full_state(state, self.model, self.optimizer)
             self.previous_seconds = state["seconds"]
             return state["step"]
-        except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # the state may be whole
-            raise InputError(f"{self.state_file}: cannot be loaded ({error})") from None
         except Exception as error:  # a torn or foreign file can raise almost anything
+            no_room = "allocate memory" in str(error)  # torch on a CPU: a plain RuntimeError
+            if no_room or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+                raise InputError(f"{self.state_file}: cannot be loaded ({error})") from None
             raise InputError(f"{self.state_file}: not a whole state of this run "
                              f"({type(error).__name__}); delete it, and --resume starts again "
                              "from step 0") from None

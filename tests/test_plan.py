@@ -163,9 +163,8 @@ lora = int(sys.argv[5])
 
 def train(config, rows, T):
     autocast = torch.autocast("cpu", torch.bfloat16 if bf16 else torch.float32, enabled=bf16)
-    model = Qwen2(config)
-    if lora:
-        lib.lora.add_lora(model, lora, 32.0, autocast.fast_dtype)
+    model = Qwen2(config).to(lib.lora.base_dtype(lora, autocast))
+    lib.lora.add_lora(model, lora, 32.0)
     model = lib.dist.apply_fsdp(model, autocast)
     model.gradient_checkpointing = recompute
     optimizer = lib.optim.adamw(model, 1e-3, 0.1)

@@ -165,8 +165,17 @@ def test_a_save_killed_half_way_leaves_the_state_before(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "state").exists()
 
 
+def test_a_moved_run_goes_on(tmp_path):
+    interrupted(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run = Run(Args(out=f"{tmp_path / 'moved'}/", resume=True), "stage")
+    assert run.start_or_resume(*small()) == 1
+    finish(run)
+
+
 @pytest.mark.parametrize("error", [
-    OSError(5, "Input/output error"), MemoryError("no room"), torch.OutOfMemoryError("no room")])
+    OSError(5, "Input/output error"), MemoryError("no room"), torch.OutOfMemoryError("no room"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory, no room")])
 def test_a_state_that_may_be_whole_is_not_to_be_deleted(error, tmp_path, monkeypatch):
     interrupted(tmp_path / "run")
 
