@@ -20,11 +20,14 @@ TERM = rf"[\s(]*{NUMBER}[\s)]*"
 EXPRESSION = rf"-?{TERM}(?:[-+*/]\s*-?{TERM})*"
 AT_THE_END = re.compile(rf"{EXPRESSION}$")
 AT_THE_START = re.compile(rf"\s*{EXPRESSION}")
+WRAPPED = re.compile(r"\\f?box(?:ed)?\s*\{([^{}]*)\}|(?<![\w)])\*\*([^*]+)\*\*")  # boxed, bold
 # What may stand before and after a whole expression. In "2x + 3 + 4 = 9" nothing is judged, since
-# "2x" stands before "3 + 4".
-BEFORE = re.compile(r"(^|[A-Za-z]{2}|[.,:;!?)\]])\s+$|(^|\*\*|\()$")
+# "2x" stands before "3 + 4"; nor in "3 times 2 + 3 = 9", where a word is an operator.
+BEFORE = re.compile(
+    r"(^|[a-z]{2}|[.,:;!?)\]])(?<!\bof)(?<!times)(?<!plus)(?<!minus)(?<!\bmod)(?<!\bby)(?<!twice)"
+    r"(?<!sqrt)\s+$|(^|(?<![\w)])\*\*|\()$", re.IGNORECASE)
 AFTER = re.compile(
-    r"$|\s+(?!remainder|r\b|mod|x\b|[-+*/\d^%\\])|[.,:;!?)\]*]+(\s|$)", re.IGNORECASE)
+    r"$|\s+(?!remainder|r\d*\b|mod|x\b|[-+*/\d^%\\])|[.,:;!?)\]*]+(\s|$)", re.IGNORECASE)
 BULLET = re.compile(r"^\s*[-*•]\s+")  # of a list; its "-" is no minus
 LONGEST = 100  # characters of a side of an equation
 
@@ -39,6 +42,7 @@ def false_equations(text: str) -> list[str]:
 
     A decimal number may be rounded or cut: 10 / 3 equals 3.33."""
     text = FRACTION.sub(r"((\1)/(\2))", text)
+    text = WRAPPED.sub(lambda match: match[1] or match[2] or "", text)
     for symbol, plain in PLAIN.items():
         text = text.replace(symbol, plain)
     text = re.sub(r"[=<>!]=", "?", text)  # these are comparisons

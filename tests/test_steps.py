@@ -23,6 +23,10 @@ from tasks.steps import boxes_are_whole, false_equations, steps_hold
     ("It costs 3 + 4 = 8 dollars.", ["3 + 4 = 8"]),
     ("15 = 3 * 4", ["15 = 3 * 4"]),
     ("- 3 + 4 = 8\n* 2 + 2 = 5", ["3 + 4 = 8", "2 + 2 = 5"]),
+    ("2 + 2 = \\boxed{5}", ["2 + 2 = 5"]),
+    ("$2 + 2 = \\boxed{5}$.", ["2 + 2 = 5"]),
+    ("2 + 2 = **9**. The answer is 9.", ["2 + 2 = 9"]),
+    ("We get 3 + 4 = 8", ["3 + 4 = 8"]),
     ("so \\(3 + 4 = 9\\), and \\[2 + 2 = 5\\]", ["3 + 4 = 9", "2 + 2 = 5"])])
 def test_false_equations_are_found(text, false):
     assert false_equations(text) == false
@@ -40,7 +44,10 @@ def test_false_equations_are_found(text, false):
     "16 kg - 6 kg = 20 kg", "4! + 1 = 25", "1 + 4! = 25", "a_1 + 2 = 5", "1,200 - 200 = 1,000",
     "\\boxed{\\frac{1}{2}}", "no numbers", "=", "= =", "3 +", "+ 3 = 3",
     "- 3 + 4 = 7\n* 3 + 4 = 7\n• 3 + 4 = 7", "12 + 4 = 2 * x", "10 + 2 = 6 + x", "6 + 6 = 4 x 3",
-    "3 + 4 = 10 - x", "\\(3 + 4 = 7\\), \\[2 + 2 = 4\\]", "\\(x + 3\\) + 4 = 9"])
+    "3 + 4 = 10 - x", "2**3 + 1 = 9", "3 times 2 + 3 = 9", "Half of 10 + 4 = 9",
+    "28 / 3 = 9 R1", "50% of 20 + 5 = 15", "Twice 4 - 1 = 7", "10 mod 3 + 1 = 2",
+    "sqrt (16) + 1 = 5", "6 plus 2 * 3 = 12", "2**3 + 1 = 9 and 2**2 + 1 = 5",
+    "2 + 2 = \\boxed{4}", "2 + 2 = **4**", "\\(3 + 4 = 7\\), \\[2 + 2 = 4\\]", "\\(x + 3\\) + 4 = 9"])
 def test_what_holds_or_is_no_arithmetic_is_left_alone(text):
     assert false_equations(text) == []
 
