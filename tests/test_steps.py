@@ -47,7 +47,8 @@ def test_false_equations_are_found(text, false):
     "3 + 4 = 10 - x", "2**3 + 1 = 9", "3 times 2 + 3 = 9", "Half of 10 + 4 = 9",
     "28 / 3 = 9 R1", "50% of 20 + 5 = 15", "Twice 4 - 1 = 7", "10 mod 3 + 1 = 2",
     "sqrt (16) + 1 = 5", "6 plus 2 * 3 = 12", "2**3 + 1 = 9 and 2**2 + 1 = 5",
-    "2 + 2 = \\boxed{4}", "2 + 2 = **4**", "\\(3 + 4 = 7\\), \\[2 + 2 = 4\\]", "\\(x + 3\\) + 4 = 9"])
+    "2 + 2 = \\boxed{4}", "2 + 2 = **4**", "\\(3 + 4 = 7\\), \\[2 + 2 = 4\\]",
+    "\\(x + 3\\) + 4 = 9"])
 def test_what_holds_or_is_no_arithmetic_is_left_alone(text):
     assert false_equations(text) == []
 
