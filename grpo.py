@@ -42,6 +42,7 @@ import copy
 import math
 import random
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from tqdm import tqdm
@@ -125,6 +126,7 @@ def group_advantages(rewards, scale_rewards: str = "group"):
     the paper. A group whose largest reward equals its smallest gets exactly 0. Subtracting the mean
     would not give that: in floats, the mean of seven rewards of 0.1 is not 0.1, and dividing by a
     tiny standard deviation magnifies the error."""
+    require(rewards.shape[1] > 1, "a group of 1 has no advantage: raise --num_generations")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
@@ -357,10 +359,8 @@ def order_queries(policy, reward_model, tokenizer, queries, args: Args) -> list[
                      args.temperature, args.seed, verifier(args))
     episode = Episode.from_groups(groups, reward_model, args.reward_model_weight)
     check_before_training(episode, args)
-    for query in queries:
-        query.pop("first_pass_rate", None)  # another run's, if its queries.jsonl is --queries
-    for query, rate in zip(asked, episode.verified.mean(dim=1).tolist(), strict=True):
-        query["first_pass_rate"] = rate
+    for query, rate in zip_longest(queries, episode.verified.mean(dim=1).tolist()):
+        query["first_pass_rate"] = rate  # None: not asked, whatever another run's file says
     if args.query_order == "random":
         return queries
     order = order_by_domain(queries, episode.verified, episode.model_scores, episode.rewards,
