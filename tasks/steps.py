@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from tasks.answer_spelling import boxes
 from tasks.answer_values import Value
+from tasks.math_answers import BOLD
 
 PLAIN = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-",
          r"\left": "", r"\right": "", r"\$": "", "$": "", r"\,": "", r"\!": "",
@@ -20,7 +21,7 @@ TERM = rf"[\s(]*{NUMBER}[\s)]*"
 EXPRESSION = rf"-?{TERM}(?:[-+*/]\s*-?{TERM})*"
 AT_THE_END = re.compile(rf"{EXPRESSION}$")
 AT_THE_START = re.compile(rf"\s*{EXPRESSION}")
-WRAPPED = re.compile(r"\\f?box(?:ed)?\s*\{([^{}]*)\}|(?<![\w)])\*\*([^*]+)\*\*")  # boxed, bold
+BOXED = re.compile(r"\\f?box(?:ed)?\s*\{([^{}]*)\}")
 # What may stand before and after a whole expression. In "2x + 3 + 4 = 9" nothing is judged, since
 # "2x" stands before "3 + 4"; nor in "3 times 2 + 3 = 9", where a word is an operator.
 BEFORE = re.compile(
@@ -42,7 +43,7 @@ def false_equations(text: str) -> list[str]:
 
     A decimal number may be rounded or cut: 10 / 3 equals 3.33."""
     text = FRACTION.sub(r"((\1)/(\2))", text)
-    text = WRAPPED.sub(lambda match: match[1] or match[2] or "", text)
+    text = BOLD.sub(r"\1", BOXED.sub(r"\1", text))
     for symbol, plain in PLAIN.items():
         text = text.replace(symbol, plain)
     text = re.sub(r"[=<>!]=", "?", text)  # these are comparisons
